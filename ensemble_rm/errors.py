@@ -1,0 +1,165 @@
+"""Every error that the library raises, in one tree.
+
+::
+
+    EnsembleRMError
+    ├── OptionError                   an option has a value that cannot be used (also a ValueError)
+    ├── MissingExtraError             an optional package is not installed (also an ImportError)
+    ├── DataError                     the user's data cannot be read or used
+    │   ├── BadRowsError              some rows are bad; all of them are listed
+    │   ├── EmptyDataError            nothing usable is left
+    │   └── SplitError                the data cannot be split as asked
+    ├── ModelError                    a model cannot be loaded or used
+    │   ├── BackboneError             the folder, hub id or digest is not what was expected
+    │   ├── MissingHeadError          the reward head's weights are absent from the checkpoint
+    │   └── TemplateError             prompt and completion cannot be told apart in the template
+    ├── ScoringError                  scores cannot be computed or combined
+    │   ├── NonFiniteScoreError       a NaN or an infinity where a finite score is needed
+    │   ├── OneMemberError            disagreement was asked of a single member
+    │   └── BaselineError             a prompt's reference completion is missing
+    ├── CalibrationError              a calibration cannot be fitted or used
+    │   ├── NotCalibratedError        a probability was asked of an ensemble without calibration
+    │   ├── AggregatorMismatchError   the calibration belongs to another aggregator
+    │   ├── TooFewJudgmentsError      the judgments do not suffice
+    │   ├── SeparableError            every judgment agrees with its margin: T would go to 0
+    │   └── NoPositiveTemperatureError   the margins point the wrong way: no finite positive T
+    ├── TrainingError                 a training run cannot go on
+    │   ├── NonFiniteLossError        the loss became NaN or infinite
+    │   └── ResumeError               a checkpoint belongs to another recipe or data set
+    └── StorageError                  a saved directory or a cache cannot be read or written
+        └── CacheLimitError           a cache would outgrow its stated limit
+
+This module knows nothing of what the errors are about; messages are written where they are raised,
+and name the offending value and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class EnsembleRMError(Exception):
+    """Base of every error that the library raises on purpose."""
+
+
+class OptionError(EnsembleRMError, ValueError):
+    """An option has a value that cannot be used."""
+
+
+class MissingExtraError(EnsembleRMError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
+class DataError(EnsembleRMError):
+    """The user's data cannot be read or used."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowProblem:
+    """One bad row: where it stands and what is wrong with it."""
+
+    source: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}: {self.reason}"
+
+
+class BadRowsError(DataError):
+    """Some rows are bad.
+
+    Attributes
+    ----------
+    problems : tuple of RowProblem
+        Every bad row, in the order of the file.
+    """
+
+    def __init__(self, message: str, problems: Sequence[RowProblem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class EmptyDataError(DataError):
+    """Nothing usable is left of the data."""
+
+
+class SplitError(DataError):
+    """The data cannot be split as asked."""
+
+
+class ModelError(EnsembleRMError):
+    """A model cannot be loaded or used."""
+
+
+class BackboneError(ModelError):
+    """The folder, hub id or digest of a backbone is not what was expected."""
+
+
+class MissingHeadError(ModelError):
+    """The reward head's weights are absent from the checkpoint."""
+
+
+class TemplateError(ModelError):
+    """Prompt and completion cannot be told apart in the rendered template."""
+
+
+class ScoringError(EnsembleRMError):
+    """Scores cannot be computed or combined."""
+
+
+class NonFiniteScoreError(ScoringError):
+    """A NaN or an infinity stands where a finite score is needed."""
+
+
+class OneMemberError(ScoringError):
+    """Disagreement among members was asked of a single member."""
+
+
+class BaselineError(ScoringError):
+    """A prompt's reference completion is needed and missing."""
+
+
+class CalibrationError(EnsembleRMError):
+    """A calibration cannot be fitted or used."""
+
+
+class NotCalibratedError(CalibrationError):
+    """A probability was asked of an ensemble that has no calibration."""
+
+
+class AggregatorMismatchError(CalibrationError):
+    """The calibration was fitted with another aggregator."""
+
+
+class TooFewJudgmentsError(CalibrationError):
+    """The judgments do not suffice for a fit."""
+
+
+class SeparableError(CalibrationError):
+    """Every judgment agrees with its margin: the likelihood pulls T to 0."""
+
+
+class NoPositiveTemperatureError(CalibrationError):
+    """The margins point the wrong way or are all zero: no finite positive T fits."""
+
+
+class TrainingError(EnsembleRMError):
+    """A training run cannot go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss became NaN or infinite."""
+
+
+class ResumeError(TrainingError):
+    """A checkpoint belongs to another recipe or data set."""
+
+
+class StorageError(EnsembleRMError):
+    """A saved directory or a cache cannot be read or written."""
+
+
+class CacheLimitError(StorageError):
+    """A cache would outgrow its stated limit."""

@@ -1,0 +1,237 @@
+"""A backbone's name → its folder, digest, tokenizer and model.
+
+A backbone is a hub id, a local folder, or a folder that holds one GGUF file. GGUF weights are
+converted once to safetensors in the cache, since dequantising takes longer than all else.
+Knows nothing of samples or heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ensemble_rm.errors import BackboneError, MissingExtraError, MissingHeadError, OptionError
+
+DEFAULT_CACHE = Path("~/.cache/ensemble_rm")
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A pretrained model on this disk.
+
+    Attributes
+    ----------
+    name : str
+        As the user gave it: hub id or folder.
+    folder : Path
+        Where config, tokenizer and weights lie now.
+    digest : str
+        SHA-256 over the weight files; what a saved ensemble compares at loading.
+    """
+
+    name: str
+    folder: Path
+    digest: str
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of a name such as ``"bfloat16"``.
+
+    Raises
+    ------
+    OptionError
+        If the name is unknown.
+    """
+    if name not in DTYPES:
+        raise OptionError(f"dtype must be one of {sorted(DTYPES)}, not {name!r}")
+    return DTYPES[name]
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device named, or the best that this machine has: cuda, then mps, then cpu."""
+    if name is not None:
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backbone:
+    """Find a backbone's folder; fetch it from the hub where it is no folder.
+
+    Raises
+    ------
+    BackboneError
+        If there is no such folder and the hub does not deliver it, or the folder holds no model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        gguf = sorted(folder.glob("*.gguf"))
+        if gguf and not (folder / "config.json").exists():
+            if len(gguf) > 1:
+                raise BackboneError(f"{folder} holds {len(gguf)} GGUF files; leave one in a folder")
+            converted = convert_gguf(gguf[0], cache_dir=cache_dir)
+            return Backbone(str(name), converted, weights_digest(converted))
+    elif str(name).count("/") > 1 or str(name).startswith((".", "/", "~")):
+        raise BackboneError(f"no such folder: {name}")
+    else:
+        folder = _download(str(name))
+    if not (folder / "config.json").exists():
+        raise BackboneError(f"{folder} holds no model: config.json is missing")
+    return Backbone(str(name), folder, weights_digest(folder))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackboneError(
+            f"{name!r} is neither a folder here nor a model that the hub delivers ({reason})"
+        ) from error
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's weight files.
+
+    Raises
+    ------
+    BackboneError
+        If there is no safetensors file: other formats are pickles.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BackboneError(
+            f"{folder} holds no .safetensors weights; convert the model with "
+            "save_pretrained(safe_serialization=True) first"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
+    """Convert a GGUF file to a folder of safetensors, tokenizer and config, once.
+
+    Raises
+    ------
+    MissingExtraError
+        If the package ``gguf`` is not installed.
+    OptionError
+        If there is no cache to convert into.
+    """
+    if cache_dir is None:
+        raise OptionError(f"{path} must be converted once; give a cache_dir to keep the result in")
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    target = cache_dir.expanduser() / "gguf" / digest[:32]
+    if (target / "config.json").exists():
+        return target
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"reading {path.name} needs the package `gguf`: pip install 'ensemble-rm[gguf]'"
+        ) from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
+    # A model that remembers its quantisation refuses to be saved: pour it into a fresh one.
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(config)
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    fresh.tie_weights()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        fresh.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:  # another process was first
+            if not (target / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the folder's fast tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def load_trunk(folder: Path, *, dtype: str) -> torch.nn.Module:
+    """Load the transformer without a head, in evaluation mode, on the CPU."""
+    from transformers import AutoModel
+
+    model: torch.nn.Module = AutoModel.from_pretrained(str(folder), dtype=torch_dtype(dtype))
+    return model.eval().requires_grad_(False)
+
+
+def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
+    """Load a sequence-classification model of one output.
+
+    Parameters
+    ----------
+    folder : Path
+    dtype : str
+    new_head : bool
+        Give it a fresh head (for training); otherwise a head that is absent is an error.
+
+    Raises
+    ------
+    MissingHeadError
+        If the checkpoint lacks weights that transformers would initialise at random.
+    BackboneError
+        If the model has more than one output.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"dtype": torch_dtype(dtype), "output_loading_info": True}
+    if new_head:
+        options["num_labels"] = 1
+    elif (outputs := _outputs(folder)) != 1:
+        raise BackboneError(f"{folder} has {outputs} outputs; a reward model has one (num_labels=1)")
+    model, info = AutoModelForSequenceClassification.from_pretrained(str(folder), **options)
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if missing and not new_head:
+        raise MissingHeadError(
+            f"{folder} lacks the weights {missing}, which would be random numbers; "
+            "name a trained reward model, or train a head with ensemble_rm.train"
+        )
+    return model
+
+
+def _outputs(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    if "num_labels" in config:
+        return int(config["num_labels"])
+    labels = config.get("id2label")
+    return len(labels) if labels else 2  # transformers' default

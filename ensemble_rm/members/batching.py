@@ -1,0 +1,95 @@
+"""Encoded samples → padded batches of similar length.
+
+Batches are filled to a budget of padded tokens, longest first, so that little is padding and a
+lack of memory shows at once. Padding stands on the right whatever the tokenizer prefers; the
+mask comes from lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ensemble_rm.members.text import Encoded
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A padded batch.
+
+    Attributes
+    ----------
+    rows : list of int
+        Which samples these are, in the caller's numbering.
+    ids, mask : torch.Tensor
+        (B, T) token ids and attention mask (int64).
+    types : torch.Tensor, optional
+        (B, T) token type ids.
+    starts, lengths : torch.Tensor
+        (B,) index of the completion's first token, and number of real tokens.
+    """
+
+    rows: list[int]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    types: torch.Tensor | None
+    starts: torch.Tensor
+    lengths: torch.Tensor
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """Return the keyword arguments of a transformers forward pass."""
+        inputs = {"input_ids": self.ids, "attention_mask": self.mask}
+        if self.types is not None:
+            inputs["token_type_ids"] = self.types
+        return inputs
+
+
+def plan(lengths: Sequence[int], *, token_budget: int, max_rows: int = 512) -> list[list[int]]:
+    """Group rows by length, longest first, each group within the budget of padded tokens."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    groups: list[list[int]] = []
+    current: list[int] = []
+    for row in order:
+        widest = lengths[current[0]] if current else lengths[row]
+        if current and ((len(current) + 1) * widest > token_budget or len(current) >= max_rows):
+            groups.append(current)
+            current = []
+        current.append(int(row))
+    if current:
+        groups.append(current)
+    return groups
+
+
+def collate(encoded: Sequence[Encoded], rows: list[int], *, device: torch.device) -> Batch:
+    """Pad the given rows on the right."""
+    chosen = [encoded[row] for row in rows]
+    lengths = [len(e.ids) for e in chosen]
+    shape = (len(chosen), max(lengths))
+    ids = np.zeros(shape, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.int64)
+    typed = chosen[0].types is not None
+    types = np.zeros(shape, dtype=np.int64) if typed else None
+    for i, (e, n) in enumerate(zip(chosen, lengths, strict=True)):
+        ids[i, :n] = e.ids
+        mask[i, :n] = 1
+        if types is not None and e.types is not None:
+            types[i, :n] = e.types
+    return Batch(
+        rows,
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(mask).to(device),
+        None if types is None else torch.from_numpy(types).to(device),
+        torch.tensor([e.start for e in chosen], device=device),
+        torch.tensor(lengths, device=device),
+    )
+
+
+def batches(
+    encoded: Sequence[Encoded], *, token_budget: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield every sample once, in batches of similar length."""
+    for rows in plan([len(e.ids) for e in encoded], token_budget=token_budget):
+        yield collate(encoded, rows, device=device)

