@@ -140,9 +140,7 @@ def read_preferences(
     if not pairs:
         reasons = "\n".join(str(problem) for problem in problems[:5]) or "the file has no rows"
         raise EmptyDataError(f"{name} holds no usable preference pair:\n{reasons}")
-    report = LoadReport(
-        name, count, len(pairs), tuple(problems), tuple(duplicates), tuple(equal)
-    )
+    report = LoadReport(name, count, len(pairs), tuple(problems), tuple(duplicates), tuple(equal))
     return Preferences(tuple(pairs), name), report
 
 
@@ -335,5 +333,3 @@ def _votes(row: Row) -> tuple[float, float] | None:
     if min(pair) < 0 or sum(pair) <= 0:
         raise DataError(f"`votes` must be non-negative with at least one vote, not {value!r}")
     return pair
-
-

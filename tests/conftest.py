@@ -88,9 +88,7 @@ def smollm2_gguf_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(
-    smollm2_gguf_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def smollm2_folder(smollm2_gguf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a folder of safetensors, converted once a run, for all workers."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"

@@ -98,7 +98,9 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"]))
+        return Path(
+            snapshot_download(name, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackboneError(
@@ -162,7 +164,7 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     )
     # A model that remembers its quantisation refuses to be saved: pour it into a fresh one.
     with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(config)
+        fresh = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     fresh.load_state_dict(model.state_dict(), assign=True)
     fresh.tie_weights()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +194,7 @@ def load_trunk(folder: Path, *, dtype: str) -> torch.nn.Module:
     from transformers import AutoModel
 
     model: torch.nn.Module = AutoModel.from_pretrained(str(folder), dtype=torch_dtype(dtype))
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
@@ -218,7 +220,9 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
     if new_head:
         options["num_labels"] = 1
     elif (outputs := _outputs(folder)) != 1:
-        raise BackboneError(f"{folder} has {outputs} outputs; a reward model has one (num_labels=1)")
+        raise BackboneError(
+            f"{folder} has {outputs} outputs; a reward model has one (num_labels=1)"
+        )
     model, info = AutoModelForSequenceClassification.from_pretrained(str(folder), **options)
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing and not new_head:

@@ -101,7 +101,9 @@ class TextEncoder:
         self.template = _choose(tokenizer) if template == "auto" else template
         self.max_length = max_length
         if self.template == "chat" and not tokenizer.chat_template:
-            raise OptionError("template 'chat' needs a tokenizer with a chat template; this has none")
+            raise OptionError(
+                "template 'chat' needs a tokenizer with a chat template; this has none"
+            )
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         """Encode samples, in their order."""
@@ -206,7 +208,7 @@ class TextEncoder:
         return found
 
     def _layout(self) -> tuple[list[int], list[int], list[int], tuple[int, int] | None]:
-        """Special tokens before, between and after two segments, and the segments' types."""
+        """Return the special tokens around two segments, and the segments' types."""
         probe = self.tokenizer("a", "b")
         segments = probe.sequence_ids(0)
         ids = probe["input_ids"]

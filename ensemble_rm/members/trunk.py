@@ -148,7 +148,8 @@ class Trunk:
         setattr(parent, name, torch.nn.ModuleList(list(blocks)[: self.top]))
         self.blocks: torch.nn.ModuleList = getattr(parent, name)
         self.model: Any = model.to(self.device)
-        self.width: int = self.model.config.get_text_config().hidden_size
+        model_config: Any = self.model.config
+        self.width: int = model_config.get_text_config().hidden_size
 
     def pooled(
         self,
@@ -166,9 +167,7 @@ class Trunk:
         """
         out = np.empty((len(encoded), len(views), self.width), dtype=np.float32)
         done = 0
-        for batch in batches(
-            encoded, token_budget=self.options.token_budget, device=self.device
-        ):
+        for batch in batches(encoded, token_budget=self.options.token_budget, device=self.device):
             pooled = self.pool_batch(batch, views)
             out[batch.rows] = pooled.cpu().numpy()
             done += len(batch.rows)
@@ -200,9 +199,7 @@ class Trunk:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (row, (T, width) states after block `top`, before any final norm)."""
         done = 0
-        for batch in batches(
-            encoded, token_budget=self.options.token_budget, device=self.device
-        ):
+        for batch in batches(encoded, token_budget=self.options.token_budget, device=self.device):
             states = self.top_states(batch)
             for i, row in enumerate(batch.rows):
                 yield row, states[i, : int(batch.lengths[i])]

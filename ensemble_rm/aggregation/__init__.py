@@ -1,0 +1,1 @@
+"""Members' scores → one score; see `aggregator`."""

@@ -1,0 +1,103 @@
+"""Members' raw scores → one unit: an offset and a scale a member.
+
+Fitted once, at training, on reference completions; never part of a calibration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ensemble_rm.aggregation.aggregator import score_matrix
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.errors import NonFiniteScoreError, OptionError
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Subtracts each member's offset and divides by its scale.
+
+    Attributes
+    ----------
+    offset, scale : tuple of float
+        One a member, in the member's own unit; scales are > 0.
+    """
+
+    offset: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.offset) != len(self.scale) or not self.offset:
+            raise OptionError(f"{len(self.offset)} offsets and {len(self.scale)} scales")
+        if not np.isfinite(self.offset + self.scale).all() or min(self.scale) <= 0:
+            raise OptionError(f"offsets must be finite and scales > 0, not {self}")
+
+    def __call__(self, scores: ArrayLike) -> Floats:
+        """Return (n_samples, n_members) normalised scores; NaN stays NaN."""
+        matrix = score_matrix(scores)
+        if matrix.shape[1] != len(self.offset):
+            raise OptionError(f"{matrix.shape[1]} members, and a normaliser of {len(self.offset)}")
+        return (matrix - np.array(self.offset)) / np.array(self.scale)
+
+    @classmethod
+    def identity(cls, members: int) -> Normaliser:
+        """Return the normaliser that changes nothing, said aloud."""
+        return cls((0.0,) * members, (1.0,) * members)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that `from_json` reads."""
+        return {"offset": list(self.offset), "scale": list(self.scale)}
+
+    @classmethod
+    def from_json(cls, d: Any) -> Normaliser:
+        """Read what `to_json` wrote."""
+        return cls(tuple(map(float, d["offset"])), tuple(map(float, d["scale"])))
+
+
+def fit_normaliser(scores: ArrayLike, groups: ArrayLike) -> Normaliser:
+    """Fit offset (the mean) and scale (the RMS deviation within prompts) of each member.
+
+    A Bradley–Terry score is fixed only up to a function of the prompt, so a global standard
+    deviation would be dominated by arbitrary offsets.
+
+    Parameters
+    ----------
+    scores : array_like, shape (n_samples, n_members)
+        Raw scores of reference completions.
+    groups : array_like of int, shape (n_samples,)
+        Prompt of each; at least one prompt has two completions that differ in score.
+
+    Returns
+    -------
+    Normaliser
+        For the members in their order.
+
+    Raises
+    ------
+    NonFiniteScoreError
+        If a score is NaN or infinite.
+    OptionError
+        If a member gives every completion of a prompt the same score.
+    """
+    matrix = score_matrix(scores)
+    if not np.isfinite(matrix).all():
+        raise NonFiniteScoreError("reference scores hold NaN or infinity")
+    labels = np.unique(np.asarray(groups), return_inverse=True)[1]
+    counts = np.bincount(labels)
+    sums = np.zeros((len(counts), matrix.shape[1]))
+    np.add.at(sums, labels, matrix)
+    within = matrix - (sums / counts[:, None])[labels]
+    several = counts[labels] > 1
+    freedom = int(several.sum() - (counts > 1).sum())
+    if freedom == 0:
+        raise OptionError("no prompt has two reference completions; the scale within is undefined")
+    scale = np.sqrt((within[several] ** 2).sum(axis=0) / freedom)
+    tiny = scale <= 1e-12 * np.maximum(np.abs(matrix).max(axis=0), 1e-30)
+    if tiny.any():
+        raise OptionError(
+            f"member {int(np.flatnonzero(tiny)[0])} scores all completions of a prompt alike"
+        )
+    return Normaliser(tuple(matrix.mean(axis=0).tolist()), tuple(scale.tolist()))

@@ -1,0 +1,235 @@
+"""How good preference probabilities are: NLL, Brier, accuracy, ECE and its null, AUROC, intervals.
+
+`p` is always the probability that the first completion is preferred, `y` the target in [0, 1]
+(½ a tie). Every figure is indifferent to which side is called first.
+
+References
+----------
+.. [1] Naeini et al. 2015: expected calibration error, here on equal-width bins.
+.. [2] Błasiok & Nakkiran 2023, arXiv 2309.12236: smooth calibration error.
+.. [3] Geifman & El-Yaniv 2017, arXiv 1705.08500: risk–coverage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import xlogy
+from scipy.stats import rankdata
+
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its interval.
+
+    Attributes
+    ----------
+    estimate : float
+        On the data themselves.
+    low, high : float
+        Bounds of the interval.
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class EceNull:
+    """What a perfectly calibrated model of the same probabilities shows as ECE.
+
+    Attributes
+    ----------
+    mean : float
+        Of the redrawn ECEs.
+    low, high : float
+        Their central 95 %.
+    upper95 : float
+        Their 95 % quantile: an ECE above it is not explained by chance.
+    """
+
+    mean: float
+    low: float
+    high: float
+    upper95: float
+
+
+def _read(p: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
+    probability = np.asarray(p, dtype=np.float64)
+    target = np.asarray(y, dtype=np.float64)
+    if probability.ndim != 1 or probability.shape != target.shape or not probability.size:
+        raise OptionError(
+            f"p and y must be equally long vectors, not {probability.shape} and {target.shape}"
+        )
+    for name, values in (("p", probability), ("y", target)):
+        outside = ~((values >= 0) & (values <= 1))
+        if outside.any():
+            raise OptionError(f"{name} must lie in [0, 1]; found {values[outside][0]}")
+    return probability, target
+
+
+def nll(p: ArrayLike, y: ArrayLike) -> float:
+    """Negative log-likelihood, nats a judgment."""
+    q, t = _read(p, y)
+    return float(-(xlogy(t, q) + xlogy(1 - t, 1 - q)).mean())
+
+
+def brier(p: ArrayLike, y: ArrayLike) -> float:
+    """Mean squared error of the probabilities."""
+    q, t = _read(p, y)
+    return float(((q - t) ** 2).mean())
+
+
+def agreement(p: ArrayLike, y: ArrayLike) -> Floats:
+    """Credit of each pair towards accuracy: 1, 0, ½ for p = ½; the share of votes where split."""
+    q, t = _read(p, y)
+    return np.where(q > 0.5, t, np.where(q < 0.5, 1 - t, 0.5))
+
+
+def accuracy(p: ArrayLike, y: ArrayLike) -> float:
+    """Share of verdicts that the more probable side wins."""
+    return float(agreement(p, y).mean())
+
+
+def ece(p: ArrayLike, y: ArrayLike, *, bins: int = 20) -> float:
+    """Expected calibration error on equal-width bins, symmetrised [1]_.
+
+    Each pair counts in both orientations: without that, data stored chosen-first show a large
+    error on perfectly calibrated probabilities.
+    """
+    q, t = _read(p, y)
+    return float(_ece_many(q, t[None, :], bins)[0])
+
+
+def _ece_many(p: Floats, targets: Floats, bins: int) -> Floats:
+    """ECE of one vector of probabilities under (m, n) targets."""
+    if bins < 1:
+        raise OptionError(f"bins must be at least 1, not {bins}")
+    both = np.concatenate([p, 1 - p])
+    place = np.minimum((both * bins).astype(np.int64), bins - 1)
+    sums = np.zeros((len(targets), bins))
+    residual = np.concatenate([targets - p, p - targets], axis=1)
+    order = np.argsort(place, kind="stable")
+    present, first = np.unique(place[order], return_index=True)
+    sums[:, present] = np.add.reduceat(residual[:, order], first, axis=1)
+    return np.asarray(np.abs(sums).sum(axis=1) / len(both), dtype=np.float64)
+
+
+def ece_null(p: ArrayLike, *, bins: int = 20, draws: int = 1000, seed: int = 0) -> EceNull:
+    """Redraw labels from the probabilities themselves: the band that chance alone explains."""
+    q = np.asarray(p, dtype=np.float64)
+    _read(q, q)
+    rng = np.random.default_rng(seed)
+    found = np.concatenate(
+        [
+            _ece_many(q, (rng.random((min(100, draws - i), len(q))) < q).astype(np.float64), bins)
+            for i in range(0, draws, 100)
+        ]
+    )
+    low, high, upper = np.quantile(found, [0.025, 0.975, 0.95])
+    return EceNull(float(found.mean()), float(low), float(high), float(upper))
+
+
+def smooth_ece(p: ArrayLike, y: ArrayLike, *, grid: int = 400) -> float:
+    """Calibration error without bins: the fixed point smECE_σ = σ of a reflected kernel [2]_."""
+    q, t = _read(p, y)
+    values = np.concatenate([q, 1 - q])
+    residual = np.concatenate([t - q, q - t])
+    place = np.minimum((values * grid).astype(np.int64), grid - 1)
+    mass = np.bincount(place, residual, minlength=grid) / len(values)
+    centres = (np.arange(grid) + 0.5) / grid
+    gaps = np.abs(centres[:, None] - centres[None, :])
+    mirrored = np.minimum(centres[:, None] + centres, 2 - centres[:, None] - centres)
+
+    def at(width: float) -> float:
+        kernel = np.exp(-0.5 * (gaps / width) ** 2) + np.exp(-0.5 * (mirrored / width) ** 2)
+        kernel /= kernel.sum(axis=0, keepdims=True)
+        return float(np.abs(kernel @ mass).sum())
+
+    low, high = 0.5 / grid, 1.0
+    for _ in range(30):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if at(middle) > middle else (low, middle)
+    return at(0.5 * (low + high))
+
+
+def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
+    """Chance that a positive outranks a negative; NaN where one class is absent."""
+    ranks = rankdata(np.asarray(scores, dtype=np.float64))
+    is_positive = np.asarray(positive, dtype=bool)
+    n = int(is_positive.sum())
+    m = len(is_positive) - n
+    if n == 0 or m == 0:
+        return float("nan")
+    return float((ranks[is_positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def error_auroc(p: ArrayLike, y: ArrayLike, uncertainty: ArrayLike) -> float:
+    """How well an uncertainty ranks wrong pairs above right ones; ties (y = ½) are left out."""
+    q, t = _read(p, y)
+    decided = (t != 0.5) & (q != 0.5)
+    wrong = (q > 0.5) != (t > 0.5)
+    return auroc(np.asarray(uncertainty, dtype=np.float64)[decided], wrong[decided])
+
+
+def risk_coverage(p: ArrayLike, y: ArrayLike, confidence: ArrayLike) -> tuple[Floats, Floats]:
+    """Error among the most confident share of pairs [3]_.
+
+    Returns
+    -------
+    coverage, risk : ndarray, shape (n_pairs,)
+        Share kept, and share of errors among them.
+    """
+    credit = agreement(p, y)
+    order = np.argsort(-np.asarray(confidence, dtype=np.float64), kind="stable")
+    kept = np.arange(1, len(order) + 1)
+    return kept / len(order), np.cumsum(1 - credit[order]) / kept
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], float],
+    groups: ArrayLike,
+    *,
+    draws: int = 500,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile interval by redrawing whole prompts.
+
+    Parameters
+    ----------
+    statistic : callable
+        Takes the indices of pairs, shape (m,), with repeats; returns a number.
+    groups : array_like of int, shape (n_pairs,)
+        Prompt of each pair.
+    draws : int
+        Bootstrap samples.
+    level : float
+        Nominal coverage.
+    seed : int
+        Of the draws.
+
+    Returns
+    -------
+    Interval
+        Estimate on all pairs, and percentiles of the draws.
+    """
+    labels = np.unique(np.asarray(groups), return_inverse=True)[1]
+    order = np.argsort(labels, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(labels))[:-1])
+    rng = np.random.default_rng(seed)
+    found = [
+        statistic(
+            np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        )
+        for _ in range(draws)
+    ]
+    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(statistic(np.arange(len(labels))), float(low), float(high))
