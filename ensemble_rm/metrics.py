@@ -99,7 +99,7 @@ def accuracy(p: ArrayLike, y: ArrayLike) -> float:
 
 
 def ece(p: ArrayLike, y: ArrayLike, *, bins: int = 20) -> float:
-    """Expected calibration error on equal-width bins, symmetrised [1]_.
+    """Return the expected calibration error on equal-width bins, symmetrised [1]_.
 
     Each pair counts in both orientations: without that, data stored chosen-first show a large
     error on perfectly calibrated probabilities.
@@ -225,11 +225,11 @@ def bootstrap(
     order = np.argsort(labels, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(labels))[:-1])
     rng = np.random.default_rng(seed)
-    found = [
-        statistic(
-            np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        )
-        for _ in range(draws)
-    ]
+
+    def redraw() -> NDArray[np.int64]:
+        chosen = rng.integers(len(members), size=len(members))
+        return np.concatenate([members[i] for i in chosen])
+
+    found = [statistic(redraw()) for _ in range(draws)]
     low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Interval(statistic(np.arange(len(labels))), float(low), float(high))

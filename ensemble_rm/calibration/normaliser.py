@@ -40,7 +40,8 @@ class Normaliser:
         matrix = score_matrix(scores)
         if matrix.shape[1] != len(self.offset):
             raise OptionError(f"{matrix.shape[1]} members, and a normaliser of {len(self.offset)}")
-        return (matrix - np.array(self.offset)) / np.array(self.scale)
+        normalised: Floats = (matrix - np.array(self.offset)) / np.array(self.scale)
+        return normalised
 
     @classmethod
     def identity(cls, members: int) -> Normaliser:

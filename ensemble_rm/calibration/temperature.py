@@ -147,11 +147,8 @@ def fit_temperature(
     p = np.asarray(expit(beta * x))
     score = w * (y - p) * x
     curvature = float((w * p * (1 - p) * x**2).sum())
-    labels = (
-        np.arange(len(x))
-        if groups is None
-        else np.unique(np.asarray(groups), return_inverse=True)[1]
-    )
+    own = np.arange(len(x)) if groups is None else np.asarray(groups)
+    labels = np.unique(own, return_inverse=True)[1]
     if len(labels) != len(x):
         raise OptionError(f"{len(labels)} groups for {len(x)} pairs")
     clusters = np.bincount(labels, score)
