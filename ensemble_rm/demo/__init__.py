@@ -1,0 +1,1 @@
+"""The demo: data that the project makes itself, and the run over it."""

@@ -1,0 +1,1 @@
+"""Text → score columns; the one room where models live."""

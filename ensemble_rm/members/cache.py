@@ -1,0 +1,168 @@
+"""Pooled features on disk: each text is read by a trunk once.
+
+An SQLite file that several processes may share. The key covers all that a feature depends on:
+the weights' digest, the dtype, the tokens after template and truncation, layer and pooling. A full
+cache forgets its oldest entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.members.text import Encoded
+from ensemble_rm.members.trunk import Progress, Trunk, View, silent
+
+DEFAULT_MAX_BYTES = 4 * 2**30
+_CHUNK = 256  # samples read between two writes: what an interruption can cost
+_QUERY = 500  # keys a statement
+
+
+class FeatureCache:
+    """A bounded store of float32 vectors under byte keys.
+
+    Parameters
+    ----------
+    folder : Path
+        Where ``features.sqlite`` lies; made where missing.
+    max_bytes : int
+        Of vectors; the oldest are forgotten beyond it.
+    """
+
+    def __init__(self, folder: Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        if max_bytes <= 0:
+            raise OptionError(f"max_bytes must be positive, not {max_bytes}")
+        self.path = folder.expanduser() / "features.sqlite"
+        self.max_bytes = max_bytes
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make the cache folder {self.path.parent}: {error}"
+            ) from error
+        with self._open() as db:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS features "
+                "(id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL, vector BLOB NOT NULL)"
+            )
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
+                yield db
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"the feature cache {self.path} cannot be used ({error}); delete it, or name "
+                "another cache_dir"
+            ) from error
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+        """Return the vectors that are there."""
+        found: dict[bytes, NDArray[np.float32]] = {}
+        with self._open() as db:
+            for i in range(0, len(keys), _QUERY):
+                part = list(keys[i : i + _QUERY])
+                marks = ",".join("?" * len(part))
+                rows = db.execute(f"SELECT key, vector FROM features WHERE key IN ({marks})", part)
+                found.update((key, np.frombuffer(blob, dtype="<f4")) for key, blob in rows)
+        return found
+
+    def put(self, keys: Sequence[bytes], vectors: NDArray[np.float32]) -> None:
+        """Store one vector a key."""
+        width = vectors.shape[1] * 4
+        with self._open() as db:
+            db.executemany(
+                "INSERT OR IGNORE INTO features (key, vector) VALUES (?, ?)",
+                zip(keys, (v.astype("<f4").tobytes() for v in vectors), strict=True),
+            )
+            (count,) = db.execute("SELECT COUNT(*) FROM features").fetchone()
+            over = count - max(self.max_bytes // width, 1)
+            if over > 0:
+                db.execute(
+                    "DELETE FROM features WHERE id IN "
+                    "(SELECT id FROM features ORDER BY id LIMIT ?)",
+                    (over,),
+                )
+
+    def __len__(self) -> int:
+        with self._open() as db:
+            (count,) = db.execute("SELECT COUNT(*) FROM features").fetchone()
+            return int(count)
+
+
+def text_digest(encoded: Encoded, *, model: str) -> bytes:
+    """Digest of a model and the tokens it reads."""
+    digest = hashlib.sha256(model.encode())
+    digest.update(np.asarray([encoded.start, *encoded.ids], dtype="<i8").tobytes())
+    if encoded.types is not None:
+        digest.update(np.asarray(encoded.types, dtype="<i8").tobytes())
+    return digest.digest()
+
+
+def features(
+    trunk: Trunk,
+    encoded: Sequence[Encoded],
+    views: Sequence[View],
+    *,
+    cache: FeatureCache | None = None,
+    progress: Progress = silent,
+) -> NDArray[np.float32]:
+    """Return what each view reads of each sample; equal samples are read once.
+
+    Parameters
+    ----------
+    trunk : Trunk
+    encoded : sequence of Encoded
+    views : sequence of View
+    cache : FeatureCache, optional
+        Looked into before the trunk runs, and filled as it runs.
+    progress : callable
+        Called with ("reading", done, total), in different samples.
+
+    Returns
+    -------
+    ndarray
+        (n_samples, n_views, width) float32.
+    """
+    model = f"{trunk.backbone.digest}|{trunk.options.dtype}"
+    texts = [text_digest(e, model=model) for e in encoded]
+    first: dict[bytes, int] = {}
+    for i, text in enumerate(texts):
+        first.setdefault(text, i)
+    known: dict[bytes, NDArray[np.float32]] = {}
+    marks = [str(view).encode() for view in views]
+    if cache is not None:
+        wanted = [hashlib.sha256(text + mark).digest() for text in first for mark in marks]
+        known = cache.get(wanted)
+    missing = []
+    by_text: dict[bytes, NDArray[np.float32]] = {}
+    for text, row in first.items():
+        found = [known.get(hashlib.sha256(text + mark).digest()) for mark in marks]
+        if any(vector is None or vector.shape != (trunk.width,) for vector in found):
+            missing.append(row)
+        else:
+            by_text[text] = np.stack([v for v in found if v is not None])
+    missing.sort(key=lambda row: -len(encoded[row].ids))  # longest first, as batches want it
+    for i in range(0, len(missing), _CHUNK):
+        rows = missing[i : i + _CHUNK]
+        pooled = trunk.pooled(
+            [encoded[row] for row in rows],
+            views,
+            progress=lambda stage, done, _, i=i: progress(stage, i + done, len(missing)),  # type: ignore[misc]
+        )
+        if cache is not None:
+            keys = [hashlib.sha256(texts[row] + mark).digest() for row in rows for mark in marks]
+            cache.put(keys, pooled.reshape(len(keys), trunk.width))
+        by_text.update((texts[row], pooled[j]) for j, row in enumerate(rows))
+    if not encoded:
+        return np.empty((0, len(views), trunk.width), dtype=np.float32)
+    return np.stack([by_text[text] for text in texts])

@@ -1,0 +1,218 @@
+"""`head` members: k small heads over one frozen trunk, each reading its own view of it.
+
+The trunk runs once a sample, up to the highest layer that a view reads; the heads are a matrix
+product in float64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from scipy.special import expit
+
+from ensemble_rm.errors import BackboneError, OptionError, StorageError
+from ensemble_rm.members import backbone as bb
+from ensemble_rm.members.cache import FeatureCache, features
+from ensemble_rm.members.text import Truncation, count_truncation
+from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
+from ensemble_rm.samples import Sample
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """k heads of one shape.
+
+    A head standardises what its view reads, z = (x − offset)·gain, and returns w·z + b, or
+    w·silu(V z + c) + b where it has a hidden layer. A feature outside a head's random subspace
+    has gain 0.
+
+    Attributes
+    ----------
+    offset, gain : ndarray, shape (k, width)
+    weight : ndarray, shape (k, width) or (k, hidden)
+    bias : ndarray, shape (k,)
+    inner : ndarray, shape (k, width, hidden), optional
+    inner_bias : ndarray, shape (k, hidden), optional
+    """
+
+    offset: Floats
+    gain: Floats
+    weight: Floats
+    bias: Floats
+    inner: Floats | None = None
+    inner_bias: Floats | None = None
+
+    def __call__(self, member: int, x: NDArray[np.float32]) -> Floats:
+        """Score (n, width) features with one head: (n,)."""
+        z: Floats = (x.astype(np.float64) - self.offset[member]) * self.gain[member]
+        if self.inner is not None and self.inner_bias is not None:
+            hidden = z @ self.inner[member] + self.inner_bias[member]
+            z = hidden * expit(hidden)
+        return np.asarray(z @ self.weight[member] + self.bias[member], dtype=np.float64)
+
+    def tensors(self) -> dict[str, Floats]:
+        """Return the arrays by name."""
+        return {name: a for name, a in vars(self).items() if a is not None}
+
+
+class HeadScorer:
+    """k heads over one trunk.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    options : TrunkOptions
+        How the trunk reads text: the same at training and at scoring.
+    views : sequence of View
+        What each head reads.
+    weights : HeadWeights
+    names : sequence of str, optional
+        One a head; its view where not given.
+    cache : FeatureCache, optional
+        Used while scoring. None reads every text anew, as an RL loop wants it.
+    trunk : Trunk, optional
+        An open trunk to use, instead of one loaded at the first score.
+    """
+
+    kind = "head"
+
+    def __init__(
+        self,
+        backbone: bb.Backbone,
+        options: TrunkOptions,
+        views: Sequence[View],
+        weights: HeadWeights,
+        *,
+        names: Sequence[str] | None = None,
+        cache: FeatureCache | None = None,
+        trunk: Trunk | None = None,
+    ) -> None:
+        if len(views) != len(weights.bias):
+            raise OptionError(f"{len(views)} views for {len(weights.bias)} heads")
+        self.backbone = backbone
+        self.options = options
+        self.views = tuple(views)
+        self.weights = weights
+        self.names = (
+            tuple(names) if names else tuple(f"head{i}@{view}" for i, view in enumerate(self.views))
+        )
+        self.cache = cache
+        self._trunk = trunk
+        self._lock = Lock()
+
+    @property
+    def trunk(self) -> Trunk:
+        """The trunk, loaded at first use up to the highest layer that is read."""
+        with self._lock:
+            if self._trunk is None:
+                top = max(view.layer for view in self.views)
+                self._trunk = Trunk(self.backbone, self.options, top=top)
+            return self._trunk
+
+    def with_cache(self, cache: FeatureCache | None) -> HeadScorer:
+        """Return the same scorer with another feature cache."""
+        return HeadScorer(
+            self.backbone,
+            self.options,
+            self.views,
+            self.weights,
+            names=self.names,
+            cache=cache,
+            trunk=self._trunk,
+        )
+
+    def score(self, samples: Sequence[Sample]) -> Floats:
+        """Return (n_samples, k) raw scores, in the order of the samples."""
+        return self.score_counted(samples)[0]
+
+    def score_counted(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
+    ) -> tuple[Floats, Truncation]:
+        """Return the scores, and how many samples were cut."""
+        encoded = self.trunk.encoder.encode(samples)
+        distinct = tuple(dict.fromkeys(self.views))
+        read = features(self.trunk, encoded, distinct, cache=self.cache, progress=progress)
+        return self.apply(read, distinct), count_truncation(encoded)
+
+    def apply(self, read: NDArray[np.float32], distinct: Sequence[View]) -> Floats:
+        """Run the heads on (n, n_views, width) features of `distinct` views: (n, k)."""
+        place = {view: i for i, view in enumerate(distinct)}
+        out = np.empty((len(read), len(self.views)))
+        for member, view in enumerate(self.views):
+            out[:, member] = self.weights(member, read[:, place[view]])
+        return out
+
+    def describe(self) -> dict[str, Any]:
+        """Return what provenance and reports say of it."""
+        hidden = 0 if self.weights.inner is None else self.weights.inner.shape[2]
+        return {
+            "kind": self.kind,
+            "backbone": self.backbone.name,
+            "digest": self.backbone.digest,
+            "options": asdict(self.options),
+            "views": [str(view) for view in self.views],
+            "names": list(self.names),
+            "hidden": hidden,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``member.json`` and ``heads.safetensors``; the backbone stays where it is."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {k: np.ascontiguousarray(v) for k, v in self.weights.tensors().items()}
+        save_file(arrays, folder / "heads.safetensors")
+        (folder / "member.json").write_text(json.dumps(self.describe(), indent=1) + "\n")
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        backbone: str | Path | None = None,
+        device: str | None = None,
+        cache_dir: Path | None = bb.DEFAULT_CACHE,
+    ) -> HeadScorer:
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        folder : Path
+        backbone : str or Path, optional
+            Where the backbone lies now, if not where training found it.
+        device : str, optional
+            The best available where none is named.
+        cache_dir : Path, optional
+            For converted GGUF weights.
+
+        Raises
+        ------
+        BackboneError
+            If the backbone's weights are not those that the heads were trained on.
+        StorageError
+            If the folder is incomplete.
+        """
+        try:
+            said = json.loads((folder / "member.json").read_text())
+            weights = HeadWeights(**load_file(folder / "heads.safetensors"))
+            views = [View.parse(view) for view in said["views"]]
+            options = replace(TrunkOptions(**said["options"]), device=device)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise StorageError(f"{folder} is no saved head member: {error}") from error
+        found = bb.locate(backbone or said["backbone"], cache_dir=cache_dir)
+        if found.digest != said["digest"]:
+            raise BackboneError(
+                f"the weights of {found.name} (SHA-256 {found.digest[:12]}…) are not those that "
+                f"the heads were trained on ({said['digest'][:12]}…); name the right folder with "
+                "backbone=… or --backbone"
+            )
+        return cls(found, options, views, weights, names=said["names"])

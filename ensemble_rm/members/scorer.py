@@ -1,0 +1,103 @@
+"""The protocol that every kind of member keeps: samples in, a matrix of scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.errors import NonFiniteScoreError, OptionError
+from ensemble_rm.members.text import Truncation
+from ensemble_rm.members.trunk import Progress
+from ensemble_rm.samples import Sample
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Scores samples, one column a member.
+
+    A user's own kind of member writes these two; everything else is built on them.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name a column."""
+        ...
+
+    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
+        """Return (n_samples, n_members) raw scores, in the order of the samples."""
+        ...
+
+
+@runtime_checkable
+class TextScorer(Scorer, Protocol):
+    """A scorer that tokenises: it reports progress and what truncation took."""
+
+    def score_counted(
+        self, samples: Sequence[Sample], *, progress: Progress
+    ) -> tuple[NDArray[np.float64], Truncation]:
+        """Return the scores, and how many samples were cut."""
+        ...
+
+
+@runtime_checkable
+class StoredScorer(Scorer, Protocol):
+    """A scorer that can be saved to a folder and read back by its kind's name."""
+
+    kind: str
+
+    def save(self, folder: Path) -> None:
+        """Write safetensors and JSON to a new folder."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return what provenance and reports say of it."""
+        ...
+
+
+class FunctionScorer:
+    """A Python function as a member: a rule, a verifier, a length penalty.
+
+    Parameters
+    ----------
+    name : str
+        The column's name.
+    function : callable
+        Takes a sample, returns its score: any finite real number.
+    """
+
+    def __init__(self, name: str, function: Callable[[Sample], float]) -> None:
+        self.names = (name,)
+        self._function = function
+
+    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
+        """Return (n_samples, 1) scores."""
+        return np.array([[float(self._function(s))] for s in samples], dtype=np.float64).reshape(
+            len(samples), 1
+        )
+
+
+def checked_scores(scorer: Scorer, scores: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """Return the scores where they have the promised shape; infinity is an error, NaN is not yet.
+
+    Raises
+    ------
+    OptionError
+        If the shape is not (n, number of names).
+    NonFiniteScoreError
+        If a score is infinite.
+    """
+    matrix = np.asarray(scores, dtype=np.float64)
+    if matrix.shape != (n, len(scorer.names)):
+        raise OptionError(
+            f"{type(scorer).__name__} returned scores of shape {matrix.shape} for {n} samples and "
+            f"{len(scorer.names)} names; a scorer returns (n_samples, n_members)"
+        )
+    infinite = np.isinf(matrix).any(axis=0)
+    if infinite.any():
+        culprit = scorer.names[int(np.flatnonzero(infinite)[0])]
+        raise NonFiniteScoreError(f"member {culprit!r} scored infinity")
+    return matrix

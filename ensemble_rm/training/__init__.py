@@ -1,0 +1,1 @@
+"""Preference pairs → trained members: losses, seeds, loops, resume; see `train`."""

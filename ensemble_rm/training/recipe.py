@@ -1,0 +1,73 @@
+"""What a training run is told, as one immutable record that is saved with its result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ensemble_rm.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How members are trained.
+
+    Attributes
+    ----------
+    epochs : int
+        At most; early stopping may end sooner.
+    patience : int
+        Epochs without a better validation NLL after which a member stops.
+    learning_rate : float
+        Of AdamW.
+    weight_decay : tuple of float
+        Decoupled, a step's share is learning_rate·weight_decay. Heads try every value and keep
+        the one of the best validation NLL, each member its own.
+    batch_size : int
+        Pairs a step.
+    clip : float
+        Largest norm of a member's gradient.
+    smoothing : float
+        Label smoothing ε.
+    centring : float
+        Coefficient of the centring term.
+    bootstrap : bool
+        Give each member its own resample of the training prompts.
+    subspace : float
+        Share of the features that each head sees, drawn anew a head; 1 is all.
+    hidden : int
+        Width of a head's hidden layer; 0 is a linear head.
+    """
+
+    epochs: int = 60
+    patience: int = 6
+    learning_rate: float = 3e-4
+    weight_decay: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    batch_size: int = 64
+    clip: float = 1.0
+    smoothing: float = 0.0
+    centring: float = 0.0
+    bootstrap: bool = False
+    subspace: float = 1.0
+    hidden: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight_decay", tuple(float(w) for w in self.weight_decay))
+        rules = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "patience": (self.patience >= 1, "at least 1"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "a finite number > 0"),
+            "weight_decay": (
+                bool(self.weight_decay) and all(0 <= w < math.inf for w in self.weight_decay),
+                "one or more finite numbers ≥ 0",
+            ),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "clip": (self.clip > 0, "> 0"),
+            "smoothing": (0 <= self.smoothing < 1, "in [0, 1)"),
+            "centring": (0 <= self.centring < math.inf, "a finite number ≥ 0"),
+            "subspace": (0 < self.subspace <= 1, "in (0, 1]"),
+            "hidden": (self.hidden >= 0, "≥ 0"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise OptionError(f"{name} must be {wanted}, not {getattr(self, name)!r}")

@@ -1,0 +1,46 @@
+"""Seeds: one number → independent streams for every member and purpose.
+
+Nothing here touches a global generator, but for `global_seed`, which puts it back.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+PURPOSES = ("init", "order", "bootstrap", "subspace", "dropout")
+
+
+def member_seeds(seed: int, members: int) -> list[dict[str, int]]:
+    """Spawn a seed for each member and purpose: independent streams of numpy's SeedSequence.
+
+    The seeds of member i do not depend on how many members there are.
+    """
+    found = []
+    for child in np.random.SeedSequence(seed).spawn(members):
+        numbers = child.generate_state(len(PURPOSES), np.uint64)
+        found.append({p: int(n >> 1) for p, n in zip(PURPOSES, numbers.tolist(), strict=True)})
+    return found
+
+
+@contextmanager
+def global_seed(seed: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's global generators, and restore their states at the end.
+
+    For trainers that draw from them; torch's generators of accelerators are included.
+    """
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
