@@ -1,3 +1,108 @@
-"""ensemble_rm: robust, calibrated rewards from ensembles of reward models."""
+"""ensemble_rm: robust, calibrated rewards from ensembles of reward models.
+
+Importing it loads neither torch nor transformers: each name brings what it needs at first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ensemble_rm.aggregation.aggregator import (
+        Aggregator,
+        cvar,
+        entropic,
+        lcb,
+        make_aggregator,
+        mean,
+        median,
+        minimum,
+        quantile,
+        uwo,
+    )
+    from ensemble_rm.calibration.calibration import Calibration
+    from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
+    from ensemble_rm.calibration.pairs import ScoredPairs
+    from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
+    from ensemble_rm.ensemble import Comparison, Ranking, RewardEnsemble, Scores
+    from ensemble_rm.loading import load_preferences
+    from ensemble_rm.members.heads import HeadScorer
+    from ensemble_rm.members.scorer import FunctionScorer, Scorer
+    from ensemble_rm.members.trunk import TrunkOptions, View
+    from ensemble_rm.reports.evaluation import Evaluation, evaluate
+    from ensemble_rm.samples import Message, Preference, Preferences, Sample
+    from ensemble_rm.training.recipe import Recipe
+    from ensemble_rm.training.train import train
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "aggregation.aggregator": (
+        "Aggregator cvar entropic lcb make_aggregator mean median minimum quantile uwo"
+    ),
+    "calibration.calibration": "Calibration",
+    "calibration.normaliser": "Normaliser fit_normaliser",
+    "calibration.pairs": "ScoredPairs",
+    "calibration.temperature": "TemperatureFit fit_temperature",
+    "ensemble": "Comparison Ranking RewardEnsemble Scores",
+    "loading": "load_preferences",
+    "members.heads": "HeadScorer",
+    "members.scorer": "FunctionScorer Scorer",
+    "members.trunk": "TrunkOptions View",
+    "reports.evaluation": "Evaluation evaluate",
+    "samples": "Message Preference Preferences Sample",
+    "training.recipe": "Recipe",
+    "training.train": "train",
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "Aggregator",
+    "Calibration",
+    "Comparison",
+    "Evaluation",
+    "FunctionScorer",
+    "HeadScorer",
+    "Message",
+    "Normaliser",
+    "Preference",
+    "Preferences",
+    "Ranking",
+    "Recipe",
+    "RewardEnsemble",
+    "Sample",
+    "ScoredPairs",
+    "Scorer",
+    "Scores",
+    "TemperatureFit",
+    "TrunkOptions",
+    "View",
+    "__version__",
+    "cvar",
+    "entropic",
+    "evaluate",
+    "fit_normaliser",
+    "fit_temperature",
+    "lcb",
+    "load_preferences",
+    "make_aggregator",
+    "mean",
+    "median",
+    "minimum",
+    "quantile",
+    "train",
+    "uwo",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'ensemble_rm' has no attribute {name!r}")
+    value = getattr(import_module(f"ensemble_rm.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -200,6 +200,16 @@ class Preferences(Sequence[Preference]):
         return np.array([pair.weight for pair in self.pairs], dtype=np.float64)
 
     @property
+    def margins(self) -> NDArray[np.float64]:
+        """Target margin of each pair, shape (n_pairs,)."""
+        return np.array([pair.margin for pair in self.pairs], dtype=np.float64)
+
+    @property
+    def prompt_keys(self) -> frozenset[str]:
+        """Digests of the prompts."""
+        return frozenset(prompt_key(pair.prompt) for pair in self.pairs)
+
+    @property
     def groups(self) -> NDArray[np.int64]:
         """Number of each pair's prompt in order of appearance, shape (n_pairs,)."""
         numbers: dict[str, int] = {}

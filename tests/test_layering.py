@@ -22,6 +22,7 @@ FLOORS = {
     "metrics": 1,
     "calibration": 2,
     "members": 3,
+    "storage": 4,
     "ensemble": 4,
     "training": 4,
     "reports": 5,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.pairs import ScoredPairs
 from ensemble_rm.calibration.temperature import (
     MIN_JUDGMENTS,
     TemperatureFit,
@@ -36,6 +37,9 @@ class Calibration:
         SHA-256 of the judgments.
     created : str
         When it was fitted, ISO 8601 in UTC.
+    evidence : ScoredPairs, optional
+        The judgments' scores, so that another aggregator's temperature can be fitted on the same
+        judgments without scoring them again.
     """
 
     aggregator: Aggregator
@@ -43,6 +47,7 @@ class Calibration:
     mixture_temperature: float
     digest: str
     created: str
+    evidence: ScoredPairs | None = field(default=None, compare=False, repr=False)
 
     @property
     def temperature(self) -> float:
@@ -55,7 +60,7 @@ class Calibration:
         return np.asarray(expit(x / self.temperature), dtype=np.float64)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON object that `from_json` reads."""
+        """Return a JSON object that `from_json` reads; the evidence is stored apart."""
         return {
             "aggregator": self.aggregator.to_json(),
             "fit": asdict(self.fit),
@@ -65,7 +70,7 @@ class Calibration:
         }
 
     @classmethod
-    def from_json(cls, d: Any) -> Calibration:
+    def from_json(cls, d: Any, *, evidence: ScoredPairs | None = None) -> Calibration:
         """Read what `to_json` wrote."""
         return cls(
             Aggregator.from_json(d["aggregator"]),
@@ -73,17 +78,14 @@ class Calibration:
             float(d["mixture_temperature"]),
             str(d["digest"]),
             str(d["created"]),
+            evidence,
         )
 
 
 def fit_calibration(
-    member_margins: ArrayLike,
-    margins: ArrayLike,
-    targets: ArrayLike,
-    *,
+    pairs: ScoredPairs,
     aggregator: Aggregator,
-    weights: ArrayLike | None = None,
-    groups: ArrayLike | None = None,
+    *,
     digest: str = "",
     min_judgments: int = MIN_JUDGMENTS,
 ) -> Calibration:
@@ -91,16 +93,10 @@ def fit_calibration(
 
     Parameters
     ----------
-    member_margins : array_like, shape (n_pairs, n_members)
-        Normalised.
-    margins : array_like, shape (n_pairs,)
-        Of the aggregated reward.
-    targets : array_like, shape (n_pairs,)
-        P(first is preferred).
+    pairs : ScoredPairs
+        Judgments that no member was trained on.
     aggregator : Aggregator
-        The one that made `margins`.
-    weights, groups : array_like, shape (n_pairs,), optional
-        Weight and prompt of each pair.
+        Of the reward.
     digest : str
         Of the judgments.
     min_judgments : int
@@ -112,9 +108,12 @@ def fit_calibration(
         Refusals as in `fit_temperature`.
     """
     fit = fit_temperature(
-        margins, targets, weights=weights, groups=groups, min_judgments=min_judgments
+        pairs.margins(aggregator),
+        pairs.targets,
+        weights=pairs.weights,
+        groups=pairs.groups,
+        min_judgments=min_judgments,
     )
-    mixture = fit_mixture_temperature(member_margins, targets, weights=weights)
-    return Calibration(
-        aggregator, fit, mixture, digest, datetime.now(UTC).isoformat(timespec="seconds")
-    )
+    mixture = fit_mixture_temperature(pairs.member_margins, pairs.targets, weights=pairs.weights)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Calibration(aggregator, fit, mixture, digest, now, pairs)

@@ -1,0 +1,76 @@
+"""Pairs as calibration and evaluation see them: normalised scores of both sides, and verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.errors import OptionError
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredPairs:
+    """Judged pairs, scored by every member.
+
+    Attributes
+    ----------
+    first, second : ndarray, shape (n_pairs, n_members)
+        Normalised scores of the two sides.
+    targets, weights : ndarray, shape (n_pairs,)
+        P(first is preferred) by the judgment, and how much it counts.
+    groups : ndarray of int, shape (n_pairs,)
+        Prompt of each pair.
+    """
+
+    first: Floats
+    second: Floats
+    targets: Floats
+    weights: Floats
+    groups: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        n = len(self.targets)
+        for name in ("first", "second", "weights", "groups"):
+            if len(getattr(self, name)) != n:
+                raise OptionError(f"{len(getattr(self, name))} {name} for {n} targets")
+        if self.first.shape != self.second.shape or self.first.ndim != 2:
+            raise OptionError(
+                f"scores must be two (n_pairs, n_members) matrices, not {self.first.shape} and "
+                f"{self.second.shape}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def members(self) -> int:
+        """How many members scored."""
+        return int(self.first.shape[1])
+
+    @property
+    def member_margins(self) -> Floats:
+        """Score of the first side minus that of the second, shape (n_pairs, n_members)."""
+        return self.first - self.second
+
+    def margins(self, aggregator: Aggregator) -> Floats:
+        """Return the aggregated reward of the first minus the second side, shape (n_pairs,)."""
+        return aggregator(self.first) - aggregator(self.second)
+
+    def take(self, rows: NDArray[np.int64]) -> ScoredPairs:
+        """Return some of the pairs."""
+        return ScoredPairs(**{name: array[rows] for name, array in self.arrays().items()})
+
+    def arrays(self) -> dict[str, Any]:
+        """Return the arrays by name, as they are stored."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            "targets": self.targets,
+            "weights": self.weights,
+            "groups": self.groups,
+        }

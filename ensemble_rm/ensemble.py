@@ -1,0 +1,460 @@
+"""RewardEnsemble: scorers side by side, a normaliser, an aggregator and a calibration.
+
+Immutable: what changes something returns the changed ensemble.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm import storage
+from ensemble_rm.aggregation.aggregator import Aggregator, lcb, mean
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.calibration import Calibration, fit_calibration
+from ensemble_rm.calibration.normaliser import Normaliser
+from ensemble_rm.calibration.pairs import ScoredPairs
+from ensemble_rm.calibration.temperature import MIN_JUDGMENTS
+from ensemble_rm.errors import AggregatorMismatchError, NotCalibratedError, OptionError
+from ensemble_rm.members.backbone import DEFAULT_CACHE
+from ensemble_rm.members.scorer import Scorer, TextScorer, checked_scores
+from ensemble_rm.members.text import Truncation
+from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.samples import Preferences, Prompt, Sample, as_prompt, require_pairs
+from ensemble_rm.uncertainty import PairUncertainty, member_std, split_uncertainty
+
+
+def default_aggregator(members: int) -> Aggregator:
+    """Return what an ensemble uses unless told otherwise: LCB at κ = 1, the mean of one member."""
+    return lcb(1.0) if members > 1 else mean()
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What an ensemble says of samples, in their order.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The members.
+    members : ndarray, shape (n_samples, n_members)
+        Normalised scores.
+    raw : ndarray, shape (n_samples, n_members)
+        As the members gave them, each in its own unit.
+    reward : ndarray, shape (n_samples,)
+        Aggregated, in normalised units.
+    truncation : Truncation
+        How many samples were cut, over the members that tokenise here.
+    """
+
+    names: tuple[str, ...]
+    members: Floats
+    raw: Floats
+    reward: Floats
+    truncation: Truncation
+
+    @property
+    def std(self) -> Floats:
+        """Spread of the members (ddof 1), shape (n_samples,); one member is an error."""
+        return member_std(self.members)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What an ensemble says of pairs of completions, in their order.
+
+    Attributes
+    ----------
+    probability : ndarray, shape (n_pairs,)
+        Calibrated P(first is preferred) = σ(margin/T).
+    margin : ndarray, shape (n_pairs,)
+        Aggregated reward of the first minus that of the second, in normalised units.
+    member_margins : ndarray, shape (n_pairs, n_members)
+        Each member's.
+    mixture_temperature : float
+        T_mix of the members' mixture.
+    """
+
+    probability: Floats
+    margin: Floats
+    member_margins: Floats
+    mixture_temperature: float
+
+    @cached_property
+    def uncertainty(self) -> PairUncertainty:
+        """The split of total into aleatoric and epistemic, on the mixture; one member: an error."""
+        return split_uncertainty(self.member_margins, mixture_temperature=self.mixture_temperature)
+
+    @property
+    def mixture_probability(self) -> Floats:
+        """Mean over the members of σ(Δᵢ/T_mix), on which the split stands; shape (n_pairs,)."""
+        return self.uncertainty.mixture_probability
+
+    @property
+    def total(self) -> Floats:
+        """Entropy of the mixture, nats; shape (n_pairs,)."""
+        return self.uncertainty.total
+
+    @property
+    def aleatoric(self) -> Floats:
+        """Mean entropy of the members, nats; shape (n_pairs,)."""
+        return self.uncertainty.aleatoric
+
+    @property
+    def epistemic(self) -> Floats:
+        """Mutual information of verdict and member, nats; shape (n_pairs,)."""
+        return self.uncertainty.epistemic
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Completions of one prompt, best first.
+
+    Attributes
+    ----------
+    order : ndarray of int, shape (n_completions,)
+        Positions in the list given, the highest reward first; equals keep their order.
+    reward : ndarray, shape (n_completions,)
+        In the order given.
+    """
+
+    order: NDArray[np.int64]
+    reward: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class RewardEnsemble:
+    """Several reward models behind one aggregator, calibrated.
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+        Anything with `names` and `score(samples) -> (n_samples, n_members)`.
+    normaliser : Normaliser
+        One offset and scale a member.
+    aggregator : Aggregator
+        Members' scores to one reward.
+    calibration : Calibration, optional
+        Fitted by `calibrate`.
+    provenance : dict
+        Recipe, digests and versions, as training recorded them.
+    """
+
+    scorers: tuple[Scorer, ...]
+    normaliser: Normaliser
+    aggregator: Aggregator
+    calibration: Calibration | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scorers", tuple(self.scorers))
+        k = len(self.names)
+        if k == 0:
+            raise OptionError("an ensemble needs at least one member")
+        if len(set(self.names)) < k:
+            raise OptionError(f"members' names must differ: {self.names}")
+        if len(self.normaliser.offset) != k:
+            raise OptionError(f"a normaliser of {len(self.normaliser.offset)} for {k} members")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members' names, in the order of the columns."""
+        return tuple(name for scorer in self.scorers for name in scorer.names)
+
+    # Scoring -----------------------------------------------------------------------------------
+
+    def score(self, samples: Sequence[Sample], *, progress: Progress = silent) -> Scores:
+        """Score samples with every member and aggregate.
+
+        Parameters
+        ----------
+        samples : sequence of Sample
+        progress : callable
+            Called with (stage, done, total).
+
+        Returns
+        -------
+        Scores
+
+        Raises
+        ------
+        NonFiniteScoreError
+            If a member's score is infinite, or NaN against the aggregator's policy.
+        """
+        columns = []
+        cut = Truncation(0, 0, 0)
+        for scorer in self.scorers:
+            if isinstance(scorer, TextScorer):
+                scores, more = scorer.score_counted(samples, progress=progress)
+                cut = Truncation(
+                    max(cut.samples, more.samples),
+                    max(cut.prompts_cut, more.prompts_cut),
+                    max(cut.completions_cut, more.completions_cut),
+                )
+            else:
+                scores = scorer.score(samples)
+            columns.append(checked_scores(scorer, scores, len(samples)))
+        raw = np.concatenate(columns, axis=1)
+        members = self.normaliser(raw)
+        return Scores(self.names, members, raw, self.aggregator(members), cut)
+
+    def compare(
+        self,
+        prompts: Sequence[Prompt],
+        first: Sequence[str],
+        second: Sequence[str],
+        *,
+        aggregator: Aggregator | None = None,
+        progress: Progress = silent,
+    ) -> Comparison:
+        """Say with what probability a human prefers each first completion.
+
+        Parameters
+        ----------
+        prompts : sequence of str or of messages
+            One a pair.
+        first, second : sequence of str
+            The completions.
+        aggregator : Aggregator, optional
+            Must be the calibrated one, which is the default.
+        progress : callable
+            Called with (stage, done, total).
+
+        Returns
+        -------
+        Comparison
+
+        Raises
+        ------
+        NotCalibratedError
+            If there is no calibration.
+        AggregatorMismatchError
+            If the calibration belongs to another aggregator.
+        """
+        calibration = self._calibration_for(aggregator or self.aggregator)
+        if not len(prompts) == len(first) == len(second):
+            raise OptionError(
+                f"{len(prompts)} prompts, {len(first)} first and {len(second)} second completions"
+            )
+        asked = [as_prompt(prompt) for prompt in prompts]
+        samples = [Sample(p, c) for p, c in zip(asked, first, strict=True)]
+        samples += [Sample(p, c) for p, c in zip(asked, second, strict=True)]
+        scores = self.score(samples, progress=progress)
+        n = len(asked)
+        margin = scores.reward[:n] - scores.reward[n:]
+        return Comparison(
+            calibration.probability(margin),
+            margin,
+            scores.members[:n] - scores.members[n:],
+            calibration.mixture_temperature,
+        )
+
+    def _calibration_for(self, aggregator: Aggregator) -> Calibration:
+        if self.calibration is None:
+            raise NotCalibratedError(
+                "this ensemble has no calibration, so a score difference is no probability; "
+                "call calibrate(held) with judgments that it was not trained on"
+            )
+        if self.calibration.aggregator != aggregator:
+            raise AggregatorMismatchError(
+                f"the calibration was fitted with {self.calibration.aggregator}, not {aggregator}; "
+                "call recalibrate(aggregator), or calibrate anew"
+            )
+        return self.calibration
+
+    def rank(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[str]],
+        *,
+        progress: Progress = silent,
+    ) -> list[Ranking]:
+        """Rank the completions of each prompt by reward.
+
+        Parameters
+        ----------
+        prompts : sequence of str or of messages
+        completions : sequence of sequence of str
+            Those of each prompt; their numbers may differ.
+        progress : callable
+            Called with (stage, done, total).
+
+        Returns
+        -------
+        list of Ranking
+            One a prompt.
+        """
+        if len(prompts) != len(completions):
+            raise OptionError(f"{len(prompts)} prompts and {len(completions)} lists of completions")
+        asked = [as_prompt(prompt) for prompt in prompts]
+        samples = [
+            Sample(p, text) for p, texts in zip(asked, completions, strict=True) for text in texts
+        ]
+        reward = self.score(samples, progress=progress).reward
+        ends = np.cumsum([len(texts) for texts in completions])[:-1]
+        parts = np.split(reward, ends) if len(completions) else []
+        return [Ranking(np.argsort(-part, kind="stable"), part) for part in parts]
+
+    # Calibration -------------------------------------------------------------------------------
+
+    def judge(self, pairs: Preferences, *, progress: Progress = silent) -> ScoredPairs:
+        """Score both sides of judged pairs.
+
+        Parameters
+        ----------
+        pairs : Preferences
+        progress : callable
+            Called with (stage, done, total).
+
+        Returns
+        -------
+        ScoredPairs
+            In the order of the pairs.
+        """
+        scores = self.score(pairs.samples(), progress=progress).members
+        n = len(pairs)
+        return ScoredPairs(scores[:n], scores[n:], pairs.targets, pairs.weights, pairs.groups)
+
+    def calibrate(
+        self,
+        held: Preferences,
+        *,
+        aggregator: Aggregator | None = None,
+        min_judgments: int = MIN_JUDGMENTS,
+        progress: Progress = silent,
+    ) -> RewardEnsemble:
+        """Fit one temperature on judgments held apart.
+
+        Parameters
+        ----------
+        held : Preferences
+            Judgments that no member was trained on.
+        aggregator : Aggregator, optional
+            Of the reward from now on; the ensemble's own where not given.
+        min_judgments : int
+            The fewest that suffice.
+        progress : callable
+            Called with (stage, done, total).
+
+        Returns
+        -------
+        RewardEnsemble
+            A new one.
+
+        Raises
+        ------
+        TooFewJudgmentsError, SeparableError, NoPositiveTemperatureError
+            Where no temperature can be fitted; see `fit_temperature`.
+        """
+        require_pairs(held, "calibration")
+        chosen = aggregator or self.aggregator
+        calibration = fit_calibration(
+            self.judge(held, progress=progress),
+            chosen,
+            digest=held.digest,
+            min_judgments=min_judgments,
+        )
+        return replace(self, aggregator=chosen, calibration=calibration)
+
+    def recalibrate(self, aggregator: Aggregator) -> RewardEnsemble:
+        """Take another aggregator, and fit its temperature on the same judgments.
+
+        Parameters
+        ----------
+        aggregator : Aggregator
+            Of the reward from now on.
+
+        Returns
+        -------
+        RewardEnsemble
+            A new one; nothing is scored again.
+
+        Raises
+        ------
+        NotCalibratedError
+            If there is no calibration, or its judgments' scores were not kept.
+        """
+        if self.calibration is None or self.calibration.evidence is None:
+            raise NotCalibratedError("there are no judgments to fit on; call calibrate(held)")
+        evidence, digest = self.calibration.evidence, self.calibration.digest
+        new = fit_calibration(evidence, aggregator, digest=digest, min_judgments=2)
+        return replace(self, aggregator=aggregator, calibration=new)
+
+    def with_aggregator(self, aggregator: Aggregator) -> RewardEnsemble:
+        """Take another aggregator for rewards; a calibration of the old one no longer applies."""
+        return replace(self, aggregator=aggregator)
+
+    # Files -------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the ensemble as safetensors and JSON.
+
+        Parameters
+        ----------
+        folder : str or Path
+            Replaced as a whole where it holds an ensemble already.
+
+        Returns
+        -------
+        Path
+            The folder.
+
+        Raises
+        ------
+        StorageError
+            If a member cannot be saved, or the folder holds something else.
+        """
+        return storage.save(
+            Path(folder).expanduser(),
+            scorers=self.scorers,
+            normaliser=self.normaliser,
+            aggregator=self.aggregator,
+            calibration=self.calibration,
+            provenance=self.provenance,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        backbone: str | Path | None = None,
+        device: str | None = None,
+        cache_dir: str | Path | None = DEFAULT_CACHE,
+    ) -> RewardEnsemble:
+        """Read what `save_pretrained` wrote; the scores are identical.
+
+        Parameters
+        ----------
+        folder : str or Path
+        backbone : str or Path, optional
+            Where the backbone lies now, if not where training found it.
+        device : str, optional
+            The best available where none is named.
+        cache_dir : str or Path, optional
+            For converted GGUF weights.
+
+        Returns
+        -------
+        RewardEnsemble
+
+        Raises
+        ------
+        StorageError
+            If the folder holds no ensemble.
+        BackboneError
+            If the backbone's weights are not those of training.
+        """
+        parts = storage.load(
+            Path(folder).expanduser(),
+            backbone=backbone,
+            device=device,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+        )
+        return cls(**parts)

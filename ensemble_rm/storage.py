@@ -1,0 +1,130 @@
+"""An ensemble's directory: ``ensemble.json``, ``members/``, ``calibration.safetensors``.
+
+Written beside its place and moved there as a whole, so that a reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.calibration.calibration import Calibration
+from ensemble_rm.calibration.normaliser import Normaliser
+from ensemble_rm.calibration.pairs import ScoredPairs
+from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.members.heads import HeadScorer
+from ensemble_rm.members.scorer import Scorer, StoredScorer
+
+FORMAT = 1
+FILE = "ensemble.json"
+KINDS: dict[str, Any] = {HeadScorer.kind: HeadScorer}
+
+
+def save(
+    folder: Path,
+    *,
+    scorers: Sequence[Scorer],
+    normaliser: Normaliser,
+    aggregator: Aggregator,
+    calibration: Calibration | None,
+    provenance: dict[str, Any],
+) -> Path:
+    """Write an ensemble's directory."""
+    if folder.exists() and not (folder / FILE).exists() and any(folder.iterdir()):
+        raise StorageError(f"{folder} holds something else than an ensemble; name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        members = []
+        for i, scorer in enumerate(scorers):
+            if not isinstance(scorer, StoredScorer):
+                raise StorageError(
+                    f"member {scorer.names} is a {type(scorer).__name__}, which cannot be saved; "
+                    "save the others, and add it again after loading"
+                )
+            scorer.save(scratch / "members" / str(i))
+            members.append({"kind": scorer.kind, "folder": f"members/{i}"})
+        if calibration is not None and calibration.evidence is not None:
+            arrays = calibration.evidence.arrays()
+            save_file(
+                {k: np.ascontiguousarray(v) for k, v in arrays.items()},
+                scratch / "calibration.safetensors",
+            )
+        said = {
+            "format": FORMAT,
+            "members": members,
+            "normaliser": normaliser.to_json(),
+            "aggregator": aggregator.to_json(),
+            "calibration": None if calibration is None else calibration.to_json(),
+            "provenance": provenance,
+        }
+        text = json.dumps(said, indent=1, ensure_ascii=False)
+        (scratch / FILE).write_text(text + "\n", encoding="utf-8")
+        scratch.chmod(0o755)
+        _swap(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _swap(new: Path, folder: Path) -> None:
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(
+    folder: Path, *, backbone: str | Path | None, device: str | None, cache_dir: Path | None
+) -> dict[str, Any]:
+    """Return the parts of an ensemble by the names of its fields."""
+    try:
+        said = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{folder} holds no ensemble: {error}") from error
+    if said.get("format") != FORMAT:
+        raise StorageError(
+            f"{folder} has format {said.get('format')!r}; this version reads format {FORMAT}"
+        )
+    try:
+        scorers = []
+        for member in said["members"]:
+            if member["kind"] not in KINDS:
+                raise StorageError(f"{folder}: no kind of member {member['kind']!r}")
+            scorers.append(
+                KINDS[member["kind"]].load(
+                    folder / member["folder"],
+                    backbone=backbone,
+                    device=device,
+                    cache_dir=cache_dir,
+                )
+            )
+        evidence = None
+        if (folder / "calibration.safetensors").exists():
+            evidence = ScoredPairs(**load_file(folder / "calibration.safetensors"))
+        stored = said["calibration"]
+        return {
+            "scorers": tuple(scorers),
+            "normaliser": Normaliser.from_json(said["normaliser"]),
+            "aggregator": Aggregator.from_json(said["aggregator"]),
+            "calibration": stored and Calibration.from_json(stored, evidence=evidence),
+            "provenance": said["provenance"],
+        }
+    except (KeyError, TypeError, OSError, SafetensorError, OptionError) as error:
+        raise StorageError(f"{folder} is damaged: {error!r}") from error
