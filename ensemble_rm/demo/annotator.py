@@ -1,7 +1,7 @@
 """The simulated annotator of the demo: a known utility of text, so that the truth is known.
 
-It is no human and does not claim to be one. It likes answers that take up the prompt's words, say
-several different things and come to an end; it dislikes repetition and padding.
+It is no human and does not claim to be one. It likes answers that take up the prompt's words, speak
+to the reader and come to an end; it dislikes repetition and talk of the writer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ _COMMON_WORDS = (
     "or so that the their them they this to was we what when which who why will with you your "
 )
 _COMMON = frozenset(_COMMON_WORDS.split())
+_READER = frozenset({"you", "your", "yours", "you're", "you'll"})
+_WRITER = frozenset({"i", "i'm", "i'll", "i've", "me", "my", "mine", "we", "our"})
 
 
 def utility(prompt: str, completion: str) -> float:
@@ -26,14 +28,15 @@ def utility(prompt: str, completion: str) -> float:
     content = [w for w in words if w not in _COMMON]
     taken_up = len(asked & set(content)) / max(len(asked), 1)
     variety = len(set(content)) / max(len(content), 1)
-    length = math.log1p(len(words))
+    to_you = sum(w in _READER for w in words) / len(words)
+    of_me = sum(w in _WRITER for w in words) / len(words)
     finished = completion.rstrip().endswith((".", "!", "?"))
     return (
-        2.0 * taken_up
-        + 3.0 * (variety - 0.7)
-        - 1.2 * (length - 3.2) ** 2
+        4.0 * taken_up
+        + 4.0 * (variety - 0.7)
+        + 25.0 * min(to_you, 0.08)
+        - 30.0 * min(of_me, 0.08)
         + 0.8 * finished
-        + 0.4 * ("\n" in completion.strip())
     )
 
 

