@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm import storage
-from ensemble_rm.aggregation.aggregator import Aggregator, lcb, mean
+from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import Calibration, fit_calibration
 from ensemble_rm.calibration.normaliser import Normaliser
@@ -28,11 +28,6 @@ from ensemble_rm.members.text import Truncation
 from ensemble_rm.members.trunk import Progress, silent
 from ensemble_rm.samples import Preferences, Prompt, Sample, as_prompt, require_pairs
 from ensemble_rm.uncertainty import PairUncertainty, member_std, split_uncertainty
-
-
-def default_aggregator(members: int) -> Aggregator:
-    """Return what an ensemble uses unless told otherwise: LCB at κ = 1, the mean of one member."""
-    return lcb(1.0) if members > 1 else mean()
 
 
 @dataclass(frozen=True, eq=False)

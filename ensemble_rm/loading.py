@@ -161,6 +161,29 @@ def read_samples(source: str | Path | Iterable[Row]) -> Iterator[Sample]:
             raise BadRowsError(str(problem), [problem]) from None
 
 
+def read_comparisons(source: str | Path | Iterable[Row]) -> Preferences:
+    """Read unjudged pairs: ``prompt``, ``first`` and ``second`` (or ``chosen`` and ``rejected``).
+
+    Raises
+    ------
+    BadRowsError
+        At the first bad row, naming its line: the answers must keep in step with the rows.
+    """
+    name, rows = _rows(source, "train")
+    pairs = []
+    for line, row in rows:
+        try:
+            fields = dict(_checked(row))
+            for side, alias in (("chosen", "first"), ("rejected", "second")):
+                if alias in fields:
+                    fields[side] = fields[alias]
+            pairs.append(_preference(fields))
+        except DataError as error:
+            problem = RowProblem(name, line, str(error))
+            raise BadRowsError(str(problem), [problem]) from None
+    return Preferences(tuple(pairs), name)
+
+
 # Rows ----------------------------------------------------------------------------------------
 
 

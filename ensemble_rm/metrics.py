@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -137,27 +138,43 @@ def ece_null(p: ArrayLike, *, bins: int = 20, draws: int = 1000, seed: int = 0) 
     return EceNull(float(found.mean()), float(low), float(high), float(upper))
 
 
-def smooth_ece(p: ArrayLike, y: ArrayLike, *, grid: int = 400) -> float:
-    """Calibration error without bins: the fixed point smECE_σ = σ of a reflected kernel [2]_."""
+def smooth_ece(p: ArrayLike, y: ArrayLike, *, grid: int = 128) -> float:
+    """Calibration error without bins: the fixed point smECE_σ = σ of a reflected kernel [2]_.
+
+    Probabilities are rounded to a grid; the fixed point is interpolated on a ladder of widths.
+    """
     q, t = _read(p, y)
     values = np.concatenate([q, 1 - q])
     residual = np.concatenate([t - q, q - t])
     place = np.minimum((values * grid).astype(np.int64), grid - 1)
     mass = np.bincount(place, residual, minlength=grid) / len(values)
+    widths, kernels = _smoothing_kernels(grid)
+    errors = np.abs(kernels @ mass).sum(axis=1)
+    beyond = np.flatnonzero(errors <= widths)
+    if not beyond.size:
+        return float(errors[-1])
+    last = int(beyond[0])
+    if last == 0:
+        return float(errors[0])
+    gap = errors - widths
+    share = gap[last - 1] / (gap[last - 1] - gap[last])
+    return float(widths[last - 1] + share * (widths[last] - widths[last - 1]))
+
+
+@lru_cache(maxsize=4)
+def _smoothing_kernels(grid: int) -> tuple[Floats, Floats]:
+    """Return widths (m,) and their column-stochastic kernels (m, grid, grid) on the unit interval.
+
+    The Gaussian is reflected at 0 and 1, so that no mass leaves the interval.
+    """
+    widths = np.geomspace(0.5 / grid, 1.0, 48)
     centres = (np.arange(grid) + 0.5) / grid
-    gaps = np.abs(centres[:, None] - centres[None, :])
+    gaps = np.abs(centres[:, None] - centres)
     mirrored = np.minimum(centres[:, None] + centres, 2 - centres[:, None] - centres)
-
-    def at(width: float) -> float:
-        kernel = np.exp(-0.5 * (gaps / width) ** 2) + np.exp(-0.5 * (mirrored / width) ** 2)
-        kernel /= kernel.sum(axis=0, keepdims=True)
-        return float(np.abs(kernel @ mass).sum())
-
-    low, high = 0.5 / grid, 1.0
-    for _ in range(30):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if at(middle) > middle else (low, middle)
-    return at(0.5 * (low + high))
+    kernels = np.stack(
+        [np.exp(-0.5 * (gaps / w) ** 2) + np.exp(-0.5 * (mirrored / w) ** 2) for w in widths]
+    )
+    return widths, kernels / kernels.sum(axis=1, keepdims=True)
 
 
 def auroc(scores: ArrayLike, positive: ArrayLike) -> float:

@@ -45,7 +45,7 @@ from ensemble_rm.metrics import (
     smooth_ece,
 )
 from ensemble_rm.samples import Preferences, require_pairs
-from ensemble_rm.uncertainty import mean_correlation, split_uncertainty
+from ensemble_rm.uncertainty import margin_correlation, mean_correlation, split_uncertainty
 
 Metric = Callable[[Floats, Floats], float]
 
@@ -239,7 +239,7 @@ def evaluate(
             )
             for name, doubt in doubts.items()
         },
-        mean_correlation(scored.member_margins) if scored.members > 1 else None,
+        mean_correlation(margin_correlation(scored.member_margins)) if scored.members > 1 else None,
         _length_auroc(test),
     )
 

@@ -12,13 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from ensemble_rm.aggregation.aggregator import mean
 from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
-from ensemble_rm.ensemble import RewardEnsemble, default_aggregator
+from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.backbone import DEFAULT_CACHE, Backbone, locate
+from ensemble_rm.members.backbone import DEFAULT_CACHE, Backbone, load_tokenizer, locate
 from ensemble_rm.members.cache import FeatureCache, features
 from ensemble_rm.members.heads import HeadScorer
-from ensemble_rm.members.text import count_truncation
+from ensemble_rm.members.text import TextEncoder, count_truncation
 from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, default_views, silent
 from ensemble_rm.samples import Preferences, require_pairs
 from ensemble_rm.training.heads import HeadTrainer, PairFeatures
@@ -77,7 +78,8 @@ def train(
     Returns
     -------
     RewardEnsemble
-        Normalised, not calibrated: `calibrate` it on judgments held apart.
+        Normalised and not calibrated, its aggregator the mean: a conservative one has a
+        coefficient, which `calibrate` is told.
 
     Raises
     ------
@@ -124,7 +126,7 @@ def train(
     ensemble = RewardEnsemble(
         (scorer,),
         _normaliser(reference, validation),
-        default_aggregator(members),
+        mean(),
         provenance=said
         | _versions()
         | {
@@ -138,6 +140,37 @@ def train(
     if out is not None:
         ensemble.save_pretrained(out)
     return ensemble
+
+
+def plan(
+    fit: Preferences,
+    validation: Preferences,
+    *,
+    backbone: str | Path,
+    members: int = 5,
+    views: Sequence[View | str] | None = None,
+    options: TrunkOptions | None = None,
+    cache_dir: str | Path | None = DEFAULT_CACHE,
+) -> dict[str, Any]:
+    """Say what `train` would do, from config and tokenizer alone: nothing is read or trained."""
+    options = options or TrunkOptions()
+    require_pairs(fit, "training")
+    require_pairs(validation, "validation")
+    _refuse_leak(fit, validation)
+    found = locate(backbone, cache_dir=None if cache_dir is None else Path(cache_dir))
+    encoder = TextEncoder(
+        load_tokenizer(found.folder), template=options.template, max_length=options.max_length
+    )
+    encoded = encoder.encode([*fit.samples(), *validation.samples()])
+    return {
+        "backbone": found.name,
+        "views": [str(view) for view in _views(views, members, found)],
+        "template": encoder.template,
+        "fit_pairs": len(fit),
+        "validation_pairs": len(validation),
+        "tokens": sum(len(e.ids) for e in encoded),
+        "truncation": asdict(count_truncation(encoded)),
+    }
 
 
 def _named(progress: Progress, part: str) -> Progress:

@@ -1,0 +1,171 @@
+"""What the subcommands share: options, bars, files read and written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ensemble_rm.errors import BadRowsError, OptionError
+
+if TYPE_CHECKING:
+    from ensemble_rm.aggregation.aggregator import Aggregator
+    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.samples import Preferences
+
+COEFFICIENTS = {
+    "lam": "λ of uwo",
+    "kappa": "κ of lcb",
+    "beta": "β of entropic",
+    "q": "q of quantile",
+    "alpha": "α of cvar",
+}
+
+
+class Bars:
+    """Draws one bar a stage on a terminal's standard error; elsewhere nothing."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._stage = ""
+        self._bar: Any = None
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done: a Progress."""
+        if self._quiet:
+            return
+        if stage != self._stage or self._bar is None:
+            from tqdm import tqdm
+
+            self._close()
+            self._stage = stage
+            self._bar = tqdm(total=total, desc=stage, disable=None, leave=False)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
+
+
+def add_dry_run(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --dry-run."""
+    parser.add_argument("--dry-run", action="store_true", help=what)
+
+
+def add_ensemble(parser: argparse.ArgumentParser) -> None:
+    """Add the saved ensemble and where its backbone lies."""
+    parser.add_argument("ensemble", type=Path, metavar="ENSEMBLE", help="a saved ensemble's folder")
+    parser.add_argument(
+        "--backbone", metavar="NAME", help="where the backbone lies now, if not where it was"
+    )
+    parser.add_argument("--device", help="cuda, mps or cpu; the best available by default")
+
+
+def add_data(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --data and --skip-bad."""
+    parser.add_argument("--data", required=True, metavar="FILE_OR_HUB_ID", help=what)
+    add_skip_bad(parser)
+
+
+def add_skip_bad(parser: argparse.ArgumentParser) -> None:
+    """Add --skip-bad."""
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, and name them")
+
+
+def add_aggregator(parser: argparse.ArgumentParser) -> None:
+    """Add --aggregator and the coefficients."""
+    group = parser.add_argument_group("aggregator")
+    group.add_argument(
+        "--aggregator",
+        metavar="NAME",
+        help="mean, minimum, uwo, lcb, entropic, median, quantile or cvar; the ensemble's own "
+        "by default",
+    )
+    for name, what in COEFFICIENTS.items():
+        group.add_argument(f"--{name}", type=float, metavar="X", help=what)
+
+
+def read_aggregator(args: argparse.Namespace) -> Aggregator | None:
+    """Return the aggregator asked for; None where none was.
+
+    Raises
+    ------
+    OptionError
+        If a coefficient is given without a name, or does not fit it.
+    """
+    from ensemble_rm.aggregation.aggregator import make_aggregator
+
+    given = {name: getattr(args, name) for name in COEFFICIENTS if getattr(args, name) is not None}
+    if args.aggregator is None:
+        if given:
+            raise OptionError(f"--{next(iter(given))} needs --aggregator")
+        return None
+    return make_aggregator(args.aggregator, **given)
+
+
+def open_ensemble(args: argparse.Namespace) -> RewardEnsemble:
+    """Load the ensemble that was named."""
+    from ensemble_rm.ensemble import RewardEnsemble
+
+    return RewardEnsemble.from_pretrained(args.ensemble, backbone=args.backbone, device=args.device)
+
+
+def read_pairs(source: str, *, skip_bad: bool) -> Preferences:
+    """Read preference pairs; report bad, repeated and undecidable rows on standard error."""
+    from ensemble_rm.loading import read_preferences
+
+    pairs, report = read_preferences(source)
+    for problem in report.problems:
+        print(f"bad row: {problem}", file=sys.stderr)
+    for problem in (*report.duplicates, *report.equal_sides)[:20]:
+        print(f"note: {problem}", file=sys.stderr)
+    if report.problems or report.duplicates or report.equal_sides:
+        print(report.summary(), file=sys.stderr)
+    if report.problems and not skip_bad:
+        raise BadRowsError(
+            f"{len(report.problems)} of {report.rows} rows are bad; mend them, or leave them out "
+            "with --skip-bad",
+            report.problems,
+        )
+    return pairs
+
+
+def write_jsonl(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows to a file, or to standard output where there is no path."""
+    if path is None:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.new")
+    with scratch.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    scratch.replace(path)
+
+
+def say(args: argparse.Namespace, found: Mapping[str, Any], text: str) -> None:
+    """Print the result: one JSON object with --json, else the text."""
+    print(json.dumps(found, ensure_ascii=False) if args.json else text)

@@ -1,0 +1,65 @@
+"""Say with what probability a human prefers each first completion: one JSON line a pair.
+
+A pair is a row with `prompt` (text or messages), `first` and `second`; `chosen` and `rejected` are
+read as first and second.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ensemble_rm.cli.common import Bars, add_ensemble, add_json, open_ensemble, say, write_jsonl
+
+if TYPE_CHECKING:
+    from ensemble_rm.ensemble import Comparison
+
+HELP = "compare pairs of completions"
+EXAMPLE = "  ensemble-rm compare runs/hh --data pairs.jsonl --out verdicts.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_ensemble(parser)
+    parser.add_argument("--data", required=True, metavar="FILE", help="pairs as JSONL (.gz too)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="of the verdicts; standard output by default"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    from ensemble_rm.loading import read_comparisons
+
+    pairs = read_comparisons(args.data)
+    ensemble = open_ensemble(args)
+    with Bars(quiet=args.json) as bars:
+        verdict = ensemble.compare(
+            [pair.prompt for pair in pairs],
+            [pair.chosen for pair in pairs],
+            [pair.rejected for pair in pairs],
+            progress=bars,
+        )
+    write_jsonl(args.out, _rows(verdict, several=len(ensemble.names) > 1))
+    if args.out is not None:
+        found = {"pairs": len(pairs), "out": str(args.out), "aggregator": str(ensemble.aggregator)}
+        say(args, found, f"{len(pairs)} pairs in {args.out} by {ensemble.aggregator}")
+
+
+def _rows(verdict: Comparison, *, several: bool) -> Iterator[dict[str, float]]:
+    for i in range(len(verdict.probability)):
+        row = {
+            "probability": float(verdict.probability[i]),
+            "margin": float(verdict.margin[i]),
+        }
+        if several:
+            row |= {
+                "mixture_probability": float(verdict.mixture_probability[i]),
+                "total": float(verdict.total[i]),
+                "aleatoric": float(verdict.aleatoric[i]),
+                "epistemic": float(verdict.epistemic[i]),
+            }
+        yield row

@@ -1,0 +1,147 @@
+"""Train several independently seeded reward models on preference pairs.
+
+The pairs are split by prompt into four parts. The first two train the members; the other two are
+written beside the ensemble, for `calibrate` and `evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ensemble_rm.cli.common import (
+    Bars,
+    add_data,
+    add_dry_run,
+    add_json,
+    read_pairs,
+    say,
+    write_jsonl,
+)
+
+if TYPE_CHECKING:
+    from ensemble_rm.samples import Preferences
+    from ensemble_rm.training.recipe import Recipe
+
+HELP = "train an ensemble on preference pairs"
+EXAMPLE = (
+    "  ensemble-rm train --data pairs.jsonl --backbone HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
+    "      --members 5 --out runs/hh"
+)
+PARTS = ("train", "validation", "calibration", "test")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_data(parser, "preference pairs: JSONL (.gz too) or a Hub data set")
+    parser.add_argument("--backbone", required=True, metavar="NAME", help="hub id or local folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the ensemble's")
+    parser.add_argument("--kind", choices=["head"], default="head", help="of member")
+    parser.add_argument("--members", type=int, default=5, metavar="K")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--view",
+        action="append",
+        metavar="LAYER:POOLING",
+        help="what a head reads, such as 16:mean; once for all heads, or once a head",
+    )
+    parser.add_argument(
+        "--split",
+        type=float,
+        nargs=4,
+        default=(0.7, 0.1, 0.1, 0.1),
+        metavar="SHARE",
+        help="shares of train, validation, calibration and test (default: .7 .1 .1 .1)",
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument("--template", choices=["auto", "chat", "pair", "plain"], default="auto")
+    text.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
+    text.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    text.add_argument("--device", help="cuda, mps or cpu; the best available by default")
+    text.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="of features")
+    how = parser.add_argument_group("recipe (the library's defaults where not given)")
+    how.add_argument("--epochs", type=int)
+    how.add_argument("--patience", type=int)
+    how.add_argument("--learning-rate", type=float)
+    how.add_argument("--weight-decay", type=float, nargs="+")
+    how.add_argument("--batch-size", type=int)
+    how.add_argument("--clip", type=float)
+    how.add_argument("--smoothing", type=float, help="label smoothing")
+    how.add_argument("--centring", type=float)
+    how.add_argument("--hidden", type=int, help="width of the heads' hidden layer; 0 is linear")
+    how.add_argument("--subspace", type=float, help="share of features that each head sees")
+    how.add_argument("--bootstrap", action="store_const", const=True, help="resample prompts")
+    add_dry_run(parser, "say what would be done, and stop")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    pairs = read_pairs(args.data, skip_bad=args.skip_bad)
+    parts = dict(zip(PARTS, pairs.split(*args.split, seed=args.seed), strict=True))
+    counts = {name: len(part) for name, part in parts.items()}
+    recipe = _recipe(args)
+    from ensemble_rm.members.backbone import DEFAULT_CACHE
+    from ensemble_rm.members.trunk import TrunkOptions
+    from ensemble_rm.training.train import plan, train
+
+    options = TrunkOptions(args.template, args.max_length, args.dtype, args.device)
+    cache_dir = args.cache_dir or DEFAULT_CACHE
+    if args.dry_run:
+        found = plan(
+            parts["train"],
+            parts["validation"],
+            backbone=args.backbone,
+            members=args.members,
+            views=args.view,
+            options=options,
+            cache_dir=cache_dir,
+        )
+        shown = "\n".join(f"{name}: {value}" for name, value in (found | counts).items())
+        say(args, {"dry_run": True, "parts": counts} | found, shown)
+        return
+    with Bars(quiet=args.json) as bars:
+        ensemble = train(
+            parts["train"],
+            parts["validation"],
+            backbone=args.backbone,
+            kind=args.kind,
+            members=args.members,
+            seed=args.seed,
+            views=args.view,
+            options=options,
+            recipe=recipe,
+            out=args.out,
+            cache_dir=cache_dir,
+            progress=bars,
+        )
+    folder = _write_parts(args.out, parts)
+    nll: list[float] = ensemble.provenance["validation_nll"]
+    lines = [
+        f"  {name}: validation NLL {x:.4f}" for name, x in zip(ensemble.names, nll, strict=True)
+    ]
+    cut = ensemble.provenance["truncation"]
+    say(
+        args,
+        {"out": str(args.out), "parts": counts, "parts_folder": str(folder), "truncation": cut}
+        | {"members": list(ensemble.names), "validation_nll": nll},
+        "\n".join(lines),
+    )
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    from ensemble_rm.training.recipe import Recipe
+
+    given: dict[str, Any] = {
+        f.name: value for f in fields(Recipe) if (value := getattr(args, f.name, None)) is not None
+    }
+    return Recipe(**given)
+
+
+def _write_parts(out: Path, parts: dict[str, Preferences]) -> Path:
+    folder = out.parent / f"{out.name}.parts"
+    for name, part in parts.items():
+        write_jsonl(folder / f"{name}.jsonl", (pair.to_json() for pair in part))
+    return folder
