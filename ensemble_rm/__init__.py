@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
     from ensemble_rm.calibration.pairs import ScoredPairs
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
-    from ensemble_rm.ensemble import Comparison, Ranking, RewardEnsemble, Scores
+    from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.loading import load_preferences
     from ensemble_rm.members.heads import HeadScorer
     from ensemble_rm.members.scorer import FunctionScorer, Scorer
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
+    from ensemble_rm.results import Comparison, Ranking, Scores
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
     from ensemble_rm.training.recipe import Recipe
     from ensemble_rm.training.train import train
@@ -45,12 +46,13 @@ _HOMES = {
     "calibration.normaliser": "Normaliser fit_normaliser",
     "calibration.pairs": "ScoredPairs",
     "calibration.temperature": "TemperatureFit fit_temperature",
-    "ensemble": "Comparison Ranking RewardEnsemble Scores",
+    "ensemble": "RewardEnsemble",
     "loading": "load_preferences",
     "members.heads": "HeadScorer",
     "members.scorer": "FunctionScorer Scorer",
     "members.trunk": "TrunkOptions View",
     "reports.evaluation": "Evaluation evaluate",
+    "results": "Comparison Ranking Scores",
     "samples": "Message Preference Preferences Sample",
     "training.recipe": "Recipe",
     "training.train": "train",

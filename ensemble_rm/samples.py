@@ -19,7 +19,15 @@ from ensemble_rm.errors import DataError, EmptyDataError, OptionError, SplitErro
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation: who spoke (`role`) and what was said (`content`)."""
+    """One turn of a conversation.
+
+    Attributes
+    ----------
+    role : str
+        Who spoke: ``"user"``, ``"assistant"`` or ``"system"``.
+    content : str
+        What was said.
+    """
 
     role: str
     content: str
@@ -73,7 +81,15 @@ def prompt_key(prompt: Prompt) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt and one completion of it: what a scorer scores."""
+    """What a scorer scores.
+
+    Attributes
+    ----------
+    prompt : str or tuple of Message
+        What was asked.
+    completion : str
+        One answer to it.
+    """
 
     prompt: Prompt
     completion: str

@@ -22,6 +22,7 @@ FLOORS = {
     "metrics": 1,
     "calibration": 2,
     "members": 3,
+    "results": 4,
     "storage": 4,
     "ensemble": 4,
     "training": 4,

@@ -89,7 +89,8 @@ def _quantile(rows: Sorted, q: float) -> Floats:
     below = np.floor(rank).astype(np.int64)
     above = np.minimum(below + 1, rows.counts - 1)
     share = rank - below
-    between: Floats = (1 - share) * rows.at(below) + share * rows.at(above)
+    low, high = rows.at(below), rows.at(above)
+    between: Floats = np.clip(low + share * (high - low), low, high)
     return between
 
 
@@ -104,7 +105,7 @@ def _cvar(rows: Sorted, alpha: float) -> Floats:
     # Divided first: a tail far below one member must not underflow.
     weights = weights / weights.sum(axis=1, keepdims=True)
     tail: Floats = (weights * rows.values).sum(axis=1)
-    return np.maximum(tail, rows.lowest())
+    return np.clip(tail, rows.lowest(), _mean(rows))
 
 
 Formula: TypeAlias = Callable[..., Floats]

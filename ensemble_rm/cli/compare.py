@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ensemble_rm.cli.common import Bars, add_ensemble, add_json, open_ensemble, say, write_jsonl
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import Comparison
+    from ensemble_rm.results import Comparison
 
 HELP = "compare pairs of completions"
 EXAMPLE = "  ensemble-rm compare runs/hh --data pairs.jsonl --out verdicts.jsonl"

@@ -22,7 +22,7 @@ from ensemble_rm.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import Scores
+    from ensemble_rm.results import Scores
 
 HELP = "score samples"
 EXAMPLE = (

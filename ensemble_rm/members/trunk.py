@@ -32,9 +32,15 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True, order=True)
 class View:
-    """What one head reads of the trunk: the states after block `layer` (1 … depth), pooled.
+    """What one head reads of the trunk.
 
-    The deepest layer's states are those that transformers returns last, after the final norm.
+    Attributes
+    ----------
+    layer : int
+        The states after this block, 1 … depth; the deepest's are read after the final norm, as
+        transformers returns them.
+    pooling : {"last", "mean"}
+        The last attended token, or the mean of the completion.
     """
 
     layer: int

@@ -13,7 +13,6 @@ from ensemble_rm.metrics import risk_coverage
 from ensemble_rm.reports.evaluation import Evaluation
 
 INK, MUTED, PALE = "#1b3a57", "#c0392b", "#d9e2ec"
-_SIDES = 2  # each pair stands in both orientations
 
 
 def _figure(title: str, x: str, y: str, *, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -64,13 +63,9 @@ def draw_reliability(
     parts = np.array_split(order, bins)
     said = np.array([q[i].mean() for i in parts])
     seen = np.array([t[i].mean() for i in parts])
-    # The orientations of a pair are one judgment, hence half as many.
-    error = np.array(
-        [
-            1.96 * np.sqrt(max(s * (1 - s), 1e-9) * _SIDES / len(i))
-            for s, i in zip(said, parts, strict=True)
-        ]
-    )
+    # A pair's orientations fall into mirrored bins, so that each bin counts a pair once.
+    counts = np.array([len(i) for i in parts])
+    error = 1.96 * np.sqrt(np.maximum(said * (1 - said), 1e-9) / counts)
     figure, axes = _figure(title, "probability said", "share of wins seen", size=(5, 5))
     grid = np.linspace(0, 1, 101)
     axes.plot(grid, grid, color=MUTED, lw=1, ls="--", label="perfect")

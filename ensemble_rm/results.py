@@ -1,0 +1,106 @@
+"""What an ensemble returns: scores, comparisons, rankings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.members.text import Truncation
+from ensemble_rm.uncertainty import PairUncertainty, member_std, split_uncertainty
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What an ensemble says of samples, in their order.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The members.
+    members : ndarray, shape (n_samples, n_members)
+        Normalised scores.
+    raw : ndarray, shape (n_samples, n_members)
+        As the members gave them, each in its own unit.
+    reward : ndarray, shape (n_samples,)
+        Aggregated, in normalised units.
+    truncation : Truncation
+        How many samples were cut, over the members that tokenise here.
+    """
+
+    names: tuple[str, ...]
+    members: Floats
+    raw: Floats
+    reward: Floats
+    truncation: Truncation
+
+    @property
+    def std(self) -> Floats:
+        """Spread of the members (ddof 1), shape (n_samples,); one member is an error."""
+        return member_std(self.members)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What an ensemble says of pairs of completions, in their order.
+
+    Attributes
+    ----------
+    probability : ndarray, shape (n_pairs,)
+        Calibrated P(first is preferred) = σ(margin/T).
+    margin : ndarray, shape (n_pairs,)
+        Aggregated reward of the first minus that of the second, in normalised units.
+    member_margins : ndarray, shape (n_pairs, n_members)
+        Each member's.
+    mixture_temperature : float
+        T_mix of the members' mixture.
+    """
+
+    probability: Floats
+    margin: Floats
+    member_margins: Floats
+    mixture_temperature: float
+
+    @cached_property
+    def uncertainty(self) -> PairUncertainty:
+        """The split of total into aleatoric and epistemic, on the mixture; one member: an error."""
+        return split_uncertainty(self.member_margins, mixture_temperature=self.mixture_temperature)
+
+    @property
+    def mixture_probability(self) -> Floats:
+        """Mean over the members of σ(Δᵢ/T_mix), on which the split stands; shape (n_pairs,)."""
+        return self.uncertainty.mixture_probability
+
+    @property
+    def total(self) -> Floats:
+        """Entropy of the mixture, nats; shape (n_pairs,)."""
+        return self.uncertainty.total
+
+    @property
+    def aleatoric(self) -> Floats:
+        """Mean entropy of the members, nats; shape (n_pairs,)."""
+        return self.uncertainty.aleatoric
+
+    @property
+    def epistemic(self) -> Floats:
+        """Mutual information of verdict and member, nats; shape (n_pairs,)."""
+        return self.uncertainty.epistemic
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Completions of one prompt, best first.
+
+    Attributes
+    ----------
+    order : ndarray of int, shape (n_completions,)
+        Positions in the list given, the highest reward first; equals keep their order.
+    reward : ndarray, shape (n_completions,)
+        In the order given.
+    """
+
+    order: NDArray[np.int64]
+    reward: Floats
