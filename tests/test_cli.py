@@ -1,0 +1,209 @@
+"""The command line, as its users call it: every command, dry runs, exit codes, no tracebacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ensemble_rm.cli.main import exit_code, main
+from ensemble_rm.demo.data import FILE
+from ensemble_rm.errors import EnsembleRMError
+from ensemble_rm.loading import load_preferences
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    rows = [pair.to_json() for pair in load_preferences(FILE)[:700]]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = train_arguments(folder, minilm_folder)
+    assert main(arguments) == 0
+    return folder
+
+
+def train_arguments(folder: Path, backbone: Path) -> list[str]:
+    return [
+        "train",
+        f"--data={folder / 'pairs.jsonl'}",
+        f"--backbone={backbone}",
+        f"--out={folder / 'run'}",
+        f"--cache-dir={folder / 'cache'}",
+        *[
+            "--members",
+            "2",
+            "--epochs",
+            "5",
+            "--max-length",
+            "96",
+            "--device",
+            "cpu",
+            "--split",
+            ".5",
+            ".1",
+            ".2",
+            ".2",
+            "--json",
+        ],
+    ]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    return found
+
+
+def test_a_dry_run_makes_nothing(
+    run_folder: Path, minilm_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = train_arguments(run_folder, minilm_folder)
+    arguments += [f"--out={tmp_path / 'never'}", "--dry-run"]
+    assert main(arguments) == 0
+    found = said(capsys)
+    assert found["dry_run"] and found["tokens"] > 0 and len(found["views"]) == 2
+    assert not (tmp_path / "never").exists()
+
+
+def test_train_writes_its_parts(run_folder: Path) -> None:
+    parts = run_folder / "run.parts"
+    keys = [load_preferences(parts / f"{name}.jsonl").prompt_keys for name in ("train", "test")]
+    assert keys[0].isdisjoint(keys[1])
+
+
+def test_calibrate_evaluate_compare_score(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run, parts = str(run_folder / "run"), run_folder / "run.parts"
+    judgments = f"--data={parts / 'calibration.jsonl'}"
+    lcb = ["--aggregator=lcb", "--kappa=0.5"]
+    assert main(["calibrate", run, judgments, *lcb, "--dry-run", "--json"]) in (0, 5)
+    capsys.readouterr()
+    assert main(["compare", run, f"--data={parts / 'test.jsonl'}"]) == 5
+    assert "no calibration" in capsys.readouterr().err
+    out = tmp_path / "calibrated"
+    assert main(["calibrate", run, judgments, f"--out={out}", "--json"]) == 0
+    assert said(capsys)["fit"]["temperature"] > 0
+
+    report = tmp_path / "report"
+    arguments = ["evaluate", str(out), f"--data={parts / 'test.jsonl'}", f"--report={report}"]
+    assert main([*arguments, "--draws=20"]) == 0
+    assert "▸ mean()" in capsys.readouterr().out
+    assert {p.name for p in report.iterdir()} == {
+        "evaluation.json",
+        "evaluation.txt",
+        "reliability.png",
+        "risk_coverage.png",
+    }
+
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Hi", "first": "Hello!", "second": "x"}) + "\n")
+    assert main(["compare", str(out), f"--data={pairs}"]) == 0
+    verdict = said(capsys)
+    assert 0 < verdict["probability"] < 1 and verdict["epistemic"] >= 0
+
+    samples = tmp_path / "samples.jsonl"
+    texts = ["Hello!", "x", "Good day to you."]
+    rows = [{"prompt": "Hi", "completion": text} for text in texts]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = tmp_path / "scores.jsonl"
+    assert main(["score", str(out), f"--data={samples}", *lcb, f"--out={scores}", "--json"]) == 0
+    assert said(capsys)["aggregator"] == "lcb(kappa=0.5)"
+    found = [json.loads(line) for line in scores.read_text().splitlines()]
+    for row in found:
+        a, b = row["members"].values()
+        assert row["reward"] == pytest.approx((a + b) / 2 - 0.5 * abs(a - b) / 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["evaluate", "nowhere", "--data=none.jsonl"], 3, "no such file"),
+        (["score", "nowhere", "--data={samples}"], 4, "no ensemble"),
+        (["score", "nowhere", "--data={samples}", "--kappa=1"], 2, "--aggregator"),
+        (["score", "nowhere", "--data={samples}", "--aggregator=best"], 2, "best"),
+        (["score", "nowhere", "--data={bad}"], 3, ":1:"),
+        (["train", "--data={bad}", "--backbone=./x", "--out=y"], 3, "usable"),
+        (["train", "--data={pairs}", "--backbone=./x", "--out=y"], 4, "no such folder: ./x"),
+        (["train", "--data={pairs}", "--backbone=./x", "--out=y", "--epochs=0"], 2, "epochs"),
+    ],
+)
+def test_mistakes_are_named_without_a_traceback(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    run_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = {"samples": tmp_path / "s.jsonl", "bad": tmp_path / "b.jsonl"}
+    files["samples"].write_text(json.dumps({"prompt": "Hi", "completion": "x"}) + "\n")
+    files["bad"].write_text("nonsense\n")
+    files["pairs"] = run_folder / "pairs.jsonl"
+    filled = [argument.format(**files) for argument in arguments]
+    assert main([*filled, "--json"]) == code
+    heard = capsys.readouterr()
+    assert message in heard.err
+    assert "Traceback" not in heard.err
+    assert json.loads(heard.out)["exit_code"] == code
+
+
+def test_bad_rows_stop_unless_skipped(
+    run_folder: Path, minilm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = (run_folder / "pairs.jsonl").read_text()
+    (tmp_path / "pairs.jsonl").write_text(good + "nonsense\n")
+    arguments = [*train_arguments(tmp_path, minilm_folder), "--dry-run"]
+    assert main(arguments) == 3
+    assert ":701: not JSON" in capsys.readouterr().err
+    assert main([*arguments, "--skip-bad"]) == 0
+    assert ":701: not JSON" in capsys.readouterr().err
+
+
+def test_unknown_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--no-such"])
+    assert caught.value.code == 2
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", ["train", "score", "compare", "calibrate", "evaluate", "demo"])
+def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    heard = capsys.readouterr().out
+    assert f"example:\n  ensemble-rm {command}" in heard
+    assert "exit codes:" in heard
+
+
+def kinds(base: type[EnsembleRMError]) -> list[type[EnsembleRMError]]:
+    return [base, *(kind for below in base.__subclasses__() for kind in kinds(below))]
+
+
+def test_every_error_has_an_exit_code() -> None:
+    for kind in kinds(EnsembleRMError):
+        assert exit_code(kind("x")) in range(2, 7), kind
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ensemble_rm", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("ensemble-rm ")
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path, minilm_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", f"--out={tmp_path / 'demo'}", "--json"]) == 0
+    found = said(capsys)
+    assert found["simulated_annotator"]
+    truth = found["against_truth"]
+    assert truth["nll_of_the_truth"] < truth["nll_after"] < 0.6931
+    for picture in found["pictures"]:
+        assert Path(picture).stat().st_size > 10_000
