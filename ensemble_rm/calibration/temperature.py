@@ -147,11 +147,7 @@ def fit_temperature(
     p = np.asarray(expit(beta * x))
     score = w * (y - p) * x
     curvature = float((w * p * (1 - p) * x**2).sum())
-    own = np.arange(len(x)) if groups is None else np.asarray(groups)
-    labels = np.unique(own, return_inverse=True)[1]
-    if len(labels) != len(x):
-        raise OptionError(f"{len(labels)} groups for {len(x)} pairs")
-    clusters = np.bincount(labels, score)
+    clusters = score if groups is None else _add_up(score, groups)
     count = len(clusters)
     meat = float((clusters**2).sum()) * count / max(count - 1, 1)
     log_se = math.sqrt(meat) / curvature / beta
@@ -168,12 +164,21 @@ def fit_temperature(
     )
 
 
+def _add_up(score: Floats, groups: ArrayLike) -> Floats:
+    labels = np.unique(np.asarray(groups), return_inverse=True)[1]
+    if labels.shape != score.shape:
+        raise OptionError(f"{labels.size} groups for {len(score)} pairs")
+    return np.asarray(np.bincount(labels, score), dtype=np.float64)
+
+
 def _newton(x: Floats, y: Floats, w: Floats) -> float:
     """Minimise the NLL over β = 1/T > 0: Newton's steps inside a shrinking bracket."""
+    wx = w * x
+    wxx, constant = wx * x, float(wx @ y)
 
     def slope(beta: float) -> tuple[float, float]:
         p = np.asarray(expit(beta * x))
-        return float((w * (p - y) * x).sum()), float((w * p * (1 - p) * x**2).sum())
+        return float(wx @ p) - constant, float(wxx @ (p * (1 - p)))
 
     low, high = 0.0, 1.0
     while slope(high)[0] < 0:
@@ -186,7 +191,8 @@ def _newton(x: Floats, y: Floats, w: Floats) -> float:
         low, high = (beta, high) if gradient < 0 else (low, beta)
         step = beta - gradient / curvature if curvature > 0 else low
         new = step if low < step < high else 0.5 * (low + high)
-        if abs(new - beta) <= 1e-13 * beta:
+        # The next step's error is about the square of this one's.
+        if abs(new - beta) <= 1e-8 * beta:
             return new
         beta = new
     return beta
