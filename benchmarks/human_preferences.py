@@ -210,8 +210,8 @@ def main() -> None:
         TrunkOptions(max_length=64 if args.quick else args.max_length, dtype=args.dtype),
     )
     spread = list(default_views(trunk.depth, K))
-    views = list(dict.fromkeys([*spread, View(trunk.depth, "last"), View(trunk.depth, "mean")]))
-    peer = [views.index(View(trunk.depth, rule)) for rule in ("last", "mean")]
+    views = list(spread)
+    peer = [views.index(View(trunk.depth, "both"))]
     kinds = {"head": [views.index(spread[-1])] * K, "views": [views.index(v) for v in spread]}
     print(f"views: {[str(v) for v in spread]}; one view: {spread[-1]}")
     step = max(len(pairs) // 100, 1)

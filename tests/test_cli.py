@@ -33,7 +33,14 @@ def train_arguments(folder: Path, backbone: Path) -> list[str]:
         f"--backbone={backbone}",
         f"--out={folder / 'run'}",
         f"--cache-dir={folder / 'cache'}",
-        *["--members=2", "--epochs=5", "--max-length=96", "--device=cpu", "--json"],
+        *[
+            "--members=2",
+            "--epochs=5",
+            "--learning-rate=1e-3",
+            "--max-length=96",
+            "--device=cpu",
+            "--json",
+        ],
         *["--split", ".5", ".1", ".2", ".2"],
     ]
 

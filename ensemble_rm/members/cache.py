@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.members.pooling import Rule
 from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Progress, Trunk, View, silent
 
@@ -131,15 +132,33 @@ def features(
     Returns
     -------
     ndarray
-        (n_samples, n_views, width) float32.
+        (n_samples, n_views, width) float32; twice the trunk's width where a view reads both
+        poolings, and then views of one pooling end in zeros.
     """
+    parts = tuple(dict.fromkeys(part for view in views for part in view.parts()))
+    read = _read(trunk, encoded, parts, cache, progress)
+    doubled = any(len(view.parts()) > 1 for view in views)
+    out = np.zeros((len(encoded), len(views), trunk.width * (1 + doubled)), dtype=np.float32)
+    for i, view in enumerate(views):
+        columns = [read[:, parts.index(part)] for part in view.parts()]
+        out[:, i, : trunk.width * len(columns)] = np.concatenate(columns, axis=1)
+    return out
+
+
+def _read(
+    trunk: Trunk,
+    encoded: Sequence[Encoded],
+    parts: Sequence[tuple[int, Rule]],
+    cache: FeatureCache | None,
+    progress: Progress,
+) -> NDArray[np.float32]:
     model = f"{trunk.backbone.digest}|{trunk.options.dtype}"
     texts = [text_digest(e, model=model) for e in encoded]
     first: dict[bytes, int] = {}
     for i, text in enumerate(texts):
         first.setdefault(text, i)
     known: dict[bytes, NDArray[np.float32]] = {}
-    marks = [str(view).encode() for view in views]
+    marks = [f"{layer}:{rule}".encode() for layer, rule in parts]
     if cache is not None:
         wanted = [hashlib.sha256(text + mark).digest() for text in first for mark in marks]
         known = cache.get(wanted)
@@ -156,7 +175,7 @@ def features(
         rows = missing[i : i + _CHUNK]
         pooled = trunk.pooled(
             [encoded[row] for row in rows],
-            views,
+            parts,
             progress=lambda stage, done, _, i=i: progress(stage, i + done, len(missing)),  # type: ignore[misc]
         )
         if cache is not None:
@@ -164,5 +183,5 @@ def features(
             cache.put(keys, pooled.reshape(len(keys), trunk.width))
         by_text.update((texts[row], pooled[j]) for j, row in enumerate(rows))
     if not encoded:
-        return np.empty((0, len(views), trunk.width), dtype=np.float32)
+        return np.empty((0, len(parts), trunk.width), dtype=np.float32)
     return np.stack([by_text[text] for text in texts])

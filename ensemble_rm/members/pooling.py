@@ -9,12 +9,15 @@ from typing import Literal, TypeAlias
 
 import torch
 
-Pooling: TypeAlias = Literal["last", "mean"]
-POOLINGS: tuple[str, ...] = ("last", "mean")
+Rule: TypeAlias = Literal["last", "mean"]
+Pooling: TypeAlias = Literal["last", "mean", "both"]
+RULES: tuple[Rule, ...] = ("last", "mean")
+POOLINGS: tuple[Pooling, ...] = ("last", "mean", "both")
+"""``both`` is last and mean, one after the other."""
 
 
 def pool(
-    states: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, rule: Pooling
+    states: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, rule: Rule
 ) -> torch.Tensor:
     """Pool right-padded token states to float32 vectors.
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.batching import Batch, batches
-from ensemble_rm.members.pooling import POOLINGS, Pooling, pool
+from ensemble_rm.members.pooling import POOLINGS, RULES, Pooling, Rule, pool
 from ensemble_rm.members.text import Encoded, Template, TextEncoder
 
 Progress = Callable[[str, int, int], None]
@@ -39,8 +39,8 @@ class View:
     layer : int
         The states after this block, 1 … depth; the deepest's are read after the final norm, as
         transformers returns them.
-    pooling : {"last", "mean"}
-        The last attended token, or the mean of the completion.
+    pooling : {"last", "mean", "both"}
+        The last attended token, the mean of the completion, or the one after the other.
     """
 
     layer: int
@@ -53,22 +53,27 @@ class View:
     def parse(cls, text: str) -> View:
         """Read ``"16:mean"``."""
         layer, _, pooling = text.partition(":")
-        if not layer.strip().isdigit() or pooling.strip() not in POOLINGS:
+        rule = next((rule for rule in POOLINGS if rule == pooling.strip()), None)
+        if not layer.strip().isdigit() or rule is None:
             raise OptionError(f"a view is LAYER:POOLING with pooling in {POOLINGS}, not {text!r}")
-        return cls(int(layer), "last" if pooling.strip() == "last" else "mean")
+        return cls(int(layer), rule)
+
+    def parts(self) -> tuple[tuple[int, Rule], ...]:
+        """Return the (layer, rule) pairs that it is made of, in their order."""
+        return tuple((self.layer, r) for r in RULES if self.pooling in (r, "both"))
 
 
 def default_views(depth: int, members: int) -> tuple[View, ...]:
-    """Spread views over the upper two thirds of the layers, the poolings in turn.
+    """Spread views over the upper two thirds of the layers, each with both poolings.
 
-    Members beyond the distinct (layer, pooling) pairs take the first views again.
+    Where there are more members than layers, a layer's next readers take one pooling, then the
+    other; members beyond that take the first views again.
     """
     lowest = max(1, -(-depth // 3))
     layers = np.linspace(lowest, depth, members).round().astype(int) if members > 1 else [depth]
     taken: list[View] = []
-    for i, layer in enumerate(layers):
-        rules: tuple[Pooling, Pooling] = ("mean", "last") if i % 2 == 0 else ("last", "mean")
-        candidates = [View(int(layer), rule) for rule in rules]
+    for layer in layers:
+        candidates = [View(int(layer), rule) for rule in ("both", "mean", "last")]
         taken.append(next((v for v in candidates if v not in taken), candidates[0]))
     return tuple(taken)
 
@@ -160,37 +165,37 @@ class Trunk:
     def pooled(
         self,
         encoded: Sequence[Encoded],
-        views: Sequence[View],
+        parts: Sequence[tuple[int, Rule]],
         *,
         progress: Progress = silent,
     ) -> NDArray[np.float32]:
-        """Run the trunk once over every sample and pool what each view reads.
+        """Run the trunk once over every sample and pool each (layer, rule).
 
         Returns
         -------
         ndarray
-            (n_samples, n_views, width) float32.
+            (n_samples, n_parts, width) float32.
         """
-        out = np.empty((len(encoded), len(views), self.width), dtype=np.float32)
+        out = np.empty((len(encoded), len(parts), self.width), dtype=np.float32)
         done = 0
         for batch in batches(encoded, token_budget=self.options.token_budget, device=self.device):
-            pooled = self.pool_batch(batch, views)
+            pooled = self.pool_batch(batch, parts)
             out[batch.rows] = pooled.cpu().numpy()
             done += len(batch.rows)
             progress("reading", done, len(encoded))
         return out
 
     @torch.inference_mode()
-    def pool_batch(self, batch: Batch, views: Sequence[View]) -> torch.Tensor:
-        """Return (B, n_views, width) float32 for one batch, in one pass."""
+    def pool_batch(self, batch: Batch, parts: Sequence[tuple[int, Rule]]) -> torch.Tensor:
+        """Return (B, n_parts, width) float32 for one batch, in one pass."""
         wanted: dict[int, list[int]] = {}
-        for i, view in enumerate(views):
-            wanted.setdefault(view.layer, []).append(i)
-        out = torch.empty(len(batch.rows), len(views), self.width, device=self.device)
+        for i, (layer, _) in enumerate(parts):
+            wanted.setdefault(layer, []).append(i)
+        out = torch.empty(len(batch.rows), len(parts), self.width, device=self.device)
 
         def keep(layer: int, states: torch.Tensor) -> None:
             for i in wanted.get(layer, ()):
-                out[:, i] = pool(states, batch.starts, batch.lengths, views[i].pooling)
+                out[:, i] = pool(states, batch.starts, batch.lengths, parts[i][1])
 
         # The deepest layer is read after the final norm, as transformers returns it.
         with self._listening({layer for layer in wanted if layer < self.depth}, keep):

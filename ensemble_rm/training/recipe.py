@@ -39,10 +39,10 @@ class Recipe:
         Width of a head's hidden layer; 0 is a linear head.
     """
 
-    epochs: int = 60
-    patience: int = 6
-    learning_rate: float = 3e-4
-    weight_decay: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    epochs: int = 150
+    patience: int = 10
+    learning_rate: float = 1e-4
+    weight_decay: tuple[float, ...] = (1.0, 10.0, 100.0)
     batch_size: int = 64
     clip: float = 1.0
     smoothing: float = 0.0
