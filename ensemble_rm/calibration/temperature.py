@@ -171,30 +171,37 @@ def _add_up(score: Floats, groups: ArrayLike) -> Floats:
     return np.asarray(np.bincount(labels, score), dtype=np.float64)
 
 
-def _newton(x: Floats, y: Floats, w: Floats) -> float:
-    """Minimise the NLL over β = 1/T > 0: Newton's steps inside a shrinking bracket."""
+_SAMPLE = 4096  # judgments that a large fit starts from
+
+
+def _newton(x: Floats, y: Floats, w: Floats, start: float = 1.0) -> float:
+    """Minimise the NLL over β = 1/T > 0: Newton's steps inside a shrinking bracket.
+
+    A large fit starts from the optimum of every so many-th judgment; the end is the same.
+    """
+    if len(x) > 4 * _SAMPLE:
+        part = slice(None, None, len(x) // _SAMPLE)
+        small = (x[part], y[part], w[part])
+        against = (small[0] > 0) & (small[1] < 1) | (small[0] < 0) & (small[1] > 0)
+        if against.any() and (small[2] * (2 * small[1] - 1) * small[0]).sum() > 0:
+            start = _newton(*small)
     wx = w * x
     wxx, constant = wx * x, float(wx @ y)
-
-    def slope(beta: float) -> tuple[float, float]:
-        p = np.asarray(expit(beta * x))
-        return float(wx @ p) - constant, float(wxx @ (p * (1 - p)))
-
-    low, high = 0.0, 1.0
-    while slope(high)[0] < 0:
-        low, high = high, 2 * high
-        if high > 1e12:
-            raise SeparableError("the likelihood pulls T to 0; use more judgments")
-    beta = 0.5 * (low + high)
+    low, high, beta = 0.0, math.inf, start
     for _ in range(200):
-        gradient, curvature = slope(beta)
+        p = np.asarray(expit(beta * x))
+        gradient = float(wx @ p) - constant
+        curvature = float(wxx @ (p * (1 - p)))
         low, high = (beta, high) if gradient < 0 else (low, beta)
-        step = beta - gradient / curvature if curvature > 0 else low
-        new = step if low < step < high else 0.5 * (low + high)
+        step = beta - gradient / curvature if curvature > 0 else math.inf
+        middle = 2 * beta if high == math.inf else 0.5 * (low + high)
+        new = step if low <= step <= min(high, 10 * beta) else middle
         # The next step's error is about the square of this one's.
-        if abs(new - beta) <= 1e-8 * beta:
+        if abs(new - beta) <= 1e-6 * beta:
             return new
         beta = new
+        if beta > 1e12:
+            raise SeparableError("the likelihood pulls T to 0; use more judgments")
     return beta
 
 
