@@ -10,7 +10,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --durations=10
 CODE := ensemble_rm tests $(wildcard benchmarks)
 SETTINGS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test fast slow coverage lint ruff-check ruff-format mypy format clean
+.PHONY: help demo test fast slow coverage lint ruff-check ruff-format mypy format bench-quick clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ mypy: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev  ## sort imports, mend what can be mended, format
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+bench-quick: $(VENV)/.installed-dev  ## the temperature fit's benchmark at its smallest size
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration_fit.py --quick
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist *.egg-info .coverage* htmlcov .hypothesis
