@@ -51,7 +51,7 @@ def test_a_snippet_runs(
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_understood(command: str) -> None:
     words = shlex.split(command, comments=True)
-    make_parser().parse_args(words[1:])
+    assert make_parser().parse_args(words[1:]).command == words[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -120,18 +120,6 @@ class HeadScorer:
                 self._trunk = Trunk(self.backbone, self.options, top=top)
             return self._trunk
 
-    def with_cache(self, cache: FeatureCache | None) -> HeadScorer:
-        """Return the same scorer with another feature cache."""
-        return HeadScorer(
-            self.backbone,
-            self.options,
-            self.views,
-            self.weights,
-            names=self.names,
-            cache=cache,
-            trunk=self._trunk,
-        )
-
     def score(self, samples: Sequence[Sample]) -> Floats:
         """Return (n_samples, k) raw scores, in the order of the samples."""
         return self.score_counted(samples)[0]

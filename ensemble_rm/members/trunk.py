@@ -1,4 +1,4 @@
-"""One pretrained transformer, run once: pooled states of any layer, or token states of one.
+"""One pretrained transformer, run once: pooled states of any layer.
 
 Works on any architecture whose blocks stand in one ModuleList, encoder or decoder. Blocks above
 the highest layer that is read are dropped at loading. Knows nothing of heads or ensembles.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,7 +154,6 @@ class Trunk:
         self.top = self.depth if top is None else top
         if not 1 <= self.top <= self.depth:
             raise OptionError(f"layer must lie between 1 and {self.depth}, not {self.top}")
-        self.upper = list(blocks)[self.top :]
         setattr(parent, name, torch.nn.ModuleList(list(blocks)[: self.top]))
         self.blocks: torch.nn.ModuleList = getattr(parent, name)
         self.model: Any = model.to(self.device)
@@ -204,27 +202,6 @@ class Trunk:
             keep(self.depth, last)
         return out
 
-    @torch.inference_mode()
-    def states(
-        self, encoded: Sequence[Encoded], *, progress: Progress = silent
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (row, (T, width) states after block `top`, before any final norm)."""
-        done = 0
-        for batch in batches(encoded, token_budget=self.options.token_budget, device=self.device):
-            states = self.top_states(batch)
-            for i, row in enumerate(batch.rows):
-                yield row, states[i, : int(batch.lengths[i])]
-            done += len(batch.rows)
-            progress("reading", done, len(encoded))
-
-    @torch.inference_mode()
-    def top_states(self, batch: Batch) -> torch.Tensor:
-        """Return the (B, T, width) states after block `top`, before any final norm."""
-        caught: list[torch.Tensor] = []
-        with self._listening({self.top}, lambda _, states: caught.append(states)):
-            self.model(**batch.model_inputs(), **self._no_cache())
-        return caught[0]
-
     def _no_cache(self) -> dict[str, bool]:
         return {} if not getattr(self.model.config, "is_decoder", True) else {"use_cache": False}
 
@@ -243,14 +220,3 @@ class Trunk:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def open_trunk(
-    name: str | Path,
-    options: TrunkOptions,
-    *,
-    top: int | None = None,
-    cache_dir: Path | None = bb.DEFAULT_CACHE,
-) -> Trunk:
-    """Locate a backbone and load it up to block `top`."""
-    return Trunk(bb.locate(name, cache_dir=cache_dir), options, top=top)

@@ -33,29 +33,16 @@ from ensemble_rm.members.trunk import Progress, silent
 from ensemble_rm.metrics import (
     EceNull,
     Interval,
-    accuracy,
     agreement,
     auroc,
     bootstrap,
-    brier,
     ece,
     ece_null,
     error_auroc,
-    nll,
     smooth_ece,
 )
 from ensemble_rm.samples import Preferences, require_pairs
 from ensemble_rm.uncertainty import margin_correlation, mean_correlation, split_uncertainty
-
-Metric = Callable[[Floats, Floats], float]
-
-METRICS: dict[str, Metric] = {
-    "accuracy": accuracy,
-    "nll": nll,
-    "brier": brier,
-    "ece": ece,
-    "smooth_ece": smooth_ece,
-}
 
 
 def default_aggregators() -> tuple[Aggregator, ...]:
@@ -293,9 +280,8 @@ def _measure(p: Floats, scored: ScoredPairs, draws: int, seed: int) -> dict[str,
         name: bootstrap(lambda i, v=v: float(v[i].mean()), groups, draws=draws, seed=seed)  # type: ignore[misc]
         for name, v in per_pair.items()
     }
-    for name in ("ece", "smooth_ece"):
+    for name, metric in (("ece", ece), ("smooth_ece", smooth_ece)):
         few = min(draws, 100) if name == "smooth_ece" else draws
-        metric = METRICS[name]
         found[name] = bootstrap(
             lambda i, m=metric: m(p[i], y[i]),  # type: ignore[misc]
             groups,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ensemble_rm.aggregation.aggregator import mean
-from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
+from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone import DEFAULT_CACHE, Backbone, load_tokenizer, locate
@@ -125,7 +125,7 @@ def train(
     reference = scorer.apply(val_features.features, distinct)
     ensemble = RewardEnsemble(
         (scorer,),
-        _normaliser(reference, validation),
+        fit_normaliser(reference, validation.sample_groups()),
         mean(),
         provenance=said
         | _versions()
@@ -217,10 +217,6 @@ def _read(
     read = features(trunk, encoded, views, cache=cache, progress=progress)
     data = PairFeatures(read, pairs.targets, pairs.weights, pairs.margins, pairs.groups)
     return data, asdict(count_truncation(encoded))
-
-
-def _normaliser(reference: Any, validation: Preferences) -> Normaliser:
-    return fit_normaliser(reference, validation.sample_groups())
 
 
 def _checkpoint_folder(out: Path) -> Path:
