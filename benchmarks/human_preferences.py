@@ -36,6 +36,7 @@ from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.trunk import Trunk, default_views
 from ensemble_rm.metrics import agreement, bootstrap, ece, ece_null
 from ensemble_rm.training.heads import HeadTrainer, PairFeatures
+from ensemble_rm.training.seeds import member_seeds
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf.jsonl"
 K = 5
@@ -73,7 +74,12 @@ def heads(
 ) -> dict[str, ScoredPairs]:
     """Normalised scores of five heads on calibration and test."""
     result = HeadTrainer(
-        x["fit"], x["validation"], view_of=view_of, recipe=Recipe(), seed=seed, device=trunk.device
+        x["fit"],
+        x["validation"],
+        view_of=view_of,
+        recipe=Recipe(),
+        seeds=member_seeds(seed, K),
+        device=trunk.device,
     ).run()
     scorer = HeadScorer(
         trunk.backbone,

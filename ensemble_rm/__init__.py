@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
     from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.loading import load_preferences
+    from ensemble_rm.members.branches import BranchScorer
     from ensemble_rm.members.classifier import ClassifierScorer
     from ensemble_rm.members.heads import HeadScorer
     from ensemble_rm.members.scorer import FunctionScorer, Scorer
@@ -49,6 +50,7 @@ _HOMES = {
     "calibration.temperature": "TemperatureFit fit_temperature",
     "ensemble": "RewardEnsemble",
     "loading": "load_preferences",
+    "members.branches": "BranchScorer",
     "members.classifier": "ClassifierScorer",
     "members.heads": "HeadScorer",
     "members.scorer": "FunctionScorer Scorer",
@@ -63,6 +65,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 __all__ = [
     "Aggregator",
+    "BranchScorer",
     "Calibration",
     "ClassifierScorer",
     "Comparison",

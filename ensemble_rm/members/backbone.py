@@ -93,6 +93,25 @@ def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backb
     return Backbone(str(name), folder, weights_digest(folder))
 
 
+def locate_same(
+    name: str | Path, digest: str, *, cache_dir: Path | None = DEFAULT_CACHE
+) -> Backbone:
+    """Find a backbone again, and hold its weights against the digest of those it had.
+
+    Raises
+    ------
+    BackboneError
+        If the weights are others.
+    """
+    found = locate(name, cache_dir=cache_dir)
+    if found.digest != digest:
+        raise BackboneError(
+            f"the weights of {found.name} (SHA-256 {found.digest[:12]}…) are not those of the "
+            f"saved ensemble ({digest[:12]}…); name the right folder with backbone=… or --backbone"
+        )
+    return found
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

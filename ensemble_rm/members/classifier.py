@@ -1,33 +1,115 @@
-"""Members that exist already: a sequence-classification reward model of one output.
+"""Sequence-classification models of one output as members: published ones, and `full` members.
 
-The model keeps its published pooling, which is transformers' own: of a decoder, the last token
-whose id is not the pad token's. Padding stands on the right and is that token, so that the rule
-reads the same place whatever the batch.
+A published model keeps its pooling, which is transformers' own: of a decoder, the last token whose
+id is not the pad token's. Padding stands on the right and is that token, so that the rule reads the
+same place whatever the batch. A decoder that was trained here is read at its last attended token,
+whatever that token is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import BackboneError, StorageError
+from ensemble_rm.errors import BackboneError, OptionError, StorageError
 from ensemble_rm.members import backbone as bb
-from ensemble_rm.members.batching import batches
+from ensemble_rm.members.batching import Batch, batches
+from ensemble_rm.members.pooling import pool
 from ensemble_rm.members.text import TextEncoder, Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
 from ensemble_rm.samples import Sample
 
+ClassifierPooling: TypeAlias = Literal["published", "attended"]
+"""Transformers' own rule, or the last attended token."""
+
+
+def trained_pooling(model: torch.nn.Module) -> ClassifierPooling:
+    """Return the rule by which a model is trained here: by the mask, where the rule is free.
+
+    Decoders share one head over token states in transformers. Encoders read a fixed place.
+    """
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    return "attended" if isinstance(model, GenericForSequenceClassification) else "published"
+
+
+def classifier_scores(
+    model: Any,
+    batch: Batch,
+    pooling: ClassifierPooling,
+    *,
+    forward: Callable[..., Any] | None = None,
+) -> torch.Tensor:
+    """Score one batch; training and scoring both call this.
+
+    Parameters
+    ----------
+    model : transformers sequence-classification model
+    batch : Batch
+    pooling : {"published", "attended"}
+    forward : callable, optional
+        The model's own forward pass, where a trainer has put another in its place.
+
+    Returns
+    -------
+    torch.Tensor
+        (B,) float32.
+    """
+    inputs = batch.model_inputs()
+    pad = model.config.get_text_config().pad_token_id
+    inputs["input_ids"] = torch.where(batch.mask.bool(), batch.ids, pad)
+    if pooling == "published":
+        logits: torch.Tensor = (forward or model)(**inputs).logits
+        return logits[:, 0].float()
+    states = model.base_model(**inputs, use_cache=False).last_hidden_state
+    last = pool(states, batch.starts, batch.lengths, "last")
+    with torch.autocast(last.device.type, enabled=False):
+        scores: torch.Tensor = last @ model.score.weight[0].float()
+        return scores
+
+
+def set_pad_token(model: Any, tokenizer: Any) -> None:
+    """Give a model its tokenizer's pad token, where it has none.
+
+    Raises
+    ------
+    BackboneError
+        If neither names one.
+    """
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.pad_token_id is None:
+        raise BackboneError(
+            f"{tokenizer.name_or_path} names no pad token, by which a batch is filled up; "
+            "set pad_token in its tokenizer's config"
+        )
+
+
+def _lift_head(model: Any) -> None:
+    """Run all that follows the trunk in float32: scores of bfloat16 would tie."""
+
+    def cast(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+        )
+
+    for name, child in model.named_children():
+        if name != model.base_model_prefix:
+            child.float().register_forward_pre_hook(cast)
+
 
 class ClassifierScorer:
-    """A published reward model as one member.
+    """A sequence-classification reward model as one member.
 
     Parameters
     ----------
@@ -37,6 +119,10 @@ class ClassifierScorer:
         Template, truncation, dtype, device.
     name : str, optional
         The column's; the folder's where not given.
+    pooling : {"published", "attended"}
+        Transformers' own rule, or the last attended token.
+    own : bool
+        The weights were trained here, and are saved with the ensemble.
     """
 
     kind = "classifier"
@@ -47,10 +133,18 @@ class ClassifierScorer:
         options: TrunkOptions | None = None,
         *,
         name: str | None = None,
+        pooling: ClassifierPooling = "published",
+        own: bool = False,
     ) -> None:
+        if pooling not in get_args(ClassifierPooling):
+            raise OptionError(
+                f"pooling must be one of {get_args(ClassifierPooling)}, not {pooling!r}"
+            )
         self.backbone = backbone
         self.options = options or TrunkOptions()
         self.names = (name or Path(backbone.name).name,)
+        self.pooling: ClassifierPooling = pooling
+        self.own = own
         self.device = bb.pick_device(self.options.device)
         self._encoder: TextEncoder | None = None
         self._model: Any = None
@@ -84,13 +178,9 @@ class ClassifierScorer:
                 folder = self.backbone.folder
                 model = bb.load_classifier(folder, dtype=self.options.dtype)
                 tokenizer = bb.load_tokenizer(folder)
-                if model.config.pad_token_id is None:
-                    model.config.pad_token_id = tokenizer.pad_token_id
-                if model.config.pad_token_id is None:
-                    raise BackboneError(
-                        f"{folder} names no pad token, by which its pooling finds the last token; "
-                        "set pad_token in its tokenizer's config"
-                    )
+                set_pad_token(model, tokenizer)
+                if self.options.dtype != "float32":
+                    _lift_head(model)
                 self._model = model.eval().requires_grad_(requires_grad=False).to(self.device)
                 self._encoder = TextEncoder(
                     tokenizer, template=self.options.template, max_length=self.options.max_length
@@ -109,11 +199,10 @@ class ClassifierScorer:
         encoder, model = self._open()
         encoded = encoder.encode(samples)
         out = np.empty((len(encoded), 1))
-        pad, done = model.config.pad_token_id, 0
+        done = 0
         for batch in batches(encoded, token_budget=self.options.token_budget, device=self.device):
-            inputs = batch.model_inputs()
-            inputs["input_ids"] = torch.where(batch.mask.bool(), batch.ids, pad)
-            out[batch.rows] = model(**inputs).logits.double().cpu().numpy()
+            scores = classifier_scores(model, batch, self.pooling)
+            out[batch.rows, 0] = scores.double().cpu().numpy()
             done += len(batch.rows)
             progress("scoring", done, len(encoded))
         return out, count_truncation(encoded)
@@ -126,24 +215,29 @@ class ClassifierScorer:
             "digest": self.backbone.digest,
             "options": asdict(self.options),
             "name": self.names[0],
-            "pooling": "published (transformers)",
+            "pooling": self.pooling,
+            "own": self.own,
         }
 
     def save(self, folder: Path) -> None:
-        """Write ``member.json``; the model stays where it is."""
+        """Write ``member.json``, and the model's folder where it was trained here."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "member.json").write_text(json.dumps(self.describe(), indent=1) + "\n")
+        said = self.describe()
+        if self.own:
+            shutil.copytree(self.backbone.folder, folder / "model")
+            said["backbone"] = "model"
+        (folder / "member.json").write_text(json.dumps(said, indent=1) + "\n")
 
     @classmethod
     def load(
         cls,
         folder: Path,
         *,
-        backbone: str | Path | None = None,  # noqa: ARG003 - heads have one, this is its own
+        backbone: str | Path | None = None,  # noqa: ARG003 - others have one, this is its own
         device: str | None = None,
         cache_dir: Path | None = bb.DEFAULT_CACHE,
     ) -> ClassifierScorer:
-        """Read what `save` wrote; the model must lie where it lay.
+        """Read what `save` wrote; a published model must lie where it lay.
 
         Raises
         ------
@@ -155,13 +249,10 @@ class ClassifierScorer:
         try:
             said = json.loads((folder / "member.json").read_text())
             options = replace(TrunkOptions(**said["options"]), device=device)
-            found = bb.locate(said["backbone"], cache_dir=cache_dir)
-            digest, name = said["digest"], said["name"]
+            own = bool(said["own"])
+            where = folder / "model" if own else said["backbone"]
+            digest, name, pooling = said["digest"], said["name"], said["pooling"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{folder} is no saved classifier member: {error}") from error
-        if found.digest != digest:
-            raise BackboneError(
-                f"the weights of {found.name} (SHA-256 {found.digest[:12]}…) have changed since "
-                f"the ensemble was saved ({digest[:12]}…)"
-            )
-        return cls(found, options, name=name)
+        found = bb.locate_same(where, digest, cache_dir=cache_dir)
+        return cls(found, options, name=name, pooling=pooling, own=own)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,53 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from scipy.special import expit
 
-from ensemble_rm.errors import BackboneError, OptionError, StorageError
+from ensemble_rm.errors import OptionError, StorageError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.cache import FeatureCache, features
+from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
 from ensemble_rm.samples import Sample
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class HeadWeights:
-    """k heads of one shape.
-
-    A head standardises what its view reads, z = (x − offset)·gain, and returns w·z + b, or
-    w·silu(V z + c) + b where it has a hidden layer. A feature outside a head's random subspace
-    has gain 0.
-
-    Attributes
-    ----------
-    offset, gain : ndarray, shape (k, width)
-    weight : ndarray, shape (k, width) or (k, hidden)
-    bias : ndarray, shape (k,)
-    inner : ndarray, shape (k, width, hidden), optional
-    inner_bias : ndarray, shape (k, hidden), optional
-    """
-
-    offset: Floats
-    gain: Floats
-    weight: Floats
-    bias: Floats
-    inner: Floats | None = None
-    inner_bias: Floats | None = None
-
-    def __call__(self, member: int, x: NDArray[np.float32]) -> Floats:
-        """Score (n, width) features with one head: (n,)."""
-        z: Floats = (x.astype(np.float64) - self.offset[member]) * self.gain[member]
-        if self.inner is not None and self.inner_bias is not None:
-            hidden = z @ self.inner[member] + self.inner_bias[member]
-            z = hidden * expit(hidden)
-        return np.asarray(z @ self.weight[member] + self.bias[member], dtype=np.float64)
-
-    def tensors(self) -> dict[str, Floats]:
-        """Return the arrays by name."""
-        return {name: a for name, a in vars(self).items() if a is not None}
 
 
 class HeadScorer:
@@ -117,7 +80,7 @@ class HeadScorer:
         with self._lock:
             if self._trunk is None:
                 top = max(view.layer for view in self.views)
-                self._trunk = Trunk(self.backbone, self.options, top=top)
+                self._trunk = Trunk(self.backbone, self.options, top=top).forget_rest()
             return self._trunk
 
     def score(self, samples: Sequence[Sample]) -> Floats:
@@ -196,11 +159,5 @@ class HeadScorer:
             options = replace(TrunkOptions(**said["options"]), device=device)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StorageError(f"{folder} is no saved head member: {error}") from error
-        found = bb.locate(backbone or said["backbone"], cache_dir=cache_dir)
-        if found.digest != said["digest"]:
-            raise BackboneError(
-                f"the weights of {found.name} (SHA-256 {found.digest[:12]}…) are not those that "
-                f"the heads were trained on ({said['digest'][:12]}…); name the right folder with "
-                "backbone=… or --backbone"
-            )
+        found = bb.locate_same(backbone or said["backbone"], said["digest"], cache_dir=cache_dir)
         return cls(found, options, views, weights, names=said["names"])

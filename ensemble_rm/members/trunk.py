@@ -101,8 +101,16 @@ class TrunkOptions:
     token_budget: int = 8192
 
 
-def find_blocks(model: torch.nn.Module) -> tuple[torch.nn.Module, str, torch.nn.ModuleList]:
+def find_blocks(
+    model: torch.nn.Module, *, depth: int | None = None
+) -> tuple[torch.nn.Module, str, torch.nn.ModuleList]:
     """Return the parent, the attribute and the list of the transformer's blocks.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    depth : int, optional
+        How many blocks the list holds now; as many as the config says where not given.
 
     Raises
     ------
@@ -110,7 +118,7 @@ def find_blocks(model: torch.nn.Module) -> tuple[torch.nn.Module, str, torch.nn.
         If no ModuleList is as long as the config says the model is deep.
     """
     config: Any = model.config
-    depth = config.get_text_config().num_hidden_layers
+    depth = config.get_text_config().num_hidden_layers if depth is None else depth
     for parent in model.modules():
         for name, child in parent.named_children():
             if isinstance(child, torch.nn.ModuleList) and len(child) == depth:
@@ -135,6 +143,15 @@ class Trunk:
     options : TrunkOptions
     top : int, optional
         Highest layer that will be read; all layers where it is not given.
+
+    Attributes
+    ----------
+    depth, width : int
+        Blocks of the whole backbone, and width of their states.
+    blocks : ModuleList
+        Those up to `top`.
+    rest : ModuleList
+        Those above it, of which branches are copies; empty once `forget_rest` was called.
     """
 
     def __init__(
@@ -154,8 +171,9 @@ class Trunk:
         self.top = self.depth if top is None else top
         if not 1 <= self.top <= self.depth:
             raise OptionError(f"layer must lie between 1 and {self.depth}, not {self.top}")
-        setattr(parent, name, torch.nn.ModuleList(list(blocks)[: self.top]))
-        self.blocks: torch.nn.ModuleList = getattr(parent, name)
+        self.blocks = torch.nn.ModuleList(list(blocks)[: self.top])
+        self.rest = torch.nn.ModuleList(list(blocks)[self.top :])
+        setattr(parent, name, self.blocks)
         self.model: Any = model.to(self.device)
         model_config: Any = self.model.config
         self.width: int = model_config.get_text_config().hidden_size
@@ -197,13 +215,28 @@ class Trunk:
 
         # The deepest layer is read after the final norm, as transformers returns it.
         with self._listening({layer for layer in wanted if layer < self.depth}, keep):
-            last = self.model(**batch.model_inputs(), **self._no_cache()).last_hidden_state
+            last = self.model(**self.inputs(batch)).last_hidden_state
         if self.top == self.depth:
             keep(self.depth, last)
         return out
 
-    def _no_cache(self) -> dict[str, bool]:
-        return {} if not getattr(self.model.config, "is_decoder", True) else {"use_cache": False}
+    @torch.inference_mode()
+    def states(self, batch: Batch) -> torch.Tensor:
+        """Return the token states after block `top`, before any final norm: (B, T, width)."""
+        found: list[torch.Tensor] = []
+        with self._listening({self.top}, lambda _, states: found.append(states)):
+            self.model(**self.inputs(batch))
+        return found[0]
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the keyword arguments of one forward pass that keeps no cache."""
+        decodes = getattr(self.model.config, "is_decoder", True)
+        return batch.model_inputs() | ({"use_cache": False} if decodes else {})
+
+    def forget_rest(self) -> Trunk:
+        """Let the blocks above `top` go; return the trunk."""
+        self.rest = torch.nn.ModuleList()
+        return self
 
     @contextmanager
     def _listening(

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch.nn.functional import silu
 
 from ensemble_rm.errors import NonFiniteLossError
-from ensemble_rm.members.heads import HeadWeights
+from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.trunk import Progress, silent
 from ensemble_rm.training.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from ensemble_rm.training.loss import preference_loss
 from ensemble_rm.training.recipe import Recipe
-from ensemble_rm.training.seeds import member_seeds
+from ensemble_rm.training.seeds import resample_counts
 
 _INIT = 0.1  # of 1/√width: members start apart, and the noise does not outlive training
 
@@ -96,7 +96,8 @@ class HeadTrainer:
     view_of : sequence of int
         Which of the features' views each member reads.
     recipe : Recipe
-    seed : int
+    seeds : list of dict
+        Each member's, by purpose: `member_seeds`.
     device : torch.device
     checkpoint : Path, optional
         Folder to resume from and to write to.
@@ -113,7 +114,7 @@ class HeadTrainer:
         *,
         view_of: list[int],
         recipe: Recipe,
-        seed: int,
+        seeds: list[dict[str, int]],
         device: torch.device,
         checkpoint: Path | None = None,
         digest: str = "",
@@ -123,7 +124,7 @@ class HeadTrainer:
         self.checkpoint, self.digest = checkpoint, digest
         self.checkpoint_seconds = checkpoint_seconds
         self.view_of = view_of
-        self.seeds = member_seeds(seed, len(view_of))
+        self.seeds = seeds
         self.k, self.g, self.n = len(view_of), len(recipe.weight_decay), len(fit)
         self.width = fit.features.shape[2]
         used = fit.features.astype(np.float64)
@@ -134,7 +135,8 @@ class HeadTrainer:
         self.fit = _Side(fit, offset, gain, device)
         self.validation = _Side(validation, offset, gain, device)
         self.mask = torch.from_numpy(self._subspaces()).float().to(device)  # (k, width)
-        self.counts = torch.from_numpy(self._resamples(fit.groups)).float().to(device)  # (k, n)
+        counts = resample_counts(fit.groups, self.seeds, bootstrap=recipe.bootstrap)
+        self.counts = torch.from_numpy(counts).float().to(device)  # (k, n)
         self.decay = torch.tensor(recipe.weight_decay, device=device)
         self.parameters = self._initial()
 
@@ -146,22 +148,6 @@ class HeadTrainer:
         for row, seeds in zip(mask, self.seeds, strict=True):
             row[np.random.default_rng(seeds["subspace"]).permutation(self.width)[:keep]] = 1
         return mask
-
-    def _resamples(self, groups: NDArray[np.int64]) -> NDArray[np.float64]:
-        """How often each pair counts for each member: once, or as its prompt was drawn."""
-        if not self.recipe.bootstrap:
-            return np.ones((self.k, self.n))
-        labels = np.unique(groups, return_inverse=True)[1]
-        size = int(labels.max()) + 1
-        return np.stack(
-            [
-                np.bincount(
-                    np.random.default_rng(seeds["bootstrap"]).integers(size, size=size),
-                    minlength=size,
-                )[labels].astype(np.float64)
-                for seeds in self.seeds
-            ]
-        )
 
     def _initial(self) -> dict[str, torch.Tensor]:
         """Draw each member's weights; its lanes start alike."""

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ensemble_rm.errors import OptionError
+
+# Fine-tuning a transformer's own blocks wants other numbers than fitting a head.
+_OF_KIND: dict[str, dict[str, Any]] = {
+    "head": {},
+    "branch": {
+        "epochs": 4,
+        "patience": 2,
+        "learning_rate": 2e-5,
+        "weight_decay": (0.01,),
+        "batch_size": 16,
+    },
+    "full": {
+        "epochs": 3,
+        "patience": 1,
+        "learning_rate": 3e-5,
+        "weight_decay": (0.01,),
+        "batch_size": 16,
+    },
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How members are trained.
+    """How members are trained; the defaults are those of heads, `of` has those of other kinds.
 
     Attributes
     ----------
@@ -37,6 +57,9 @@ class Recipe:
         Share of the features that each head sees, drawn anew a head; 1 is all.
     hidden : int
         Width of a head's hidden layer; 0 is a linear head.
+    warmup : float
+        Share of all steps over which a branch's or a full member's learning rate rises, before it
+        falls to 0 in a straight line; heads keep theirs.
     """
 
     epochs: int = 150
@@ -50,6 +73,38 @@ class Recipe:
     bootstrap: bool = False
     subspace: float = 1.0
     hidden: int = 0
+    warmup: float = 0.1
+
+    @classmethod
+    def of(cls, kind: str, **changes: Any) -> Recipe:
+        """Return the defaults of a kind of member, with changes.
+
+        Parameters
+        ----------
+        kind : {"head", "branch", "full"}
+        **changes
+            Attributes by name.
+
+        Raises
+        ------
+        OptionError
+            If the kind is unknown, or an attribute cannot be used with it.
+        """
+        recipe = cls(**(_OF_KIND.get(kind, {}) | changes))
+        recipe.check(kind)
+        return recipe
+
+    def check(self, kind: str) -> None:
+        """Refuse what a kind of member cannot do: an `OptionError`."""
+        if kind not in _OF_KIND:
+            raise OptionError(f"kind must be one of {tuple(_OF_KIND)}, not {kind!r}")
+        if kind != "head" and len(self.weight_decay) != 1:
+            raise OptionError(
+                f"kind {kind!r} takes one weight_decay, not {self.weight_decay}; only heads try "
+                f"several (start from Recipe.of({kind!r}))"
+            )
+        if kind != "head" and (self.hidden or self.subspace < 1):
+            raise OptionError(f"hidden and subspace belong to heads, not to kind {kind!r}")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_decay", tuple(float(w) for w in self.weight_decay))
@@ -67,6 +122,7 @@ class Recipe:
             "centring": (0 <= self.centring < math.inf, "a finite number ≥ 0"),
             "subspace": (0 < self.subspace <= 1, "in (0, 1]"),
             "hidden": (self.hidden >= 0, "≥ 0"),
+            "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
         }
         for name, (holds, wanted) in rules.items():
             if not holds:

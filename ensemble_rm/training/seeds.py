@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 PURPOSES = ("init", "order", "bootstrap", "subspace", "dropout")
 
@@ -25,6 +26,37 @@ def member_seeds(seed: int, members: int) -> list[dict[str, int]]:
         numbers = child.generate_state(len(PURPOSES), np.uint64)
         found.append({p: int(n >> 1) for p, n in zip(PURPOSES, numbers.tolist(), strict=True)})
     return found
+
+
+def resample_counts(
+    groups: NDArray[np.int64], seeds: list[dict[str, int]], *, bootstrap: bool
+) -> NDArray[np.float64]:
+    """Say how often each pair counts for each member: once, or as its prompt was drawn.
+
+    Parameters
+    ----------
+    groups : ndarray of int, shape (n_pairs,)
+        Prompt of each pair; the bootstrap draws whole prompts.
+    seeds : list of dict
+        Each member's, by purpose.
+    bootstrap : bool
+        Draw at all.
+
+    Returns
+    -------
+    ndarray, shape (n_members, n_pairs)
+    """
+    if not bootstrap:
+        return np.ones((len(seeds), len(groups)))
+    labels = np.unique(groups, return_inverse=True)[1]
+    size = int(labels.max()) + 1
+    counts = [
+        np.bincount(
+            np.random.default_rng(own["bootstrap"]).integers(size, size=size), minlength=size
+        )[labels]
+        for own in seeds
+    ]
+    return np.stack(counts).astype(np.float64)
 
 
 @contextmanager

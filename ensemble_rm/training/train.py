@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,18 +17,21 @@ from ensemble_rm.aggregation.aggregator import mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.backbone import DEFAULT_CACHE, Backbone, load_tokenizer, locate
-from ensemble_rm.members.cache import FeatureCache, features
-from ensemble_rm.members.heads import HeadScorer
+from ensemble_rm.members.backbone import DEFAULT_CACHE, load_tokenizer, locate
+from ensemble_rm.members.states import DEFAULT_MAX_BYTES, states_bytes
 from ensemble_rm.members.text import TextEncoder, count_truncation
-from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, default_views, silent
+from ensemble_rm.members.trunk import Progress, TrunkOptions, View, silent
 from ensemble_rm.samples import Preferences, require_pairs
-from ensemble_rm.training.heads import HeadTrainer, PairFeatures
+from ensemble_rm.training.branch_members import train_branches
+from ensemble_rm.training.head_members import train_heads
+from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.recipe import Recipe
+from ensemble_rm.training.seeds import member_seeds
+from ensemble_rm.training.views import read_shape, resolve_views
 
-Kind = Literal["head"]
-KINDS: tuple[str, ...] = ("head",)
-_LIBRARIES = ("torch", "transformers", "numpy", "scikit-learn", "safetensors")
+Kind = Literal["head", "branch", "full"]
+_LIBRARIES = ("torch", "transformers", "accelerate", "numpy", "scikit-learn", "safetensors")
+DEFAULT_BLOCKS = 2
 
 
 def train(
@@ -39,10 +43,14 @@ def train(
     members: int = 5,
     seed: int = 0,
     views: Sequence[View | str] | None = None,
+    blocks: int = DEFAULT_BLOCKS,
     options: TrunkOptions | None = None,
     recipe: Recipe | None = None,
     out: str | Path | None = None,
     cache_dir: str | Path | None = DEFAULT_CACHE,
+    states_limit: int = DEFAULT_MAX_BYTES,
+    trainer_args: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
     progress: Progress = silent,
 ) -> RewardEnsemble:
     """Train several independently seeded reward models.
@@ -55,23 +63,33 @@ def train(
         Other prompts: stops training early, and sets the normaliser.
     backbone : str or Path
         A pretrained model: hub id, local folder, or a folder with one GGUF file.
-    kind : {"head"}
-        Heads over one frozen trunk.
+    kind : {"head", "branch", "full"}
+        Heads over one frozen trunk; copies of its top blocks, each with a head; or fine-tuned
+        copies of the whole model.
     members : int
         How many.
     seed : int
         Every member's own seeds are spawned from it.
     views : sequence of View or str, optional
         What each head reads, such as ``"16:mean"``; one for all, or one a member. A spread over
-        the upper two thirds of the layers where not given.
+        the upper two thirds of the layers where not given. Branches are read at the deepest
+        layer, by both poolings where not given; full members by their architecture's own rule.
+    blocks : int
+        How many top blocks a branch copies.
     options : TrunkOptions, optional
         Template, truncation, dtype, device.
     recipe : Recipe, optional
-        Epochs, learning rate and so on.
+        Epochs, learning rate and so on; ``Recipe.of(kind)`` where not given.
     out : str or Path, optional
         Where the ensemble is saved; a killed run with the same arguments goes on from there.
     cache_dir : str or Path, optional
-        Where features are kept, so that no text is read twice; None keeps none.
+        Where features and token states are kept, so that no text is read twice; None keeps none.
+    states_limit : int
+        Largest size of the token states that branches are trained on, in bytes.
+    trainer_args : mapping, optional
+        More of transformers' TrainingArguments, for full members: trackers, FSDP, DeepSpeed.
+    callbacks : sequence of TrainerCallback
+        Of transformers' Trainer, for full members.
     progress : callable
         Called with (stage, done, total).
 
@@ -93,53 +111,110 @@ def train(
         If training diverges.
     ResumeError
         If `out` holds a checkpoint of another run.
+    CacheLimitError
+        If the token states would outgrow `states_limit` or the disk.
     """
-    options, recipe = options or TrunkOptions(), recipe or Recipe()
-    if kind not in KINDS:
-        raise OptionError(f"kind must be one of {KINDS}, not {kind!r}")
+    job, said = _prepare(
+        fit,
+        validation,
+        backbone=backbone,
+        kind=kind,
+        members=members,
+        seed=seed,
+        views=views,
+        blocks=blocks,
+        options=options or TrunkOptions(),
+        recipe=recipe or Recipe.of(kind),
+        out=None if out is None else Path(out).expanduser(),
+        cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
+    )
+    job = replace(
+        job,
+        states_limit=states_limit,
+        trainer_args=trainer_args or {},
+        callbacks=callbacks,
+        progress=progress,
+    )
+    trained = _trainer_of(kind)(job)
+    provenance = said | _versions() | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+    ensemble = RewardEnsemble(
+        trained.scorers,
+        fit_normaliser(trained.reference, validation.sample_groups()),
+        mean(),
+        provenance=provenance | {"truncation": asdict(trained.truncation)} | trained.record,
+    )
+    if out is None:
+        return ensemble
+    ensemble.save_pretrained(out)
+    if job.checkpoint is not None:
+        shutil.rmtree(job.checkpoint, ignore_errors=True)
+    if kind == "full":  # its models lay in the checkpoint's folder
+        return RewardEnsemble.from_pretrained(out, device=job.options.device)
+    return ensemble
+
+
+def _trainer_of(kind: str) -> Callable[[Job], Trained]:
+    """Return what trains a kind of member; the Trainer is imported only for `full`."""
+    if kind == "full":
+        from ensemble_rm.training.full import train_full
+
+        return train_full
+    return train_branches if kind == "branch" else train_heads
+
+
+def _prepare(
+    fit: Preferences,
+    validation: Preferences,
+    *,
+    backbone: str | Path,
+    kind: Kind,
+    members: int,
+    seed: int,
+    views: Sequence[View | str] | None,
+    blocks: int,
+    options: TrunkOptions,
+    recipe: Recipe,
+    out: Path | None,
+    cache_dir: Path | None,
+) -> tuple[Job, dict[str, Any]]:
+    """Check and resolve every option: the job, and all that decides its result as JSON."""
     if members < 1:
         raise OptionError(f"members must be at least 1, not {members}")
+    recipe.check(kind)
     require_pairs(fit, "training")
     require_pairs(validation, "validation")
     _refuse_leak(fit, validation)
-    cache_folder = None if cache_dir is None else Path(cache_dir).expanduser()
-    found = locate(backbone, cache_dir=cache_folder)
-    chosen = _views(views, members, found)
-    trunk = Trunk(found, options, top=max(view.layer for view in chosen))
-    cache = None if cache_folder is None else FeatureCache(cache_folder)
-    distinct = tuple(dict.fromkeys(chosen))
-    fit_features, fit_cut = _read(trunk, fit, distinct, cache, _named(progress, "fit"))
-    val_features, _ = _read(trunk, validation, distinct, cache, _named(progress, "validation"))
-    said = _provenance(fit, validation, found, chosen, options, recipe, seed)
-    result = HeadTrainer(
-        fit_features,
-        val_features,
-        view_of=[distinct.index(view) for view in chosen],
-        recipe=recipe,
-        seed=seed,
-        device=trunk.device,
-        checkpoint=None if out is None else _checkpoint_folder(Path(out)),
-        digest=_digest(said),
-    ).run(progress=progress)
-    scorer = HeadScorer(found, options, chosen, result.weights, trunk=trunk)
-    reference = scorer.apply(val_features.features, distinct)
-    ensemble = RewardEnsemble(
-        (scorer,),
-        fit_normaliser(reference, validation.sample_groups()),
-        mean(),
-        provenance=said
-        | _versions()
-        | {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "truncation": fit_cut,
-            "chosen_weight_decay": list(result.weight_decay),
-            "validation_nll": list(result.validation_nll),
-            "history": result.history,
+    found = locate(backbone, cache_dir=cache_dir)
+    chosen = resolve_views(views, members, found, kind=kind, blocks=blocks)
+    said: dict[str, Any] = {
+        "kind": kind,
+        "seed": seed,
+        "members": members,
+        "backbone": {"name": found.name, "digest": found.digest},
+        "views": [str(view) for view in chosen],
+        "options": asdict(replace(options, device=None)),
+        "recipe": asdict(recipe),
+        "data": {
+            part: {"source": pairs.source, "pairs": len(pairs), "digest": pairs.digest}
+            for part, pairs in (("fit", fit), ("validation", validation))
         },
+    }
+    if kind == "branch":
+        said["blocks"] = blocks
+    job = Job(
+        fit,
+        validation,
+        found,
+        member_seeds(seed, members),
+        chosen,
+        blocks,
+        options,
+        recipe,
+        hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(),
+        None if out is None else out.parent / f".{out.name}.training",
+        cache_dir,
     )
-    if out is not None:
-        ensemble.save_pretrained(out)
-    return ensemble
+    return job, said
 
 
 def plan(
@@ -147,34 +222,51 @@ def plan(
     validation: Preferences,
     *,
     backbone: str | Path,
+    kind: Kind = "head",
     members: int = 5,
     views: Sequence[View | str] | None = None,
+    blocks: int = DEFAULT_BLOCKS,
     options: TrunkOptions | None = None,
+    recipe: Recipe | None = None,
     cache_dir: str | Path | None = DEFAULT_CACHE,
 ) -> dict[str, Any]:
     """Say what `train` would do, from config and tokenizer alone: nothing is read or trained."""
-    options = options or TrunkOptions()
-    require_pairs(fit, "training")
-    require_pairs(validation, "validation")
-    _refuse_leak(fit, validation)
-    found = locate(backbone, cache_dir=None if cache_dir is None else Path(cache_dir))
+    job, said = _prepare(
+        fit,
+        validation,
+        backbone=backbone,
+        kind=kind,
+        members=members,
+        seed=0,
+        views=views,
+        blocks=blocks,
+        options=options or TrunkOptions(),
+        recipe=recipe or Recipe.of(kind),
+        out=None,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+    )
     encoder = TextEncoder(
-        load_tokenizer(found.folder), template=options.template, max_length=options.max_length
+        load_tokenizer(job.backbone.folder),
+        template=job.options.template,
+        max_length=job.options.max_length,
     )
     encoded = encoder.encode([*fit.samples(), *validation.samples()])
-    return {
-        "backbone": found.name,
-        "views": [str(view) for view in _views(views, members, found)],
+    found: dict[str, Any] = {
+        "backbone": job.backbone.name,
+        "kind": kind,
+        "members": members,
+        "views": said["views"],
         "template": encoder.template,
         "fit_pairs": len(fit),
         "validation_pairs": len(validation),
         "tokens": sum(len(e.ids) for e in encoded),
         "truncation": asdict(count_truncation(encoded)),
     }
-
-
-def _named(progress: Progress, part: str) -> Progress:
-    return lambda stage, done, total: progress(f"{stage} {part}", done, total)
+    if kind == "branch":
+        width = read_shape(job.backbone)[1]
+        size = states_bytes(encoded, width=width, dtype=job.options.dtype)
+        found |= {"blocks": blocks, "token_states_bytes": size}
+    return found
 
 
 def _refuse_leak(fit: Preferences, validation: Preferences) -> None:
@@ -184,76 +276,6 @@ def _refuse_leak(fit: Preferences, validation: Preferences) -> None:
             f"{len(shared)} prompts stand in both the training and the validation pairs; "
             "split by prompt with pairs.split(…)"
         )
-
-
-def _views(
-    views: Sequence[View | str] | None, members: int, backbone: Backbone
-) -> tuple[View, ...]:
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(str(backbone.folder))
-    depth = int(config.get_text_config().num_hidden_layers)
-    if views is None:
-        return default_views(depth, members)
-    given = tuple(View.parse(view) if isinstance(view, str) else view for view in views)
-    if len(given) == 1:
-        given *= members
-    if len(given) != members:
-        raise OptionError(f"{len(given)} views for {members} members; give one, or one a member")
-    for view in given:
-        if not 1 <= view.layer <= depth:
-            raise OptionError(f"view {view}: {backbone.name} has layers 1 to {depth}")
-    return given
-
-
-def _read(
-    trunk: Trunk,
-    pairs: Preferences,
-    views: Sequence[View],
-    cache: FeatureCache | None,
-    progress: Progress,
-) -> tuple[PairFeatures, dict[str, int]]:
-    encoded = trunk.encoder.encode(pairs.samples())
-    read = features(trunk, encoded, views, cache=cache, progress=progress)
-    data = PairFeatures(read, pairs.targets, pairs.weights, pairs.margins, pairs.groups)
-    return data, asdict(count_truncation(encoded))
-
-
-def _checkpoint_folder(out: Path) -> Path:
-    out = out.expanduser()
-    return out.parent / f".{out.name}.training"
-
-
-def _provenance(
-    fit: Preferences,
-    validation: Preferences,
-    backbone: Backbone,
-    views: Sequence[View],
-    options: TrunkOptions,
-    recipe: Recipe,
-    seed: int,
-) -> dict[str, Any]:
-    """Return all that decides the result, as JSON."""
-    return {
-        "kind": "head",
-        "seed": seed,
-        "backbone": {"name": backbone.name, "digest": backbone.digest},
-        "views": [str(view) for view in views],
-        "options": asdict(replace(options, device=None)),
-        "recipe": asdict(recipe),
-        "data": {
-            "fit": {"source": fit.source, "pairs": len(fit), "digest": fit.digest},
-            "validation": {
-                "source": validation.source,
-                "pairs": len(validation),
-                "digest": validation.digest,
-            },
-        },
-    }
-
-
-def _digest(said: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _versions() -> dict[str, Any]:

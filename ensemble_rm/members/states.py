@@ -1,0 +1,155 @@
+"""Token states of a trunk on disk, memory-mapped: what branches are trained on.
+
+One flat file, each sample's states one after another, in the trunk's dtype. Its name is a digest of
+all that the states depend on: weights, dtype, layer, and the tokens in their order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ensemble_rm.errors import CacheLimitError, StorageError
+from ensemble_rm.members.backbone import torch_dtype
+from ensemble_rm.members.batching import Batch, batches, collate
+from ensemble_rm.members.cache import text_digest
+from ensemble_rm.members.text import Encoded
+from ensemble_rm.members.trunk import Progress, Trunk, silent
+
+DEFAULT_MAX_BYTES = 16 * 2**30
+_log = logging.getLogger(__name__)
+
+
+def states_bytes(encoded: Sequence[Encoded], *, width: int, dtype: str) -> int:
+    """Return the size of samples' token states on disk, in bytes."""
+    return sum(len(e.ids) for e in encoded) * width * torch_dtype(dtype).itemsize
+
+
+class TokenStates:
+    """Token states of samples, read from a memory-mapped file.
+
+    Parameters
+    ----------
+    trunk : Trunk
+        That made the states.
+    encoded : sequence of Encoded
+        The samples, whose numbers `batch` takes.
+    path : Path
+        Of the file.
+    """
+
+    def __init__(self, trunk: Trunk, encoded: Sequence[Encoded], path: Path) -> None:
+        self.trunk, self.encoded, self.path = trunk, encoded, path
+        lengths = [len(e.ids) for e in encoded]
+        self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self._flat = _map(path, int(self.offsets[-1]), trunk, writing=False)
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def batch(self, rows: Sequence[int]) -> tuple[Batch, torch.Tensor]:
+        """Return the padded batch of some samples and their states, (B, T, width)."""
+        batch = collate(self.encoded, list(rows), device=self.trunk.device)
+        states = torch.zeros(*batch.ids.shape, self.trunk.width, dtype=self._flat.dtype)
+        for i, row in enumerate(rows):
+            begin, end = int(self.offsets[row]), int(self.offsets[row + 1])
+            states[i, : end - begin] = self._flat[begin:end]
+        return batch, states.to(self.trunk.device)
+
+
+def _map(path: Path, tokens: int, trunk: Trunk, *, writing: bool) -> torch.Tensor:
+    dtype = torch_dtype(trunk.options.dtype)
+    try:
+        flat = torch.from_file(str(path), shared=writing, size=tokens * trunk.width, dtype=dtype)
+    except RuntimeError as error:
+        raise StorageError(f"the token states {path} cannot be mapped: {error}") from error
+    states: torch.Tensor = flat.view(tokens, trunk.width)
+    return states
+
+
+def token_states(
+    trunk: Trunk,
+    encoded: Sequence[Encoded],
+    folder: Path,
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    progress: Progress = silent,
+) -> TokenStates:
+    """Run the trunk over samples once and keep the states of every token.
+
+    Parameters
+    ----------
+    trunk : Trunk
+    encoded : sequence of Encoded
+    folder : Path
+        Of the file; one that is there already is used.
+    max_bytes : int
+        Largest file that may be written.
+    progress : callable
+        Called with ("reading", done, total), in samples.
+
+    Raises
+    ------
+    CacheLimitError
+        If the states would outgrow `max_bytes` or the disk; nothing is written then.
+    StorageError
+        If the file cannot be mapped.
+    """
+    size = states_bytes(encoded, width=trunk.width, dtype=trunk.options.dtype)
+    model = f"{trunk.backbone.digest}|{trunk.options.dtype}|{trunk.top}"
+    digest = hashlib.sha256()
+    for e in encoded:
+        digest.update(text_digest(e, model=model))
+    path = folder.expanduser() / f"states-{digest.hexdigest()[:32]}.bin"
+    if path.exists() and path.stat().st_size == size:
+        path.touch()
+        return TokenStates(trunk, encoded, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(path.parent, size, max_bytes=max_bytes, samples=len(encoded))
+    _log.info("token states of %d samples: %.2f GB in %s", len(encoded), size / 1e9, path)
+    scratch = path.with_suffix(f".{os.getpid()}.new")
+    try:
+        _write(trunk, encoded, scratch, progress)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return TokenStates(trunk, encoded, path)
+
+
+def _make_room(folder: Path, size: int, *, max_bytes: int, samples: int) -> None:
+    """Forget the files that were used longest ago until `size` bytes fit under the cap."""
+    there = sorted(folder.glob("states-*.bin"), key=lambda file: file.stat().st_mtime)
+    sizes = [file.stat().st_size for file in there]
+    free = shutil.disk_usage(folder).free
+    if size > min(max_bytes, free + sum(sizes)):
+        raise CacheLimitError(
+            f"the token states of {samples} samples need {size / 1e9:.2f} GB; allowed are "
+            f"{max_bytes / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free: give fewer "
+            "pairs, a shorter max_length, dtype='bfloat16', or a larger states_limit"
+        )
+    held = sum(sizes)
+    for file, its in zip(there, sizes, strict=True):
+        if held + size <= max_bytes and size <= free:
+            return
+        file.unlink(missing_ok=True)
+        held, free = held - its, free + its
+
+
+def _write(trunk: Trunk, encoded: Sequence[Encoded], path: Path, progress: Progress) -> None:
+    offsets = np.concatenate([[0], np.cumsum([len(e.ids) for e in encoded])])
+    flat = _map(path, int(offsets[-1]), trunk, writing=True)
+    done = 0
+    for batch in batches(encoded, token_budget=trunk.options.token_budget, device=trunk.device):
+        states = trunk.states(batch).cpu()
+        for row, one, length in zip(batch.rows, states, batch.lengths.tolist(), strict=True):
+            flat[int(offsets[row]) : int(offsets[row]) + length] = one[:length]
+        done += len(batch.rows)
+        progress("reading", done, len(encoded))

@@ -1,0 +1,372 @@
+"""Branches over token states: k copies of a trunk's top blocks, each with a head, trained at once.
+
+Each member sees the pairs in its own order and under its own dropout; losses are summed over the
+members, gradients are clipped in each, and each stops at its own best validation NLL. The heads
+start where a fit on the untouched blocks ends, since fine-tuning under a random head distorts what
+the blocks knew [1]_.
+
+References
+----------
+.. [1] Kumar et al. 2022, arXiv 2202.10054: linear probing, then fine-tuning.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ensemble_rm.errors import NonFiniteLossError
+from ensemble_rm.members.backbone import torch_dtype
+from ensemble_rm.members.batching import plan
+from ensemble_rm.members.branching import Branching
+from ensemble_rm.members.head_weights import HeadWeights
+from ensemble_rm.members.pooling import Pooling
+from ensemble_rm.members.states import TokenStates
+from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.samples import Preferences
+from ensemble_rm.training.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from ensemble_rm.training.loss import preference_loss
+from ensemble_rm.training.recipe import Recipe
+from ensemble_rm.training.seeds import resample_counts
+
+_BUCKET = 16  # batches that are sorted by length together
+
+
+@dataclass(frozen=True)
+class PairStates:
+    """Token states and verdicts of preference pairs.
+
+    Attributes
+    ----------
+    states : TokenStates
+        Of 2·n_pairs samples: every chosen one, then every rejected one.
+    pairs : Preferences
+    """
+
+    states: TokenStates
+    pairs: Preferences
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+class Branch(torch.nn.Module):
+    """A member in training: its blocks in float32, and its linear head.
+
+    Parameters
+    ----------
+    blocks : ModuleList
+        Copied.
+    head : HeadWeights
+    member : int
+        Which of the heads.
+    pooling : {"last", "mean", "both"}
+    """
+
+    def __init__(
+        self, blocks: torch.nn.ModuleList, head: HeadWeights, member: int, pooling: Pooling
+    ) -> None:
+        super().__init__()
+        self.blocks = copy.deepcopy(blocks).float().requires_grad_(requires_grad=True)
+        self.pooling: Pooling = pooling
+        for name in ("offset", "gain"):
+            value = torch.from_numpy(getattr(head, name)[member]).float()
+            self.register_buffer(name, value, persistent=False)
+        self.weight = torch.nn.Parameter(torch.from_numpy(head.weight[member]).float())
+        self.bias = torch.nn.Parameter(torch.tensor(float(head.bias[member])))
+
+    def score(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Score (B, width) pooled states: (B,)."""
+        offset, gain = self.get_buffer("offset"), self.get_buffer("gain")
+        return (pooled - offset) * gain @ self.weight + self.bias
+
+
+@dataclass
+class _Progress:
+    """What a run has reached, a member each."""
+
+    best: list[dict[str, torch.Tensor]]
+    lowest: torch.Tensor
+    since: torch.Tensor
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BranchesResult:
+    """Trained branches.
+
+    Attributes
+    ----------
+    branches : list of Branch
+        At their best, on the CPU.
+    validation_nll : tuple of float
+        Each member's, raw.
+    history : list of dict
+        An epoch each: training loss and validation NLL of every member.
+    """
+
+    branches: list[Branch]
+    validation_nll: tuple[float, ...]
+    history: list[dict[str, Any]]
+
+
+class BranchTrainer:
+    """Trains k branches on token states.
+
+    Parameters
+    ----------
+    branching : Branching
+    fit, validation : PairStates
+    branches : list of Branch
+        As they start.
+    recipe : Recipe
+    seeds : list of dict
+        Each member's, by purpose.
+    checkpoint : Path, optional
+        Folder to resume from and to write to.
+    digest : str
+        Of all that the run depends on; a checkpoint of another digest is refused.
+    """
+
+    checkpoint_seconds = 60.0  # least time between two checkpoints, written between epochs
+
+    def __init__(
+        self,
+        branching: Branching,
+        fit: PairStates,
+        validation: PairStates,
+        *,
+        branches: list[Branch],
+        recipe: Recipe,
+        seeds: list[dict[str, int]],
+        checkpoint: Path | None = None,
+        digest: str = "",
+    ) -> None:
+        self.branching, self.fit, self.validation = branching, fit, validation
+        self.recipe, self.seeds = recipe, seeds
+        self.checkpoint, self.digest = checkpoint, digest
+        self.device = branching.trunk.device
+        self.branches = [branch.to(self.device) for branch in branches]
+        counts = resample_counts(fit.pairs.groups, seeds, bootstrap=recipe.bootstrap)
+        weights = fit.pairs.weights / fit.pairs.weights.mean()
+        self.weights = torch.from_numpy(counts * weights).float()  # (k, n)
+        self.targets = torch.from_numpy(fit.pairs.targets).float()
+        self.margins = torch.from_numpy(fit.pairs.margins).float()
+        self.steps = -(-len(fit) // recipe.batch_size)
+        self.optimiser = self._optimiser()
+
+    def _optimiser(self) -> torch.optim.AdamW:
+        """Return AdamW over all members; only matrices decay."""
+        parameters = [p for branch in self.branches for p in branch.parameters()]
+        (decay,) = self.recipe.weight_decay
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.recipe.learning_rate)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        dtype = torch_dtype(self.branching.trunk.options.dtype)
+        if dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def _scores(self, branch: Branch, states: TokenStates, rows: list[int]) -> torch.Tensor:
+        batch, given = states.batch(rows)
+        with self._precision():
+            pooled = self.branching.pooled(
+                branch.blocks, given, batch, branch.pooling, width=len(branch.weight)
+            )
+        return branch.score(pooled)
+
+    def _order(self, member: int, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the member's batches of pairs: random, but of similar length within a bucket."""
+        rng = np.random.default_rng([self.seeds[member]["order"], epoch])
+        n, size = len(self.fit), self.recipe.batch_size
+        lengths = np.diff(self.fit.states.offsets)
+        longest = np.maximum(lengths[:n], lengths[n:])
+        order = rng.permutation(n)
+        found: list[NDArray[np.int64]] = []
+        for i in range(0, n, size * _BUCKET):
+            bucket = order[i : i + size * _BUCKET]
+            bucket = bucket[np.argsort(longest[bucket], kind="stable")]
+            found += [bucket[j : j + size] for j in range(0, len(bucket), size)]
+        return [found[i] for i in rng.permutation(len(found))]
+
+    def _loss(self, member: int, rows: NDArray[np.int64]) -> torch.Tensor:
+        n = len(self.fit)
+        scores = self._scores(
+            self.branches[member], self.fit.states, [*rows.tolist(), *(rows + n).tolist()]
+        )
+        losses = preference_loss(
+            scores[: len(rows)],
+            scores[len(rows) :],
+            self.targets[rows].to(self.device),
+            margins=self.margins[rows].to(self.device),
+            smoothing=self.recipe.smoothing,
+            centring=self.recipe.centring,
+        )
+        return (losses * self.weights[member, rows].to(self.device)).mean()
+
+    def _rate(self, step: int) -> float:
+        """Share of the learning rate at a step: a rise, then a straight fall to 0."""
+        total = self.steps * self.recipe.epochs
+        rise = self.recipe.warmup * total
+        return min((step + 1) / max(rise, 1), (total - step) / max(total - rise, 1))
+
+    @torch.no_grad()
+    def scores(self, member: int, states: TokenStates) -> NDArray[np.float64]:
+        """Score every sample with one member as it is now: (n_samples,)."""
+        branch = self.branches[member].eval()
+        out = np.empty(len(states))
+        lengths = [len(e.ids) for e in states.encoded]
+        for rows in plan(lengths, token_budget=self.branching.trunk.options.token_budget):
+            out[rows] = self._scores(branch, states, rows).double().cpu().numpy()
+        return out
+
+    def _validate(self, active: list[int]) -> torch.Tensor:
+        """Return each active member's validation NLL, infinity for the others."""
+        pairs, n = self.validation.pairs, len(self.validation)
+        found = torch.full((len(self.branches),), float("inf"))
+        weights = torch.from_numpy(pairs.weights / pairs.weights.mean())
+        for member in active:
+            scores = torch.from_numpy(self.scores(member, self.validation.states))
+            losses = preference_loss(scores[:n], scores[n:], torch.from_numpy(pairs.targets))
+            found[member] = float((losses * weights).mean())
+        return found
+
+    # The loop ----------------------------------------------------------------------------------
+
+    def run(self, *, progress: Progress = silent) -> BranchesResult:
+        """Train to the end, from the checkpoint where there is one.
+
+        Raises
+        ------
+        NonFiniteLossError
+            If a member's loss is NaN or infinite.
+        ResumeError
+            If the checkpoint belongs to another run.
+        """
+        k, patience = len(self.branches), self.recipe.patience
+        reached = _Progress(
+            [_copy(branch) for branch in self.branches],
+            self._validate(list(range(k))),  # the heads alone are where a member may stay
+            torch.zeros(k, dtype=torch.long),
+        )
+        self._resume(reached)
+        saved = time.monotonic()
+        for epoch in range(len(reached.history), self.recipe.epochs):
+            active = [i for i in range(k) if reached.since[i] < patience]
+            if not active:
+                break
+            train_loss = self._epoch(epoch, active, progress)
+            nll = self._validate(active)
+            better = nll < reached.lowest
+            reached.lowest = torch.where(better, nll, reached.lowest)
+            reached.since = torch.where(better, 0, reached.since + 1)
+            for member in better.nonzero().flatten().tolist():
+                reached.best[member] = _copy(self.branches[member])
+            reached.history.append(
+                {
+                    "epoch": epoch,
+                    "train": [train_loss.get(i) for i in range(k)],
+                    "validation": [float(nll[i]) if i in active else None for i in range(k)],
+                }
+            )
+            if self.checkpoint and time.monotonic() - saved >= self.checkpoint_seconds:
+                self._save(reached)
+                saved = time.monotonic()
+        progress("training", self.recipe.epochs * self.steps, self.recipe.epochs * self.steps)
+        for branch, best in zip(self.branches, reached.best, strict=True):
+            branch.load_state_dict(best)
+        if self.checkpoint:
+            remove_checkpoint(self.checkpoint)
+        nll_of = tuple(reached.lowest.tolist())
+        return BranchesResult([b.eval().cpu() for b in self.branches], nll_of, reached.history)
+
+    def _epoch(self, epoch: int, active: list[int], progress: Progress) -> dict[int, float]:
+        orders = {i: self._order(i, epoch) for i in active}
+        totals = dict.fromkeys(active, 0.0)
+        devices = [self.device] if self.device.type == "cuda" else []
+        for branch in self.branches:
+            branch.train()
+        for step in range(self.steps):
+            at = epoch * self.steps + step
+            progress("training", at, self.recipe.epochs * self.steps)
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.recipe.learning_rate * self._rate(at)
+            self.optimiser.zero_grad(set_to_none=True)
+            losses = []
+            for i in active:
+                with torch.random.fork_rng(devices=devices):
+                    torch.manual_seed((self.seeds[i]["dropout"] + at) % 2**63)
+                    loss = self._loss(i, orders[i][step])
+                self._refuse_nan(loss, i, epoch)
+                totals[i] += loss.item() * len(orders[i][step]) / len(self.fit)
+                losses.append(loss)
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            for i in active:
+                torch.nn.utils.clip_grad_norm_(self.branches[i].parameters(), self.recipe.clip)
+            self.optimiser.step()
+        return totals
+
+    def _refuse_nan(self, loss: torch.Tensor, member: int, epoch: int) -> None:
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss of member {member} became NaN or infinite in epoch {epoch}; lower "
+                f"learning_rate={self.recipe.learning_rate}, or take dtype='float32'"
+            )
+
+    # Resume ------------------------------------------------------------------------------------
+
+    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for i, branch in enumerate(self.branches):
+            for name, p in branch.named_parameters():
+                yield f"{i}.{name}", p
+
+    def _save(self, reached: _Progress) -> None:
+        assert self.checkpoint is not None
+        tensors = {"lowest": reached.lowest, "since": reached.since}
+        for name, p in self._named():
+            tensors[f"now.{name}"] = p
+            for key, value in self.optimiser.state.get(p, {}).items():
+                tensors[f"{key}.{name}"] = value
+        for i, best in enumerate(reached.best):
+            tensors |= {f"best.{i}.{name}": value for name, value in best.items()}
+        save_checkpoint(
+            self.checkpoint, tensors, {"recipe": self.digest, "history": reached.history}
+        )
+
+    @torch.no_grad()
+    def _resume(self, reached: _Progress) -> None:
+        """Fill everything from the checkpoint, where there is one."""
+        stored = load_checkpoint(self.checkpoint, recipe=self.digest) if self.checkpoint else None
+        if stored is None:
+            return
+        tensors, state = stored
+        reached.lowest, reached.since = tensors["lowest"], tensors["since"]
+        reached.history = state["history"]
+        for i, best in enumerate(reached.best):
+            for name in best:
+                best[name] = tensors[f"best.{i}.{name}"]
+        for name, p in self._named():
+            p.copy_(tensors[f"now.{name}"])
+            if f"step.{name}" in tensors:
+                self.optimiser.state[p] = {
+                    "step": tensors[f"step.{name}"],
+                    "exp_avg": tensors[f"exp_avg.{name}"].to(self.device),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device),
+                }
+
+
+def _copy(branch: Branch) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in branch.state_dict().items()}

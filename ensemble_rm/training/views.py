@@ -1,0 +1,72 @@
+"""Which view each member reads, for each kind of member."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ensemble_rm.errors import OptionError
+from ensemble_rm.members.backbone import Backbone
+from ensemble_rm.members.trunk import View, default_views
+
+
+def read_shape(backbone: Backbone) -> tuple[int, int]:
+    """Return a backbone's number of blocks and the width of its states, from its config."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(str(backbone.folder))
+    text = config.get_text_config()
+    return int(text.num_hidden_layers), int(text.hidden_size)
+
+
+def resolve_views(
+    views: Sequence[View | str] | None,
+    members: int,
+    backbone: Backbone,
+    *,
+    kind: str,
+    blocks: int,
+) -> tuple[View, ...]:
+    """Return one view a member; none for full members.
+
+    Parameters
+    ----------
+    views : sequence of View or str, optional
+        As the user lists them: one for all, or one a member.
+    members : int
+    backbone : Backbone
+    kind : {"head", "branch", "full"}
+    blocks : int
+        How many blocks a branch copies.
+
+    Raises
+    ------
+    OptionError
+        If a view or `blocks` does not fit the backbone or the kind.
+    """
+    depth, _ = read_shape(backbone)
+    if kind == "full":
+        if views is not None:
+            raise OptionError("full members have no views; they are read by their own model's rule")
+        return ()
+    if kind == "branch" and not 1 <= blocks < depth:
+        raise OptionError(
+            f"blocks must lie between 1 and {depth - 1} for {backbone.name}, not {blocks}; "
+            "kind 'full' copies them all"
+        )
+    if views is None:
+        whole = View(depth, "both")
+        return default_views(depth, members) if kind == "head" else (whole,) * members
+    given = tuple(View.parse(view) if isinstance(view, str) else view for view in views)
+    if len(given) == 1:
+        given *= members
+    if len(given) != members:
+        raise OptionError(f"{len(given)} views for {members} members; give one, or one a member")
+    for view in given:
+        if not 1 <= view.layer <= depth:
+            raise OptionError(f"view {view}: {backbone.name} has layers 1 to {depth}")
+        if kind == "branch" and view.layer != depth:
+            raise OptionError(
+                f"view {view}: a branch is read after its last block, {depth}:{view.pooling}"
+            )
+    return given
