@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="shares of train, validation, calibration and test (default: .7 .1 .1 .1)",
     )
+    parser.add_argument(
+        "--baseline",
+        action="store_true",
+        help="subtract the score of each prompt's `reference`; all rows need one",
+    )
     text = parser.add_argument_group("text")
     text.add_argument("--template", choices=["auto", "chat", "pair", "plain"], default="auto")
     text.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
@@ -113,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
             views=args.view,
             options=options,
             recipe=recipe,
+            baseline=args.baseline,
             out=args.out,
             cache_dir=cache_dir,
             progress=bars,

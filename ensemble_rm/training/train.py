@@ -17,6 +17,7 @@ from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone import DEFAULT_CACHE, Backbone, load_tokenizer, locate
+from ensemble_rm.members.baseline import baseline_scores, reference_samples
 from ensemble_rm.members.cache import FeatureCache, features
 from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.text import TextEncoder, count_truncation
@@ -41,6 +42,7 @@ def train(
     views: Sequence[View | str] | None = None,
     options: TrunkOptions | None = None,
     recipe: Recipe | None = None,
+    baseline: bool = False,
     out: str | Path | None = None,
     cache_dir: str | Path | None = DEFAULT_CACHE,
     progress: Progress = silent,
@@ -68,6 +70,9 @@ def train(
         Template, truncation, dtype, device.
     recipe : Recipe, optional
         Epochs, learning rate and so on.
+    baseline : bool
+        Whether each prompt's `reference` is scored too, and its score subtracted; then the
+        validation pairs, and all that is scored later, need one.
     out : str or Path, optional
         Where the ensemble is saved; a killed run with the same arguments goes on from there.
     cache_dir : str or Path, optional
@@ -91,6 +96,8 @@ def train(
         If the backbone cannot be found or read.
     NonFiniteLossError
         If training diverges.
+    BaselineError
+        If a baseline is asked for and a validation pair has no reference.
     ResumeError
         If `out` holds a checkpoint of another run.
     """
@@ -102,6 +109,8 @@ def train(
     require_pairs(fit, "training")
     require_pairs(validation, "validation")
     _refuse_leak(fit, validation)
+    if baseline:
+        reference_samples(validation.samples())
     cache_folder = None if cache_dir is None else Path(cache_dir).expanduser()
     found = locate(backbone, cache_dir=cache_folder)
     chosen = _views(views, members, found)
@@ -123,9 +132,10 @@ def train(
     ).run(progress=progress)
     scorer = HeadScorer(found, options, chosen, result.weights, trunk=trunk)
     reference = scorer.apply(val_features.features, distinct)
+    below = baseline_scores(scorer, validation.samples()) if baseline else None
     ensemble = RewardEnsemble(
         (scorer,),
-        fit_normaliser(reference, validation.sample_groups()),
+        fit_normaliser(reference, validation.sample_groups(), baseline=below),
         mean(),
         provenance=said
         | _versions()
