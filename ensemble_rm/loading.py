@@ -276,6 +276,8 @@ def _preference(raw: object) -> Preference:
 
 def _reference(row: Row) -> str | None:
     value = row.get("reference")
+    if value is not None and not isinstance(value, (str, list, tuple)):
+        raise DataError(f"`reference` must be text or one assistant message, not {value!r}")
     return None if value is None else _completion(value, "reference")
 
 
