@@ -89,9 +89,12 @@ def run(args: argparse.Namespace) -> None:
     counts = {name: len(part) for name, part in parts.items()}
     recipe = _recipe(args)
     from ensemble_rm.members.backbone import DEFAULT_CACHE
+    from ensemble_rm.members.baseline import reference_samples
     from ensemble_rm.members.trunk import TrunkOptions
     from ensemble_rm.training.train import plan, train
 
+    if args.baseline:
+        reference_samples(parts["validation"].samples())  # before anything is read
     options = TrunkOptions(args.template, args.max_length, args.dtype, args.device)
     cache_dir = args.cache_dir or DEFAULT_CACHE
     if args.dry_run:
