@@ -20,11 +20,11 @@ from ensemble_rm.calibration.pairs import ScoredPairs
 from ensemble_rm.calibration.temperature import MIN_JUDGMENTS
 from ensemble_rm.errors import AggregatorMismatchError, NotCalibratedError, OptionError
 from ensemble_rm.members.backbone import DEFAULT_CACHE
-from ensemble_rm.members.scorer import Scorer, TextScorer, checked_scores
-from ensemble_rm.members.text import Truncation
+from ensemble_rm.members.baseline import reference_samples
+from ensemble_rm.members.scorer import Scorer, score_all
 from ensemble_rm.members.trunk import Progress, silent
 from ensemble_rm.results import Comparison, Ranking, Scores
-from ensemble_rm.samples import Preferences, Prompt, Sample, as_prompt, require_pairs
+from ensemble_rm.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,22 +85,17 @@ class RewardEnsemble:
         ------
         NonFiniteScoreError
             If a member's score is infinite, or NaN against the aggregator's policy.
+        BaselineError
+            If the normaliser has a baseline and a sample names no reference completion.
         """
-        columns = []
-        cut = Truncation(0, 0, 0)
-        for scorer in self.scorers:
-            if isinstance(scorer, TextScorer):
-                scores, more = scorer.score_counted(samples, progress=progress)
-                cut = Truncation(
-                    max(cut.samples, more.samples),
-                    max(cut.prompts_cut, more.prompts_cut),
-                    max(cut.completions_cut, more.completions_cut),
-                )
-            else:
-                scores = scorer.score(samples)
-            columns.append(checked_scores(scorer, scores, len(samples)))
-        raw = np.concatenate(columns, axis=1)
-        members = self.normaliser(raw)
+        if not self.normaliser.baseline:
+            raw, cut = score_all(self.scorers, samples, progress=progress)
+            members = self.normaliser(raw)
+        else:
+            references, place = reference_samples(samples)
+            raw, cut = score_all(self.scorers, [*samples, *references], progress=progress)
+            raw, baseline = raw[: len(samples)], raw[len(samples) :]
+            members = self.normaliser(raw, baseline[place])
         return Scores(self.names, members, raw, self.aggregator(members), cut)
 
     def compare(
@@ -109,6 +104,8 @@ class RewardEnsemble:
         first: Sequence[str],
         second: Sequence[str],
         *,
+        subsets: Sequence[str | None] | None = None,
+        references: Sequence[str | None] | None = None,
         aggregator: Aggregator | None = None,
         progress: Progress = silent,
     ) -> Comparison:
@@ -120,6 +117,11 @@ class RewardEnsemble:
             One a pair.
         first, second : sequence of str
             The completions.
+        subsets : sequence of (str or None), optional
+            Slice of each pair: its temperature is used where the calibration has it, the global
+            one where it is None or unknown.
+        references : sequence of (str or None), optional
+            Reference completion of each prompt; a normaliser with a baseline needs them.
         aggregator : Aggregator, optional
             Must be the calibrated one, which is the default.
         progress : callable
@@ -141,16 +143,15 @@ class RewardEnsemble:
             raise OptionError(
                 f"{len(prompts)} prompts, {len(first)} first and {len(second)} second completions"
             )
-        asked = [as_prompt(prompt) for prompt in prompts]
-        samples = [Sample(p, c) for p, c in zip(asked, first, strict=True)]
-        samples += [Sample(p, c) for p, c in zip(asked, second, strict=True)]
-        scores = self.score(samples, progress=progress)
-        n = len(asked)
-        margin = scores.reward[:n] - scores.reward[n:]
+        if subsets is not None and len(subsets) != len(prompts):
+            raise OptionError(f"{len(subsets)} subsets for {len(prompts)} pairs")
+        sides = list(zip(first, second, strict=True))
+        scores = self.score(grouped_samples(prompts, sides, references), progress=progress)
+        margin = scores.reward[::2] - scores.reward[1::2]
         return Comparison(
-            calibration.probability(margin),
+            calibration.probability(margin, subsets=subsets),
             margin,
-            scores.members[:n] - scores.members[n:],
+            scores.members[::2] - scores.members[1::2],
             calibration.mixture_temperature,
         )
 
@@ -172,6 +173,7 @@ class RewardEnsemble:
         prompts: Sequence[Prompt],
         completions: Sequence[Sequence[str]],
         *,
+        references: Sequence[str | None] | None = None,
         progress: Progress = silent,
     ) -> list[Ranking]:
         """Rank the completions of each prompt by reward.
@@ -181,6 +183,8 @@ class RewardEnsemble:
         prompts : sequence of str or of messages
         completions : sequence of sequence of str
             Those of each prompt; their numbers may differ.
+        references : sequence of (str or None), optional
+            Reference completion of each prompt; a normaliser with a baseline needs them.
         progress : callable
             Called with (stage, done, total).
 
@@ -189,12 +193,7 @@ class RewardEnsemble:
         list of Ranking
             One a prompt.
         """
-        if len(prompts) != len(completions):
-            raise OptionError(f"{len(prompts)} prompts and {len(completions)} lists of completions")
-        asked = [as_prompt(prompt) for prompt in prompts]
-        samples = [
-            Sample(p, text) for p, texts in zip(asked, completions, strict=True) for text in texts
-        ]
+        samples = grouped_samples(prompts, completions, references)
         reward = self.score(samples, progress=progress).reward
         ends = np.cumsum([len(texts) for texts in completions])[:-1]
         parts = np.split(reward, ends) if len(completions) else []
@@ -218,17 +217,23 @@ class RewardEnsemble:
         """
         scores = self.score(pairs.samples(), progress=progress).members
         n = len(pairs)
-        return ScoredPairs(scores[:n], scores[n:], pairs.targets, pairs.weights, pairs.groups)
+        return ScoredPairs(
+            scores[:n], scores[n:], pairs.targets, pairs.weights, pairs.groups, pairs.subsets
+        )
 
     def calibrate(
         self,
         held: Preferences,
         *,
         aggregator: Aggregator | None = None,
+        method: str = "temperature",
+        slices: bool = False,
         min_judgments: int = MIN_JUDGMENTS,
         progress: Progress = silent,
     ) -> RewardEnsemble:
-        """Fit one temperature on judgments held apart.
+        """Fit how the reward's margin becomes a probability, on judgments held apart.
+
+        The reward itself stays as it is under every method.
 
         Parameters
         ----------
@@ -236,6 +241,11 @@ class RewardEnsemble:
             Judgments that no member was trained on.
         aggregator : Aggregator, optional
             Of the reward from now on; the ensemble's own where not given.
+        method : str
+            ``"temperature"``, ``"power"``, ``"isotonic"``, ``"histogram"`` or ``"bbq"``; the last
+            three make ties, and are never for an RL reward.
+        slices : bool
+            Whether each subset gets a temperature of its own, shrunk towards the global one.
         min_judgments : int
             The fewest that suffice.
         progress : callable
@@ -250,19 +260,23 @@ class RewardEnsemble:
         ------
         TooFewJudgmentsError, SeparableError, NoPositiveTemperatureError
             Where no temperature can be fitted; see `fit_temperature`.
+        OptionError
+            If the method is unknown, cannot take these votes and weights, or is asked for slices.
         """
         require_pairs(held, "calibration")
         chosen = aggregator or self.aggregator
         calibration = fit_calibration(
             self.judge(held, progress=progress),
             chosen,
+            method=method,
+            slices=slices,
             digest=held.digest,
             min_judgments=min_judgments,
         )
         return replace(self, aggregator=chosen, calibration=calibration)
 
     def recalibrate(self, aggregator: Aggregator) -> RewardEnsemble:
-        """Take another aggregator, and fit its temperature on the same judgments.
+        """Take another aggregator, and calibrate it by the same method on the same judgments.
 
         Parameters
         ----------
@@ -279,10 +293,17 @@ class RewardEnsemble:
         NotCalibratedError
             If there is no calibration, or its judgments' scores were not kept.
         """
-        if self.calibration is None or self.calibration.evidence is None:
+        old = self.calibration
+        if old is None or old.evidence is None:
             raise NotCalibratedError("there are no judgments to fit on; call calibrate(held)")
-        evidence, digest = self.calibration.evidence, self.calibration.digest
-        new = fit_calibration(evidence, aggregator, digest=digest, min_judgments=2)
+        new = fit_calibration(
+            old.evidence,
+            aggregator,
+            method=old.method,
+            slices=bool(old.slices),
+            digest=old.digest,
+            min_judgments=2,
+        )
         return replace(self, aggregator=aggregator, calibration=new)
 
     def with_aggregator(self, aggregator: Aggregator) -> RewardEnsemble:

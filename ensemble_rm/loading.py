@@ -241,7 +241,8 @@ def _sample(raw: object) -> Sample:
     row = _checked(raw)
     if "prompt" not in row or "completion" not in row:
         raise DataError(f"needs `prompt` and `completion`; has {sorted(row)}")
-    return Sample(as_prompt(row["prompt"]), _completion(row["completion"], "completion"))
+    completion = _completion(row["completion"], "completion")
+    return Sample(as_prompt(row["prompt"]), completion, _reference(row))
 
 
 def _preference(raw: object) -> Preference:
@@ -269,7 +270,15 @@ def _preference(raw: object) -> Preference:
         tie=_flag(row, "tie"),
         subset=None if subset is None else str(subset),
         id=None if identity is None else str(identity),
+        reference=_reference(row),
     )
+
+
+def _reference(row: Row) -> str | None:
+    value = row.get("reference")
+    if value is not None and not isinstance(value, (str, list, tuple)):
+        raise DataError(f"`reference` must be text or one assistant message, not {value!r}")
+    return None if value is None else _completion(value, "reference")
 
 
 def _completion(value: object, field: str) -> str:

@@ -76,10 +76,23 @@ def _read(p: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
     return probability, target
 
 
-def nll(p: ArrayLike, y: ArrayLike) -> float:
-    """Negative log-likelihood, nats a judgment."""
+_FLOOR = 2.0**-53  # a probability nearer to 0 has no counterpart near 1
+
+
+def pair_nll(p: ArrayLike, y: ArrayLike) -> Floats:
+    """Negative log-likelihood of each judgment in nats, shape (n_pairs,).
+
+    A verdict that was called impossible costs 36.7 nats, not infinity, from either side: nearer
+    to 1 float64 cannot tell a probability from 1.
+    """
     q, t = _read(p, y)
-    return float(-(xlogy(t, q) + xlogy(1 - t, 1 - q)).mean())
+    loss: Floats = -(xlogy(t, np.maximum(q, _FLOOR)) + xlogy(1 - t, np.maximum(1 - q, _FLOOR)))
+    return loss
+
+
+def nll(p: ArrayLike, y: ArrayLike) -> float:
+    """Negative log-likelihood, nats a judgment; see `pair_nll`."""
+    return float(pair_nll(p, y).mean())
 
 
 def brier(p: ArrayLike, y: ArrayLike) -> float:

@@ -28,7 +28,8 @@ class Scores:
     reward : ndarray, shape (n_samples,)
         Aggregated, in normalised units.
     truncation : Truncation
-        How many samples were cut, over the members that tokenise here.
+        How many samples were cut, over the members that tokenise here; a baseline's references
+        are samples too.
     """
 
     names: tuple[str, ...]
@@ -50,7 +51,7 @@ class Comparison:
     Attributes
     ----------
     probability : ndarray, shape (n_pairs,)
-        Calibrated P(first is preferred) = σ(margin/T).
+        Calibrated P(first is preferred): σ(margin/T), or what the calibration's curve says.
     margin : ndarray, shape (n_pairs,)
         Aggregated reward of the first minus that of the second, in normalised units.
     member_margins : ndarray, shape (n_pairs, n_members)

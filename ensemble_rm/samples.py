@@ -89,10 +89,13 @@ class Sample:
         What was asked.
     completion : str
         One answer to it.
+    reference : str, optional
+        The prompt's reference completion, which a baseline subtracts.
     """
 
     prompt: Prompt
     completion: str
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,8 @@ class Preference:
         The slice that the pair belongs to.
     id : str, optional
         The user's own name of the pair.
+    reference : str, optional
+        The prompt's reference completion, which a baseline subtracts.
     """
 
     prompt: Prompt
@@ -128,6 +133,7 @@ class Preference:
     tie: bool = False
     subset: str | None = None
     id: str | None = None
+    reference: str | None = None
 
     @property
     def target(self) -> float:
@@ -164,6 +170,7 @@ class Preference:
             "tie": (self.tie, False),
             "subset": (self.subset, None),
             "id": (self.id, None),
+            "reference": (self.reference, None),
         }
         row.update({k: value for k, (value, default) in optional.items() if value != default})
         return row
@@ -248,8 +255,8 @@ class Preferences(Sequence[Preference]):
 
     def samples(self) -> list[Sample]:
         """Return 2·n_pairs samples: every chosen one, then every rejected one."""
-        return [Sample(p.prompt, p.chosen) for p in self.pairs] + [
-            Sample(p.prompt, p.rejected) for p in self.pairs
+        return [Sample(p.prompt, p.chosen, p.reference) for p in self.pairs] + [
+            Sample(p.prompt, p.rejected, p.reference) for p in self.pairs
         ]
 
     def sample_groups(self) -> NDArray[np.int64]:
@@ -327,3 +334,26 @@ def require_pairs(pairs: Preferences, purpose: str) -> None:
     """Raise `EmptyDataError` where there is no pair for `purpose`."""
     if len(pairs) == 0:
         raise EmptyDataError(f"{purpose} needs at least one preference pair; {pairs.source} has 0")
+
+
+def grouped_samples(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[str]],
+    references: Sequence[str | None] | None = None,
+) -> list[Sample]:
+    """Return the samples of each prompt's completions, prompt by prompt.
+
+    Raises
+    ------
+    OptionError
+        If the lists differ in length.
+    """
+    if references is None:
+        references = [None] * len(prompts)
+    if not len(prompts) == len(completions) == len(references):
+        raise OptionError(
+            f"{len(prompts)} prompts, {len(completions)} lists of completions and "
+            f"{len(references)} references"
+        )
+    asked = zip(map(as_prompt, prompts), completions, references, strict=True)
+    return [Sample(prompt, text, ref) for prompt, texts, ref in asked for text in texts]

@@ -66,7 +66,7 @@ def save(
             "members": members,
             "normaliser": normaliser.to_json(),
             "aggregator": aggregator.to_json(),
-            "calibration": None if calibration is None else calibration.to_json(),
+            "calibration": None if calibration is None else _calibration_json(calibration),
             "provenance": provenance,
         }
         text = json.dumps(said, indent=1, ensure_ascii=False)
@@ -76,6 +76,11 @@ def save(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _calibration_json(calibration: Calibration) -> dict[str, Any]:
+    names = () if calibration.evidence is None else calibration.evidence.subset_names
+    return calibration.to_json() | {"subset_names": list(names)}
 
 
 def _swap(new: Path, folder: Path) -> None:
@@ -117,10 +122,10 @@ def load(
                     cache_dir=cache_dir,
                 )
             )
-        evidence = None
-        if (folder / "calibration.safetensors").exists():
-            evidence = ScoredPairs(**load_file(folder / "calibration.safetensors"))
-        stored = said["calibration"]
+        evidence, stored = None, said["calibration"]
+        if stored and (folder / "calibration.safetensors").exists():
+            arrays = load_file(folder / "calibration.safetensors")
+            evidence = ScoredPairs.from_arrays(arrays, stored.get("subset_names", ()))
         return {
             "scorers": tuple(scorers),
             "normaliser": Normaliser.from_json(said["normaliser"]),
@@ -128,5 +133,5 @@ def load(
             "calibration": stored and Calibration.from_json(stored, evidence=evidence),
             "provenance": said["provenance"],
         }
-    except (KeyError, TypeError, OSError, SafetensorError, OptionError) as error:
+    except (KeyError, IndexError, TypeError, OSError, SafetensorError, OptionError) as error:
         raise StorageError(f"{folder} is damaged: {error!r}") from error

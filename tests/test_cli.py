@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ensemble_rm.cli.main import exit_code, main
@@ -109,6 +110,64 @@ def test_calibrate_evaluate_compare_score(
     for row in found:
         a, b = row["members"].values()
         assert row["reward"] == pytest.approx((a + b) / 2 - 0.5 * abs(a - b) / 2)
+
+
+def test_methods_slices_and_subsets(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = str(run_folder / "run")
+    rows = [p.to_json() for p in load_preferences(run_folder / "run.parts" / "calibration.jsonl")]
+    names = ("a", "b", None)
+    judged = tmp_path / "judged.jsonl"
+    rows = [row | {"subset": names[i % 3]} for i, row in enumerate(rows)]
+    judged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibrate = ["calibrate", run, f"--data={judged}"]
+    assert main([*calibrate, "--method=isotonic", "--dry-run", "--json"]) == 0
+    found = said(capsys)
+    assert found["method"] == "isotonic" and found["ties"] > 0
+    assert found["fit"]["temperature"] > 0
+    assert main([*calibrate, "--method=isotonic", "--dry-run"]) == 0
+    assert "not for an RL reward" in capsys.readouterr().out
+    assert main([*calibrate, "--method=best", "--dry-run"]) == 2
+    assert main([*calibrate, "--method=power", "--slices", "--dry-run"]) == 2
+    assert "method='power'" in capsys.readouterr().err
+
+    out = tmp_path / "sliced"
+    assert main([*calibrate, "--slices", f"--out={out}"]) == 0
+    assert "  a: T = " in capsys.readouterr().out
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"prompt": "Hi", "first": "Hello!", "second": "x"}
+    asked = [row | {"subset": name} for name in ("a", None, "unheard of")]
+    pairs.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    assert main(["compare", str(out), f"--data={pairs}"]) == 0
+    said_of = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    slices = json.loads((out / "ensemble.json").read_text())["calibration"]["slices"]
+    p = [one["probability"] for one in said_of]
+    assert p[1] == pytest.approx(p[2])
+    assert p[0] == pytest.approx(1 / (1 + np.exp(-said_of[0]["margin"] / slices[0]["temperature"])))
+    assert main(["evaluate", str(out), f"--data={judged}", "--draws=5", "--json"]) == 0
+    found = said(capsys)
+    assert [one["name"] for one in found["subsets"]] == ["a", "b"]
+    assert set(found["pooling_gain"]) == {"estimate", "low", "high"}
+
+
+def test_a_baseline_needs_references(
+    run_folder: Path, minilm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*train_arguments(run_folder, minilm_folder), "--baseline"]
+    assert main([*arguments, f"--out={tmp_path / 'run'}"]) == 6
+    assert "reference" in capsys.readouterr().err
+    rows = [p.to_json() | {"reference": "I see."} for p in load_preferences(FILE)[:300]]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*train_arguments(tmp_path, minilm_folder), "--baseline"]) == 0
+    capsys.readouterr()
+    samples = tmp_path / "samples.jsonl"
+    row = {"prompt": "Hi", "completion": "I see.", "reference": "I see."}
+    samples.write_text(json.dumps(row) + "\n")
+    assert main(["score", str(tmp_path / "run"), f"--data={samples}"]) == 0
+    offset = json.loads((tmp_path / "run" / "ensemble.json").read_text())["normaliser"]
+    expected = [-o / s for o, s in zip(offset["offset"], offset["scale"], strict=True)]
+    assert list(said(capsys)["members"].values()) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from ensemble_rm.demo.data import FILE, truth_of
 from ensemble_rm.errors import (
     AggregatorMismatchError,
     BackboneError,
+    BaselineError,
     EmptyDataError,
     NotCalibratedError,
     OneMemberError,
@@ -174,6 +176,68 @@ def test_a_round_trip_gives_identical_scores(
     assert said["versions"]["torch"]
     again.save_pretrained(folder)  # replaced as a whole
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("method", ["power", "isotonic", "bbq", "slices"])
+def test_a_curve_and_slices_go_through_a_folder(
+    trained: RewardEnsemble, parts: tuple[Preferences, ...], tmp_path: Path, method: str
+) -> None:
+    held = Preferences(
+        tuple(replace(p, subset=(None, "a", "b")[i % 3]) for i, p in enumerate(parts[2]))
+    ).shuffled_sides(seed=0)
+    options = {"slices": True} if method == "slices" else {"method": method}
+    fitted = trained.calibrate(held, **options)  # type: ignore[arg-type]
+    again = RewardEnsemble.from_pretrained(fitted.save_pretrained(tmp_path / "run"), device="cpu")
+    one, two = fitted.calibration, again.calibration
+    assert one is not None and two is not None and one.evidence is not None
+    assert one == two
+    assert two.evidence is not None and two.evidence.subsets == held.subsets
+    margins = one.evidence.margins(mean())
+    np.testing.assert_array_equal(
+        one.probability(margins, subsets=held.subsets),
+        two.probability(margins, subsets=held.subsets),
+    )
+    new, same = fitted.recalibrate(minimum()).calibration, again.recalibrate(minimum()).calibration
+    assert new is not None and same is not None
+    assert (new.method, new.curve, new.slices) == (same.method, same.curve, same.slices)
+    assert new.method == one.method and len(new.slices) == len(one.slices)
+
+
+def test_a_baseline_is_trained_saved_and_asked_for(
+    trained: RewardEnsemble,
+    parts: tuple[Preferences, ...],
+    minilm_folder: Path,
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    def run(validation: Preferences) -> RewardEnsemble:
+        return train(
+            parts[0],
+            validation,
+            backbone=minilm_folder,
+            members=3,
+            options=OPTIONS,
+            recipe=RECIPE,
+            baseline=True,
+            cache_dir=cache,
+        )
+
+    with pytest.raises(BaselineError, match="row 0"):
+        run(parts[1])
+    references = Preferences(tuple(replace(p, reference="I see.") for p in parts[1]))
+    based = run(references)
+    assert based.normaliser.baseline
+    np.testing.assert_allclose(based.normaliser.scale, trained.normaliser.scale, rtol=1e-4)
+    samples = references.samples()
+    np.testing.assert_allclose(based.score(samples).members.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(
+        based.judge(references).margins(mean()), trained.judge(parts[1]).margins(mean()), atol=1e-3
+    )
+    again = RewardEnsemble.from_pretrained(based.save_pretrained(tmp_path / "run"), device="cpu")
+    assert again.normaliser == based.normaliser
+    np.testing.assert_array_equal(again.score(samples).reward, based.score(samples).reward)
+    with pytest.raises(BaselineError):
+        again.score([Sample("Hi", "Hello")])
 
 
 def test_damage_is_named(ensemble: RewardEnsemble, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""A calibration: the temperature of one aggregator's margin, with its provenance."""
+"""A calibration: how one aggregator's margin becomes a probability, with its provenance."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -12,13 +13,17 @@ from scipy.special import expit
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.curves import AnyCurve, count_ties, curve_json, read_curve
+from ensemble_rm.calibration.fits import METHODS, fit_curve
 from ensemble_rm.calibration.pairs import ScoredPairs
+from ensemble_rm.calibration.slices import SliceFit, fit_slices
 from ensemble_rm.calibration.temperature import (
     MIN_JUDGMENTS,
     TemperatureFit,
     fit_mixture_temperature,
     fit_temperature,
 )
+from ensemble_rm.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,17 @@ class Calibration:
         SHA-256 of the judgments.
     created : str
         When it was fitted, ISO 8601 in UTC.
+    method : str
+        The calibrator's name: ``"temperature"``, ``"power"``, ``"isotonic"``, ``"histogram"`` or
+        ``"bbq"``.
+    curve : PowerCurve, LinearCurve or StepCurve, optional
+        What the method fitted; a temperature is its own.
+    slices : tuple of SliceFit
+        Temperatures of subsets, where they were asked for.
+    ties : int
+        How many distinct margins of the judgments the curve no longer tells apart; 0 where it
+        rises strictly. A curve that makes ties is for reading probabilities, never for an RL
+        reward: between the ties a policy would learn nothing.
     evidence : ScoredPairs, optional
         The judgments' scores, so that another aggregator's temperature can be fitted on the same
         judgments without scoring them again.
@@ -47,17 +63,53 @@ class Calibration:
     mixture_temperature: float
     digest: str
     created: str
+    method: str = "temperature"
+    curve: AnyCurve | None = None
+    slices: tuple[SliceFit, ...] = ()
+    ties: int = 0
     evidence: ScoredPairs | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS or (self.curve is None) != (self.method == "temperature"):
+            raise OptionError(f"no calibration has method {self.method!r} and curve {self.curve}")
 
     @property
     def temperature(self) -> float:
-        """T, the divisor of the margin."""
+        """T of all judgments, the divisor of the margin; fitted beside any other method."""
         return self.fit.temperature
 
-    def probability(self, margins: ArrayLike) -> Floats:
-        """Return P(first is preferred) = σ(Δ/T) for margins in normalised units."""
+    def temperature_of(self, subset: str | None) -> float:
+        """Return T of a slice; the global one for None, and for a name that has no slice."""
+        return next((s.temperature for s in self.slices if s.name == subset), self.temperature)
+
+    def probability(
+        self, margins: ArrayLike, *, subsets: Sequence[str | None] | None = None
+    ) -> Floats:
+        """Return P(first is preferred) of margins in normalised units.
+
+        Parameters
+        ----------
+        margins : array_like, shape (n_pairs,)
+            Of the aggregated reward.
+        subsets : sequence of (str or None), optional
+            Slice of each pair. Those without a slice's temperature, unknown names included, take
+            the global one.
+
+        Returns
+        -------
+        ndarray, shape (n_pairs,)
+            σ(Δ/T), or what the method's curve says.
+        """
         x = np.asarray(margins, dtype=np.float64)
-        return np.asarray(expit(x / self.temperature), dtype=np.float64)
+        if self.curve is not None:
+            return self.curve.probability(x)
+        if subsets is None or not self.slices:
+            return np.asarray(expit(x / self.temperature), dtype=np.float64)
+        if x.shape != (len(subsets),):
+            raise OptionError(f"{len(subsets)} subsets for margins of shape {x.shape}")
+        known = {name: self.temperature_of(name) for name in dict.fromkeys(subsets)}
+        divisors = np.array([known[name] for name in subsets])
+        return np.asarray(expit(x / divisors), dtype=np.float64)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that `from_json` reads; the evidence is stored apart."""
@@ -67,17 +119,26 @@ class Calibration:
             "mixture_temperature": self.mixture_temperature,
             "digest": self.digest,
             "created": self.created,
+            "method": self.method,
+            "curve": None if self.curve is None else curve_json(self.curve),
+            "slices": [one.to_json() for one in self.slices],
+            "ties": self.ties,
         }
 
     @classmethod
     def from_json(cls, d: Any, *, evidence: ScoredPairs | None = None) -> Calibration:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote, or wrote before there were methods and slices."""
+        curve = d.get("curve")
         return cls(
             Aggregator.from_json(d["aggregator"]),
             TemperatureFit(**d["fit"]),
             float(d["mixture_temperature"]),
             str(d["digest"]),
             str(d["created"]),
+            str(d.get("method", "temperature")),
+            None if curve is None else read_curve(curve),
+            tuple(SliceFit.from_json(one) for one in d.get("slices", ())),
+            int(d.get("ties", 0)),
             evidence,
         )
 
@@ -86,10 +147,12 @@ def fit_calibration(
     pairs: ScoredPairs,
     aggregator: Aggregator,
     *,
+    method: str = "temperature",
+    slices: bool = False,
     digest: str = "",
     min_judgments: int = MIN_JUDGMENTS,
 ) -> Calibration:
-    """Fit the temperature of an aggregator's margin, and T_mix beside it.
+    """Fit the temperature of an aggregator's margin, T_mix, and the method's curve beside them.
 
     Parameters
     ----------
@@ -97,6 +160,10 @@ def fit_calibration(
         Judgments that no member was trained on.
     aggregator : Aggregator
         Of the reward.
+    method : str
+        The calibrator: ``"temperature"``, ``"power"``, ``"isotonic"``, ``"histogram"``, ``"bbq"``.
+    slices : bool
+        Whether each subset of the judgments gets a temperature of its own, shrunk.
     digest : str
         Of the judgments.
     min_judgments : int
@@ -105,15 +172,34 @@ def fit_calibration(
     Returns
     -------
     Calibration
-        Refusals as in `fit_temperature`.
+        Refusals as in `fit_temperature`, which is fitted under every method.
+
+    Raises
+    ------
+    OptionError
+        If the method is unknown, cannot take these votes and weights, or is asked for slices.
     """
+    if slices and method != "temperature":
+        raise OptionError(f"slices have temperatures; method={method!r} has none: leave one out")
+    margins = pairs.margins(aggregator)
     fit = fit_temperature(
-        pairs.margins(aggregator),
+        margins,
         pairs.targets,
         weights=pairs.weights,
         groups=pairs.groups,
         min_judgments=min_judgments,
     )
+    curve = fit_curve(method, margins, pairs.targets, pairs.weights, temperature=fit.temperature)
     mixture = fit_mixture_temperature(pairs.member_margins, pairs.targets, weights=pairs.weights)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Calibration(aggregator, fit, mixture, digest, now, pairs)
+    return Calibration(
+        aggregator,
+        fit,
+        mixture,
+        digest,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        method,
+        curve,
+        fit_slices(pairs, aggregator, overall=fit) if slices else (),
+        0 if curve is None or method == "power" else count_ties(curve, margins),
+        pairs,
+    )

@@ -13,21 +13,25 @@ from numpy.typing import ArrayLike
 
 from ensemble_rm.aggregation.aggregator import score_matrix
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.errors import NonFiniteScoreError, OptionError
+from ensemble_rm.errors import BaselineError, NonFiniteScoreError, OptionError
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Subtracts each member's offset and divides by its scale.
+    """Subtracts each member's offset, before it the prompt's baseline, and divides by its scale.
 
     Attributes
     ----------
     offset, scale : tuple of float
         One a member, in the member's own unit; scales are > 0.
+    baseline : bool
+        Whether a member's score of the prompt's reference completion is subtracted first: that
+        removes what a Bradley–Terry score leaves open, any function of the prompt.
     """
 
     offset: tuple[float, ...]
     scale: tuple[float, ...]
+    baseline: bool = False
 
     def __post_init__(self) -> None:
         if len(self.offset) != len(self.scale) or not self.offset:
@@ -35,12 +39,25 @@ class Normaliser:
         if not np.isfinite(self.offset + self.scale).all() or min(self.scale) <= 0:
             raise OptionError(f"offsets must be finite and scales > 0, not {self}")
 
-    def __call__(self, scores: ArrayLike) -> Floats:
-        """Return (n_samples, n_members) normalised scores; NaN stays NaN."""
+    def __call__(self, scores: ArrayLike, baseline: ArrayLike | None = None) -> Floats:
+        """Return (n_samples, n_members) normalised scores; NaN stays NaN.
+
+        Parameters
+        ----------
+        scores : array_like, shape (n_samples, n_members)
+            Raw scores.
+        baseline : array_like, shape (n_samples, n_members), optional
+            Raw scores of each sample's reference completion; with `baseline` they are needed.
+        """
+        if self.baseline and baseline is None:
+            raise BaselineError("this normaliser subtracts a baseline: pass the references' scores")
+        if not self.baseline and baseline is not None:
+            raise OptionError("this normaliser has no baseline; leave the references' scores out")
         matrix = score_matrix(scores)
         if matrix.shape[1] != len(self.offset):
             raise OptionError(f"{matrix.shape[1]} members, and a normaliser of {len(self.offset)}")
-        normalised: Floats = (matrix - np.array(self.offset)) / np.array(self.scale)
+        above = _above(matrix, baseline)
+        normalised: Floats = (above - np.array(self.offset)) / np.array(self.scale)
         return normalised
 
     @classmethod
@@ -50,15 +67,31 @@ class Normaliser:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that `from_json` reads."""
-        return {"offset": list(self.offset), "scale": list(self.scale)}
+        return {
+            "offset": list(self.offset),
+            "scale": list(self.scale),
+            "baseline": self.baseline,
+        }
 
     @classmethod
     def from_json(cls, d: Any) -> Normaliser:
-        """Read what `to_json` wrote."""
-        return cls(tuple(map(float, d["offset"])), tuple(map(float, d["scale"])))
+        """Read what `to_json` wrote; what was written before there were baselines has none."""
+        offset, scale = (tuple(map(float, d[name])) for name in ("offset", "scale"))
+        return cls(offset, scale, bool(d.get("baseline", False)))
 
 
-def fit_normaliser(scores: ArrayLike, groups: ArrayLike) -> Normaliser:
+def _above(matrix: Floats, baseline: ArrayLike | None) -> Floats:
+    if baseline is None:
+        return matrix
+    below = score_matrix(baseline)
+    if below.shape != matrix.shape:
+        raise OptionError(f"a baseline of shape {below.shape} for scores of shape {matrix.shape}")
+    return matrix - below
+
+
+def fit_normaliser(
+    scores: ArrayLike, groups: ArrayLike, *, baseline: ArrayLike | None = None
+) -> Normaliser:
     """Fit offset (the mean) and scale (the RMS deviation within prompts) of each member.
 
     A Bradley–Terry score is fixed only up to a function of the prompt, so a global standard
@@ -70,6 +103,9 @@ def fit_normaliser(scores: ArrayLike, groups: ArrayLike) -> Normaliser:
         Raw scores of reference completions.
     groups : array_like of int, shape (n_samples,)
         Prompt of each; at least one prompt has two completions that differ in score.
+    baseline : array_like, shape (n_samples, n_members), optional
+        Raw scores of the reference completion of each sample's prompt; the normaliser then
+        subtracts them.
 
     Returns
     -------
@@ -83,7 +119,7 @@ def fit_normaliser(scores: ArrayLike, groups: ArrayLike) -> Normaliser:
     OptionError
         If a member gives every completion of a prompt the same score.
     """
-    matrix = score_matrix(scores)
+    matrix = _above(score_matrix(scores), baseline)
     if not np.isfinite(matrix).all():
         raise NonFiniteScoreError("reference scores hold NaN or infinity")
     labels = np.unique(np.asarray(groups), return_inverse=True)[1]
@@ -101,4 +137,5 @@ def fit_normaliser(scores: ArrayLike, groups: ArrayLike) -> Normaliser:
         raise OptionError(
             f"member {int(np.flatnonzero(tiny)[0])} scores all completions of a prompt alike"
         )
-    return Normaliser(tuple(matrix.mean(axis=0).tolist()), tuple(scale.tolist()))
+    offset = tuple(matrix.mean(axis=0).tolist())
+    return Normaliser(offset, tuple(scale.tolist()), baseline is not None)

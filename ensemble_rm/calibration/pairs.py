@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ class ScoredPairs:
         P(first is preferred) by the judgment, and how much it counts.
     groups : ndarray of int, shape (n_pairs,)
         Prompt of each pair.
+    subsets : tuple of (str or None)
+        Slice of each pair; where not given, no pair names one.
     """
 
     first: Floats
@@ -32,10 +35,12 @@ class ScoredPairs:
     targets: Floats
     weights: Floats
     groups: NDArray[np.int64]
+    subsets: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.targets)
-        for name in ("first", "second", "weights", "groups"):
+        object.__setattr__(self, "subsets", tuple(self.subsets) or (None,) * n)
+        for name in ("first", "second", "weights", "groups", "subsets"):
             if len(getattr(self, name)) != n:
                 raise OptionError(f"{len(getattr(self, name))} {name} for {n} targets")
         if self.first.shape != self.second.shape or self.first.ndim != 2:
@@ -57,20 +62,30 @@ class ScoredPairs:
         """Score of the first side minus that of the second, shape (n_pairs, n_members)."""
         return self.first - self.second
 
+    @property
+    def subset_names(self) -> tuple[str, ...]:
+        """Every subset that a pair names, sorted."""
+        return tuple(sorted({name for name in self.subsets if name is not None}))
+
     def margins(self, aggregator: Aggregator) -> Floats:
         """Return the aggregated reward of the first minus the second side, shape (n_pairs,)."""
         return aggregator(self.first) - aggregator(self.second)
 
     def take(self, rows: NDArray[np.int64]) -> ScoredPairs:
         """Return some of the pairs."""
-        return ScoredPairs(**{name: array[rows] for name, array in self.arrays().items()})
+        chosen = {name: array[rows] for name, array in self.arrays().items()}
+        return ScoredPairs.from_arrays(chosen, self.subset_names)
 
     def arrays(self) -> dict[str, Any]:
-        """Return the arrays by name, as they are stored."""
-        return {
-            "first": self.first,
-            "second": self.second,
-            "targets": self.targets,
-            "weights": self.weights,
-            "groups": self.groups,
-        }
+        """Return the arrays by name, as they are stored: subsets as places in `subset_names`."""
+        place: dict[str | None, int] = {name: i for i, name in enumerate(self.subset_names)}
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        codes = [place.get(name, -1) for name in self.subsets]
+        return found | {"subsets": np.array(codes, dtype=np.int64)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any], names: Sequence[str]) -> ScoredPairs:
+        """Read what `arrays` returned, with the names of the subsets."""
+        codes = arrays.get("subsets", ())
+        subsets = tuple(None if code < 0 else names[code] for code in codes)
+        return cls(**{**arrays, "subsets": subsets})

@@ -143,7 +143,7 @@ def fit_temperature(
             f"all {informative} judgments agree with their margins, so the likelihood pulls T to "
             "0; use judgments that the members were not trained on, or more of them"
         )
-    beta = _newton(x, y, w)
+    beta = fit_inverse(x, y, w)
     p = np.asarray(expit(beta * x))
     score = w * (y - p) * x
     curvature = float((w * p * (1 - p) * x**2).sum())
@@ -174,17 +174,18 @@ def _add_up(score: Floats, groups: ArrayLike) -> Floats:
 _SAMPLE = 4096  # judgments that a large fit starts from
 
 
-def _newton(x: Floats, y: Floats, w: Floats, start: float = 1.0) -> float:
-    """Minimise the NLL over β = 1/T > 0: Newton's steps inside a shrinking bracket.
+def fit_inverse(x: Floats, y: Floats, w: Floats, start: float = 1.0) -> float:
+    """Minimise the NLL over β = 1/T > 0, Newton's steps inside a shrinking bracket.
 
-    A large fit starts from the optimum of every so many-th judgment; the end is the same.
+    The margins are of about unit size, point the right way in sum, and are not separable. A large
+    fit starts from the optimum of every so many-th judgment; the end is the same.
     """
     if len(x) > 4 * _SAMPLE:
         part = slice(None, None, len(x) // _SAMPLE)
         small = (x[part], y[part], w[part])
         against = (small[0] > 0) & (small[1] < 1) | (small[0] < 0) & (small[1] > 0)
         if against.any() and (small[2] * (2 * small[1] - 1) * small[0]).sum() > 0:
-            start = _newton(*small)
+            start = fit_inverse(*small)
     wx = w * x
     wxx, constant = wx * x, float(wx @ y)
     low, high, beta = 0.0, math.inf, start

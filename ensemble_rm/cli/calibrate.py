@@ -1,10 +1,15 @@
-"""Fit an ensemble's temperature on human judgments that it was not trained on."""
+"""Fit how a reward becomes a probability, on human judgments that no member was trained on.
+
+The temperature is fitted under every method. Isotonic regression, histograms and BBQ make ties,
+which are counted; the reward itself is the same under every method.
+"""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ensemble_rm.cli.common import (
     Bars,
@@ -19,6 +24,9 @@ from ensemble_rm.cli.common import (
     say,
 )
 
+if TYPE_CHECKING:
+    from ensemble_rm.calibration.calibration import Calibration
+
 HELP = "fit the temperature on judgments held apart"
 EXAMPLE = "  ensemble-rm calibrate runs/hh --data judgments.jsonl --aggregator lcb --kappa 1.0"
 
@@ -29,6 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser, "judged pairs: JSONL (.gz too) or a Hub data set")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="the calibrated ensemble's; ENSEMBLE by default"
+    )
+    parser.add_argument(
+        "--method",
+        default="temperature",
+        metavar="NAME",
+        help="temperature (default), power, isotonic, histogram or bbq",
+    )
+    parser.add_argument(
+        "--slices", action="store_true", help="one temperature a subset, shrunk to the global one"
     )
     parser.add_argument("--min-judgments", type=int, default=50, metavar="N")
     add_aggregator(parser)
@@ -42,18 +59,49 @@ def run(args: argparse.Namespace) -> None:
     judgments = read_pairs(args.data, skip_bad=args.skip_bad)
     with Bars(quiet=args.json) as bars:
         ensemble = open_ensemble(args).calibrate(
-            judgments, aggregator=aggregator, min_judgments=args.min_judgments, progress=bars
+            judgments,
+            aggregator=aggregator,
+            method=args.method,
+            slices=args.slices,
+            min_judgments=args.min_judgments,
+            progress=bars,
         )
-    assert ensemble.calibration is not None
-    fit = ensemble.calibration.fit
+    calibration = ensemble.calibration
+    assert calibration is not None
+    fit = calibration.fit
     out = args.out or args.ensemble
     if not args.dry_run:
         ensemble.save_pretrained(out)
     saved = "nothing saved (--dry-run)" if args.dry_run else f"saved in {out}"
-    say(
-        args,
-        {"aggregator": str(ensemble.aggregator), "fit": asdict(fit), "dry_run": args.dry_run}
-        | {"mixture_temperature": ensemble.calibration.mixture_temperature, "out": str(out)},
+    found = {
+        "aggregator": str(ensemble.aggregator),
+        "fit": asdict(fit),
+        "dry_run": args.dry_run,
+        "mixture_temperature": calibration.mixture_temperature,
+        "out": str(out),
+        "method": calibration.method,
+        "ties": calibration.ties,
+        "slices": [one.to_json() for one in calibration.slices],
+    }
+    line = (
         f"{ensemble.aggregator}: T = {fit.temperature:.3f} [{fit.low:.3f}, {fit.high:.3f}] from "
-        f"{fit.judgments} judgments of {fit.prompts} prompts, NLL {fit.nll:.4f}; {saved}",
+        f"{fit.judgments} judgments of {fit.prompts} prompts, NLL {fit.nll:.4f}; {saved}"
     )
+    say(args, found, "\n".join([line, *_details(calibration)]))
+
+
+def _details(calibration: Calibration) -> list[str]:
+    lines = []
+    if calibration.method != "temperature":
+        lines.append(
+            f"  probabilities by {calibration.method}; it makes {calibration.ties} ties among the "
+            "judgments' margins" + (": not for an RL reward" if calibration.ties else "")
+        )
+    for one in calibration.slices:
+        own = f"no own fit: {one.refusal}"
+        if one.own is not None:
+            own = (
+                f"own {one.own.temperature:.3f} of {one.own.judgments}, {one.share:.0%} of it kept"
+            )
+        lines.append(f"  {one.name}: T = {one.temperature:.3f} ({own})")
+    return lines

@@ -1,7 +1,8 @@
 """Say with what probability a human prefers each first completion: one JSON line a pair.
 
 A pair is a row with `prompt` (text or messages), `first` and `second`; `chosen` and `rejected` are
-read as first and second.
+read as first and second. Its `subset` picks the slice's temperature where the calibration has
+slices; its `reference` is needed where the ensemble has a baseline.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
             [pair.prompt for pair in pairs],
             [pair.chosen for pair in pairs],
             [pair.rejected for pair in pairs],
+            subsets=pairs.subsets,
+            references=[pair.reference for pair in pairs],
             progress=bars,
         )
     write_jsonl(args.out, _rows(verdict, several=len(ensemble.names) > 1))

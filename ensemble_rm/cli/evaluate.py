@@ -1,7 +1,8 @@
 """Measure an ensemble on judged pairs: members, their mean and every aggregator side by side.
 
-Accuracy, NLL, ECE and what chance makes of it, Brier, before and after calibration, with intervals;
-and a reliability diagram and a risk–coverage curve as PNG.
+Accuracy, NLL, ECE and what chance makes of it, Brier, before and after calibration, with intervals,
+over all pairs and by `subset`; what pooling the members buys; and a reliability diagram and a
+risk–coverage curve as PNG. Weights count in accuracy, NLL and Brier.
 """
 
 from __future__ import annotations

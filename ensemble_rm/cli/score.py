@@ -1,6 +1,7 @@
 """Score samples: one JSON line a sample, in the order of the input.
 
-A sample is a row with `prompt` (text or messages) and `completion`.
+A sample is a row with `prompt` (text or messages) and `completion`, and with `reference` where the
+ensemble has a baseline.
 """
 
 from __future__ import annotations

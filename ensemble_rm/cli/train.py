@@ -65,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="shares of train, validation, calibration and test (default: .7 .1 .1 .1)",
     )
+    parser.add_argument(
+        "--baseline",
+        action="store_true",
+        help="subtract the score of each prompt's `reference`; all rows need one",
+    )
     text = parser.add_argument_group("text")
     text.add_argument("--template", choices=["auto", "chat", "pair", "plain"], default="auto")
     text.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
@@ -111,9 +116,12 @@ def run(args: argparse.Namespace) -> None:
     counts = {name: len(part) for name, part in parts.items()}
     recipe, trainer_args = _recipe(args), _trainer_args(args)
     from ensemble_rm.members.backbone import DEFAULT_CACHE
+    from ensemble_rm.members.baseline import reference_samples
     from ensemble_rm.members.trunk import TrunkOptions
     from ensemble_rm.training.train import plan, train
 
+    if args.baseline:
+        reference_samples(parts["validation"].samples())  # before anything is read
     options = TrunkOptions(args.template, args.max_length, args.dtype, args.device)
     cache_dir = args.cache_dir or DEFAULT_CACHE
     if args.dry_run:
@@ -144,6 +152,7 @@ def run(args: argparse.Namespace) -> None:
             blocks=args.blocks,
             options=options,
             recipe=recipe,
+            baseline=args.baseline,
             out=args.out,
             cache_dir=cache_dir,
             states_limit=int(args.states_limit * 2**30),

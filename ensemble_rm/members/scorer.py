@@ -101,3 +101,23 @@ def checked_scores(scorer: Scorer, scores: NDArray[np.float64], n: int) -> NDArr
         culprit = scorer.names[int(np.flatnonzero(infinite)[0])]
         raise NonFiniteScoreError(f"member {culprit!r} scored infinity")
     return matrix
+
+
+def score_all(
+    scorers: Sequence[Scorer], samples: Sequence[Sample], *, progress: Progress
+) -> tuple[NDArray[np.float64], Truncation]:
+    """Return every member's raw scores, (n_samples, n_members), and how many samples were cut."""
+    columns = []
+    cut = Truncation(0, 0, 0)
+    for scorer in scorers:
+        if isinstance(scorer, TextScorer):
+            scores, more = scorer.score_counted(samples, progress=progress)
+            cut = Truncation(
+                max(cut.samples, more.samples),
+                max(cut.prompts_cut, more.prompts_cut),
+                max(cut.completions_cut, more.completions_cut),
+            )
+        else:
+            scores = scorer.score(samples)
+        columns.append(checked_scores(scorer, scores, len(samples)))
+    return np.concatenate(columns, axis=1), cut

@@ -1,7 +1,8 @@
 """How good an ensemble is on judged pairs: single members, their mean, every aggregator.
 
 Before calibration a probability is σ(Δ) of normalised margins; after, σ(Δ/T) with each row's own T,
-fitted on the calibration's judgments and never on the pairs that are evaluated.
+fitted on the calibration's judgments and never on the pairs that are evaluated. The ensemble's own
+row has what its calibration says: a curve, or each subset's temperature, where it has them.
 """
 
 from __future__ import annotations
@@ -26,21 +27,11 @@ from ensemble_rm.aggregation.aggregator import (
 )
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.pairs import ScoredPairs
-from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
 from ensemble_rm.ensemble import RewardEnsemble
-from ensemble_rm.errors import CalibrationError, OneMemberError
+from ensemble_rm.errors import OneMemberError
 from ensemble_rm.members.trunk import Progress, silent
-from ensemble_rm.metrics import (
-    EceNull,
-    Interval,
-    agreement,
-    auroc,
-    bootstrap,
-    ece,
-    ece_null,
-    error_auroc,
-    smooth_ece,
-)
+from ensemble_rm.metrics import Interval, auroc, bootstrap, error_auroc
+from ensemble_rm.reports.measures import Row, SubsetRow, measure_gain, measure_row, measure_subsets
 from ensemble_rm.samples import Preferences, require_pairs
 from ensemble_rm.uncertainty import margin_correlation, mean_correlation, split_uncertainty
 
@@ -48,49 +39,6 @@ from ensemble_rm.uncertainty import margin_correlation, mean_correlation, split_
 def default_aggregators() -> tuple[Aggregator, ...]:
     """Return the aggregators that an evaluation sets side by side."""
     return (mean(), minimum(), lcb(1.0), uwo(0.5), entropic(1.0), median(), cvar(0.5))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to a reward, measured.
-
-    Attributes
-    ----------
-    name : str
-        A member's name, or an aggregator with its coefficients.
-    kind : {"member", "aggregator"}
-    before, after : dict of str to Interval
-        Metrics by name; `after` is empty where no temperature could be fitted.
-    null_before, null_after : EceNull
-        What chance alone makes of the ECE.
-    temperature : TemperatureFit, optional
-    refusal : str
-        Why there is no temperature, where there is none.
-    """
-
-    name: str
-    kind: str
-    before: dict[str, Interval]
-    after: dict[str, Interval]
-    null_before: EceNull
-    null_after: EceNull | None
-    temperature: TemperatureFit | None
-    refusal: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as JSON."""
-        found: dict[str, Any] = {"name": self.name, "kind": self.kind}
-        for stage, metrics, null in (
-            ("before", self.before, self.null_before),
-            ("after", self.after, self.null_after),
-        ):
-            found[stage] = {k: vars(interval) for k, interval in metrics.items()}
-            if null is not None:
-                found[stage]["ece_null"] = vars(null)
-        found["temperature"] = self.temperature and vars(self.temperature)
-        if self.refusal:
-            found["refusal"] = self.refusal
-        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +67,11 @@ class Evaluation:
         Mean correlation of the members' margins: near 1 they move as a herd.
     longer_first_auroc : float, optional
         How well the longer completion alone predicts the verdict.
+    subsets : tuple of SubsetRow
+        The ensemble's own aggregator on each subset that the pairs name.
+    pooling_gain : Interval, optional
+        Mean member NLL − NLL of the own aggregator's margin in nats, each at its own temperature:
+        what the ensemble buys. None where one of them has no temperature.
     """
 
     rows: tuple[Row, ...]
@@ -132,6 +85,8 @@ class Evaluation:
     error_auroc: dict[str, Interval]
     margin_correlation: float | None
     longer_first_auroc: float | None = None
+    subsets: tuple[SubsetRow, ...] = ()
+    pooling_gain: Interval | None = None
 
     def row(self, name: str) -> Row:
         """Return the row of that name."""
@@ -147,6 +102,8 @@ class Evaluation:
             "error_auroc": {k: vars(v) for k, v in self.error_auroc.items()},
             "margin_correlation": self.margin_correlation,
             "longer_first_auroc": self.longer_first_auroc,
+            "subsets": [row.to_json() for row in self.subsets],
+            "pooling_gain": self.pooling_gain and vars(self.pooling_gain),
         }
 
 
@@ -167,7 +124,7 @@ def evaluate(
         Without a calibration there is nothing after calibration, and the rest is measured.
     test : Preferences
         Pairs that neither training nor calibration saw. Their sides are exchanged at random
-        first, so that their order tells nothing.
+        first, so that their order tells nothing. Their weights count in accuracy, NLL and Brier.
     aggregators : sequence of Aggregator, optional
         Beside the ensemble's own; a usual set where not given.
     draws : int
@@ -199,14 +156,19 @@ def evaluate(
         for i, name in enumerate(ensemble.names)
     ]
     ways += [(str(a), "aggregator", lambda s, a=a: s.margins(a)) for a in chosen]  # type: ignore[misc]
+    known = _calibrated(ensemble, scored)
     rows = []
     for done, (name, kind, margins_of) in enumerate(ways):
         progress("measuring", done, len(ways))
-        rows.append(_row(name, kind, margins_of, scored, evidence, draws, seed))
+        given = known if name == str(ensemble.aggregator) else None
+        rows.append(
+            measure_row(
+                name, kind, margins_of, scored, evidence, calibrated=given, draws=draws, seed=seed
+            )
+        )
     progress("measuring", len(ways), len(ways))
     own = next(row for row in rows if row.name == str(ensemble.aggregator))
-    temperature = 1.0 if own.temperature is None else own.temperature.temperature
-    p = np.asarray(expit(scored.margins(ensemble.aggregator) / temperature))
+    p = known if known is not None else _own_probability(own, scored, ensemble)
     doubts = _doubts(scored, p, ensemble)
     return Evaluation(
         tuple(rows),
@@ -228,67 +190,50 @@ def evaluate(
         },
         mean_correlation(margin_correlation(scored.member_margins)) if scored.members > 1 else None,
         _length_auroc(test),
+        measure_subsets(
+            scored, p, temperature_of=_subset_temperature(ensemble, own), draws=draws, seed=seed
+        ),
+        _pooling_gain(rows, own, scored, ensemble, draws, seed),
     )
 
 
-def _row(
-    name: str,
-    kind: str,
-    margins_of: Callable[[ScoredPairs], Floats],
+def _calibrated(ensemble: RewardEnsemble, scored: ScoredPairs) -> Floats | None:
+    """Return what the ensemble's own calibration says; None where it has none that applies."""
+    calibration = ensemble.calibration
+    if calibration is None or calibration.aggregator != ensemble.aggregator:
+        return None
+    return calibration.probability(scored.margins(ensemble.aggregator), subsets=scored.subsets)
+
+
+def _own_probability(own: Row, scored: ScoredPairs, ensemble: RewardEnsemble) -> Floats:
+    temperature = 1.0 if own.temperature is None else own.temperature.temperature
+    return np.asarray(expit(scored.margins(ensemble.aggregator) / temperature))
+
+
+def _subset_temperature(ensemble: RewardEnsemble, own: Row) -> Callable[[str], float | None]:
+    calibration = ensemble.calibration
+    if calibration is not None and calibration.aggregator == ensemble.aggregator:
+        if calibration.curve is not None:
+            return lambda _: None
+        return calibration.temperature_of
+    fit = own.temperature
+    return lambda _: None if fit is None else fit.temperature
+
+
+def _pooling_gain(
+    rows: Sequence[Row],
+    own: Row,
     scored: ScoredPairs,
-    evidence: ScoredPairs | None,
+    ensemble: RewardEnsemble,
     draws: int,
     seed: int,
-) -> Row:
-    margins = margins_of(scored)
-    before = np.asarray(expit(margins))
-    fit, refusal = None, "the ensemble has no calibration"
-    if evidence is not None:
-        try:
-            fit = fit_temperature(
-                margins_of(evidence),
-                evidence.targets,
-                weights=evidence.weights,
-                groups=evidence.groups,
-                min_judgments=2,
-            )
-            refusal = ""
-        except CalibrationError as error:
-            refusal = str(error)
-    after = None if fit is None else np.asarray(expit(margins / fit.temperature))
-    return Row(
-        name,
-        kind,
-        _measure(before, scored, draws, seed),
-        {} if after is None else _measure(after, scored, draws, seed),
-        ece_null(before, seed=seed),
-        None if after is None else ece_null(after, seed=seed),
-        fit,
-        refusal,
-    )
-
-
-def _measure(p: Floats, scored: ScoredPairs, draws: int, seed: int) -> dict[str, Interval]:
-    """Return every metric; those that are means over pairs share one bootstrap."""
-    y, groups = scored.targets, scored.groups
-    per_pair = {
-        "accuracy": agreement(p, y),
-        "nll": -(y * np.log(np.maximum(p, 1e-300)) + (1 - y) * np.log(np.maximum(1 - p, 1e-300))),
-        "brier": (p - y) ** 2,
-    }
-    found = {
-        name: bootstrap(lambda i, v=v: float(v[i].mean()), groups, draws=draws, seed=seed)  # type: ignore[misc]
-        for name, v in per_pair.items()
-    }
-    for name, metric in (("ece", ece), ("smooth_ece", smooth_ece)):
-        few = min(draws, 100) if name == "smooth_ece" else draws
-        found[name] = bootstrap(
-            lambda i, m=metric: m(p[i], y[i]),  # type: ignore[misc]
-            groups,
-            draws=few,
-            seed=seed,
-        )
-    return found
+) -> Interval | None:
+    fits = [row.temperature for row in rows if row.kind == "member"]
+    members = [fit for fit in fits if fit is not None]
+    if own.temperature is None or len(members) < len(fits):
+        return None
+    margins = scored.margins(ensemble.aggregator)
+    return measure_gain(scored, members, own.temperature, margins, draws=draws, seed=seed)
 
 
 def _doubts(scored: ScoredPairs, p: Floats, ensemble: RewardEnsemble) -> dict[str, Floats]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ensemble_rm.metrics import Interval
-from ensemble_rm.reports.evaluation import Evaluation, Row
+from ensemble_rm.reports.evaluation import Evaluation
+from ensemble_rm.reports.measures import Row, SubsetRow
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -44,6 +45,18 @@ def _line(row: Row, chosen: str) -> list[str]:
     ]
 
 
+def _subset_line(row: SubsetRow) -> list[str]:
+    return [
+        "  " + row.name,
+        str(row.pairs),
+        _figure(row.metrics, "accuracy"),
+        _figure(row.metrics, "nll"),
+        _short(row.metrics, "ece"),
+        f"≤ {row.null.upper95:.3f}",
+        "—" if row.temperature is None else f"{row.temperature:.2f}",
+    ]
+
+
 def evaluation_text(evaluation: Evaluation) -> str:
     """Return the evaluation as a table, with what its columns mean below.
 
@@ -59,12 +72,22 @@ def evaluation_text(evaluation: Evaluation) -> str:
     """
     header = ("", "accuracy", "NLL raw", "NLL", "ECE raw", "ECE", "by chance", "Brier", "T")
     parts = [table(header, [_line(row, evaluation.chosen) for row in evaluation.rows])]
+    if evaluation.subsets:
+        columns = ("▸ by subset", "pairs", "accuracy", "NLL", "ECE", "by chance", "T")
+        parts += ["", table(columns, [_subset_line(row) for row in evaluation.subsets])]
     notes = [
         f"{evaluation.pairs} pairs of {evaluation.prompts} prompts; brackets: 95 % over prompts.",
         "raw: σ(Δ) of normalised scores; others: σ(Δ/T), T fitted on the calibration's judgments.",
         "by chance: 95 % of perfectly calibrated models of these probabilities stay below.",
-        "▸ is the ensemble's own aggregator.",
+        "▸ is the ensemble's own aggregator, with all that its calibration says.",
+        "accuracy, NLL and Brier count the pairs' weights; the ECE counts each pair once.",
     ]
+    if evaluation.pooling_gain is not None:
+        gain = evaluation.pooling_gain
+        notes.append(
+            f"pooling gain: {gain.estimate:.4f} [{gain.low:.4f}, {gain.high:.4f}] nats, the mean "
+            "member's NLL − the ensemble's, each at its own T"
+        )
     for name, area in evaluation.error_auroc.items():
         notes.append(
             f"AUROC of errors by {name}: {area.estimate:.3f} [{area.low:.3f}, {area.high:.3f}]"

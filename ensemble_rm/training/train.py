@@ -13,11 +13,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ensemble_rm.aggregation.aggregator import mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone import DEFAULT_CACHE, load_tokenizer, locate
+from ensemble_rm.members.baseline import baseline_scores, reference_samples
 from ensemble_rm.members.states import DEFAULT_MAX_BYTES, states_bytes
 from ensemble_rm.members.text import TextEncoder, count_truncation
 from ensemble_rm.members.trunk import Progress, TrunkOptions, View, silent
@@ -46,6 +50,7 @@ def train(
     blocks: int = DEFAULT_BLOCKS,
     options: TrunkOptions | None = None,
     recipe: Recipe | None = None,
+    baseline: bool = False,
     out: str | Path | None = None,
     cache_dir: str | Path | None = DEFAULT_CACHE,
     states_limit: int = DEFAULT_MAX_BYTES,
@@ -80,6 +85,9 @@ def train(
         Template, truncation, dtype, device.
     recipe : Recipe, optional
         Epochs, learning rate and so on; ``Recipe.of(kind)`` where not given.
+    baseline : bool
+        Whether each prompt's `reference` is scored too, and its score subtracted; then the
+        validation pairs, and all that is scored later, need one.
     out : str or Path, optional
         Where the ensemble is saved; a killed run with the same arguments goes on from there.
     cache_dir : str or Path, optional
@@ -109,6 +117,8 @@ def train(
         If the backbone cannot be found or read.
     NonFiniteLossError
         If training diverges.
+    BaselineError
+        If a baseline is asked for and a validation pair has no reference.
     ResumeError
         If `out` holds a checkpoint of another run.
     CacheLimitError
@@ -135,11 +145,14 @@ def train(
         callbacks=callbacks,
         progress=progress,
     )
+    if baseline:
+        reference_samples(validation.samples())  # a missing one is refused before the work
     trained = _trainer_of(kind)(job)
+    below = _baselines(trained, validation) if baseline else None
     provenance = said | _versions() | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
     ensemble = RewardEnsemble(
         trained.scorers,
-        fit_normaliser(trained.reference, validation.sample_groups()),
+        fit_normaliser(trained.reference, validation.sample_groups(), baseline=below),
         mean(),
         provenance=provenance | {"truncation": asdict(trained.truncation)} | trained.record,
     )
@@ -151,6 +164,12 @@ def train(
     if kind == "full":  # its models lay in the checkpoint's folder
         return RewardEnsemble.from_pretrained(out, device=job.options.device)
     return ensemble
+
+
+def _baselines(trained: Trained, validation: Preferences) -> NDArray[np.float64]:
+    """Return every member's raw score of each validation sample's reference completion."""
+    samples = validation.samples()
+    return np.concatenate([baseline_scores(s, samples) for s in trained.scorers], axis=1)
 
 
 def _trainer_of(kind: str) -> Callable[[Job], Trained]:

@@ -1,0 +1,151 @@
+"""One temperature a slice of the judgments, drawn towards the global one where they are few.
+
+log T of a slice is shrunk by B = τ²/(τ² + se²) [1]_: se is its own, robust to clusters, and τ², the
+variance of the true log T among slices, is DerSimonian & Laird's [2]_. The centre is the log T of
+all judgments, which stands in the calibration, and not the slices' weighted mean.
+
+References
+----------
+.. [1] Morris 1983: parametric empirical Bayes inference.
+.. [2] DerSimonian & Laird 1986: meta-analysis in clinical trials.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.calibration.pairs import ScoredPairs
+from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
+from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
+
+MIN_SLICE_JUDGMENTS = 20
+MIN_SLICE_PROMPTS = 10  # of fewer, a standard error over prompts says nothing
+
+
+@dataclass(frozen=True)
+class SliceFit:
+    """The temperature of one slice.
+
+    Attributes
+    ----------
+    name : str
+        The pairs' subset.
+    temperature : float
+        Shrunk: what a comparison in this slice uses.
+    own : TemperatureFit, optional
+        Of the slice's judgments alone.
+    share : float
+        B: how much of the slice's own log T is kept; 0 takes the global one.
+    refusal : str
+        Why the slice has no fit of its own, where it has none.
+    """
+
+    name: str
+    temperature: float
+    own: TemperatureFit | None
+    share: float
+    refusal: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, d: Any) -> SliceFit:
+        """Read what `to_json` wrote."""
+        own = None if d["own"] is None else TemperatureFit(**d["own"])
+        return cls(
+            str(d["name"]), float(d["temperature"]), own, float(d["share"]), str(d["refusal"])
+        )
+
+
+def fit_slices(
+    pairs: ScoredPairs, aggregator: Aggregator, *, overall: TemperatureFit
+) -> tuple[SliceFit, ...]:
+    """Fit each named slice, and shrink it towards the temperature of all judgments.
+
+    Parameters
+    ----------
+    pairs : ScoredPairs
+        Judgments that name subsets; those that name none count in the global fit alone.
+    aggregator : Aggregator
+        Of the reward.
+    overall : TemperatureFit
+        Of all judgments.
+
+    Returns
+    -------
+    tuple of SliceFit
+        By name. A slice whose own fit is refused takes the global temperature, and says why.
+
+    Raises
+    ------
+    OptionError
+        If no judgment names a subset.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(pairs.subsets):
+        if name is not None:
+            rows.setdefault(name, []).append(row)
+    if not rows:
+        raise OptionError("slices need judgments that name a `subset`; none of these does")
+    fits: dict[str, TemperatureFit] = {}
+    refusals: dict[str, str] = {}
+    for name in sorted(rows):
+        try:
+            fits[name] = _fit_one(pairs.take(np.array(rows[name])), aggregator)
+        except CalibrationError as error:
+            refusals[name] = str(error)
+    return shrink(fits, refusals, overall=overall)
+
+
+def _fit_one(pairs: ScoredPairs, aggregator: Aggregator) -> TemperatureFit:
+    prompts = len(np.unique(pairs.groups))
+    if prompts < MIN_SLICE_PROMPTS:
+        raise TooFewJudgmentsError(
+            f"judgments of {prompts} prompts; a slice of its own needs {MIN_SLICE_PROMPTS}"
+        )
+    return fit_temperature(
+        pairs.margins(aggregator),
+        pairs.targets,
+        weights=pairs.weights,
+        groups=pairs.groups,
+        min_judgments=MIN_SLICE_JUDGMENTS,
+    )
+
+
+def shrink(
+    fits: Mapping[str, TemperatureFit], refusals: Mapping[str, str], *, overall: TemperatureFit
+) -> tuple[SliceFit, ...]:
+    """Shrink slices' own fits towards the overall one, and give it to those that have none."""
+    logs = [math.log(fit.temperature) for fit in fits.values()]
+    tau2 = between_variance(logs, [fit.log_se for fit in fits.values()])
+    centre = math.log(overall.temperature)
+    found = [SliceFit(name, overall.temperature, None, 0.0, why) for name, why in refusals.items()]
+    for (name, fit), own in zip(fits.items(), logs, strict=True):
+        share = tau2 / (tau2 + fit.log_se**2) if tau2 > 0 else 0.0
+        shrunk = overall.temperature * math.exp(share * (own - centre))
+        found.append(SliceFit(name, shrunk, fit, share))
+    return tuple(sorted(found, key=lambda one: one.name))
+
+
+def between_variance(estimates: Sequence[float], errors: Sequence[float]) -> float:
+    """Return DerSimonian & Laird's τ² ≥ 0 [2]_; 0 of fewer than two estimates.
+
+    Parameters
+    ----------
+    estimates, errors : sequence of float
+        One estimate a slice, and its standard error, > 0.
+    """
+    if len(estimates) < 2:
+        return 0.0
+    x, w = np.array(estimates), 1 / np.array(errors) ** 2
+    centre = (w * x).sum() / w.sum()
+    q = float((w * (x - centre) ** 2).sum())
+    return max(0.0, (q - (len(x) - 1)) / float(w.sum() - (w**2).sum() / w.sum()))
