@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
     from ensemble_rm.calibration.pairs import ScoredPairs
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
+    from ensemble_rm.combining import combine
     from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.loading import load_preferences
     from ensemble_rm.members.branches import BranchScorer
@@ -48,6 +49,7 @@ _HOMES = {
     "calibration.normaliser": "Normaliser fit_normaliser",
     "calibration.pairs": "ScoredPairs",
     "calibration.temperature": "TemperatureFit fit_temperature",
+    "combining": "combine",
     "ensemble": "RewardEnsemble",
     "loading": "load_preferences",
     "members.branches": "BranchScorer",
@@ -87,6 +89,7 @@ __all__ = [
     "TrunkOptions",
     "View",
     "__version__",
+    "combine",
     "cvar",
     "entropic",
     "evaluate",

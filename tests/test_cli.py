@@ -62,6 +62,32 @@ def test_a_dry_run_makes_nothing(
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize("kind", ["branch", "full"])
+def test_other_kinds_train_from_the_command_line(
+    kind: str,
+    run_folder: Path,
+    small_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    few = tmp_path / "pairs.jsonl"
+    few.write_text("".join((run_folder / "pairs.jsonl").open().readlines()[:150]))
+    arguments = [
+        *["train", f"--data={few}", f"--backbone={small_folder}", f"--kind={kind}", "--members=2"],
+        *["--epochs=1", "--max-length=32", "--device=cpu", "--json", f"--out={tmp_path / 'run'}"],
+        *[f"--cache-dir={tmp_path / 'cache'}", "--blocks=1"],
+    ]
+    assert main([*arguments, "--dry-run"]) == 0
+    found = said(capsys)
+    assert found["kind"] == kind
+    assert ("token_states_bytes" in found) == (kind == "branch")
+    more = ["--trainer-arg=dataloader_num_workers=0"] if kind == "full" else []
+    assert main([*arguments, *more]) == 0
+    assert len(said(capsys)["validation_nll"]) == 2
+    assert main([*arguments, "--trainer-arg=seed=1"]) == 2
+    assert "trainer" in capsys.readouterr().err
+
+
 def test_train_writes_its_parts(run_folder: Path) -> None:
     parts = run_folder / "run.parts"
     keys = [load_preferences(parts / f"{name}.jsonl").prompt_keys for name in ("train", "test")]

@@ -25,6 +25,7 @@ FLOORS = {
     "results": 4,
     "storage": 4,
     "ensemble": 4,
+    "combining": 4,
     "training": 4,
     "reports": 5,
     "cli": 6,

@@ -15,6 +15,7 @@ from ensemble_rm.errors import BadRowsError, OptionError
 if TYPE_CHECKING:
     from ensemble_rm.aggregation.aggregator import Aggregator
     from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.members.trunk import TrunkOptions
     from ensemble_rm.samples import Preferences
 
 COEFFICIENTS = {
@@ -92,6 +93,23 @@ def add_data(parser: argparse.ArgumentParser, what: str) -> None:
 def add_skip_bad(parser: argparse.ArgumentParser) -> None:
     """Add --skip-bad."""
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, and name them")
+
+
+def add_text(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add how models read text, and return the group."""
+    text = parser.add_argument_group("text")
+    text.add_argument("--template", choices=["auto", "chat", "pair", "plain"], default="auto")
+    text.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
+    text.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    text.add_argument("--device", help="cuda, mps or cpu; the best available by default")
+    return text
+
+
+def read_text_options(args: argparse.Namespace) -> TrunkOptions:
+    """Return what `add_text` asked for."""
+    from ensemble_rm.members.trunk import TrunkOptions
+
+    return TrunkOptions(args.template, args.max_length, args.dtype, args.device)
 
 
 def add_aggregator(parser: argparse.ArgumentParser) -> None:

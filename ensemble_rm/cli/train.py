@@ -17,7 +17,9 @@ from ensemble_rm.cli.common import (
     add_data,
     add_dry_run,
     add_json,
+    add_text,
     read_pairs,
+    read_text_options,
     say,
     write_jsonl,
 )
@@ -70,11 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="subtract the score of each prompt's `reference`; all rows need one",
     )
-    text = parser.add_argument_group("text")
-    text.add_argument("--template", choices=["auto", "chat", "pair", "plain"], default="auto")
-    text.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
-    text.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    text.add_argument("--device", help="cuda, mps or cpu; the best available by default")
+    text = add_text(parser)
     text.add_argument(
         "--cache-dir", type=Path, metavar="FOLDER", help="of features and token states"
     )
@@ -117,12 +115,11 @@ def run(args: argparse.Namespace) -> None:
     recipe, trainer_args = _recipe(args), _trainer_args(args)
     from ensemble_rm.members.backbone import DEFAULT_CACHE
     from ensemble_rm.members.baseline import reference_samples
-    from ensemble_rm.members.trunk import TrunkOptions
     from ensemble_rm.training.train import plan, train
 
     if args.baseline:
         reference_samples(parts["validation"].samples())  # before anything is read
-    options = TrunkOptions(args.template, args.max_length, args.dtype, args.device)
+    options = read_text_options(args)
     cache_dir = args.cache_dir or DEFAULT_CACHE
     if args.dry_run:
         found = plan(
