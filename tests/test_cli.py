@@ -71,7 +71,8 @@ def test_other_kinds_train_from_the_command_line(
     tmp_path: Path,
 ) -> None:
     few = tmp_path / "pairs.jsonl"
-    few.write_text("".join((run_folder / "pairs.jsonl").open().readlines()[:150]))
+    rows = (run_folder / "pairs.jsonl").read_text().splitlines()
+    few.write_text("\n".join(rows[:150]) + "\n")
     arguments = [
         *["train", f"--data={few}", f"--backbone={small_folder}", f"--kind={kind}", "--members=2"],
         *["--epochs=1", "--max-length=32", "--device=cpu", "--json", f"--out={tmp_path / 'run'}"],

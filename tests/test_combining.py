@@ -57,7 +57,7 @@ def test_members_of_any_unit_get_one(pairs: Preferences, model: Path) -> None:
     halves = np.split(scores.members, 2)
     assert (
         np.abs(halves[0] - halves[1]).mean(axis=0) > 0.5
-    ).all()  # one unit, whatever the raw one
+    ).all()
     np.testing.assert_array_equal(scores.reward, scores.members.min(axis=1))
 
 
