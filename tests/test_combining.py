@@ -55,9 +55,7 @@ def test_members_of_any_unit_get_one(pairs: Preferences, model: Path) -> None:
     scores = ensemble.score(pairs.samples())
     np.testing.assert_allclose(scores.members.mean(axis=0), 0, atol=1e-4)
     halves = np.split(scores.members, 2)
-    assert (
-        np.abs(halves[0] - halves[1]).mean(axis=0) > 0.5
-    ).all()
+    assert (np.abs(halves[0] - halves[1]).mean(axis=0) > 0.5).all()
     np.testing.assert_array_equal(scores.reward, scores.members.min(axis=1))
 
 

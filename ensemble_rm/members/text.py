@@ -117,6 +117,7 @@ class TextEncoder:
             add_special_tokens=self.template == "plain",
             return_attention_mask=False,
             return_token_type_ids=False,
+            verbose=False,  # a text that is too long is cut here, and counted
         )
         return [
             self._truncate(ids, self._first_token(batch, i, start, len(texts[i]), len(ids)))
@@ -191,7 +192,7 @@ class TextEncoder:
     def _encode_pairs(self, samples: Sequence[Sample]) -> list[Encoded]:
         before, between, after, types = self._layout()
         room = self.max_length - len(before) - len(between) - len(after)
-        options = {"add_special_tokens": False, "return_attention_mask": False}
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         prompts = self.tokenizer([flatten(s.prompt, cue=False) for s in samples], **options)
         completions = self.tokenizer([s.completion for s in samples], **options)
         found = []

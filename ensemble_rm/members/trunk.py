@@ -63,12 +63,12 @@ class View:
 
 
 def default_views(depth: int, members: int) -> tuple[View, ...]:
-    """Spread views over the upper two thirds of the layers, each with both poolings.
+    """Spread views over the upper half of the layers, each with both poolings.
 
-    Where there are more members than layers, a layer's next readers take one pooling, then the
+    What lies below reads worse and helps the ensemble less (benchmarks/LOG.md). Where there are more members than layers, a layer's next readers take one pooling, then the
     other; members beyond that take the first views again.
     """
-    lowest = max(1, -(-depth // 3))
+    lowest = max(1, depth // 2)
     layers = np.linspace(lowest, depth, members).round().astype(int) if members > 1 else [depth]
     taken: list[View] = []
     for layer in layers:
