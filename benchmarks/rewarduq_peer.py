@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 TEMPLATE = (
@@ -194,9 +194,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         backbone = prepare_backbone(Path(job["backbone"]), folder / "backbone")
-        began = perf_counter()
+        began, cpu = perf_counter(), process_time()
         pipeline, rewards, metrics = train(job, backbone, folder)
-        wall = perf_counter() - began
+        wall, cpu = perf_counter() - began, process_time() - cpu
         took = []
         for repeat in range(job["score_repeats"] + 1):
             began = perf_counter()
@@ -206,6 +206,7 @@ def main() -> None:
     answer = {
         "imports": imports,
         "wall": wall,
+        "cpu": cpu,
         "score": took,
         "margins": (rewards[:, 0] - rewards[:, 1]).tolist(),
         "tokens": count_tokens(pipeline),

@@ -19,6 +19,7 @@ best for it): at its defaults, one epoch at 1e-4, it does not leave chance on pa
 
 Wall time is from texts to scores and metrics on calibration and test pairs: loading the backbone,
 tokenising, reading, training, evaluating; imports are reported apart. No feature is cached before.
+`cpu` is the same work in processor seconds, which a busy machine disturbs less.
 `score` is the time of 2·n new texts of another subset, warm: `ensemble.score` here, the steps of
 `scripts/run_inference.py` there. Ratios are theirs/ours, above 1 is in our favour. Gains are ours
 against theirs, positive is better, with bootstraps over prompts, all seeds pooled.
@@ -37,7 +38,7 @@ import sys
 import tempfile
 import venv
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -173,16 +174,17 @@ def side_ours(job: dict[str, Any]) -> dict[str, Any]:
         print({"accuracy": accuracy(p, one), "nll": nll(p, one), "ece": ece(p, one)})
         return ensemble, margins
 
-    began = perf_counter()
+    began, cpu = perf_counter(), process_time()
     ensemble, margins = run(Recipe(epochs=job["epochs"]))
-    wall = perf_counter() - began
+    wall, cpu = perf_counter() - began, process_time() - cpu
     fresh, took = read(job["fresh"]).samples(), []
     for repeat in range(job["score_repeats"] + 1):
         began = perf_counter()
         ensemble.score(fresh)
         if repeat:  # the first warms up
             took.append(perf_counter() - began)
-    found = {"imports": imports, "wall": wall, "score": took, "margins": margins.tolist()}
+    found = {"imports": imports, "wall": wall, "cpu": cpu, "score": took}
+    found["margins"] = margins.tolist()
     if job["default"]:
         found["margins_default"] = run(Recipe())[1].tolist()
     return found
@@ -191,10 +193,14 @@ def side_ours(job: dict[str, Any]) -> dict[str, Any]:
 # Both sides ----------------------------------------------------------------------------------
 
 
+def peer_is_installed() -> bool:
+    return any(ENVIRONMENT.glob("lib/python*/site-packages/rewarduq"))
+
+
 def peer_python(given: Path | None) -> Path:
     """Return RewardUQ's interpreter; make its environment where there is none."""
     python = given or ENVIRONMENT / "bin" / "python"
-    if given is None and not python.exists():
+    if given is None and not peer_is_installed():
         print(f"making RewardUQ's environment in {ENVIRONMENT}", flush=True)
         venv.create(ENVIRONMENT, with_pip=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *NEEDS], check=True)
@@ -329,8 +335,9 @@ def report_time(found: list[dict[str, dict[str, Any]]], figures: Figures) -> Non
     sides = ("ours", "rewarduq", "ours_bfloat16")
     imports = {s: [run[s]["imports"] for run in found] for s in sides}
     wall = {s: [run[s]["wall"] for run in found] for s in sides}
+    cpu = {s: [run[s]["cpu"] for run in found] for s in sides}
     score = {s: [float(np.median(run[s]["score"])) for run in found] for s in sides}
-    for name, took in (("wall", wall), ("score", score)):
+    for name, took in (("wall", wall), ("cpu", cpu), ("score", score)):
         for side, suffix in (("ours", ""), ("ours_bfloat16", "_bfloat16")):
             ratios = [a / b for a, b in zip(took["rewarduq"], took[side], strict=True)]
             figures.add_repeats(f"{name}_ratio{suffix}", ratios)
