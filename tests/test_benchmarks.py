@@ -18,7 +18,15 @@ from ensemble_rm.members.text import TextEncoder
 from ensemble_rm.metrics import ece
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = sorted(p for p in FOLDER.glob("*.py") if "__main__" in p.read_text(encoding="utf-8"))
+SCRIPTS = sorted(p for p in FOLDER.glob("*.py") if "make_parser(" in p.read_text(encoding="utf-8"))
+SCRIPTS.remove(FOLDER / "common.py")
+
+
+@pytest.fixture
+def vs_rewarduq(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark's module; benchmarks are scripts, not a package."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("vs_rewarduq")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -46,11 +46,12 @@ def test_batches_hold_each_row_once_within_the_budget(lengths: list[int], budget
 
 
 @given(st.integers(1, 40), st.integers(1, 12))
-def test_default_views_lie_in_the_upper_two_thirds_and_differ(depth: int, members: int) -> None:
+def test_default_views_lie_in_the_upper_half_and_differ(depth: int, members: int) -> None:
     views = default_views(depth, members)
     assert len(views) == members
-    assert all(-(-depth // 3) <= view.layer <= depth for view in views)
-    layers = depth - -(-depth // 3) + 1
+    lowest = max(1, depth // 2)
+    assert all(lowest <= view.layer <= depth for view in views)
+    layers = depth - lowest + 1
     assert len(set(views)) >= min(members, layers)
     assert View.parse(str(views[0])) == views[0]
 

@@ -65,8 +65,9 @@ class View:
 def default_views(depth: int, members: int) -> tuple[View, ...]:
     """Spread views over the upper half of the layers, each with both poolings.
 
-    What lies below reads worse and helps the ensemble less (benchmarks/LOG.md). Where there are more members than layers, a layer's next readers take one pooling, then the
-    other; members beyond that take the first views again.
+    What lies below reads worse and helps an ensemble less (benchmarks/LOG.md). Where there are
+    more members than layers, a layer's next readers take one pooling, then the other; members
+    beyond that take the first views again.
     """
     lowest = max(1, depth // 2)
     layers = np.linspace(lowest, depth, members).round().astype(int) if members > 1 else [depth]

@@ -77,7 +77,7 @@ def train(
         Every member's own seeds are spawned from it.
     views : sequence of View or str, optional
         What each head reads, such as ``"16:mean"``; one for all, or one a member. A spread over
-        the upper two thirds of the layers where not given. Branches are read at the deepest
+        the upper half of the layers where not given. Branches are read at the deepest
         layer, by both poolings where not given; full members by their architecture's own rule.
     blocks : int
         How many top blocks a branch copies.
