@@ -38,6 +38,7 @@ from ensemble_rm.training.heads import HeadTrainer, PairFeatures
 from ensemble_rm.training.seeds import member_seeds
 
 K = 5  # members, and folds
+RATES = {"branch": 3e-5, "full": 1e-4}
 ROWS = ("fit", "validation", "calibration", "test")
 
 
@@ -49,6 +50,8 @@ class Budget:
     ----------
     fit, test : int
         Pairs of a fold that branch and full members are trained and tested on, at most.
+    held : int
+        Of validation and of calibration, each.
     epochs : int
         At most.
     max_length : int
@@ -59,6 +62,7 @@ class Budget:
 
     fit: int
     test: int
+    held: int
     epochs: int
     max_length: int
     folds: int
@@ -219,7 +223,12 @@ class Part:
         }
         if budgeted:
             rng = np.random.default_rng(f)
-            for name, most in (("fit", self.budget.fit), ("test", self.budget.test)):
+            for name, most in (
+                ("fit", self.budget.fit),
+                ("validation", self.budget.held),
+                ("calibration", self.budget.held),
+                ("test", self.budget.test),
+            ):
                 found[name] = np.sort(rng.permutation(found[name])[:most])
         return found
 
@@ -294,7 +303,7 @@ class Part:
             members=K,
             seed=seed,
             options=options,
-            recipe=Recipe.of(kind, epochs=self.budget.epochs),
+            recipe=Recipe.of(kind, epochs=self.budget.epochs, learning_rate=RATES[kind]),
             cache_dir=self.cache_dir,
         )
         print(json.dumps(ensemble.provenance["history"], default=str)[:2000], flush=True)
