@@ -7,11 +7,11 @@ same trunk's last layer, last and mean states together, its strength chosen on t
 pairs. Everyone is calibrated with one temperature on the same judgments, at most 500 a fold. On
 harmless-base, heads are measured on three deals of the prompts into folds, averaged pair by pair.
 
-Parts: `all`, 2,500 pairs of all four subsets of hh_rlhf.jsonl; `harmless`, trained and tested on harmless-base alone;
-`tldr`, 1,000 pairs of tldr.jsonl; `mtbench`, soft labels from experts' votes. branch and full have
-a budget (--budget-…): at most so many pairs a fold for training and for testing, and their gain is
-against a logistic regression on the same pairs. Gains are ours against the peer, positive is
-better; intervals are bootstraps over prompts.
+Parts: `all`, pairs of all four subsets of hh_rlhf.jsonl (--all-pairs); `harmless`, trained and
+tested on harmless-base alone; `tldr`, 1,000 pairs of tldr.jsonl; `mtbench`, soft labels from
+experts' votes. branch and full have a budget (--budget-…): at most so many pairs a fold for
+training and for testing, and their gain is against a logistic regression on the same pairs. Gains
+are ours against the peer, positive is better; intervals are bootstraps over prompts.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["head", "views", "branch", "full"])
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--all-pairs", type=int, default=2500, help="of all subsets, at random")
+    parser.add_argument("--all-pairs", type=int, default=6301, help="of all subsets, at random")
     parser.add_argument(
         "--deals", type=int, default=3, help="of the folds, for heads on harmless-base"
     )

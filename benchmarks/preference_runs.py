@@ -34,7 +34,8 @@ from ensemble_rm.members.cache import FeatureCache, features
 from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.trunk import Trunk, View, default_views
 from ensemble_rm.metrics import pair_nll
-from ensemble_rm.training.heads import HeadTrainer, PairFeatures
+from ensemble_rm.training.head_members import fit_heads
+from ensemble_rm.training.heads import PairFeatures
 from ensemble_rm.training.seeds import member_seeds
 
 K = 5  # members, and folds
@@ -269,14 +270,15 @@ class Part:
 
     def _heads(self, rows: dict[str, np.ndarray], view_of: list[int], seed: int) -> Fold:
         x = {name: self.take(rows[name]) for name in ROWS}
-        result = HeadTrainer(
+        one_view = len(set(view_of)) == 1  # solved, its five heads would be one
+        result = fit_heads(
             x["fit"],
             x["validation"],
             view_of=view_of,
-            recipe=Recipe(),
+            recipe=Recipe(solver="adam") if one_view else Recipe(),
             seeds=member_seeds(seed, K),
             device=self.trunk.device,
-        ).run()
+        )
         chosen = [self.views[i] for i in view_of]
         names = [str(i) for i in range(K)]
         scorer = HeadScorer(self.backbone, self.options, chosen, result.weights, names=names)

@@ -175,7 +175,7 @@ def side_ours(job: dict[str, Any]) -> dict[str, Any]:
         return ensemble, margins
 
     began, cpu = perf_counter(), process_time()
-    ensemble, margins = run(Recipe(epochs=job["epochs"]))
+    ensemble, margins = run(Recipe(solver="adam", epochs=job["epochs"]))
     wall, cpu = perf_counter() - began, process_time() - cpu
     fresh, took = read(job["fresh"]).samples(), []
     for repeat in range(job["score_repeats"] + 1):

@@ -115,7 +115,10 @@ def _first_heads(
             features[1],
             view_of=[poolings.index(view.pooling) for view in job.views],
             recipe=Recipe(
-                smoothing=recipe.smoothing, centring=recipe.centring, bootstrap=recipe.bootstrap
+                solver="adam",  # seeded, so that members start apart
+                smoothing=recipe.smoothing,
+                centring=recipe.centring,
+                bootstrap=recipe.bootstrap,
             ),
             seeds=job.seeds,
             device=branching.trunk.device,
