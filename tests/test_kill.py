@@ -22,7 +22,11 @@ SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12)]
 @pytest.mark.parametrize(
     ("kind", "more", "mark"),
     [
-        ("head", ["--epochs=4000", "--patience=4000", "--weight-decay", "1"], "*/checkpoint*"),
+        (
+            "head",
+            ["--solver=adam", "--epochs=4000", "--patience=4000", "--weight-decay", "1"],
+            "*/checkpoint*",
+        ),
         ("branch", ["--epochs=150", "--patience=150", "--blocks=1"], "*/checkpoint*"),
         ("full", ["--epochs=6", "--patience=6"], "*/*/trainer/checkpoint-*/trainer_state.json"),
     ],

@@ -84,6 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest size of the token states that branches are trained on",
     )
     how = parser.add_argument_group("recipe (the kind's defaults where not given)")
+    how.add_argument("--solver", choices=["convex", "adam"], help="of linear heads")
+    how.add_argument(
+        "--prior", type=float, nargs="+", help="convex: sd of a margin, in logits; all are tried"
+    )
     how.add_argument("--epochs", type=int)
     how.add_argument("--patience", type=int)
     how.add_argument("--learning-rate", type=float)
