@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from ensemble_rm.errors import OptionError, StorageError
 from ensemble_rm.members import backbone as bb
-from ensemble_rm.members.batching import batches
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
+from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
 from ensemble_rm.samples import Sample
@@ -108,14 +108,16 @@ class BranchScorer:
         trunk = branching.trunk
         encoded = trunk.encoder.encode(samples)
         out = np.empty((len(encoded), len(branches)))
-        done = 0
-        budget = self.options.token_budget
-        for batch in batches(encoded, token_budget=budget, device=trunk.device):
+        done, width = 0, self.heads.offset.shape[1]
+        prompts: tuple[Prefix | None, list[Prefix]] = (None, [])  # the trunk's, and each branch's
+        for batch in trunk.passes(encoded, states=True):
             states = trunk.states(batch)
+            if batch.prefix is not None and batch.prefix is not prompts[0]:
+                read = [branching.read_prefix(blocks, batch.prefix) for blocks in branches]
+                prompts = (batch.prefix, read)
             for i, (blocks, view) in enumerate(zip(branches, self.views, strict=True)):
-                pooled = branching.pooled(
-                    blocks, states, batch, view.pooling, width=self.heads.offset.shape[1]
-                )
+                own = batch if batch.prefix is None else replace(batch, prefix=prompts[1][i])
+                pooled = branching.pooled(blocks, states, own, view.pooling, width=width)
                 out[batch.rows, i] = self.heads(i, pooled.cpu().numpy())
             done += len(batch.rows)
             progress("scoring", done, len(encoded))

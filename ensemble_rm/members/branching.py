@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache
 
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.pooling import Pooling, Rule, pool
+from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.trunk import Trunk, View, find_blocks
 
 
@@ -93,14 +96,30 @@ class Branching:
             raise BackboneError(f"a block of {type(self.trunk.model).__name__} returns no states")
         return isinstance(seen[0], tuple)
 
-    def run(self, blocks: torch.nn.ModuleList, states: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Run a branch's blocks and the model's final norm: (B, T, width)."""
+    def _driver(self, blocks: torch.nn.ModuleList, states: torch.Tensor) -> Any:
+        """Return the model with a branch's blocks over given states."""
         stand_ins = [_StandIn(block, in_tuple=self._in_tuple) for block in self.trunk.blocks]
         stand_ins[-1] = _StandIn(self.trunk.blocks[-1], in_tuple=self._in_tuple, states=states)
         chain = _copy_down_to(self.trunk.model, self._path)
         chain[-1]._modules[self._name] = torch.nn.ModuleList([*stand_ins, *blocks])
-        out: torch.Tensor = chain[0](**self.trunk.inputs(batch)).last_hidden_state
+        return chain[0]
+
+    def run(self, blocks: torch.nn.ModuleList, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Run a branch's blocks and the model's final norm: (B, T, width)."""
+        model = self._driver(blocks, states)
+        out: torch.Tensor = model(**self.trunk.inputs(batch)).last_hidden_state
         return out
+
+    @torch.inference_mode()
+    def read_prefix(self, blocks: torch.nn.ModuleList, prefix: Prefix) -> Prefix:
+        """Read the trunk's prompts with a branch's own blocks."""
+        if prefix.states is None:
+            raise OptionError("the trunk kept no states of these prompts; ask passes for them")
+        model = self._driver(blocks, prefix.states)
+        cache = DynamicCache(config=self.trunk.model.config)
+        model(**prefix.inputs(), past_key_values=cache, use_cache=True)
+        cache.layers[: self.trunk.top] = prefix.cache.layers[: self.trunk.top]
+        return replace(prefix, cache=cache, first=self.trunk.top)
 
     def pooled(
         self,
