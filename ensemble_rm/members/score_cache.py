@@ -53,6 +53,7 @@ class ScoreCache(VectorStore):
         member : str
             The scorer's digest.
         samples : sequence of Sample
+            At least one.
         compute : callable
             Called once with the samples that are not here, each once; not at all if all are.
 
@@ -67,12 +68,10 @@ class ScoreCache(VectorStore):
             first.setdefault(key, row)
         known = self.get(list(first))
         missing = [key for key in first if key not in known]
-        if missing or not keys:
+        if missing:
             found, cut = compute([samples[first[key]] for key in missing])
             vectors = np.column_stack([found, cut.prompts, cut.completions])
             self.put(missing, vectors)
-            if not keys:
-                return found, cut
             known.update(zip(missing, vectors, strict=True))
         rows = np.stack([known[key] for key in keys])  # (n_samples, n_members + 2)
         return rows[:, :-2], Truncation(rows[:, -2] > 0, rows[:, -1] > 0)

@@ -152,7 +152,7 @@ def score_all(
         ) -> tuple[NDArray[np.float64], Truncation]:
             return _score(scorer, rows, progress)
 
-        if cache is not None and isinstance(scorer, DigestedScorer):
+        if cache is not None and len(samples) > 0 and isinstance(scorer, DigestedScorer):
             scores, more = cache.scores(scorer.digest, samples, compute)
         else:
             scores, more = compute(samples)
