@@ -88,6 +88,17 @@ def test_equal_samples_are_scored_once_and_others_are_not_mixed_up(tmp_path: Pat
     assert asked == [3, 3]
 
 
+def test_a_failure_is_not_kept(tmp_path: Path) -> None:
+    answers = [np.array([[np.nan], [1.0]]), np.array([[2.0]])]
+
+    def compute(samples: Sequence[Sample]) -> tuple[Any, Truncation]:
+        return answers.pop(0), Truncation.none(len(samples))
+
+    cache, samples = ScoreCache(tmp_path), [Sample("p", "a"), Sample("p", "b")]
+    assert np.isnan(cache.scores("x", samples, compute)[0][0, 0])
+    assert cache.scores("x", samples, compute)[0][:, 0].tolist() == [2.0, 1.0]
+
+
 def test_a_changed_head_never_reads_old_scores(
     two_heads: Callable[..., HeadScorer], tmp_path: Path
 ) -> None:
@@ -151,6 +162,16 @@ def test_a_full_cache_forgets_the_oldest_of_any_width(tmp_path: Path) -> None:
     for i in range(40):
         store.put([b"m%d" % i], narrow[:1])
     assert len(VectorStore(tmp_path, name="s", dtype="<f8", max_bytes=1000, overhead=20)) == 35
+
+
+def test_an_older_file_is_measured_when_it_is_opened(tmp_path: Path) -> None:
+    store = VectorStore(tmp_path, name="s", dtype="<f8", max_bytes=1000)
+    store.put([b"%d" % i for i in range(9)], np.ones((9, 5)))
+    with store._open() as db:
+        db.execute("DROP TABLE held")
+    again = VectorStore(tmp_path, name="s", dtype="<f8", max_bytes=80)
+    again.put([b"x"], np.ones((1, 5)))
+    assert set(again.get([b"%d" % i for i in range(9)])) == {b"8"} and len(again) == 2
 
 
 WRITER = """

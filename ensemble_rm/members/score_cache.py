@@ -71,7 +71,8 @@ class ScoreCache(VectorStore):
         if missing:
             found, cut = compute([samples[first[key]] for key in missing])
             vectors = np.column_stack([found, cut.prompts, cut.completions])
-            self.put(missing, vectors)
+            scored = np.flatnonzero(~np.isnan(found).any(axis=1))  # a failure is tried again
+            self.put([missing[i] for i in scored], vectors[scored])
             known.update(zip(missing, vectors, strict=True))
         rows = np.stack([known[key] for key in keys])  # (n_samples, n_members + 2)
         return rows[:, :-2], Truncation(rows[:, -2] > 0, rows[:, -1] > 0)
