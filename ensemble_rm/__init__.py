@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from ensemble_rm.members.branches import BranchScorer
     from ensemble_rm.members.classifier import ClassifierScorer
     from ensemble_rm.members.heads import HeadScorer
+    from ensemble_rm.members.score_cache import ScoreCache
     from ensemble_rm.members.scorer import FunctionScorer, Scorer
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
+    from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
+    from ensemble_rm.streaming import stream_scores
     from ensemble_rm.training.recipe import Recipe
     from ensemble_rm.training.train import train
 
@@ -55,11 +58,14 @@ _HOMES = {
     "members.branches": "BranchScorer",
     "members.classifier": "ClassifierScorer",
     "members.heads": "HeadScorer",
+    "members.score_cache": "ScoreCache",
     "members.scorer": "FunctionScorer Scorer",
     "members.trunk": "TrunkOptions View",
     "reports.evaluation": "Evaluation evaluate",
+    "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
     "samples": "Message Preference Preferences Sample",
+    "streaming": "stream_scores",
     "training.recipe": "Recipe",
     "training.train": "train",
 }
@@ -76,12 +82,14 @@ __all__ = [
     "HeadScorer",
     "Message",
     "Normaliser",
+    "PrecisionReport",
     "Preference",
     "Preferences",
     "Ranking",
     "Recipe",
     "RewardEnsemble",
     "Sample",
+    "ScoreCache",
     "ScoredPairs",
     "Scorer",
     "Scores",
@@ -101,7 +109,9 @@ __all__ = [
     "mean",
     "median",
     "minimum",
+    "precision_report",
     "quantile",
+    "stream_scores",
     "train",
     "uwo",
 ]

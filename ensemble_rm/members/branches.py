@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -25,6 +26,7 @@ from ensemble_rm.errors import OptionError, StorageError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
+from ensemble_rm.members.identity import member_digest
 from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
@@ -122,6 +124,26 @@ class BranchScorer:
             done += len(batch.rows)
             progress("scoring", done, len(encoded))
         return out, count_truncation(encoded)
+
+    def with_options(self, options: TrunkOptions) -> BranchScorer:
+        """Return the same branches over a trunk of other options, loaded at its first score."""
+        return BranchScorer(
+            self.backbone,
+            options,
+            self.views,
+            self.heads,
+            self.tensors,
+            blocks=self.blocks,
+            names=self.names,
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the scores of equal samples are."""
+        said = {"views": [str(view) for view in self.views], "blocks": self.blocks}
+        branches = {f"{i}.{k}": v for i, own in enumerate(self.tensors) for k, v in own.items()}
+        weights = self.heads.tensors() | branches
+        return member_digest(self.kind, self.backbone, self.options, said, weights)
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance and reports say of it."""

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypeAlias, get_args
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from ensemble_rm.errors import BackboneError, OptionError, StorageError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.batching import Batch, batches
+from ensemble_rm.members.identity import member_digest
 from ensemble_rm.members.pooling import pool
 from ensemble_rm.members.text import TextEncoder, Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
@@ -206,6 +208,18 @@ class ClassifierScorer:
             done += len(batch.rows)
             progress("scoring", done, len(encoded))
         return out, count_truncation(encoded)
+
+    def with_options(self, options: TrunkOptions) -> ClassifierScorer:
+        """Return the same model under other options, loaded at its first score."""
+        return ClassifierScorer(
+            self.backbone, options, name=self.names[0], pooling=self.pooling, own=self.own
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the scores of equal samples are."""
+        said = {"pooling": self.pooling}
+        return member_digest(self.kind, self.backbone, self.options, said, {})
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance and reports say of it."""
