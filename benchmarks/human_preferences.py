@@ -10,8 +10,9 @@ harmless-base, heads are measured on three deals of the prompts into folds, aver
 Parts: `all`, pairs of all four subsets of hh_rlhf.jsonl (--all-pairs); `harmless`, trained and
 tested on harmless-base alone; `tldr`, 1,000 pairs of tldr.jsonl; `mtbench`, soft labels from
 experts' votes. branch and full have a budget (--budget-…): at most so many pairs a fold for
-training and for testing, and their gain is against a logistic regression on the same pairs. Gains
-are ours against the peer, positive is better; intervals are bootstraps over prompts.
+training and for testing, in shorter texts; their gain is against a logistic regression on the same
+pairs, whose texts are as long as heads'. Gains are ours against the peer, positive is better;
+intervals are bootstraps over prompts.
 """
 
 from __future__ import annotations
@@ -131,11 +132,11 @@ def main() -> None:
     parser.add_argument(
         "--deals", type=int, default=3, help="of the folds, for heads on harmless-base"
     )
-    parser.add_argument("--budget-fit", type=int, default=300, metavar="PAIRS")
+    parser.add_argument("--budget-fit", type=int, default=200, metavar="PAIRS")
     parser.add_argument("--budget-test", type=int, default=400, metavar="PAIRS")
-    parser.add_argument("--budget-held", type=int, default=150, metavar="PAIRS")
-    parser.add_argument("--budget-epochs", type=int, default=3)
-    parser.add_argument("--budget-tokens", type=int, default=128, help="of full members")
+    parser.add_argument("--budget-held", type=int, default=100, metavar="PAIRS")
+    parser.add_argument("--budget-epochs", type=int, default=2)
+    parser.add_argument("--budget-tokens", type=int, default=128, help="of branch and full")
     parser.add_argument("--budget-folds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -56,7 +56,7 @@ class Budget:
     epochs : int
         At most.
     max_length : int
-        Tokens of full members; heads and branches have the trunk's own.
+        Tokens; heads have the trunk's own.
     folds : int
         How many of the five.
     """
@@ -296,9 +296,8 @@ class Part:
         return of_scores(rows["test"], *found)
 
     def _trained(self, kind: str, rows: dict[str, np.ndarray], seed: int) -> Fold:
-        options = self.options
-        if kind == "full":
-            options = replace(options, max_length=min(self.budget.max_length, options.max_length))
+        length = min(self.budget.max_length, self.options.max_length)
+        options = replace(self.options, max_length=length)
         ensemble: RewardEnsemble = train(
             self.pairs.take(rows["fit"]),
             self.pairs.take(rows["validation"]),
