@@ -16,7 +16,7 @@ import torch
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.pooling import Pooling, Rule, pool
-from ensemble_rm.members.trunk import Trunk, View, find_blocks
+from ensemble_rm.members.trunk import Trunk, View
 
 
 class _StandIn(torch.nn.Module):
@@ -62,7 +62,8 @@ class Branching:
     Parameters
     ----------
     trunk : Trunk
-        Up to the last block that all branches share; at least one block above it.
+        Up to the last block that all branches share; at least one block above it. Where it ends
+        below the first block, there are no states to start from, and each run begins at the tokens.
 
     Raises
     ------
@@ -74,10 +75,17 @@ class Branching:
         if trunk.top >= trunk.depth:
             raise OptionError(f"the trunk holds all {trunk.depth} blocks; none is left to branch")
         self.trunk = trunk
-        parent, self._name, _ = find_blocks(trunk.model, depth=trunk.top)
-        path = next(name for name, module in trunk.model.named_modules() if module is parent)
-        self._path = path.split(".") if path else []
-        self._in_tuple = self._returns_tuple()
+        trunk.rest.to(trunk.device)
+        self._in_tuple = trunk.top > 0 and self._returns_tuple()
+
+    @property
+    def shares(self) -> bool:
+        """Whether the branches share a block."""
+        return self.trunk.top > 0
+
+    def states(self, batch: Batch) -> torch.Tensor | None:
+        """Return the states that every branch starts from, (B, T, width); None if no block is."""
+        return self.trunk.states(batch) if self.shares else None
 
     @torch.inference_mode()
     def _returns_tuple(self) -> bool:
@@ -93,19 +101,24 @@ class Branching:
             raise BackboneError(f"a block of {type(self.trunk.model).__name__} returns no states")
         return isinstance(seen[0], tuple)
 
-    def run(self, blocks: torch.nn.ModuleList, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def run(
+        self, blocks: torch.nn.ModuleList, states: torch.Tensor | None, batch: Batch
+    ) -> torch.Tensor:
         """Run a branch's blocks and the model's final norm: (B, T, width)."""
-        stand_ins = [_StandIn(block, in_tuple=self._in_tuple) for block in self.trunk.blocks]
-        stand_ins[-1] = _StandIn(self.trunk.blocks[-1], in_tuple=self._in_tuple, states=states)
-        chain = _copy_down_to(self.trunk.model, self._path)
-        chain[-1]._modules[self._name] = torch.nn.ModuleList([*stand_ins, *blocks])
+        shared = self.trunk.blocks
+        stand_ins = [_StandIn(block, in_tuple=self._in_tuple) for block in shared]
+        if self.shares:
+            stand_ins[-1] = _StandIn(shared[-1], in_tuple=self._in_tuple, states=states)
+        *path, name = self.trunk.path
+        chain = _copy_down_to(self.trunk.model, path)
+        chain[-1]._modules[name] = torch.nn.ModuleList([*stand_ins, *blocks])
         out: torch.Tensor = chain[0](**self.trunk.inputs(batch)).last_hidden_state
         return out
 
     def pooled(
         self,
         blocks: torch.nn.ModuleList,
-        states: torch.Tensor,
+        states: torch.Tensor | None,
         batch: Batch,
         pooling: Pooling,
         *,
