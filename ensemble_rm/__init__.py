@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from ensemble_rm.combining import combine
     from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.loading import load_preferences
+    from ensemble_rm.members.adapters import LoraOptions
     from ensemble_rm.members.branches import BranchScorer
     from ensemble_rm.members.classifier import ClassifierScorer
     from ensemble_rm.members.heads import HeadScorer
+    from ensemble_rm.members.lora import LoraScorer
     from ensemble_rm.members.scorer import FunctionScorer, Scorer
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
@@ -52,9 +54,11 @@ _HOMES = {
     "combining": "combine",
     "ensemble": "RewardEnsemble",
     "loading": "load_preferences",
+    "members.adapters": "LoraOptions",
     "members.branches": "BranchScorer",
     "members.classifier": "ClassifierScorer",
     "members.heads": "HeadScorer",
+    "members.lora": "LoraScorer",
     "members.scorer": "FunctionScorer Scorer",
     "members.trunk": "TrunkOptions View",
     "reports.evaluation": "Evaluation evaluate",
@@ -74,6 +78,8 @@ __all__ = [
     "Evaluation",
     "FunctionScorer",
     "HeadScorer",
+    "LoraOptions",
+    "LoraScorer",
     "Message",
     "Normaliser",
     "Preference",

@@ -120,6 +120,9 @@ def adapt(blocks: ModuleList, options: LoraOptions) -> ModuleList:
         fan_in_fan_out=not isinstance(own.get_submodule(names[0]), torch.nn.Linear),
     )
     inject_adapter_in_model(config, own, adapter_name=_ADAPTER)
+    for name, p in own.named_parameters():
+        if f".{_ADAPTER}." in name:
+            p.data = p.data.float()
     return own
 
 
@@ -157,6 +160,31 @@ def pour(blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tens
     for name, place in there.items():
         place.copy_(tensors[name])
     return own.eval().requires_grad_(requires_grad=False)
+
+
+def merged(
+    blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tensor]
+) -> ModuleList:
+    """Return the blocks with an adapter's update added to their weights; all else is shared.
+
+    Raises
+    ------
+    RuntimeError
+        If the adapter's weights do not fit.
+    """
+    names = linear_layers(blocks, options.targets)
+    own = share(blocks)
+    if set(tensors) != {f"{name}.lora_{side}.weight" for name in names for side in "AB"}:
+        raise RuntimeError("the shared adapter is of other layers")
+    for name in names:
+        layer = own.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        a, b = (tensors[f"{name}.lora_{side}.weight"].to(weight.device) for side in "AB")
+        update = b @ a * (options.alpha / options.rank)
+        update = update if isinstance(layer, torch.nn.Linear) else update.T
+        value = (weight.detach().float() + update).to(weight.dtype)
+        layer.weight = torch.nn.Parameter(value, requires_grad=False)
+    return own
 
 
 def factors(blocks: ModuleList) -> list[tuple[torch.Tensor, torch.Tensor]]:

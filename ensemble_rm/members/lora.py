@@ -1,6 +1,6 @@
 """`lora` members: one trunk, k LoRA adapters on its top blocks or on all of them, a head on each.
 
-The backbone's weights are in memory once, whatever k is; a saved member is its adapter and its head.
+The backbone's weights are in memory once, whatever k is; a saved member is its adapter and head.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.nn import ModuleList
 
 from ensemble_rm.errors import StorageError
 from ensemble_rm.members import backbone as bb
-from ensemble_rm.members.adapters import LoraOptions, pour, require_peft
+from ensemble_rm.members.adapters import LoraOptions, merged, pour, require_peft
 from ensemble_rm.members.branched import Branched, Tensors, read_stored
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.trunk import Trunk, TrunkOptions, View
 from ensemble_rm.samples import Sample
+
+_SHARED = "shared.safetensors"
 
 
 class LoraScorer(Branched):
@@ -41,6 +45,8 @@ class LoraScorer(Branched):
         How many top blocks are adapted; what lies below runs once for all members.
     lora : LoraOptions
         What the adapters are.
+    shared : dict, optional
+        Weights of an adapter that is merged into the blocks below all others: the warm start.
     names : sequence of str, optional
         One an adapter.
     branching : Branching, optional
@@ -60,6 +66,7 @@ class LoraScorer(Branched):
         *,
         blocks: int,
         lora: LoraOptions,
+        shared: Tensors | None = None,
         names: Sequence[str] | None = None,
         branching: Branching | None = None,
     ) -> None:
@@ -73,11 +80,16 @@ class LoraScorer(Branched):
             names=names,
             branching=branching,
         )
-        self.lora = lora
+        self.lora, self.shared = lora, shared
 
     def _grow(self, trunk: Trunk) -> list[ModuleList]:
         """Put each adapter around the trunk's upper blocks, whose weights all share."""
-        return [pour(trunk.rest, self.lora, tensors) for tensors in self.tensors]
+        base = trunk.rest
+        if self.shared is not None:
+            base = merged(base, self.lora, self.shared)
+        found = [pour(base, self.lora, tensors) for tensors in self.tensors]
+        trunk.forget_rest()
+        return found
 
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, k) raw scores, in the order of the samples."""
@@ -85,7 +97,15 @@ class LoraScorer(Branched):
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance and reports say of it."""
-        return super().describe() | {"lora": asdict(self.lora)}
+        more = {"lora": asdict(self.lora), "warm_start": self.shared is not None}
+        return super().describe() | more
+
+    def save(self, folder: Path) -> None:
+        """Write ``member.json``, ``heads.safetensors`` and the adapters."""
+        super().save(folder)
+        if self.shared is not None:
+            flat = {name: tensor.cpu().contiguous() for name, tensor in self.shared.items()}
+            save_file(flat, folder / _SHARED)
 
     @classmethod
     def load(
@@ -121,7 +141,8 @@ class LoraScorer(Branched):
         found = read_stored(folder, cls.file, backbone=backbone, device=device, cache_dir=cache_dir)
         try:
             lora = LoraOptions(**found.said["lora"])
-        except (KeyError, TypeError, ValueError) as error:
+            shared = load_file(folder / _SHARED) if found.said["warm_start"] else None
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise StorageError(f"{folder} holds no saved lora members: {error!r}") from error
         return cls(
             found.backbone,
@@ -131,5 +152,6 @@ class LoraScorer(Branched):
             found.tensors,
             blocks=found.said["blocks"],
             lora=lora,
+            shared=shared,
             names=found.said["names"],
         )

@@ -31,7 +31,8 @@ def cosines(members: Sequence[Factors]) -> torch.Tensor:
         outer = torch.einsum("iop,joq->ijpq", b, b) * torch.einsum("ipn,jqn->ijpq", a, a)
         total = total.to(outer.device) + outer.sum((2, 3))
     norms = (total.diagonal() + _TINY).sqrt()
-    return total / norms / norms[:, None]
+    found: torch.Tensor = total / norms / norms[:, None]
+    return found
 
 
 def alikeness(members: Sequence[Factors]) -> torch.Tensor:
@@ -41,5 +42,5 @@ def alikeness(members: Sequence[Factors]) -> torch.Tensor:
     multiplied nor normalised; here a member cannot lower the term by growing, and how its update is
     split into B and A does not count.
     """
-    singular = (torch.linalg.eigvalsh(cosines(members)).clamp(min=0) + _TINY).sqrt()
+    singular: torch.Tensor = (torch.linalg.eigvalsh(cosines(members)).clamp(min=0) + _TINY).sqrt()
     return len(members) - singular.sum()
