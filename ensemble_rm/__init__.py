@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ensemble_rm.members.lora import LoraScorer
     from ensemble_rm.members.scorer import FunctionScorer, Scorer
     from ensemble_rm.members.trunk import TrunkOptions, View
+    from ensemble_rm.merging import merge
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.results import Comparison, Ranking, Scores
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
@@ -61,6 +62,7 @@ _HOMES = {
     "members.lora": "LoraScorer",
     "members.scorer": "FunctionScorer Scorer",
     "members.trunk": "TrunkOptions View",
+    "merging": "merge",
     "reports.evaluation": "Evaluation evaluate",
     "results": "Comparison Ranking Scores",
     "samples": "Message Preference Preferences Sample",
@@ -106,6 +108,7 @@ __all__ = [
     "make_aggregator",
     "mean",
     "median",
+    "merge",
     "minimum",
     "quantile",
     "train",

@@ -26,6 +26,7 @@ FLOORS = {
     "storage": 4,
     "ensemble": 4,
     "combining": 4,
+    "merging": 4,
     "training": 4,
     "reports": 5,
     "cli": 6,

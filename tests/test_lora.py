@@ -116,6 +116,25 @@ def test_adapters_share_the_blocks_and_merging_one_is_running_it(
     assert not torch.allclose(scores[0], scores[3], atol=1e-3)  # the base itself stands
 
 
+def test_layers_that_store_their_weights_the_other_way_round_are_adapted() -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50}
+    config = GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
+    model = GPT2Model(config).eval().requires_grad_(requires_grad=False)
+    own = adapt(model.h, SMALL).eval()
+    assert len(factors(own)) == 8
+    for tensor in own_tensors(own).values():
+        tensor.copy_(torch.linspace(-0.3, 0.2, tensor.numel()).view_as(tensor))
+    ids, found = torch.arange(6)[None], []
+    for blocks in (model.h, own, merged(model.h, SMALL, own_tensors(own))):
+        model.h = blocks
+        with torch.inference_mode():
+            found.append(model(input_ids=ids).last_hidden_state)
+    torch.testing.assert_close(found[1], found[2], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
+
+
 @pytest.mark.parametrize("blocks", [None, 2])
 def test_training_learns_and_repeats_and_the_cache_changes_nothing(
     parts: tuple[Preferences, ...], small_folder: Path, tmp_path: Path, blocks: int | None

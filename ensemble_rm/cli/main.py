@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from ensemble_rm import __version__, errors
-from ensemble_rm.cli import calibrate, combine, compare, demo, evaluate, score, train
+from ensemble_rm.cli import calibrate, combine, compare, demo, evaluate, merge, score, train
 
-COMMANDS = (train, combine, calibrate, evaluate, score, compare, demo)
+COMMANDS = (train, combine, merge, calibrate, evaluate, score, compare, demo)
 
 EXIT_CODES = """\
 exit codes:

@@ -123,6 +123,8 @@ class ClassifierScorer:
         Transformers' own rule, or the last attended token.
     own : bool
         The weights were trained here, and are saved with the ensemble.
+    start : str, optional
+        Digest of the weights that their training started from.
     """
 
     kind = "classifier"
@@ -135,6 +137,7 @@ class ClassifierScorer:
         name: str | None = None,
         pooling: ClassifierPooling = "published",
         own: bool = False,
+        start: str | None = None,
     ) -> None:
         if pooling not in get_args(ClassifierPooling):
             raise OptionError(
@@ -144,7 +147,7 @@ class ClassifierScorer:
         self.options = options or TrunkOptions()
         self.names = (name or Path(backbone.name).name,)
         self.pooling: ClassifierPooling = pooling
-        self.own = own
+        self.own, self.start = own, start
         self.device = bb.pick_device(self.options.device)
         self._encoder: TextEncoder | None = None
         self._model: Any = None
@@ -217,6 +220,7 @@ class ClassifierScorer:
             "name": self.names[0],
             "pooling": self.pooling,
             "own": self.own,
+            "start": self.start,
         }
 
     def save(self, folder: Path) -> None:
@@ -252,7 +256,8 @@ class ClassifierScorer:
             own = bool(said["own"])
             where = folder / "model" if own else said["backbone"]
             digest, name, pooling = said["digest"], said["name"], said["pooling"]
+            start = said.get("start")  # not in ensembles that were saved before it was kept
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{folder} is no saved classifier member: {error}") from error
         found = bb.locate_same(where, digest, cache_dir=cache_dir)
-        return cls(found, options, name=name, pooling=pooling, own=own)
+        return cls(found, options, name=name, pooling=pooling, own=own, start=start)
