@@ -7,11 +7,11 @@ same trunk's last layer, last and mean states together, its strength chosen on t
 pairs. Everyone is calibrated with one temperature on the same judgments, at most 500 a fold. On
 harmless-base, heads are measured on three deals of the prompts into folds, averaged pair by pair.
 
-Parts: `all` four subsets of hh_rlhf.jsonl; `harmless`, trained and tested on harmless-base alone;
-`tldr`, 2,000 pairs of tldr.jsonl; `mtbench`, soft labels from experts' votes. branch and full have
-a budget (--budget-…): at most so many pairs a fold for training and for testing, and their gain is
-against a logistic regression on the same pairs. Gains are ours against the peer, positive is
-better; intervals are bootstraps over prompts.
+Parts: `all`, pairs of all four subsets of hh_rlhf.jsonl (--all-pairs); `harmless`, trained and
+tested on harmless-base alone; `tldr`, 1,000 pairs of tldr.jsonl; `mtbench`, soft labels from
+experts' votes. branch and full have a budget (--budget-…): at most so many pairs a fold for
+training and for testing, and their gain is against a logistic regression on the same pairs. Gains
+are ours against the peer, positive is better; intervals are bootstraps over prompts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load_part(name: str, args: argparse.Namespace) -> Preferences:
     pairs = load_preferences(args.data / files.get(name, "hh_rlhf.jsonl"))
     if name == "harmless":
         pairs = pairs.take(np.flatnonzero(np.array(pairs.subsets) == "harmless-base"))
-    most = 600 if args.quick else 2000 if name == "tldr" else len(pairs)
+    most = 600 if args.quick else {"all": args.all_pairs, "tldr": 1000}.get(name, len(pairs))
     if most < len(pairs):
         pairs = pairs.take(np.sort(np.random.default_rng(0).permutation(len(pairs))[:most]))
     return pairs
@@ -92,6 +92,7 @@ def run(backbone: str, part_name: str, args: argparse.Namespace, figures: Figure
         budget=Budget(
             200 if quick else args.budget_fit,
             60 if quick else args.budget_test,
+            args.budget_held,
             1 if quick else args.budget_epochs,
             args.budget_tokens,
             1 if quick else args.budget_folds,
@@ -126,14 +127,16 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["head", "views", "branch", "full"])
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--all-pairs", type=int, default=6301, help="of all subsets, at random")
     parser.add_argument(
         "--deals", type=int, default=3, help="of the folds, for heads on harmless-base"
     )
-    parser.add_argument("--budget-fit", type=int, default=1022, metavar="PAIRS")
-    parser.add_argument("--budget-test", type=int, default=341, metavar="PAIRS")
-    parser.add_argument("--budget-epochs", type=int, default=2)
+    parser.add_argument("--budget-fit", type=int, default=300, metavar="PAIRS")
+    parser.add_argument("--budget-test", type=int, default=400, metavar="PAIRS")
+    parser.add_argument("--budget-held", type=int, default=150, metavar="PAIRS")
+    parser.add_argument("--budget-epochs", type=int, default=3)
     parser.add_argument("--budget-tokens", type=int, default=128, help="of full members")
-    parser.add_argument("--budget-folds", type=int, default=K)
+    parser.add_argument("--budget-folds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     import torch

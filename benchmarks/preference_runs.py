@@ -34,10 +34,12 @@ from ensemble_rm.members.cache import FeatureCache, features
 from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.trunk import Trunk, View, default_views
 from ensemble_rm.metrics import pair_nll
-from ensemble_rm.training.heads import HeadTrainer, PairFeatures
+from ensemble_rm.training.head_members import fit_heads
+from ensemble_rm.training.heads import PairFeatures
 from ensemble_rm.training.seeds import member_seeds
 
 K = 5  # members, and folds
+RATES = {"branch": 3e-5, "full": 1e-4}
 ROWS = ("fit", "validation", "calibration", "test")
 
 
@@ -49,6 +51,8 @@ class Budget:
     ----------
     fit, test : int
         Pairs of a fold that branch and full members are trained and tested on, at most.
+    held : int
+        Of validation and of calibration, each.
     epochs : int
         At most.
     max_length : int
@@ -59,6 +63,7 @@ class Budget:
 
     fit: int
     test: int
+    held: int
     epochs: int
     max_length: int
     folds: int
@@ -219,7 +224,12 @@ class Part:
         }
         if budgeted:
             rng = np.random.default_rng(f)
-            for name, most in (("fit", self.budget.fit), ("test", self.budget.test)):
+            for name, most in (
+                ("fit", self.budget.fit),
+                ("validation", self.budget.held),
+                ("calibration", self.budget.held),
+                ("test", self.budget.test),
+            ):
                 found[name] = np.sort(rng.permutation(found[name])[:most])
         return found
 
@@ -260,14 +270,15 @@ class Part:
 
     def _heads(self, rows: dict[str, np.ndarray], view_of: list[int], seed: int) -> Fold:
         x = {name: self.take(rows[name]) for name in ROWS}
-        result = HeadTrainer(
+        one_view = len(set(view_of)) == 1  # solved, its five heads would be one
+        result = fit_heads(
             x["fit"],
             x["validation"],
             view_of=view_of,
-            recipe=Recipe(),
+            recipe=Recipe(solver="adam") if one_view else Recipe(),
             seeds=member_seeds(seed, K),
             device=self.trunk.device,
-        ).run()
+        )
         chosen = [self.views[i] for i in view_of]
         names = [str(i) for i in range(K)]
         scorer = HeadScorer(self.backbone, self.options, chosen, result.weights, names=names)
@@ -294,7 +305,7 @@ class Part:
             members=K,
             seed=seed,
             options=options,
-            recipe=Recipe.of(kind, epochs=self.budget.epochs),
+            recipe=Recipe.of(kind, epochs=self.budget.epochs, learning_rate=RATES[kind]),
             cache_dir=self.cache_dir,
         )
         print(json.dumps(ensemble.provenance["history"], default=str)[:2000], flush=True)

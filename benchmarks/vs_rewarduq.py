@@ -54,9 +54,6 @@ NEEDS = ("torch==2.13.0", "rewarduq==0.1.0", "transformers>=4.56,<5", "huggingfa
 MEMBERS, BINS = 5, 20
 
 
-# Data ----------------------------------------------------------------------------------------
-
-
 def fitting(pairs: Preferences, backbone: Path, max_length: int) -> tuple[Preferences, np.ndarray]:
     """Return the pairs whose two sides fit `max_length`, and tokens a pair."""
     from ensemble_rm.members.backbone import load_tokenizer
@@ -94,9 +91,6 @@ def to_rows(pairs: Preferences) -> list[dict[str, Any]]:
     ]
 
 
-# Judging -------------------------------------------------------------------------------------
-
-
 def ece_with_flips(p: np.ndarray, bins: int = BINS) -> float:
     """RewardUQ's ECE: pairs (label 1) and their flips (label 0) in equal-width bins."""
     both = np.concatenate([p, 1 - p])
@@ -129,14 +123,15 @@ def calibrated(held: np.ndarray, groups: np.ndarray, test: np.ndarray) -> np.nda
 
 
 def credit(p: np.ndarray) -> np.ndarray:
-    return np.where(p > 0.5, 1.0, np.where(p < 0.5, 0.0, 0.5))
+    from ensemble_rm.metrics import agreement
+
+    return agreement(p, np.ones_like(p))
 
 
 def nll_of(p: np.ndarray) -> np.ndarray:
-    return -np.log(np.clip(p, 1e-12, 1))
+    from ensemble_rm.metrics import pair_nll
 
-
-# Our side ------------------------------------------------------------------------------------
+    return pair_nll(p, np.ones_like(p))
 
 
 def side_ours(job: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +170,7 @@ def side_ours(job: dict[str, Any]) -> dict[str, Any]:
         return ensemble, margins
 
     began, cpu = perf_counter(), process_time()
-    ensemble, margins = run(Recipe(epochs=job["epochs"]))
+    ensemble, margins = run(Recipe(solver="adam", epochs=job["epochs"]))
     wall, cpu = perf_counter() - began, process_time() - cpu
     fresh, took = read(job["fresh"]).samples(), []
     for repeat in range(job["score_repeats"] + 1):
@@ -188,9 +183,6 @@ def side_ours(job: dict[str, Any]) -> dict[str, Any]:
     if job["default"]:
         found["margins_default"] = run(Recipe())[1].tolist()
     return found
-
-
-# Both sides ----------------------------------------------------------------------------------
 
 
 def peer_is_installed() -> bool:

@@ -36,8 +36,6 @@ def train_arguments(folder: Path, backbone: Path) -> list[str]:
         f"--cache-dir={folder / 'cache'}",
         *[
             "--members=2",
-            "--epochs=5",
-            "--learning-rate=1e-3",
             "--max-length=96",
             "--device=cpu",
             "--json",

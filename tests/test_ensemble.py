@@ -39,7 +39,7 @@ from ensemble_rm.errors import (
 from ensemble_rm.reports.pictures import draw_evaluation
 from ensemble_rm.reports.text import evaluation_text
 
-RECIPE = Recipe(epochs=20, learning_rate=3e-4, weight_decay=(1.0, 10.0))
+RECIPE = Recipe()
 OPTIONS = TrunkOptions(max_length=128, device="cpu")
 
 

@@ -90,6 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_lora(parser)
     how = parser.add_argument_group("recipe (the kind's defaults where not given)")
+    how.add_argument("--solver", choices=["convex", "adam"], help="of linear heads")
+    how.add_argument(
+        "--prior", type=float, nargs="+", help="convex: sd of a margin, in logits; all are tried"
+    )
     how.add_argument("--epochs", type=int)
     how.add_argument("--patience", type=int)
     how.add_argument("--learning-rate", type=float)

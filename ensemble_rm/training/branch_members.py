@@ -187,7 +187,10 @@ def first_heads(found: Ground, blocks: torch.nn.ModuleList) -> HeadWeights:
             features[1],
             view_of=[poolings.index(view.pooling) for view in job.views],
             recipe=Recipe(
-                smoothing=recipe.smoothing, centring=recipe.centring, bootstrap=recipe.bootstrap
+                solver="adam",  # seeded, so that members start apart
+                smoothing=recipe.smoothing,
+                centring=recipe.centring,
+                bootstrap=recipe.bootstrap,
             ),
             seeds=job.seeds,
             device=found.branching.trunk.device,

@@ -87,7 +87,7 @@ class BranchTrainer:
         Of all that the run depends on; a checkpoint of another digest is refused.
     """
 
-    checkpoint_seconds = 60.0  # least time between two checkpoints, written between epochs
+    checkpoint_seconds = 1.0  # least time between two checkpoints, written between epochs
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class BranchTrainer:
             torch.zeros(k, dtype=torch.long),
         )
         self._resume(reached)
-        saved = time.monotonic()
+        due = time.monotonic() + self.checkpoint_seconds
         for epoch in range(len(reached.history), self.recipe.epochs):
             active = [i for i in range(k) if reached.since[i] < patience]
             if not active:
@@ -232,9 +232,11 @@ class BranchTrainer:
                     "validation": [float(nll[i]) if i in active else None for i in range(k)],
                 }
             )
-            if self.checkpoint and time.monotonic() - saved >= self.checkpoint_seconds:
+            if self.checkpoint and time.monotonic() >= due:
+                began = time.monotonic()
                 self._save(reached)
-                saved = time.monotonic()
+                now = time.monotonic()
+                due = now + max(self.checkpoint_seconds, 20 * (now - began))  # at most 5 % of it
         progress("training", self.recipe.epochs * self.steps, self.recipe.epochs * self.steps)
         for branch, best in zip(self.branches, reached.best, strict=True):
             branch.load_state_dict(best, strict=False)  # what is frozen stands as it was

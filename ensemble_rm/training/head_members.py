@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from ensemble_rm.members.cache import FeatureCache, features
 from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.text import Truncation, count_truncation
-from ensemble_rm.members.trunk import Progress, Trunk, View
+from ensemble_rm.members.trunk import Progress, Trunk, View, silent
 from ensemble_rm.samples import Preferences
-from ensemble_rm.training.heads import HeadTrainer, PairFeatures
+from ensemble_rm.training.convex import solve_heads
+from ensemble_rm.training.heads import HeadsResult, HeadTrainer, PairFeatures
 from ensemble_rm.training.job import Job, Trained
+from ensemble_rm.training.recipe import Recipe
 
 
 def train_heads(job: Job) -> Trained:
@@ -20,7 +26,7 @@ def train_heads(job: Job) -> Trained:
     distinct = tuple(dict.fromkeys(job.views))
     fit, cut = _read(trunk, job.fit, distinct, cache, job.named("fit"))
     validation, _ = _read(trunk, job.validation, distinct, cache, job.named("validation"))
-    result = HeadTrainer(
+    result = fit_heads(
         fit,
         validation,
         view_of=[distinct.index(view) for view in job.views],
@@ -29,14 +35,35 @@ def train_heads(job: Job) -> Trained:
         device=trunk.device,
         checkpoint=job.checkpoint,
         digest=job.digest,
-    ).run(progress=job.progress)
+        progress=job.progress,
+    )
     scorer = HeadScorer(job.backbone, job.options, job.views, result.weights, trunk=trunk)
     record = {
-        "chosen_weight_decay": list(result.weight_decay),
+        "chosen_prior" if job.recipe.is_convex else "chosen_weight_decay": list(result.chosen),
         "validation_nll": list(result.validation_nll),
         "history": result.history,
     }
     return Trained((scorer,), scorer.apply(validation.features, distinct), cut, record)
+
+
+def fit_heads(
+    fit: PairFeatures,
+    validation: PairFeatures,
+    *,
+    view_of: list[int],
+    recipe: Recipe,
+    seeds: list[dict[str, int]],
+    device: torch.device,
+    checkpoint: Path | None = None,
+    digest: str = "",
+    progress: Progress = silent,
+) -> HeadsResult:
+    """Fit heads as the recipe says: solved, or by Adam, which can resume."""
+    data: dict[str, Any] = {"view_of": view_of, "recipe": recipe, "seeds": seeds}
+    if recipe.is_convex:
+        return solve_heads(fit, validation, **data, progress=progress)
+    resume: dict[str, Any] = {"checkpoint": checkpoint, "digest": digest}
+    return HeadTrainer(fit, validation, **data, **resume, device=device).run(progress=progress)
 
 
 def _read(

@@ -1,4 +1,4 @@
-"""Heads over cached features: all members and all weight decays are trained at once.
+"""Heads over cached features by Adam: all members and all weight decays are trained at once.
 
 A lane is one member under one weight decay. Lanes share nothing but the arithmetic: losses are
 summed over them, gradients are clipped in each, and each stops at its own best validation NLL. A
@@ -23,7 +23,7 @@ from ensemble_rm.members.trunk import Progress, silent
 from ensemble_rm.training.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from ensemble_rm.training.loss import preference_loss
 from ensemble_rm.training.recipe import Recipe
-from ensemble_rm.training.seeds import resample_counts
+from ensemble_rm.training.seeds import resample_counts, subspace_masks
 
 _INIT = 0.1  # of 1/√width: members start apart, and the noise does not outlive training
 
@@ -58,16 +58,17 @@ class HeadsResult:
     Attributes
     ----------
     weights : HeadWeights
-    weight_decay : tuple of float
-        What each member chose.
+    chosen : tuple of float
+        The weight decay, or the prior, that each member chose.
     validation_nll : tuple of float
         Each member's, raw.
     history : list of dict
-        An epoch each: training loss and validation NLL of every member's chosen lane.
+        An epoch each, the training loss and validation NLL of every member's chosen lane; or a
+        prior each, the validation NLL of every member.
     """
 
     weights: HeadWeights
-    weight_decay: tuple[float, ...]
+    chosen: tuple[float, ...]
     validation_nll: tuple[float, ...]
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -134,20 +135,12 @@ class HeadTrainer:
         offset, gain = (torch.from_numpy(a).float().to(device) for a in (self.offset, self.gain))
         self.fit = _Side(fit, offset, gain, device)
         self.validation = _Side(validation, offset, gain, device)
-        self.mask = torch.from_numpy(self._subspaces()).float().to(device)  # (k, width)
+        masks = subspace_masks(self.width, seeds, share=recipe.subspace)
+        self.mask = torch.from_numpy(masks).float().to(device)  # (k, width)
         counts = resample_counts(fit.groups, self.seeds, bootstrap=recipe.bootstrap)
         self.counts = torch.from_numpy(counts).float().to(device)  # (k, n)
         self.decay = torch.tensor(recipe.weight_decay, device=device)
         self.parameters = self._initial()
-
-    # What differs between members --------------------------------------------------------------
-
-    def _subspaces(self) -> NDArray[np.float64]:
-        keep = max(1, round(self.recipe.subspace * self.width))
-        mask = np.zeros((self.k, self.width))
-        for row, seeds in zip(mask, self.seeds, strict=True):
-            row[np.random.default_rng(seeds["subspace"]).permutation(self.width)[:keep]] = 1
-        return mask
 
     def _initial(self) -> dict[str, torch.Tensor]:
         """Draw each member's weights; its lanes start alike."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from ensemble_rm.errors import OptionError
+
+Solver: TypeAlias = Literal["convex", "adam"]
+_OF_ADAM = ("epochs", "patience", "learning_rate", "weight_decay", "batch_size", "clip")
 
 # Fine-tuning a transformer's own blocks wants other numbers than fitting a head.
 _OF_KIND: dict[str, dict[str, Any]] = {
@@ -41,6 +44,13 @@ class Recipe:
 
     Attributes
     ----------
+    solver : {"convex", "adam"}
+        Of linear heads: their optimum, or Adam with early stopping, under which seeds make heads
+        of one view differ a little. A hidden layer, branches and full members know Adam alone.
+    prior : tuple of float
+        Of the convex solver: standard deviations τ of a typical margin before anything is
+        learned, in logits. Every value is tried, and each head keeps the one of the best
+        validation NLL.
     epochs : int
         At most; early stopping may end sooner.
     patience : int
@@ -72,6 +82,8 @@ class Recipe:
         unit length; 0 is none.
     """
 
+    solver: Solver = "convex"
+    prior: tuple[float, ...] = (0.45, 0.65, 0.93, 1.35, 2.0)
     epochs: int = 150
     patience: int = 10
     learning_rate: float = 1e-4
@@ -105,6 +117,11 @@ class Recipe:
         recipe.check(kind)
         return recipe
 
+    @property
+    def is_convex(self) -> bool:
+        """Whether heads are linear and solved."""
+        return self.solver == "convex" and not self.hidden
+
     def check(self, kind: str) -> None:
         """Refuse what a kind of member cannot do: an `OptionError`."""
         if kind not in _OF_KIND:
@@ -114,6 +131,14 @@ class Recipe:
                 f"kind {kind!r} takes one weight_decay, not {self.weight_decay}; only heads try "
                 f"several (start from Recipe.of({kind!r}))"
             )
+        if kind == "head" and self.is_convex:
+            plain = Recipe()
+            for name in _OF_ADAM:
+                if getattr(self, name) != getattr(plain, name):
+                    raise OptionError(
+                        f"{name}={getattr(self, name)!r} belongs to solver='adam'; linear heads "
+                        "are solved to their optimum, which only `prior` and the data decide"
+                    )
         if kind != "head" and (self.hidden or self.subspace < 1):
             raise OptionError(f"hidden and subspace belong to heads, not to kind {kind!r}")
         if kind != "lora" and self.diversity > 0:
@@ -124,7 +149,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_decay", tuple(float(w) for w in self.weight_decay))
+        object.__setattr__(self, "prior", tuple(float(t) for t in self.prior))
         rules = {
+            "solver": (self.solver in get_args(Solver), f"one of {get_args(Solver)}"),
+            "prior": (
+                bool(self.prior) and all(0 < t < math.inf for t in self.prior),
+                "one or more finite numbers > 0",
+            ),
             "epochs": (self.epochs >= 1, "at least 1"),
             "patience": (self.patience >= 1, "at least 1"),
             "learning_rate": (0 < self.learning_rate < math.inf, "a finite number > 0"),

@@ -59,6 +59,15 @@ def resample_counts(
     return np.stack(counts).astype(np.float64)
 
 
+def subspace_masks(width: int, seeds: list[dict[str, int]], *, share: float) -> NDArray[np.float64]:
+    """Draw the features that each member sees: (n_members, width) of zeros and ones."""
+    keep = max(1, round(share * width))
+    masks = np.zeros((len(seeds), width))
+    for row, own in zip(masks, seeds, strict=True):
+        row[np.random.default_rng(own["subspace"]).permutation(width)[:keep]] = 1
+    return masks
+
+
 @contextmanager
 def global_seed(seed: int) -> Iterator[None]:
     """Seed Python's, numpy's and torch's global generators, and restore their states at the end.
