@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -176,7 +176,7 @@ class Part:
     ) -> None:
         self.name, self.pairs, self.backbone = name, pairs, backbone
         self.options, self.budget = options, budget
-        said = f"{pairs.digest}|{backbone.digest}|{options}|{budget}"
+        said = f"{pairs.digest}|{backbone.digest}|{options.max_length}|{options.dtype}"
         self.work = work / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
         self.cache_dir = cache_dir
 
@@ -244,11 +244,13 @@ class Part:
         `peer` and `budget_peer` are the logistic regression, the second on what branch and full
         members are given.
         """
-        file = self.work / f"{kind}-{f}.npz"
+        budgeted = kind in ("budget_peer", "branch", "full")
+        words = [kind, str(f), *(map(str, astuple(self.budget)) if budgeted else ())]
+        file = self.work / f"{'-'.join(words)}.npz"
         if file.exists():
             stored = np.load(file)
             return Fold(stored["rows"], stored["p"], stored["best"], float(stored["gain"]))
-        rows = self.rows(f, budgeted=kind in ("budget_peer", "branch", "full"))
+        rows = self.rows(f, budgeted=budgeted)
         if kind in ("peer", "budget_peer"):
             fold = self._peer(rows)
         elif kind in ("head", "views"):

@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from ensemble_rm.members.classifier import ClassifierScorer
     from ensemble_rm.members.heads import HeadScorer
     from ensemble_rm.members.lora import LoraScorer
+    from ensemble_rm.members.score_cache import ScoreCache
     from ensemble_rm.members.scorer import FunctionScorer, Scorer
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
+    from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
+    from ensemble_rm.streaming import stream_scores
     from ensemble_rm.training.recipe import Recipe
     from ensemble_rm.training.train import train
 
@@ -60,12 +63,15 @@ _HOMES = {
     "members.classifier": "ClassifierScorer",
     "members.heads": "HeadScorer",
     "members.lora": "LoraScorer",
+    "members.score_cache": "ScoreCache",
     "members.scorer": "FunctionScorer Scorer",
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
     "reports.evaluation": "Evaluation evaluate",
+    "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
     "samples": "Message Preference Preferences Sample",
+    "streaming": "stream_scores",
     "training.recipe": "Recipe",
     "training.train": "train",
 }
@@ -84,12 +90,14 @@ __all__ = [
     "LoraScorer",
     "Message",
     "Normaliser",
+    "PrecisionReport",
     "Preference",
     "Preferences",
     "Ranking",
     "Recipe",
     "RewardEnsemble",
     "Sample",
+    "ScoreCache",
     "ScoredPairs",
     "Scorer",
     "Scores",
@@ -110,7 +118,9 @@ __all__ = [
     "median",
     "merge",
     "minimum",
+    "precision_report",
     "quantile",
+    "stream_scores",
     "train",
     "uwo",
 ]

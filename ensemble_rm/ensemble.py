@@ -14,6 +14,7 @@ import numpy as np
 
 from ensemble_rm import storage
 from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import Calibration, fit_calibration
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.calibration.pairs import ScoredPairs
@@ -21,7 +22,9 @@ from ensemble_rm.calibration.temperature import MIN_JUDGMENTS
 from ensemble_rm.errors import AggregatorMismatchError, NotCalibratedError, OptionError
 from ensemble_rm.members.backbone import DEFAULT_CACHE
 from ensemble_rm.members.baseline import reference_samples
+from ensemble_rm.members.score_cache import ScoreCache
 from ensemble_rm.members.scorer import Scorer, score_all
+from ensemble_rm.members.text import Truncation
 from ensemble_rm.members.trunk import Progress, silent
 from ensemble_rm.results import Comparison, Ranking, Scores
 from ensemble_rm.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
@@ -43,6 +46,8 @@ class RewardEnsemble:
         Fitted by `calibrate`.
     provenance : dict
         Recipe, digests and versions, as training recorded them.
+    score_cache : ScoreCache, optional
+        Where raw scores are kept; see `with_score_cache`.
     """
 
     scorers: tuple[Scorer, ...]
@@ -50,6 +55,7 @@ class RewardEnsemble:
     aggregator: Aggregator
     calibration: Calibration | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    score_cache: ScoreCache | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scorers", tuple(self.scorers))
@@ -89,14 +95,17 @@ class RewardEnsemble:
             If the normaliser has a baseline and a sample names no reference completion.
         """
         if not self.normaliser.baseline:
-            raw, cut = score_all(self.scorers, samples, progress=progress)
+            raw, cut = self._raw(samples, progress)
             members = self.normaliser(raw)
         else:
             references, place = reference_samples(samples)
-            raw, cut = score_all(self.scorers, [*samples, *references], progress=progress)
+            raw, cut = self._raw([*samples, *references], progress)
             raw, baseline = raw[: len(samples)], raw[len(samples) :]
             members = self.normaliser(raw, baseline[place])
         return Scores(self.names, members, raw, self.aggregator(members), cut)
+
+    def _raw(self, samples: Sequence[Sample], progress: Progress) -> tuple[Floats, Truncation]:
+        return score_all(self.scorers, samples, cache=self.score_cache, progress=progress)
 
     def compare(
         self,
@@ -309,6 +318,10 @@ class RewardEnsemble:
     def with_aggregator(self, aggregator: Aggregator) -> RewardEnsemble:
         """Take another aggregator for rewards; a calibration of the old one no longer applies."""
         return replace(self, aggregator=aggregator)
+
+    def with_score_cache(self, cache: ScoreCache | None) -> RewardEnsemble:
+        """Keep members' raw scores on disk and read them there; None, the default, does neither."""
+        return replace(self, score_cache=cache)
 
     # Files -------------------------------------------------------------------------------------
 

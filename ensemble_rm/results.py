@@ -28,8 +28,8 @@ class Scores:
     reward : ndarray, shape (n_samples,)
         Aggregated, in normalised units.
     truncation : Truncation
-        How many samples were cut, over the members that tokenise here; a baseline's references
-        are samples too.
+        Which samples were cut, by any member that tokenises here; a baseline's references are
+        samples too.
     """
 
     names: tuple[str, ...]

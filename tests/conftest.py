@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before anything loads torch, tokenizers or matplotlib.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +19,9 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from ensemble_rm import HeadScorer
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -103,6 +106,25 @@ def small_folder(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_heads(small_folder: Path) -> Callable[..., HeadScorer]:
+    """Make two heads over a small backbone, their weights drawn from a seed."""
+    import numpy as np
+
+    from ensemble_rm import HeadScorer, TrunkOptions, View
+    from ensemble_rm.members.backbone import locate
+    from ensemble_rm.members.head_weights import HeadWeights
+
+    def make(*, seed: int = 0, **options: Any) -> HeadScorer:
+        rng = np.random.default_rng(seed)
+        zeros, ones = np.zeros((2, 16)), np.ones((2, 16))
+        weights = HeadWeights(zeros, ones, rng.normal(size=(2, 16)), rng.normal(size=2))
+        read = TrunkOptions(**{"max_length": 48, "device": "cpu", "token_budget": 512, **options})
+        return HeadScorer(locate(small_folder), read, [View(2, "mean"), View(4, "mean")], weights)
+
+    return make
 
 
 @pytest.fixture(scope="session")

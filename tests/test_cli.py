@@ -251,7 +251,9 @@ def test_unknown_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("command", ["train", "score", "compare", "calibrate", "evaluate", "demo"])
+@pytest.mark.parametrize(
+    "command", ["train", "score", "compare", "calibrate", "evaluate", "precision", "demo"]
+)
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -27,6 +27,7 @@ FLOORS = {
     "ensemble": 4,
     "combining": 4,
     "merging": 4,
+    "streaming": 4,
     "training": 4,
     "reports": 5,
     "cli": 6,

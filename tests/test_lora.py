@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,22 @@ def test_training_learns_and_repeats_and_the_cache_changes_nothing(
     together = one.score(SAMPLES).raw
     alone = np.concatenate([one.score([sample]).raw for sample in SAMPLES])
     np.testing.assert_allclose(together, alone, atol=1e-4 * together.std())
+
+
+@pytest.mark.parametrize("blocks", [None, 2])
+def test_sharing_prompts_changes_no_score(
+    parts: tuple[Preferences, ...], small_folder: Path, blocks: int | None
+) -> None:
+    scorer = the_scorer(run(parts, small_folder, None, blocks=blocks, warm_start=True))
+    long = [Sample("Who are you? " * 4, "A fox " * n) for n in (1, 5, 3)]
+    shared = scorer.with_options(replace(OPTIONS, max_length=64))
+    plain = scorer.with_options(replace(OPTIONS, max_length=64, share_prefix=False))
+    np.testing.assert_allclose(shared.score(long), plain.score(long), rtol=1e-4, atol=1e-5)
+    assert shared.digest != scorer.digest
+    branching, members = shared._open()
+    found = branching.passes(branching.trunk.encoder.encode(long), members[0])
+    decodes = "llama" in str(small_folder)
+    assert any(batch.prefix is not None for batch in found) == decodes
 
 
 def test_a_member_beside_others_is_the_member_alone(

@@ -47,7 +47,7 @@ class Bars:
         self._close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done: a Progress."""
+        """Show that `done` of `total` are done, 0 for an unknown number: a Progress."""
         if self._quiet:
             return
         if stage != self._stage or self._bar is None:
@@ -55,8 +55,8 @@ class Bars:
 
             self._close()
             self._stage = stage
-            self._bar = tqdm(total=total, desc=stage, disable=None, leave=False)
-        self._bar.total = total
+            self._bar = tqdm(total=total or None, desc=stage, disable=None, leave=False)
+        self._bar.total = total or None
         self._bar.update(done - self._bar.n)
 
     def _close(self) -> None:
@@ -171,13 +171,16 @@ def read_pairs(source: str, *, skip_bad: bool) -> Preferences:
 
 
 def write_jsonl(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows to a file, or to standard output where there is no path."""
+    """Write rows as they come: to FILE.partial, which becomes FILE once all are there.
+
+    To standard output where there is no path.
+    """
     if path is None:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.new")
+    scratch = path.with_name(f"{path.name}.partial")
     with scratch.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")

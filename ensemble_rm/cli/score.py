@@ -1,13 +1,16 @@
 """Score samples: one JSON line a sample, in the order of the input.
 
 A sample is a row with `prompt` (text or messages) and `completion`, and with `reference` where the
-ensemble has a baseline.
+ensemble has a baseline. The file may be larger than memory: it is read, scored and written chunk by
+chunk. FILE.partial becomes FILE once every row is there.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +26,9 @@ from ensemble_rm.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.results import Scores
+    from ensemble_rm.samples import Sample
 
 HELP = "score samples"
 EXAMPLE = (
@@ -39,6 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="of the scores; standard output by default"
     )
+    parser.add_argument(
+        "--chunk", type=int, default=4096, metavar="N", help="samples in memory at once; 4096"
+    )
+    parser.add_argument(
+        "--score-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep raw scores here, and read those that are there",
+    )
     add_aggregator(parser)
     add_json(parser)
 
@@ -48,23 +62,44 @@ def run(args: argparse.Namespace) -> None:
     aggregator = read_aggregator(args)
     from ensemble_rm.loading import read_samples
 
-    samples = list(read_samples(args.data))
+    samples = read_samples(args.data)
+    first = list(islice(samples, 1))  # a file that cannot be read is named before models are
     ensemble = open_ensemble(args)
     if aggregator is not None:
         ensemble = ensemble.with_aggregator(aggregator)
+    if args.score_cache is not None:
+        from ensemble_rm.members.score_cache import ScoreCache
+
+        ensemble = ensemble.with_score_cache(ScoreCache(args.score_cache))
+    count: Counter[str] = Counter()
     with Bars(quiet=args.json) as bars:
-        scores = ensemble.score(samples, progress=bars)
-    write_jsonl(args.out, _rows(scores))
+        write_jsonl(args.out, _stream(ensemble, chain(first, samples), args.chunk, bars, count))
     if args.out is not None:
-        cut = scores.truncation
+        cut = {name: count[name] for name in ("prompts_cut", "completions_cut")}
         say(
             args,
-            {"samples": len(samples), "out": str(args.out), "members": list(scores.names)}
-            | {"aggregator": str(ensemble.aggregator), "prompts_cut": cut.prompts_cut}
-            | {"completions_cut": cut.completions_cut},
-            f"{len(samples)} samples in {args.out} by {ensemble.aggregator}; "
-            f"{cut.prompts_cut} lost part of the prompt, {cut.completions_cut} of the completion",
+            {"samples": count["rows"], "out": str(args.out), "members": list(ensemble.names)}
+            | {"aggregator": str(ensemble.aggregator), **cut},
+            f"{count['rows']} samples in {args.out} by {ensemble.aggregator}; "
+            f"{cut['prompts_cut']} lost part of the prompt, "
+            f"{cut['completions_cut']} of the completion",
         )
+
+
+def _stream(
+    ensemble: RewardEnsemble,
+    samples: Iterable[Sample],
+    chunk: int,
+    bars: Bars,
+    count: Counter[str],
+) -> Iterator[dict[str, Any]]:
+    """Return every sample's row, and count rows and cuts as they pass."""
+    from ensemble_rm.streaming import stream_scores
+
+    for scores in stream_scores(ensemble, samples, chunk=chunk, progress=bars):
+        count.update(scores.truncation.to_json())
+        count["rows"] += len(scores.reward)
+        yield from _rows(scores)
 
 
 def _rows(scores: Scores) -> Iterator[dict[str, Any]]:

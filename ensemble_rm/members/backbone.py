@@ -26,6 +26,8 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
+_READING = {".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt"}
+
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
@@ -146,6 +148,15 @@ def weights_digest(folder: Path) -> str:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def reading_digest(folder: Path) -> str:
+    """SHA-256 over what says how a model reads: its config, tokenizer and chat template."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.iterdir() if f.suffix in _READING and f.is_file()):
+        digest.update(file.name.encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 

@@ -8,12 +8,16 @@ mask comes from lengths.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ensemble_rm.members.text import Encoded
+
+if TYPE_CHECKING:
+    from ensemble_rm.members.prefix import Prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,10 @@ class Batch:
         (B, T) token type ids.
     starts, lengths : torch.Tensor
         (B,) index of the completion's first token, and number of real tokens.
+    prefix : Prefix, optional
+        Prompts that these samples continue; the tensors above then hold the completions alone.
+    owners : torch.Tensor, optional
+        (B,) which prompt of the prefix each sample continues.
     """
 
     rows: list[int]
@@ -38,10 +46,24 @@ class Batch:
     types: torch.Tensor | None
     starts: torch.Tensor
     lengths: torch.Tensor
+    prefix: Prefix | None = None
+    owners: torch.Tensor | None = None
 
-    def model_inputs(self) -> dict[str, torch.Tensor]:
+    def renumbered(
+        self,
+        rows: list[int],
+        *,
+        prefix: Prefix | None = None,
+        owners: torch.Tensor | None = None,
+    ) -> Batch:
+        """Return the batch in other numbers, continuing prompts where they are given."""
+        return replace(self, rows=rows, prefix=prefix, owners=owners)
+
+    def model_inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of a transformers forward pass."""
-        inputs = {"input_ids": self.ids, "attention_mask": self.mask}
+        if self.prefix is not None and self.owners is not None:
+            return {"input_ids": self.ids} | self.prefix.continued(self.owners, self.mask)
+        inputs: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask}
         if self.types is not None:
             inputs["token_type_ids"] = self.types
         return inputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,14 +25,16 @@ from torch.nn import ModuleList
 
 from ensemble_rm.errors import OptionError, StorageError
 from ensemble_rm.members import backbone as bb
-from ensemble_rm.members.batching import batches
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
+from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
 from ensemble_rm.samples import Sample
 
 Tensors = dict[str, torch.Tensor]
+SHARED = "shared"  # before the names of weights that are no single member's
 
 
 class Branched:
@@ -111,18 +114,35 @@ class Branched:
         trunk = branching.trunk
         encoded = trunk.encoder.encode(samples)
         out = np.empty((len(encoded), len(members)))
-        done = 0
-        budget = self.options.token_budget
-        for batch in batches(encoded, token_budget=budget, device=trunk.device):
+        done, width = 0, self.heads.offset.shape[1]
+        prompts: tuple[Prefix | None, list[Prefix]] = (None, [])  # the trunk's, and each member's
+        for batch in branching.passes(encoded, members[0]):
             states = branching.states(batch)
+            if batch.prefix is not None and batch.prefix is not prompts[0]:
+                read = [branching.read_prefix(blocks, batch.prefix) for blocks in members]
+                prompts = (batch.prefix, read)
             for i, (blocks, view) in enumerate(zip(members, self.views, strict=True)):
-                pooled = branching.pooled(
-                    blocks, states, batch, view.pooling, width=self.heads.offset.shape[1]
-                )
+                own = batch if batch.prefix is None else replace(batch, prefix=prompts[1][i])
+                pooled = branching.pooled(blocks, states, own, view.pooling, width=width)
                 out[batch.rows, i] = self.heads(i, pooled.cpu().numpy())
             done += len(batch.rows)
             progress("scoring", done, len(encoded))
         return out, count_truncation(encoded)
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the scores of equal samples are."""
+        said = {"views": [str(view) for view in self.views], "blocks": self.blocks}
+        weights = self.heads.tensors() | self._weights()
+        return member_digest(self.kind, self.backbone, self.options, said | self._said(), weights)
+
+    def _said(self) -> dict[str, Any]:
+        """Return what a kind says of itself beside what all do."""
+        return {}
+
+    def _weights(self) -> Tensors:
+        """Return all weights that are the members' own, by name."""
+        return {f"{i}.{k}": v for i, own in enumerate(self.tensors) for k, v in own.items()}
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance and reports say of it."""
@@ -134,18 +154,14 @@ class Branched:
             "views": [str(view) for view in self.views],
             "blocks": self.blocks,
             "names": list(self.names),
-        }
+        } | self._said()
 
     def save(self, folder: Path) -> None:
         """Write ``member.json``, ``heads.safetensors`` and the members' own weights."""
         folder.mkdir(parents=True, exist_ok=True)
         heads = {k: np.ascontiguousarray(v) for k, v in self.heads.tensors().items()}
         save_arrays(heads, folder / "heads.safetensors")
-        flat = {
-            f"{i}.{name}": tensor.cpu().contiguous()
-            for i, own in enumerate(self.tensors)
-            for name, tensor in own.items()
-        }
+        flat = {name: tensor.cpu().contiguous() for name, tensor in self._weights().items()}
         save_file(flat, folder / self.file)
         (folder / "member.json").write_text(json.dumps(self.describe(), indent=1) + "\n")
 
@@ -163,6 +179,8 @@ class Stored:
     heads : HeadWeights
     tensors : list of dict
         Each member's.
+    shared : dict
+        What all have in common beside the backbone.
     backbone : Backbone
         The same weights as at training.
     """
@@ -172,6 +190,7 @@ class Stored:
     views: list[View]
     heads: HeadWeights
     tensors: list[Tensors]
+    shared: Tensors
     backbone: bb.Backbone
 
 
@@ -198,12 +217,13 @@ def read_stored(
         views = [View.parse(view) for view in said["views"]]
         options = replace(TrunkOptions(**said["options"]), device=device)
         tensors: list[Tensors] = [{} for _ in views]
+        shared: Tensors = {}
         for name, tensor in load_file(folder / file).items():
             member, _, rest = name.partition(".")
-            tensors[int(member)][rest] = tensor
+            (shared if member == SHARED else tensors[int(member)])[rest] = tensor
         name, digest = said["backbone"], said["digest"]
         said["blocks"], said["names"] = int(said["blocks"]), list(said["names"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
         raise StorageError(f"{folder} holds no saved members: {error!r}") from error
     found = bb.locate_same(backbone or name, digest, cache_dir=cache_dir)
-    return Stored(said, options, views, heads, tensors, found)
+    return Stored(said, options, views, heads, tensors, shared, found)

@@ -74,6 +74,18 @@ class BranchScorer(Branched):
         """Return (n_samples, k) raw scores, in the order of the samples."""
         return self.score_counted(samples)[0]
 
+    def with_options(self, options: TrunkOptions) -> BranchScorer:
+        """Return the same branches over a trunk of other options, loaded at its first score."""
+        return BranchScorer(
+            self.backbone,
+            options,
+            self.views,
+            self.heads,
+            self.tensors,
+            blocks=self.blocks,
+            names=self.names,
+        )
+
     @classmethod
     def load(
         cls,

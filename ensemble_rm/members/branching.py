@@ -8,14 +8,18 @@ nothing of heads, losses or files.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache, DynamicCache
 
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.pooling import Pooling, Rule, pool
+from ensemble_rm.members.prefix import Prefix, keeps_a_cache, left_padded, passes
+from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Trunk, View
 
 
@@ -101,10 +105,8 @@ class Branching:
             raise BackboneError(f"a block of {type(self.trunk.model).__name__} returns no states")
         return isinstance(seen[0], tuple)
 
-    def run(
-        self, blocks: torch.nn.ModuleList, states: torch.Tensor | None, batch: Batch
-    ) -> torch.Tensor:
-        """Run a branch's blocks and the model's final norm: (B, T, width)."""
+    def _driver(self, blocks: torch.nn.ModuleList, states: torch.Tensor | None) -> Any:
+        """Return the model with a branch's blocks over given states."""
         shared = self.trunk.blocks
         stand_ins = [_StandIn(block, in_tuple=self._in_tuple) for block in shared]
         if self.shares:
@@ -112,8 +114,49 @@ class Branching:
         *path, name = self.trunk.path
         chain = _copy_down_to(self.trunk.model, path)
         chain[-1]._modules[name] = torch.nn.ModuleList([*stand_ins, *blocks])
-        out: torch.Tensor = chain[0](**self.trunk.inputs(batch)).last_hidden_state
+        return chain[0]
+
+    def passes(self, encoded: Sequence[Encoded], blocks: torch.nn.ModuleList) -> Iterator[Batch]:
+        """Yield every sample once, in batches that share their prompts where that is possible.
+
+        Where the trunk has no block, a branch's own say whether its model keeps a cache.
+        """
+        trunk = self.trunk
+        if self.shares:
+            return trunk.passes(encoded, states=True)
+
+        def read(prompts: list[list[int]]) -> Prefix:
+            ids, mask = left_padded(prompts, trunk.device)
+            return Prefix(ids, mask, mask.sum(1), Cache(layers=[]))
+
+        keeps = trunk.options.share_prefix and keeps_a_cache(
+            self._driver(blocks, None), trunk.device
+        )
+        return passes(
+            encoded,
+            token_budget=trunk.options.token_budget,
+            device=trunk.device,
+            read=read if keeps else None,
+        )
+
+    def run(
+        self, blocks: torch.nn.ModuleList, states: torch.Tensor | None, batch: Batch
+    ) -> torch.Tensor:
+        """Run a branch's blocks and the model's final norm: (B, T, width)."""
+        model = self._driver(blocks, states)
+        out: torch.Tensor = model(**self.trunk.inputs(batch)).last_hidden_state
         return out
+
+    @torch.inference_mode()
+    def read_prefix(self, blocks: torch.nn.ModuleList, prefix: Prefix) -> Prefix:
+        """Read prompts with a branch's own blocks, over the trunk's where it has any."""
+        if self.shares and prefix.states is None:
+            raise OptionError("the trunk kept no states of these prompts; ask passes for them")
+        model = self._driver(blocks, prefix.states)
+        cache = DynamicCache(config=self.trunk.model.config)
+        model(**prefix.inputs(), past_key_values=cache, use_cache=True)
+        cache.layers[: self.trunk.top] = prefix.cache.layers[: self.trunk.top]
+        return replace(prefix, cache=cache, first=self.trunk.top)
 
     def pooled(
         self,

@@ -1,33 +1,29 @@
 """Pooled features on disk: each text is read by a trunk once.
 
-An SQLite file that several processes may share. The key covers all that a feature depends on:
-the weights' digest, the dtype, the tokens after template and truncation, layer and pooling. A full
-cache forgets its oldest entries.
+The key covers all that a feature depends on: the weights' digest, the dtype, the tokens after
+template and truncation, layer and pooling.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import OptionError, StorageError
 from ensemble_rm.members.pooling import Rule
+from ensemble_rm.members.store import VectorStore
 from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Progress, Trunk, View, silent
 
 DEFAULT_MAX_BYTES = 4 * 2**30
 _CHUNK = 256  # samples read between two writes: what an interruption can cost
-_QUERY = 500  # keys a statement
 
 
-class FeatureCache:
-    """A bounded store of float32 vectors under byte keys.
+class FeatureCache(VectorStore):
+    """A bounded store of float32 features under byte keys.
 
     Parameters
     ----------
@@ -38,66 +34,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
-        if max_bytes <= 0:
-            raise OptionError(f"max_bytes must be positive, not {max_bytes}")
-        self.path = folder.expanduser() / "features.sqlite"
-        self.max_bytes = max_bytes
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"cannot make the cache folder {self.path.parent}: {error}"
-            ) from error
-        with self._open() as db:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS features "
-                "(id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL, vector BLOB NOT NULL)"
-            )
-
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-                yield db
-        except sqlite3.Error as error:
-            raise StorageError(
-                f"the feature cache {self.path} cannot be used ({error}); delete it, or name "
-                "another cache_dir"
-            ) from error
-
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """Return the vectors that are there."""
-        found: dict[bytes, NDArray[np.float32]] = {}
-        with self._open() as db:
-            for i in range(0, len(keys), _QUERY):
-                part = list(keys[i : i + _QUERY])
-                marks = ",".join("?" * len(part))
-                rows = db.execute(f"SELECT key, vector FROM features WHERE key IN ({marks})", part)
-                found.update((key, np.frombuffer(blob, dtype="<f4")) for key, blob in rows)
-        return found
-
-    def put(self, keys: Sequence[bytes], vectors: NDArray[np.float32]) -> None:
-        """Store one vector a key."""
-        width = vectors.shape[1] * 4
-        with self._open() as db:
-            db.executemany(
-                "INSERT OR IGNORE INTO features (key, vector) VALUES (?, ?)",
-                zip(keys, (v.astype("<f4").tobytes() for v in vectors), strict=True),
-            )
-            (count,) = db.execute("SELECT COUNT(*) FROM features").fetchone()
-            over = count - max(self.max_bytes // width, 1)
-            if over > 0:
-                db.execute(
-                    "DELETE FROM features WHERE id IN "
-                    "(SELECT id FROM features ORDER BY id LIMIT ?)",
-                    (over,),
-                )
-
-    def __len__(self) -> int:
-        with self._open() as db:
-            (count,) = db.execute("SELECT COUNT(*) FROM features").fetchone()
-            return int(count)
+        super().__init__(folder, name="features", dtype="<f4", max_bytes=max_bytes)
 
 
 def text_digest(encoded: Encoded, *, model: str) -> bytes:

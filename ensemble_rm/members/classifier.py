@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypeAlias, get_args
@@ -22,9 +23,11 @@ from numpy.typing import NDArray
 
 from ensemble_rm.errors import BackboneError, OptionError, StorageError
 from ensemble_rm.members import backbone as bb
-from ensemble_rm.members.batching import Batch, batches
+from ensemble_rm.members.batching import Batch
+from ensemble_rm.members.identity import member_digest
 from ensemble_rm.members.pooling import pool
-from ensemble_rm.members.text import TextEncoder, Truncation, count_truncation
+from ensemble_rm.members.prefix import keeps_a_cache, passes, read_prefix
+from ensemble_rm.members.text import Encoded, TextEncoder, Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
 from ensemble_rm.samples import Sample
 
@@ -70,7 +73,7 @@ def classifier_scores(
     if pooling == "published":
         logits: torch.Tensor = (forward or model)(**inputs).logits
         return logits[:, 0].float()
-    states = model.base_model(**inputs, use_cache=False).last_hidden_state
+    states = model.base_model(**({"use_cache": False} | inputs)).last_hidden_state
     last = pool(states, batch.starts, batch.lengths, "last")
     with torch.autocast(last.device.type, enabled=False):
         scores: torch.Tensor = last @ model.score.weight[0].float()
@@ -151,6 +154,7 @@ class ClassifierScorer:
         self.device = bb.pick_device(self.options.device)
         self._encoder: TextEncoder | None = None
         self._model: Any = None
+        self._shares = False
         self._lock = Lock()
 
     @classmethod
@@ -184,6 +188,11 @@ class ClassifierScorer:
                 set_pad_token(model, tokenizer)
                 if self.options.dtype != "float32":
                     _lift_head(model)
+                self._shares = (
+                    self.options.share_prefix
+                    and trained_pooling(model) == "attended"
+                    and keeps_a_cache(model.base_model.to(self.device), self.device)
+                )
                 self._model = model.eval().requires_grad_(requires_grad=False).to(self.device)
                 self._encoder = TextEncoder(
                     tokenizer, template=self.options.template, max_length=self.options.max_length
@@ -203,12 +212,45 @@ class ClassifierScorer:
         encoded = encoder.encode(samples)
         out = np.empty((len(encoded), 1))
         done = 0
-        for batch in batches(encoded, token_budget=self.options.token_budget, device=self.device):
+        for batch in self._passes(encoded, model):
             scores = classifier_scores(model, batch, self.pooling)
             out[batch.rows, 0] = scores.double().cpu().numpy()
             done += len(batch.rows)
             progress("scoring", done, len(encoded))
         return out, count_truncation(encoded)
+
+    def _passes(self, encoded: Sequence[Encoded], model: Any) -> Iterator[Batch]:
+        """Yield batches that share their prompts, where the model can."""
+        pad = model.config.get_text_config().pad_token_id
+        # A completion of pad tokens alone is read, by the published rule, in its prompt.
+        readable = self.pooling == "attended" or all(
+            any(token != pad for token in e.ids[e.start :]) for e in encoded
+        )
+        return passes(
+            encoded,
+            token_budget=self.options.token_budget,
+            device=self.device,
+            read=partial(read_prefix, model.base_model, device=self.device)
+            if self._shares and readable
+            else None,
+        )
+
+    def with_options(self, options: TrunkOptions) -> ClassifierScorer:
+        """Return the same model under other options, loaded at its first score."""
+        return ClassifierScorer(
+            self.backbone,
+            options,
+            name=self.names[0],
+            pooling=self.pooling,
+            own=self.own,
+            start=self.start,
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the scores of equal samples are."""
+        said = {"pooling": self.pooling}
+        return member_digest(self.kind, self.backbone, self.options, said, {})
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance and reports say of it."""

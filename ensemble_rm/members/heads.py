@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,6 +23,7 @@ from ensemble_rm.errors import OptionError, StorageError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.cache import FeatureCache, features
 from ensemble_rm.members.head_weights import HeadWeights
+from ensemble_rm.members.identity import member_digest
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
 from ensemble_rm.samples import Sample
@@ -103,6 +105,19 @@ class HeadScorer:
         for member, view in enumerate(self.views):
             out[:, member] = self.weights(member, read[:, place[view]])
         return out
+
+    def with_options(self, options: TrunkOptions) -> HeadScorer:
+        """Return the same heads over a trunk of other options, loaded at its first score."""
+        return HeadScorer(
+            self.backbone, options, self.views, self.weights, names=self.names, cache=self.cache
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the scores of equal samples are."""
+        said = {"views": [str(view) for view in self.views]}
+        weights = self.weights.tensors()
+        return member_digest(self.kind, self.backbone, self.options, said, weights)
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance and reports say of it."""

@@ -12,20 +12,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.nn import ModuleList
 
 from ensemble_rm.errors import StorageError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.adapters import LoraOptions, merged, pour, require_peft
-from ensemble_rm.members.branched import Branched, Tensors, read_stored
+from ensemble_rm.members.branched import SHARED, Branched, Tensors, read_stored
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.trunk import Trunk, TrunkOptions, View
 from ensemble_rm.samples import Sample
-
-_SHARED = "shared.safetensors"
 
 
 class LoraScorer(Branched):
@@ -95,17 +91,26 @@ class LoraScorer(Branched):
         """Return (n_samples, k) raw scores, in the order of the samples."""
         return self.score_counted(samples)[0]
 
-    def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it."""
-        more = {"lora": asdict(self.lora), "warm_start": self.shared is not None}
-        return super().describe() | more
+    def with_options(self, options: TrunkOptions) -> LoraScorer:
+        """Return the same adapters over a trunk of other options, loaded at its first score."""
+        return LoraScorer(
+            self.backbone,
+            options,
+            self.views,
+            self.heads,
+            self.tensors,
+            blocks=self.blocks,
+            lora=self.lora,
+            shared=self.shared,
+            names=self.names,
+        )
 
-    def save(self, folder: Path) -> None:
-        """Write ``member.json``, ``heads.safetensors`` and the adapters."""
-        super().save(folder)
-        if self.shared is not None:
-            flat = {name: tensor.cpu().contiguous() for name, tensor in self.shared.items()}
-            save_file(flat, folder / _SHARED)
+    def _said(self) -> dict[str, Any]:
+        return {"lora": asdict(self.lora), "warm_start": self.shared is not None}
+
+    def _weights(self) -> Tensors:
+        shared = self.shared or {}
+        return super()._weights() | {f"{SHARED}.{name}": v for name, v in shared.items()}
 
     @classmethod
     def load(
@@ -141,8 +146,7 @@ class LoraScorer(Branched):
         found = read_stored(folder, cls.file, backbone=backbone, device=device, cache_dir=cache_dir)
         try:
             lora = LoraOptions(**found.said["lora"])
-            shared = load_file(folder / _SHARED) if found.said["warm_start"] else None
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{folder} holds no saved lora members: {error!r}") from error
         return cls(
             found.backbone,
@@ -152,6 +156,6 @@ class LoraScorer(Branched):
             found.tensors,
             blocks=found.said["blocks"],
             lora=lora,
-            shared=shared,
+            shared=found.shared or None,
             names=found.said["names"],
         )

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
+from ensemble_rm.members.score_cache import ScoreCache
 from ensemble_rm.members.text import Truncation
-from ensemble_rm.members.trunk import Progress
+from ensemble_rm.members.trunk import Progress, TrunkOptions
 from ensemble_rm.samples import Sample
 
 
@@ -40,6 +41,27 @@ class TextScorer(Scorer, Protocol):
         self, samples: Sequence[Sample], *, progress: Progress
     ) -> tuple[NDArray[np.float64], Truncation]:
         """Return the scores, and how many samples were cut."""
+        ...
+
+
+@runtime_checkable
+class DigestedScorer(TextScorer, Protocol):
+    """A scorer whose raw scores can be kept: one digest says all that they depend on."""
+
+    @property
+    def digest(self) -> str:
+        """Equal where the scores of equal samples are."""
+        ...
+
+
+@runtime_checkable
+class OptionedScorer(Scorer, Protocol):
+    """A scorer that can read and compute in another way: another dtype, another device."""
+
+    options: TrunkOptions
+
+    def with_options(self, options: TrunkOptions) -> Scorer:
+        """Return the same member under other options; weights are loaded at its first score."""
         ...
 
 
@@ -104,20 +126,47 @@ def checked_scores(scorer: Scorer, scores: NDArray[np.float64], n: int) -> NDArr
 
 
 def score_all(
-    scorers: Sequence[Scorer], samples: Sequence[Sample], *, progress: Progress
+    scorers: Sequence[Scorer],
+    samples: Sequence[Sample],
+    *,
+    cache: ScoreCache | None = None,
+    progress: Progress,
 ) -> tuple[NDArray[np.float64], Truncation]:
-    """Return every member's raw scores, (n_samples, n_members), and how many samples were cut."""
+    """Return every member's raw scores, (n_samples, n_members), and which samples were cut.
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+    samples : sequence of Sample
+    cache : ScoreCache, optional
+        Looked into, and filled, for every scorer that has a digest.
+    progress : callable
+        Called with (stage, done, total).
+    """
     columns = []
-    cut = Truncation(0, 0, 0)
+    cut = Truncation.none(len(samples))
     for scorer in scorers:
-        if isinstance(scorer, TextScorer):
-            scores, more = scorer.score_counted(samples, progress=progress)
-            cut = Truncation(
-                max(cut.samples, more.samples),
-                max(cut.prompts_cut, more.prompts_cut),
-                max(cut.completions_cut, more.completions_cut),
-            )
+
+        def compute(
+            rows: Sequence[Sample], scorer: Scorer = scorer
+        ) -> tuple[NDArray[np.float64], Truncation]:
+            return _score(scorer, rows, progress)
+
+        if cache is not None and len(samples) > 0 and isinstance(scorer, DigestedScorer):
+            scores, more = cache.scores(scorer.digest, samples, compute)
         else:
-            scores = scorer.score(samples)
-        columns.append(checked_scores(scorer, scores, len(samples)))
+            scores, more = compute(samples)
+        columns.append(scores)
+        cut |= more
     return np.concatenate(columns, axis=1), cut
+
+
+def _score(
+    scorer: Scorer, samples: Sequence[Sample], progress: Progress
+) -> tuple[NDArray[np.float64], Truncation]:
+    cut = Truncation.none(len(samples))
+    if isinstance(scorer, TextScorer):
+        scores, cut = scorer.score_counted(samples, progress=progress)
+    else:
+        scores = scorer.score(samples)
+    return checked_scores(scorer, scores, len(samples)), cut

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ensemble_rm.errors import OptionError, TemplateError
 from ensemble_rm.samples import Message, Prompt, Sample
 
@@ -40,29 +43,57 @@ class Encoded:
     cut_completion: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Truncation:
-    """How much truncation took away, counted over a call.
+    """Which samples truncation cut in a call, and how many.
 
     Attributes
     ----------
-    samples : int
-        Samples encoded.
-    prompts_cut, completions_cut : int
-        Samples that lost tokens at the beginning of the prompt, at the end of the completion.
+    prompts, completions : ndarray of bool, shape (n_samples,)
+        Whether each lost tokens at the beginning of the prompt, at the end of the completion.
     """
 
-    samples: int
-    prompts_cut: int
-    completions_cut: int
+    prompts: NDArray[np.bool_]
+    completions: NDArray[np.bool_]
+
+    @classmethod
+    def none(cls, n: int) -> Truncation:
+        """Return that of `n` samples of which none was cut."""
+        return cls(np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_))
+
+    def __or__(self, other: Truncation) -> Truncation:
+        """Return which of the same samples one or the other cut."""
+        return Truncation(self.prompts | other.prompts, self.completions | other.completions)
+
+    @property
+    def samples(self) -> int:
+        """Samples encoded."""
+        return len(self.prompts)
+
+    @property
+    def prompts_cut(self) -> int:
+        """Samples that lost tokens at the beginning of the prompt."""
+        return int(self.prompts.sum())
+
+    @property
+    def completions_cut(self) -> int:
+        """Samples that lost tokens at the end of the completion."""
+        return int(self.completions.sum())
+
+    def to_json(self) -> dict[str, int]:
+        """Return the counts."""
+        return {
+            "samples": self.samples,
+            "prompts_cut": self.prompts_cut,
+            "completions_cut": self.completions_cut,
+        }
 
 
 def count_truncation(encoded: Sequence[Encoded]) -> Truncation:
-    """Count what truncation took away."""
+    """Say what truncation took away."""
     return Truncation(
-        len(encoded),
-        sum(e.cut_prompt > 0 for e in encoded),
-        sum(e.cut_completion > 0 for e in encoded),
+        np.array([e.cut_prompt > 0 for e in encoded], dtype=np.bool_),
+        np.array([e.cut_completion > 0 for e in encoded], dtype=np.bool_),
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members import backbone as bb
-from ensemble_rm.members.batching import Batch, batches
+from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.pooling import POOLINGS, RULES, Pooling, Rule, pool
+from ensemble_rm.members.prefix import Prefix, keeps_a_cache, passes, read_prefix
 from ensemble_rm.members.text import Encoded, Template, TextEncoder
 
 Progress = Callable[[str, int, int], None]
@@ -93,6 +95,8 @@ class TrunkOptions:
         The best available where none is named.
     token_budget : int
         Padded tokens in a batch.
+    share_prefix : bool
+        Read each prompt once for all its completions, where the model keeps a cache.
     """
 
     template: Template = "auto"
@@ -100,6 +104,7 @@ class TrunkOptions:
     dtype: str = "float32"
     device: str | None = None
     token_budget: int = 8192
+    share_prefix: bool = True
 
 
 def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.ModuleList]:
@@ -189,12 +194,41 @@ class Trunk:
         """
         out = np.empty((len(encoded), len(parts), self.width), dtype=np.float32)
         done = 0
-        for batch in batches(encoded, token_budget=self.options.token_budget, device=self.device):
+        for batch in self.passes(encoded):
             pooled = self.pool_batch(batch, parts)
             out[batch.rows] = pooled.cpu().numpy()
             done += len(batch.rows)
             progress("reading", done, len(encoded))
         return out
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether the completions of a prompt share its pass."""
+        return self.options.share_prefix and keeps_a_cache(self.model, self.device)
+
+    def passes(self, encoded: Sequence[Encoded], *, states: bool = False) -> Iterator[Batch]:
+        """Yield every sample once, in batches that share their prompts where that is possible.
+
+        Parameters
+        ----------
+        encoded : sequence of Encoded
+        states : bool
+            Whether branches will read the prompts' states, too.
+        """
+
+        def read(prompts: list[list[int]]) -> Prefix:
+            found: list[torch.Tensor] = []
+            listen = {self.top} if states else set()
+            with self._listening(listen, lambda _, out: found.append(out)):
+                prefix = read_prefix(self.model, prompts, self.device)
+            return replace(prefix, states=found[0]) if states else prefix
+
+        return passes(
+            encoded,
+            token_budget=self.options.token_budget,
+            device=self.device,
+            read=read if self.shares else None,
+        )
 
     @torch.inference_mode()
     def pool_batch(self, batch: Batch, parts: Sequence[tuple[int, Rule]]) -> torch.Tensor:
@@ -225,8 +259,10 @@ class Trunk:
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the keyword arguments of one forward pass that keeps no cache."""
-        decodes = getattr(self.model.config, "is_decoder", True)
-        return batch.model_inputs() | ({"use_cache": False} if decodes else {})
+        inputs = batch.model_inputs()
+        if batch.prefix is None and getattr(self.model.config, "is_decoder", True):
+            inputs["use_cache"] = False
+        return inputs
 
     def forget_rest(self) -> Trunk:
         """Let the blocks above `top` go; return the trunk."""

@@ -167,7 +167,7 @@ def train(
         trained.scorers,
         fit_normaliser(trained.reference, validation.sample_groups(), baseline=below),
         mean(),
-        provenance=provenance | {"truncation": asdict(trained.truncation)} | trained.record,
+        provenance=provenance | {"truncation": trained.truncation.to_json()} | trained.record,
     )
     if out is None:
         return ensemble
@@ -306,7 +306,7 @@ def plan(
         "fit_pairs": len(fit),
         "validation_pairs": len(validation),
         "tokens": sum(len(e.ids) for e in encoded),
-        "truncation": asdict(count_truncation(encoded)),
+        "truncation": count_truncation(encoded).to_json(),
     }
     if kind in ("branch", "lora"):
         depth, width = read_shape(job.backbone)

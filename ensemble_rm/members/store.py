@@ -1,0 +1,115 @@
+"""Vectors on disk under byte keys: an SQLite file that several processes may share.
+
+Bounded: a full store forgets its oldest entries. Knows nothing of what the vectors are.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.errors import OptionError, StorageError
+
+_QUERY = 500  # keys a statement
+
+
+class VectorStore:
+    """A bounded store of vectors under byte keys.
+
+    Parameters
+    ----------
+    folder : Path
+        Where ``NAME.sqlite`` lies; made where missing.
+    name : str
+        Of the file and its table.
+    dtype : str
+        Of the vectors, with its byte order: ``"<f4"`` or ``"<f8"``.
+    max_bytes : int
+        Of vectors and `overhead`; the oldest are forgotten beyond it.
+    overhead : int
+        Bytes that an entry is taken to cost beside its vector.
+    """
+
+    def __init__(
+        self, folder: Path, *, name: str, dtype: str, max_bytes: int, overhead: int = 0
+    ) -> None:
+        if max_bytes <= 0:
+            raise OptionError(f"max_bytes must be positive, not {max_bytes}")
+        self.path = folder.expanduser() / f"{name}.sqlite"
+        self.max_bytes = max_bytes
+        self._table, self._dtype, self._overhead = name, np.dtype(dtype), overhead
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make the cache folder {self.path.parent}: {error}"
+            ) from error
+        with self._open() as db:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute(
+                f"CREATE TABLE IF NOT EXISTS {name} "
+                "(id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL, vector BLOB NOT NULL)"
+            )
+            db.execute("CREATE TABLE IF NOT EXISTS held (id INTEGER PRIMARY KEY, bytes INTEGER)")
+            db.execute(
+                "INSERT OR IGNORE INTO held (id, bytes) SELECT 1, "
+                f"COALESCE(SUM(LENGTH(vector) + {overhead}), 0) FROM {name} "
+                "WHERE NOT EXISTS (SELECT 1 FROM held)"
+            )
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
+                yield db
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"the cache {self.path} cannot be used ({error}); delete it, or name another folder"
+            ) from error
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[Any]]:
+        """Return the vectors that are there."""
+        found: dict[bytes, NDArray[Any]] = {}
+        with self._open() as db:
+            for i in range(0, len(keys), _QUERY):
+                part = list(keys[i : i + _QUERY])
+                marks = ",".join("?" * len(part))
+                query = f"SELECT key, vector FROM {self._table} WHERE key IN ({marks})"
+                rows = db.execute(query, part)
+                found.update((key, np.frombuffer(blob, dtype=self._dtype)) for key, blob in rows)
+        return found
+
+    def put(self, keys: Sequence[bytes], vectors: NDArray[Any]) -> None:
+        """Store one vector a key; a key that is there keeps its own."""
+        cost = vectors.shape[1] * self._dtype.itemsize + self._overhead
+        with self._open() as db:
+            # The first write takes the lock: what follows sees no other process's half.
+            added = db.executemany(
+                f"INSERT OR IGNORE INTO {self._table} (key, vector) VALUES (?, ?)",
+                zip(keys, (v.astype(self._dtype).tobytes() for v in vectors), strict=True),
+            ).rowcount
+            db.execute("UPDATE held SET bytes = bytes + ?", (max(added, 0) * cost,))
+            self._forget(db)
+
+    def _forget(self, db: sqlite3.Connection) -> None:
+        """Delete the oldest until the others fit."""
+        (held,) = db.execute("SELECT bytes FROM held").fetchone()
+        gone, last = 0, 0
+        oldest = db.execute(f"SELECT id, LENGTH(vector) FROM {self._table} ORDER BY id")
+        while held - gone > self.max_bytes and (row := oldest.fetchone()) is not None:
+            last, gone = row[0], gone + row[1] + self._overhead
+        oldest.close()
+        if last:
+            db.execute(f"DELETE FROM {self._table} WHERE id <= ?", (last,))
+            db.execute("UPDATE held SET bytes = bytes - ?", (gone,))
+
+    def __len__(self) -> int:
+        with self._open() as db:
+            (count,) = db.execute(f"SELECT COUNT(*) FROM {self._table}").fetchone()
+            return int(count)

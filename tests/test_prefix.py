@@ -1,0 +1,199 @@
+"""Prefix sharing: the same scores, each prompt read once, nothing shared without a cache."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ensemble_rm import (
+    BranchScorer,
+    ClassifierScorer,
+    RewardEnsemble,
+    Sample,
+    TrunkOptions,
+    load_preferences,
+    train,
+)
+from ensemble_rm.demo.data import FILE
+from ensemble_rm.members.backbone import locate
+from ensemble_rm.members.prefix import MIN_SAVED, group, passes
+from ensemble_rm.members.text import Encoded
+from ensemble_rm.members.trunk import Trunk
+
+OPTIONS = TrunkOptions(max_length=96, device="cpu", token_budget=256)
+ALONE = replace(OPTIONS, share_prefix=False)
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "then",
+    "sleeps",
+    "near",
+    "its",
+    "warm",
+    "den",
+]
+
+
+def samples(prompts: int = 5, seed: int = 0) -> list[Sample]:
+    """Groups of one to six completions over prompts of several lengths, in a random order."""
+    rng = np.random.default_rng(seed)
+    found = [
+        Sample(prompt, " ".join(rng.choice(WORDS, rng.integers(1, 20))))
+        for prompt in (" ".join(rng.choice(WORDS, rng.integers(3, 50))) for _ in range(prompts))
+        for _ in range(rng.integers(1, 7))
+    ]
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def check_parity(folder: Path) -> None:
+    """Shared and unshared features agree within 1e-4 of their spread."""
+    shared, alone = (Trunk(locate(folder), options) for options in (OPTIONS, ALONE))
+    assert shared.shares and not alone.shares
+    encoded = shared.encoder.encode(samples())
+    parts: Any = [(1, "mean"), (shared.depth - 1, "last"), (shared.depth, "last")]
+    parts.append((shared.depth, "mean"))
+    one, two = shared.pooled(encoded, parts), alone.pooled(encoded, parts)
+    assert np.abs(one - two).max() < 1e-4 * two.std(axis=0).mean()
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma2"])
+def decoder(
+    request: pytest.FixtureRequest, minilm_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Small decoders; the second attends to 8 tokens, the third does in half its blocks."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder)
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32}
+    shape |= {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    name = {"llama": "Llama", "mistral": "Mistral", "gemma2": "Gemma2"}[request.param]
+    more = {} if request.param == "llama" else {"sliding_window": 8}
+    if request.param == "gemma2":
+        more |= {"head_dim": 8, "query_pre_attn_scalar": 8}
+    config = getattr(transformers, f"{name}Config")(**shape, **more, pad_token_id=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_sharing_changes_no_feature(decoder: Path) -> None:
+    check_parity(decoder)
+
+
+@pytest.mark.slow
+def test_sharing_changes_no_feature_of_a_real_decoder(smollm2_folder: Path) -> None:
+    check_parity(smollm2_folder)
+
+
+def test_branches_share_too(decoder: Path, tmp_path: Path) -> None:
+    parts = load_preferences(FILE)[:60].split(0.5, 0.25, seed=0)
+    ensemble = train(
+        *parts, backbone=decoder, kind="branch", members=2, options=OPTIONS, cache_dir=tmp_path
+    )
+    (scorer,) = ensemble.scorers
+    assert isinstance(scorer, BranchScorer)
+    asked = samples()
+    one = scorer.score(asked)
+    two = scorer.with_options(ALONE).score(asked)
+    assert np.abs(one - two).max() < 1e-4 * two.std()
+
+
+def test_a_classifier_shares_too(decoder: Path, tmp_path: Path) -> None:
+    parts = load_preferences(FILE)[:60].split(0.5, 0.25, seed=0)
+    ensemble = train(
+        *parts, backbone=decoder, kind="full", members=1, options=OPTIONS, cache_dir=tmp_path
+    )
+    (scorer,) = ensemble.scorers
+    assert isinstance(scorer, ClassifierScorer)
+    asked = samples()
+    two = scorer.with_options(ALONE).score(asked)
+    for pooling in ("attended", "published"):
+        scorer.pooling = pooling  # type: ignore[assignment]
+        assert np.abs(scorer.score(asked) - two).max() < 1e-4 * two.std()
+
+
+def test_each_prompt_is_read_once(decoder: Path) -> None:
+    trunk = Trunk(locate(decoder), OPTIONS)
+    encoded = trunk.encoder.encode([Sample("the quick fox " * 5, f"dog {w}") for w in WORDS])
+    seen = []
+    hook = trunk.blocks[0].register_forward_hook(
+        lambda _m, args, _o: seen.append(args[0].shape[0] * args[0].shape[1])
+    )
+    assert trunk.shares
+    seen.clear()
+    trunk.pooled(encoded, [(4, "last")])
+    hook.remove()
+    prompt = encoded[0].start
+    assert sum(seen) <= prompt + sum(len(e.ids) - prompt for e in encoded) + len(encoded)
+
+
+def test_an_encoder_shares_nothing_and_says_so(
+    minilm_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, logger="ensemble_rm"):
+        assert not Trunk(locate(minilm_folder), OPTIONS).shares
+    assert "no prefix is shared" in caplog.text
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 30)), max_size=40),
+    st.integers(32, 300),
+)
+def test_each_sample_comes_once_and_continues_its_own_prompt(
+    rows: list[tuple[int, int, int]], budget: int
+) -> None:
+    from ensemble_rm.members.prefix import Prefix, left_padded
+
+    encoded = [
+        Encoded([prompt + 1] * (4 * prompt + 1) + [tail] * length, 4 * prompt + 1)
+        for prompt, tail, length in rows
+    ]
+    device = torch.device("cpu")
+
+    def read(prompts: list[list[int]]) -> Prefix:
+        ids, mask = left_padded(prompts, device)
+        return Prefix(ids, mask, mask.sum(1), cache=None)  # type: ignore[arg-type]
+
+    seen = []
+    for batch in passes(encoded, token_budget=budget, device=device, read=read):
+        seen += batch.rows
+        for i, row in enumerate(batch.rows):
+            own = batch.ids[i, : int(batch.lengths[i])].tolist()
+            if batch.prefix is not None and batch.owners is not None:
+                owner = int(batch.owners[i])
+                kept = batch.prefix.mask[owner].bool()
+                own = batch.prefix.ids[owner][kept].tolist() + own
+            assert own == encoded[row].ids
+    assert sorted(seen) == list(range(len(encoded)))
+    groups, alone = group(encoded)
+    for members in groups:
+        assert (len(members) - 1) * encoded[members[0]].start >= MIN_SAVED
+    assert len(alone) + sum(map(len, groups)) == len(encoded)
+
+
+def test_a_saved_ensemble_keeps_its_choice(small_folder: Path, tmp_path: Path) -> None:
+    parts = load_preferences(FILE)[:60].split(0.5, 0.25, seed=0)
+    train(
+        *parts, backbone=small_folder, members=2, options=ALONE, cache_dir=None, out=tmp_path / "r"
+    )
+    (scorer,) = RewardEnsemble.from_pretrained(tmp_path / "r", device="cpu").scorers
+    assert scorer.options.share_prefix is False  # type: ignore[attr-defined]
