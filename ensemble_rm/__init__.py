@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from ensemble_rm.combining import combine
     from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.loading import load_preferences
+    from ensemble_rm.members.adapters import LoraOptions
     from ensemble_rm.members.branches import BranchScorer
     from ensemble_rm.members.classifier import ClassifierScorer
     from ensemble_rm.members.heads import HeadScorer
+    from ensemble_rm.members.lora import LoraScorer
     from ensemble_rm.members.score_cache import ScoreCache
     from ensemble_rm.members.scorer import FunctionScorer, Scorer
     from ensemble_rm.members.trunk import TrunkOptions, View
+    from ensemble_rm.merging import merge
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
@@ -55,12 +58,15 @@ _HOMES = {
     "combining": "combine",
     "ensemble": "RewardEnsemble",
     "loading": "load_preferences",
+    "members.adapters": "LoraOptions",
     "members.branches": "BranchScorer",
     "members.classifier": "ClassifierScorer",
     "members.heads": "HeadScorer",
+    "members.lora": "LoraScorer",
     "members.score_cache": "ScoreCache",
     "members.scorer": "FunctionScorer Scorer",
     "members.trunk": "TrunkOptions View",
+    "merging": "merge",
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
@@ -80,6 +86,8 @@ __all__ = [
     "Evaluation",
     "FunctionScorer",
     "HeadScorer",
+    "LoraOptions",
+    "LoraScorer",
     "Message",
     "Normaliser",
     "PrecisionReport",
@@ -108,6 +116,7 @@ __all__ = [
     "make_aggregator",
     "mean",
     "median",
+    "merge",
     "minimum",
     "precision_report",
     "quantile",

@@ -12,7 +12,8 @@
     ├── ModelError                    a model cannot be loaded or used
     │   ├── BackboneError             the folder, hub id or digest is not what was expected
     │   ├── MissingHeadError          the reward head's weights are absent from the checkpoint
-    │   └── TemplateError             prompt and completion cannot be told apart in the template
+    │   ├── TemplateError             prompt and completion cannot be told apart in the template
+    │   └── MergeError                the members' weights have no common mean
     ├── ScoringError                  scores cannot be computed or combined
     │   ├── NonFiniteScoreError       a NaN or an infinity where a finite score is needed
     │   ├── OneMemberError            disagreement was asked of a single member
@@ -103,6 +104,10 @@ class MissingHeadError(ModelError):
 
 class TemplateError(ModelError):
     """Prompt and completion cannot be told apart in the rendered template."""
+
+
+class MergeError(ModelError):
+    """The members' weights have no common mean: other kinds, starts, shapes or readings."""
 
 
 class ScoringError(EnsembleRMError):

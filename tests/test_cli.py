@@ -60,7 +60,7 @@ def test_a_dry_run_makes_nothing(
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("kind", ["branch", "full"])
+@pytest.mark.parametrize("kind", ["branch", "lora", "full"])
 def test_other_kinds_train_from_the_command_line(
     kind: str,
     run_folder: Path,
@@ -79,8 +79,12 @@ def test_other_kinds_train_from_the_command_line(
     assert main([*arguments, "--dry-run"]) == 0
     found = said(capsys)
     assert found["kind"] == kind
-    assert ("token_states_bytes" in found) == (kind == "branch")
-    more = ["--trainer-arg=dataloader_num_workers=0"] if kind == "full" else []
+    assert ("token_states_bytes" in found) == (kind != "full")
+    more = {
+        "branch": [],
+        "lora": ["--rank=2", "--alpha=4", "--warm-start", "--diversity=0.1"],
+        "full": ["--trainer-arg=dataloader_num_workers=0"],
+    }[kind]
     assert main([*arguments, *more]) == 0
     assert len(said(capsys)["validation_nll"]) == 2
     assert main([*arguments, "--trainer-arg=seed=1"]) == 2

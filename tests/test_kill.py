@@ -28,6 +28,11 @@ SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12)]
             "*/checkpoint*",
         ),
         ("branch", ["--epochs=150", "--patience=150", "--blocks=1"], "*/checkpoint*"),
+        (
+            "lora",
+            ["--epochs=150", "--patience=150", "--blocks=1", "--warm-start"],
+            "*/*/checkpoint*",
+        ),
         ("full", ["--epochs=6", "--patience=6"], "*/*/trainer/checkpoint-*/trainer_state.json"),
     ],
 )

@@ -26,6 +26,7 @@ FLOORS = {
     "storage": 4,
     "ensemble": 4,
     "combining": 4,
+    "merging": 4,
     "streaming": 4,
     "training": 4,
     "reports": 5,
@@ -45,8 +46,9 @@ HOMES = {
     "matplotlib": {"reports"},
     "datasets": {"samples", "loading"},
     "gguf": {"members"},
+    "peft": {"members"},
 }
-INSIDE_FUNCTIONS = {"sklearn", "netcal", "matplotlib", "datasets", "gguf"}
+INSIDE_FUNCTIONS = {"sklearn", "netcal", "matplotlib", "datasets", "gguf", "peft"}
 # May print, configure logging and read the environment.
 COMMANDS = frozenset({"cli", "__main__", "demo.make_data"})
 # May seed a global generator: in a context that restores it, which a test of its own holds.

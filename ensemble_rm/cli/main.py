@@ -9,9 +9,19 @@ import sys
 from collections.abc import Sequence
 
 from ensemble_rm import __version__, errors
-from ensemble_rm.cli import calibrate, combine, compare, demo, evaluate, precision, score, train
+from ensemble_rm.cli import (
+    calibrate,
+    combine,
+    compare,
+    demo,
+    evaluate,
+    merge,
+    precision,
+    score,
+    train,
+)
 
-COMMANDS = (train, combine, calibrate, evaluate, score, compare, precision, demo)
+COMMANDS = (train, combine, merge, calibrate, evaluate, score, compare, precision, demo)
 
 EXIT_CODES = """\
 exit codes:

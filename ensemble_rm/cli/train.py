@@ -26,6 +26,7 @@ from ensemble_rm.cli.common import (
 from ensemble_rm.errors import OptionError
 
 if TYPE_CHECKING:
+    from ensemble_rm.members.adapters import LoraOptions
     from ensemble_rm.samples import Preferences
     from ensemble_rm.training.recipe import Recipe
 
@@ -44,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the ensemble's")
     parser.add_argument(
         "--kind",
-        choices=["head", "branch", "full"],
+        choices=["head", "branch", "lora", "full"],
         default="head",
-        help="heads over one frozen trunk (default), copies of its top blocks, or of it all",
+        help="heads over one frozen trunk (default), copies of its top blocks, LoRA adapters on "
+        "its blocks, or copies of it all",
     )
     parser.add_argument("--members", type=int, default=5, metavar="K")
     parser.add_argument("--seed", type=int, default=0)
@@ -57,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a head reads, such as 16:mean; once for all heads, or once a head",
     )
     parser.add_argument(
-        "--blocks", type=int, default=2, metavar="M", help="top blocks that a branch copies"
+        "--blocks",
+        type=int,
+        metavar="M",
+        help="top blocks that a branch copies (default: 2) or an adapter changes (default: all)",
     )
     parser.add_argument(
         "--split",
@@ -83,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="largest size of the token states that branches are trained on",
     )
+    _add_lora(parser)
     how = parser.add_argument_group("recipe (the kind's defaults where not given)")
     how.add_argument("--solver", choices=["convex", "adam"], help="of linear heads")
     how.add_argument(
@@ -98,7 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--centring", type=float)
     how.add_argument("--hidden", type=int, help="width of the heads' hidden layer; 0 is linear")
     how.add_argument("--subspace", type=float, help="share of features that each head sees")
-    how.add_argument("--warmup", type=float, help="share of the steps, of branch and full members")
+    how.add_argument("--warmup", type=float, help="share of the steps; not of heads")
+    how.add_argument("--diversity", type=float, help="coefficient that keeps LoRA adapters apart")
     how.add_argument("--bootstrap", action="store_const", const=True, help="resample prompts")
     how.add_argument(
         "--trainer-arg",
@@ -111,12 +118,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("adapters (of --kind lora)")
+    group.add_argument("--rank", type=int, help="of an adapter's update (default: 16)")
+    group.add_argument("--alpha", type=float, help="its scale, over the rank (default: 32)")
+    group.add_argument(
+        "--target",
+        action="append",
+        metavar="NAME",
+        help="a linear layer that is adapted, such as q_proj; repeated; all by default",
+    )
+    group.add_argument(
+        "--warm-start",
+        action="store_true",
+        help="fit one adapter first, merge it, and let the members start from there",
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     pairs = read_pairs(args.data, skip_bad=args.skip_bad)
     parts = dict(zip(PARTS, pairs.split(*args.split, seed=args.seed), strict=True))
     counts = {name: len(part) for name, part in parts.items()}
-    recipe, trainer_args = _recipe(args), _trainer_args(args)
+    recipe, trainer_args, lora = _recipe(args), _trainer_args(args), _lora(args)
     from ensemble_rm.members.backbone import DEFAULT_CACHE
     from ensemble_rm.members.baseline import reference_samples
     from ensemble_rm.training.train import plan, train
@@ -134,6 +158,8 @@ def run(args: argparse.Namespace) -> None:
             members=args.members,
             views=args.view,
             blocks=args.blocks,
+            lora=lora,
+            warm_start=args.warm_start,
             options=options,
             recipe=recipe,
             cache_dir=cache_dir,
@@ -151,6 +177,8 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             views=args.view,
             blocks=args.blocks,
+            lora=lora,
+            warm_start=args.warm_start,
             options=options,
             recipe=recipe,
             baseline=args.baseline,
@@ -181,6 +209,17 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         f.name: value for f in fields(Recipe) if (value := getattr(args, f.name, None)) is not None
     }
     return Recipe.of(args.kind, **given)
+
+
+def _lora(args: argparse.Namespace) -> LoraOptions | None:
+    """Return what was said of adapters; None where nothing was."""
+    given = {"rank": args.rank, "alpha": args.alpha, "targets": args.target}
+    said = {name: value for name, value in given.items() if value is not None}
+    if not said:
+        return None
+    from ensemble_rm.members.adapters import LoraOptions
+
+    return LoraOptions(**said)
 
 
 def _trainer_args(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,18 +8,19 @@ nothing of heads, losses or files.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.pooling import Pooling, Rule, pool
-from ensemble_rm.members.prefix import Prefix
-from ensemble_rm.members.trunk import Trunk, View, find_blocks
+from ensemble_rm.members.prefix import Prefix, keeps_a_cache, left_padded, passes
+from ensemble_rm.members.text import Encoded
+from ensemble_rm.members.trunk import Trunk, View
 
 
 class _StandIn(torch.nn.Module):
@@ -65,7 +66,8 @@ class Branching:
     Parameters
     ----------
     trunk : Trunk
-        Up to the last block that all branches share; at least one block above it.
+        Up to the last block that all branches share; at least one block above it. Where it ends
+        below the first block, there are no states to start from, and each run begins at the tokens.
 
     Raises
     ------
@@ -77,10 +79,17 @@ class Branching:
         if trunk.top >= trunk.depth:
             raise OptionError(f"the trunk holds all {trunk.depth} blocks; none is left to branch")
         self.trunk = trunk
-        parent, self._name, _ = find_blocks(trunk.model, depth=trunk.top)
-        path = next(name for name, module in trunk.model.named_modules() if module is parent)
-        self._path = path.split(".") if path else []
-        self._in_tuple = self._returns_tuple()
+        trunk.rest.to(trunk.device)
+        self._in_tuple = trunk.top > 0 and self._returns_tuple()
+
+    @property
+    def shares(self) -> bool:
+        """Whether the branches share a block."""
+        return self.trunk.top > 0
+
+    def states(self, batch: Batch) -> torch.Tensor | None:
+        """Return the states that every branch starts from, (B, T, width); None if no block is."""
+        return self.trunk.states(batch) if self.shares else None
 
     @torch.inference_mode()
     def _returns_tuple(self) -> bool:
@@ -96,15 +105,43 @@ class Branching:
             raise BackboneError(f"a block of {type(self.trunk.model).__name__} returns no states")
         return isinstance(seen[0], tuple)
 
-    def _driver(self, blocks: torch.nn.ModuleList, states: torch.Tensor) -> Any:
+    def _driver(self, blocks: torch.nn.ModuleList, states: torch.Tensor | None) -> Any:
         """Return the model with a branch's blocks over given states."""
-        stand_ins = [_StandIn(block, in_tuple=self._in_tuple) for block in self.trunk.blocks]
-        stand_ins[-1] = _StandIn(self.trunk.blocks[-1], in_tuple=self._in_tuple, states=states)
-        chain = _copy_down_to(self.trunk.model, self._path)
-        chain[-1]._modules[self._name] = torch.nn.ModuleList([*stand_ins, *blocks])
+        shared = self.trunk.blocks
+        stand_ins = [_StandIn(block, in_tuple=self._in_tuple) for block in shared]
+        if self.shares:
+            stand_ins[-1] = _StandIn(shared[-1], in_tuple=self._in_tuple, states=states)
+        *path, name = self.trunk.path
+        chain = _copy_down_to(self.trunk.model, path)
+        chain[-1]._modules[name] = torch.nn.ModuleList([*stand_ins, *blocks])
         return chain[0]
 
-    def run(self, blocks: torch.nn.ModuleList, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def passes(self, encoded: Sequence[Encoded], blocks: torch.nn.ModuleList) -> Iterator[Batch]:
+        """Yield every sample once, in batches that share their prompts where that is possible.
+
+        Where the trunk has no block, a branch's own say whether its model keeps a cache.
+        """
+        trunk = self.trunk
+        if self.shares:
+            return trunk.passes(encoded, states=True)
+
+        def read(prompts: list[list[int]]) -> Prefix:
+            ids, mask = left_padded(prompts, trunk.device)
+            return Prefix(ids, mask, mask.sum(1), Cache(layers=[]))
+
+        keeps = trunk.options.share_prefix and keeps_a_cache(
+            self._driver(blocks, None), trunk.device
+        )
+        return passes(
+            encoded,
+            token_budget=trunk.options.token_budget,
+            device=trunk.device,
+            read=read if keeps else None,
+        )
+
+    def run(
+        self, blocks: torch.nn.ModuleList, states: torch.Tensor | None, batch: Batch
+    ) -> torch.Tensor:
         """Run a branch's blocks and the model's final norm: (B, T, width)."""
         model = self._driver(blocks, states)
         out: torch.Tensor = model(**self.trunk.inputs(batch)).last_hidden_state
@@ -112,8 +149,8 @@ class Branching:
 
     @torch.inference_mode()
     def read_prefix(self, blocks: torch.nn.ModuleList, prefix: Prefix) -> Prefix:
-        """Read the trunk's prompts with a branch's own blocks."""
-        if prefix.states is None:
+        """Read prompts with a branch's own blocks, over the trunk's where it has any."""
+        if self.shares and prefix.states is None:
             raise OptionError("the trunk kept no states of these prompts; ask passes for them")
         model = self._driver(blocks, prefix.states)
         cache = DynamicCache(config=self.trunk.model.config)
@@ -124,7 +161,7 @@ class Branching:
     def pooled(
         self,
         blocks: torch.nn.ModuleList,
-        states: torch.Tensor,
+        states: torch.Tensor | None,
         batch: Batch,
         pooling: Pooling,
         *,

@@ -126,6 +126,8 @@ class ClassifierScorer:
         Transformers' own rule, or the last attended token.
     own : bool
         The weights were trained here, and are saved with the ensemble.
+    start : str, optional
+        Digest of the weights that their training started from.
     """
 
     kind = "classifier"
@@ -138,6 +140,7 @@ class ClassifierScorer:
         name: str | None = None,
         pooling: ClassifierPooling = "published",
         own: bool = False,
+        start: str | None = None,
     ) -> None:
         if pooling not in get_args(ClassifierPooling):
             raise OptionError(
@@ -147,7 +150,7 @@ class ClassifierScorer:
         self.options = options or TrunkOptions()
         self.names = (name or Path(backbone.name).name,)
         self.pooling: ClassifierPooling = pooling
-        self.own = own
+        self.own, self.start = own, start
         self.device = bb.pick_device(self.options.device)
         self._encoder: TextEncoder | None = None
         self._model: Any = None
@@ -235,7 +238,12 @@ class ClassifierScorer:
     def with_options(self, options: TrunkOptions) -> ClassifierScorer:
         """Return the same model under other options, loaded at its first score."""
         return ClassifierScorer(
-            self.backbone, options, name=self.names[0], pooling=self.pooling, own=self.own
+            self.backbone,
+            options,
+            name=self.names[0],
+            pooling=self.pooling,
+            own=self.own,
+            start=self.start,
         )
 
     @cached_property
@@ -254,6 +262,7 @@ class ClassifierScorer:
             "name": self.names[0],
             "pooling": self.pooling,
             "own": self.own,
+            "start": self.start,
         }
 
     def save(self, folder: Path) -> None:
@@ -289,7 +298,8 @@ class ClassifierScorer:
             own = bool(said["own"])
             where = folder / "model" if own else said["backbone"]
             digest, name, pooling = said["digest"], said["name"], said["pooling"]
+            start = said.get("start")  # not in ensembles that were saved before it was kept
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{folder} is no saved classifier member: {error}") from error
         found = bb.locate_same(where, digest, cache_dir=cache_dir)
-        return cls(found, options, name=name, pooling=pooling, own=own)
+        return cls(found, options, name=name, pooling=pooling, own=own, start=start)

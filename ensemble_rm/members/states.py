@@ -42,22 +42,31 @@ class TokenStates:
         That made the states.
     encoded : sequence of Encoded
         The samples, whose numbers `batch` takes.
-    path : Path
-        Of the file.
+    path : Path, optional
+        Of the file; None under branches that share no block, which need no states.
     """
 
-    def __init__(self, trunk: Trunk, encoded: Sequence[Encoded], path: Path) -> None:
+    def __init__(self, trunk: Trunk, encoded: Sequence[Encoded], path: Path | None) -> None:
         self.trunk, self.encoded, self.path = trunk, encoded, path
         lengths = [len(e.ids) for e in encoded]
         self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self._flat = _map(path, int(self.offsets[-1]), trunk, writing=False)
+        self._flat = None
+        if path is not None:
+            self._flat = _map(path, int(self.offsets[-1]), trunk, writing=False)
 
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def batch(self, rows: Sequence[int]) -> tuple[Batch, torch.Tensor]:
-        """Return the padded batch of some samples and their states, (B, T, width)."""
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return 0 if self._flat is None else self._flat.nbytes
+
+    def batch(self, rows: Sequence[int]) -> tuple[Batch, torch.Tensor | None]:
+        """Return the padded batch of some samples and their states, (B, T, width), if any."""
         batch = collate(self.encoded, list(rows), device=self.trunk.device)
+        if self._flat is None:
+            return batch, None
         states = torch.zeros(*batch.ids.shape, self.trunk.width, dtype=self._flat.dtype)
         for i, row in enumerate(rows):
             begin, end = int(self.offsets[row]), int(self.offsets[row + 1])
@@ -96,6 +105,11 @@ def token_states(
     progress : callable
         Called with ("reading", done, total), in samples.
 
+    Returns
+    -------
+    TokenStates
+        Without a file where the trunk ends below its first block.
+
     Raises
     ------
     CacheLimitError
@@ -103,6 +117,8 @@ def token_states(
     StorageError
         If the file cannot be mapped.
     """
+    if trunk.top == 0:
+        return TokenStates(trunk, encoded, None)
     size = states_bytes(encoded, width=trunk.width, dtype=trunk.options.dtype)
     model = f"{trunk.backbone.digest}|{trunk.options.dtype}|{trunk.top}"
     digest = hashlib.sha256()

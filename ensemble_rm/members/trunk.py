@@ -107,16 +107,8 @@ class TrunkOptions:
     share_prefix: bool = True
 
 
-def find_blocks(
-    model: torch.nn.Module, *, depth: int | None = None
-) -> tuple[torch.nn.Module, str, torch.nn.ModuleList]:
-    """Return the parent, the attribute and the list of the transformer's blocks.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    depth : int, optional
-        How many blocks the list holds now; as many as the config says where not given.
+def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.ModuleList]:
+    """Return the path to the list of the transformer's blocks, attribute by attribute, and it.
 
     Raises
     ------
@@ -124,11 +116,10 @@ def find_blocks(
         If no ModuleList is as long as the config says the model is deep.
     """
     config: Any = model.config
-    depth = config.get_text_config().num_hidden_layers if depth is None else depth
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, torch.nn.ModuleList) and len(child) == depth:
-                return parent, name, child
+    depth = config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return tuple(name.split(".")), module
     raise BackboneError(
         f"{type(model).__name__} has no list of {depth} blocks; only kind='full' can train it"
     )
@@ -148,12 +139,15 @@ class Trunk:
     backbone : Backbone
     options : TrunkOptions
     top : int, optional
-        Highest layer that will be read; all layers where it is not given.
+        Highest layer that will be read; all layers where it is not given. 0 is the embeddings
+        alone, under branches that hold every block.
 
     Attributes
     ----------
     depth, width : int
         Blocks of the whole backbone, and width of their states.
+    path : tuple of str
+        Of attributes from the model to the list of its blocks.
     blocks : ModuleList
         Those up to `top`.
     rest : ModuleList
@@ -172,14 +166,14 @@ class Trunk:
             max_length=options.max_length,
         )
         model = bb.load_trunk(backbone.folder, dtype=options.dtype)
-        parent, name, blocks = find_blocks(model)
+        self.path, blocks = find_blocks(model)
         self.depth = len(blocks)
         self.top = self.depth if top is None else top
-        if not 1 <= self.top <= self.depth:
-            raise OptionError(f"layer must lie between 1 and {self.depth}, not {self.top}")
+        if not 0 <= self.top <= self.depth:
+            raise OptionError(f"layer must lie between 0 and {self.depth}, not {self.top}")
         self.blocks = torch.nn.ModuleList(list(blocks)[: self.top])
         self.rest = torch.nn.ModuleList(list(blocks)[self.top :])
-        setattr(parent, name, self.blocks)
+        setattr(model.get_submodule(".".join(self.path[:-1])), self.path[-1], self.blocks)
         self.model: Any = model.to(self.device)
         model_config: Any = self.model.config
         self.width: int = model_config.get_text_config().hidden_size

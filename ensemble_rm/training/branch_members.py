@@ -1,11 +1,15 @@
-"""`branch` members: token states, heads to start from, branches, a scorer."""
+"""`branch` members: token states, heads to start from, branches, a scorer.
+
+`lora` members take the same way; what they share stands here too.
+"""
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,62 +21,131 @@ from ensemble_rm.members.branches import BranchScorer
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.pooling import Pooling
+from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.members.states import TokenStates, token_states
 from ensemble_rm.members.text import count_truncation
 from ensemble_rm.members.trunk import Trunk
 from ensemble_rm.samples import Preferences
-from ensemble_rm.training.branches import Branch, BranchTrainer, PairStates
+from ensemble_rm.training.branch import Branch, PairStates
+from ensemble_rm.training.branches import BranchesResult, BranchTrainer
 from ensemble_rm.training.heads import HeadTrainer, PairFeatures
 from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What branches and adapters grow from.
+
+    Attributes
+    ----------
+    job : Job
+    branching : Branching
+    fit, validation : PairStates
+    """
+
+    job: Job
+    branching: Branching
+    fit: PairStates
+    validation: PairStates
+
+
 def train_branches(job: Job) -> Trained:
     """Train k copies of the top blocks, each with a head, over one trunk."""
-    depth = job.views[0].layer
-    trunk = Trunk(job.backbone, job.options, top=depth - job.blocks)
+    with ground(job) as found:
+        trunk = found.branching.trunk
+        heads = first_heads(found, trunk.rest)
+        result = fit_branches(
+            found, heads, [_trainable(trunk.rest) for _ in job.seeds], checkpoint=job.checkpoint
+        )
+        scorer = BranchScorer(
+            job.backbone,
+            job.options,
+            job.views,
+            trained_heads(heads, result),
+            [
+                {name: tensor.cpu() for name, tensor in branch.blocks.state_dict().items()}
+                for branch in result.branches
+            ],
+            blocks=job.blocks,
+            branching=found.branching,
+        )
+        return finish(found, scorer, result)
+
+
+def _trainable(blocks: torch.nn.ModuleList) -> torch.nn.ModuleList:
+    return copy.deepcopy(blocks).float().requires_grad_(requires_grad=True)
+
+
+@contextmanager
+def ground(job: Job) -> Iterator[Ground]:
+    """Open the trunk, and run it over all pairs up to the blocks that differ."""
+    trunk = Trunk(job.backbone, job.options, top=job.views[0].layer - job.blocks)
     branching = Branching(trunk)
     with _folder(job) as folder:
         fit, validation = (
             _read(job, trunk, pairs, folder, part)
             for pairs, part in ((job.fit, "fit"), (job.validation, "validation"))
         )
-        heads = _first_heads(job, branching, fit, validation)
-        trainer = BranchTrainer(
-            branching,
-            fit,
-            validation,
-            branches=[
-                Branch(trunk.rest, heads, i, view.pooling) for i, view in enumerate(job.views)
-            ],
-            recipe=job.recipe,
-            seeds=job.seeds,
-            checkpoint=job.checkpoint,
-            digest=job.digest,
-        )
-        result = trainer.run(progress=job.progress)
-        trained = replace(
-            heads,
-            weight=np.stack([b.weight.detach().double().numpy() for b in result.branches]),
-            bias=np.array([b.bias.item() for b in result.branches]),
-        )
-        scorer = BranchScorer(
-            job.backbone,
-            job.options,
-            job.views,
-            trained,
-            [dict(branch.blocks.state_dict()) for branch in result.branches],
-            blocks=job.blocks,
-            branching=branching,
-        )
-        reference = scorer.score(job.validation.samples())
-    size = fit.states.path.stat().st_size if fit.states.path.exists() else 0
+        yield Ground(job, branching, fit, validation)
+
+
+def fit_branches(
+    found: Ground,
+    heads: HeadWeights,
+    blocks: Sequence[torch.nn.ModuleList],
+    *,
+    checkpoint: Path | None,
+    seeds: list[dict[str, int]] | None = None,
+) -> BranchesResult:
+    """Train what of the blocks requires a gradient, and the heads.
+
+    Parameters
+    ----------
+    found : Ground
+    heads : HeadWeights
+        Where they start.
+    blocks : sequence of ModuleList
+        Each member's.
+    checkpoint : Path, optional
+    seeds : list of dict, optional
+        The job's where not given.
+    """
+    job = found.job
+    trainer = BranchTrainer(
+        found.branching,
+        found.fit,
+        found.validation,
+        branches=[
+            Branch(own, heads, i, view.pooling)
+            for i, (own, view) in enumerate(zip(blocks, job.views, strict=False))
+        ],
+        recipe=job.recipe,
+        seeds=job.seeds if seeds is None else seeds,
+        checkpoint=checkpoint,
+        digest=job.digest,
+    )
+    return trainer.run(progress=job.progress)
+
+
+def trained_heads(heads: HeadWeights, result: BranchesResult) -> HeadWeights:
+    """Return the heads as training left them."""
+    return replace(
+        heads,
+        weight=np.stack([b.weight.detach().double().cpu().numpy() for b in result.branches]),
+        bias=np.array([b.bias.item() for b in result.branches]),
+    )
+
+
+def finish(found: Ground, scorer: Scorer, result: BranchesResult) -> Trained:
+    """Score the validation samples with the new members, and say how the run went."""
     record = {
         "validation_nll": list(result.validation_nll),
         "history": result.history,
-        "token_states_bytes": size,
+        "token_states_bytes": found.fit.states.bytes,
     }
-    return Trained((scorer,), reference, count_truncation(fit.states.encoded), record)
+    reference = scorer.score(found.job.validation.samples())
+    return Trained((scorer,), reference, count_truncation(found.fit.states.encoded), record)
 
 
 @contextmanager
@@ -93,20 +166,19 @@ def _read(job: Job, trunk: Trunk, pairs: Preferences, folder: Path, part: str) -
     return PairStates(states, pairs)
 
 
-def _first_heads(
-    job: Job, branching: Branching, fit: PairStates, validation: PairStates
-) -> HeadWeights:
-    """Fit each member's head on the untouched blocks."""
+def first_heads(found: Ground, blocks: torch.nn.ModuleList) -> HeadWeights:
+    """Fit each member's head on blocks as they are."""
+    job = found.job
     poolings = list(dict.fromkeys(view.pooling for view in job.views))
     features = [
         PairFeatures(
-            _pooled(job, branching, side.states, poolings),
+            _pooled(found, blocks, side.states, poolings),
             side.pairs.targets,
             side.pairs.weights,
             side.pairs.margins,
             side.pairs.groups,
         )
-        for side in (fit, validation)
+        for side in (found.fit, found.validation)
     ]
     recipe = job.recipe
     return (
@@ -121,7 +193,7 @@ def _first_heads(
                 bootstrap=recipe.bootstrap,
             ),
             seeds=job.seeds,
-            device=branching.trunk.device,
+            device=found.branching.trunk.device,
         )
         .run(progress=job.named("heads"))
         .weights
@@ -130,17 +202,17 @@ def _first_heads(
 
 @torch.inference_mode()
 def _pooled(
-    job: Job, branching: Branching, states: TokenStates, poolings: list[Pooling]
+    found: Ground, blocks: torch.nn.ModuleList, states: TokenStates, poolings: list[Pooling]
 ) -> NDArray[np.float32]:
-    """Run the untouched blocks on token states: (n_samples, n_poolings, width or 2·width)."""
-    trunk = branching.trunk
-    width = trunk.width * (1 + ("both" in poolings))
+    """Run blocks on token states: (n_samples, n_poolings, width or 2·width)."""
+    job, branching = found.job, found.branching
+    width = branching.trunk.width * (1 + ("both" in poolings))
     out = np.zeros((len(states), len(poolings), width), dtype=np.float32)
     done = 0
     for rows in plan([len(e.ids) for e in states.encoded], token_budget=job.options.token_budget):
         batch, given = states.batch(rows)
         for i, pooling in enumerate(poolings):
-            pooled = branching.pooled(trunk.rest, given, batch, pooling, width=width)
+            pooled = branching.pooled(blocks, given, batch, pooling, width=width)
             out[rows, i] = pooled.cpu().numpy()
         done += len(rows)
         job.progress("reading the top blocks", done, len(states))

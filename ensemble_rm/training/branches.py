@@ -1,4 +1,4 @@
-"""Branches over token states: k copies of a trunk's top blocks, each with a head, trained at once.
+"""Trains branches on token states, all at once.
 
 Each member sees the pairs in its own order and under its own dropout; losses are summed over the
 members, gradients are clipped in each, and each stops at its own best validation NLL. The heads
@@ -12,7 +12,6 @@ References
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,69 +24,20 @@ import torch
 from numpy.typing import NDArray
 
 from ensemble_rm.errors import NonFiniteLossError
+from ensemble_rm.members.adapters import factors
 from ensemble_rm.members.backbone import torch_dtype
 from ensemble_rm.members.batching import plan
 from ensemble_rm.members.branching import Branching
-from ensemble_rm.members.head_weights import HeadWeights
-from ensemble_rm.members.pooling import Pooling
 from ensemble_rm.members.states import TokenStates
 from ensemble_rm.members.trunk import Progress, silent
-from ensemble_rm.samples import Preferences
+from ensemble_rm.training.branch import Branch, PairStates
 from ensemble_rm.training.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from ensemble_rm.training.diversity import alikeness
 from ensemble_rm.training.loss import preference_loss
 from ensemble_rm.training.recipe import Recipe
 from ensemble_rm.training.seeds import resample_counts
 
 _BUCKET = 16  # batches that are sorted by length together
-
-
-@dataclass(frozen=True)
-class PairStates:
-    """Token states and verdicts of preference pairs.
-
-    Attributes
-    ----------
-    states : TokenStates
-        Of 2·n_pairs samples: every chosen one, then every rejected one.
-    pairs : Preferences
-    """
-
-    states: TokenStates
-    pairs: Preferences
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-
-class Branch(torch.nn.Module):
-    """A member in training: its blocks in float32, and its linear head.
-
-    Parameters
-    ----------
-    blocks : ModuleList
-        Copied.
-    head : HeadWeights
-    member : int
-        Which of the heads.
-    pooling : {"last", "mean", "both"}
-    """
-
-    def __init__(
-        self, blocks: torch.nn.ModuleList, head: HeadWeights, member: int, pooling: Pooling
-    ) -> None:
-        super().__init__()
-        self.blocks = copy.deepcopy(blocks).float().requires_grad_(requires_grad=True)
-        self.pooling: Pooling = pooling
-        for name in ("offset", "gain"):
-            value = torch.from_numpy(getattr(head, name)[member]).float()
-            self.register_buffer(name, value, persistent=False)
-        self.weight = torch.nn.Parameter(torch.from_numpy(head.weight[member]).float())
-        self.bias = torch.nn.Parameter(torch.tensor(float(head.bias[member])))
-
-    def score(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Score (B, width) pooled states: (B,)."""
-        offset, gain = self.get_buffer("offset"), self.get_buffer("gain")
-        return (pooled - offset) * gain @ self.weight + self.bias
 
 
 @dataclass
@@ -107,7 +57,7 @@ class BranchesResult:
     Attributes
     ----------
     branches : list of Branch
-        At their best, on the CPU.
+        At their best.
     validation_nll : tuple of float
         Each member's, raw.
     history : list of dict
@@ -166,7 +116,7 @@ class BranchTrainer:
 
     def _optimiser(self) -> torch.optim.AdamW:
         """Return AdamW over all members; only matrices decay."""
-        parameters = [p for branch in self.branches for p in branch.parameters()]
+        parameters = [p for branch in self.branches for p in branch.trained().values()]
         (decay,) = self.recipe.weight_decay
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
@@ -258,7 +208,7 @@ class BranchTrainer:
         """
         k, patience = len(self.branches), self.recipe.patience
         reached = _Progress(
-            [_copy(branch) for branch in self.branches],
+            [branch.copied() for branch in self.branches],
             self._validate(list(range(k))),  # the heads alone are where a member may stay
             torch.zeros(k, dtype=torch.long),
         )
@@ -274,7 +224,7 @@ class BranchTrainer:
             reached.lowest = torch.where(better, nll, reached.lowest)
             reached.since = torch.where(better, 0, reached.since + 1)
             for member in better.nonzero().flatten().tolist():
-                reached.best[member] = _copy(self.branches[member])
+                reached.best[member] = self.branches[member].copied()
             reached.history.append(
                 {
                     "epoch": epoch,
@@ -289,11 +239,11 @@ class BranchTrainer:
                 due = now + max(self.checkpoint_seconds, 20 * (now - began))  # at most 5 % of it
         progress("training", self.recipe.epochs * self.steps, self.recipe.epochs * self.steps)
         for branch, best in zip(self.branches, reached.best, strict=True):
-            branch.load_state_dict(best)
+            branch.load_state_dict(best, strict=False)  # what is frozen stands as it was
         if self.checkpoint:
             remove_checkpoint(self.checkpoint)
         nll_of = tuple(reached.lowest.tolist())
-        return BranchesResult([b.eval().cpu() for b in self.branches], nll_of, reached.history)
+        return BranchesResult([b.eval() for b in self.branches], nll_of, reached.history)
 
     def _epoch(self, epoch: int, active: list[int], progress: Progress) -> dict[int, float]:
         orders = {i: self._order(i, epoch) for i in active}
@@ -315,11 +265,25 @@ class BranchTrainer:
                 self._refuse_nan(loss, i, epoch)
                 totals[i] += loss.item() * len(orders[i][step]) / len(self.fit)
                 losses.append(loss)
-            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            total = torch.stack(losses).sum()
+            if self.recipe.diversity > 0:
+                total = total + self.recipe.diversity * self._alikeness(active).to(total)
+            total.backward()  # type: ignore[no-untyped-call]
             for i in active:
-                torch.nn.utils.clip_grad_norm_(self.branches[i].parameters(), self.recipe.clip)
+                trained = self.branches[i].trained().values()
+                torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip)
             self.optimiser.step()
         return totals
+
+    def _alikeness(self, active: list[int]) -> torch.Tensor:
+        """Say how alike the adapters are; those that stopped stand where they are."""
+        found = [factors(branch.blocks) for branch in self.branches]
+        return alikeness(
+            [
+                its if i in active else [(a.detach(), b.detach()) for a, b in its]
+                for i, its in enumerate(found)
+            ]
+        )
 
     def _refuse_nan(self, loss: torch.Tensor, member: int, epoch: int) -> None:
         if not torch.isfinite(loss):
@@ -332,7 +296,7 @@ class BranchTrainer:
 
     def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         for i, branch in enumerate(self.branches):
-            for name, p in branch.named_parameters():
+            for name, p in branch.trained().items():
                 yield f"{i}.{name}", p
 
     def _save(self, reached: _Progress) -> None:
@@ -368,7 +332,3 @@ class BranchTrainer:
                     "exp_avg": tensors[f"exp_avg.{name}"].to(self.device),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device),
                 }
-
-
-def _copy(branch: Branch) -> dict[str, torch.Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in branch.state_dict().items()}

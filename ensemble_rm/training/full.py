@@ -202,7 +202,14 @@ def train_full(job: Job) -> Trained:
         records.append(said)
         model = bb.Backbone(str(own / _MODEL), own / _MODEL, bb.weights_digest(own / _MODEL))
         scorers.append(
-            ClassifierScorer(model, job.options, name=f"full{i}", pooling=said["pooling"], own=True)
+            ClassifierScorer(
+                model,
+                job.options,
+                name=f"full{i}",
+                pooling=said["pooling"],
+                own=True,
+                start=job.backbone.digest,
+            )
         )
     samples = job.validation.samples()
     reference = np.concatenate([scorer.score(samples) for scorer in scorers], axis=1)

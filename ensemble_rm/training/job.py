@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ensemble_rm.members.adapters import LoraOptions
 from ensemble_rm.members.backbone import Backbone
 from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.members.states import DEFAULT_MAX_BYTES
@@ -32,7 +33,7 @@ class Job:
     views : tuple of View
         What each member reads.
     blocks : int
-        How many top blocks a branch copies.
+        How many top blocks a branch copies, or an adapter changes.
     options : TrunkOptions
     recipe : Recipe
     digest : str
@@ -43,6 +44,10 @@ class Job:
         Of features and token states.
     states_limit : int
         Largest size of the token states on disk, in bytes.
+    lora : LoraOptions
+        What an adapter is.
+    warm_start : bool
+        Whether adapters start from blocks that one adapter of all has fitted to the task.
     trainer_args : mapping
         More of transformers' TrainingArguments.
     callbacks : sequence
@@ -62,6 +67,8 @@ class Job:
     checkpoint: Path | None
     cache_folder: Path | None
     states_limit: int = DEFAULT_MAX_BYTES
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    warm_start: bool = False
     trainer_args: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Any] = ()
     progress: Progress = silent

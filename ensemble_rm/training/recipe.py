@@ -21,6 +21,13 @@ _OF_KIND: dict[str, dict[str, Any]] = {
         "weight_decay": (0.01,),
         "batch_size": 16,
     },
+    "lora": {
+        "epochs": 4,
+        "patience": 2,
+        "learning_rate": 2e-4,
+        "weight_decay": (0.01,),
+        "batch_size": 16,
+    },
     "full": {
         "epochs": 3,
         "patience": 1,
@@ -68,8 +75,11 @@ class Recipe:
     hidden : int
         Width of a head's hidden layer; 0 is a linear head.
     warmup : float
-        Share of all steps over which a branch's or a full member's learning rate rises, before it
-        falls to 0 in a straight line; heads keep theirs.
+        Share of all steps over which the learning rate of branch, lora and full members rises,
+        before it falls to 0 in a straight line; heads keep theirs.
+    diversity : float
+        Coefficient of the term that keeps LoRA adapters apart: k − ‖M‖⁎, M the members' updates at
+        unit length; 0 is none.
     """
 
     solver: Solver = "convex"
@@ -86,6 +96,7 @@ class Recipe:
     subspace: float = 1.0
     hidden: int = 0
     warmup: float = 0.1
+    diversity: float = 0.0
 
     @classmethod
     def of(cls, kind: str, **changes: Any) -> Recipe:
@@ -93,7 +104,7 @@ class Recipe:
 
         Parameters
         ----------
-        kind : {"head", "branch", "full"}
+        kind : {"head", "branch", "lora", "full"}
         **changes
             Attributes by name.
 
@@ -130,6 +141,11 @@ class Recipe:
                     )
         if kind != "head" and (self.hidden or self.subspace < 1):
             raise OptionError(f"hidden and subspace belong to heads, not to kind {kind!r}")
+        if kind != "lora" and self.diversity > 0:
+            raise OptionError(
+                f"diversity keeps LoRA adapters apart; kind {kind!r} has none, so leave it 0, not "
+                f"{self.diversity}"
+            )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_decay", tuple(float(w) for w in self.weight_decay))
@@ -154,6 +170,7 @@ class Recipe:
             "subspace": (0 < self.subspace <= 1, "in (0, 1]"),
             "hidden": (self.hidden >= 0, "≥ 0"),
             "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
+            "diversity": (0 <= self.diversity < math.inf, "a finite number ≥ 0"),
         }
         for name, (holds, wanted) in rules.items():
             if not holds:

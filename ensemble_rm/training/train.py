@@ -20,6 +20,7 @@ from ensemble_rm.aggregation.aggregator import mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
+from ensemble_rm.members.adapters import LoraOptions
 from ensemble_rm.members.backbone import DEFAULT_CACHE, load_tokenizer, locate
 from ensemble_rm.members.baseline import baseline_scores, reference_samples
 from ensemble_rm.members.states import DEFAULT_MAX_BYTES, states_bytes
@@ -29,13 +30,13 @@ from ensemble_rm.samples import Preferences, require_pairs
 from ensemble_rm.training.branch_members import train_branches
 from ensemble_rm.training.head_members import train_heads
 from ensemble_rm.training.job import Job, Trained
+from ensemble_rm.training.lora_members import train_lora
 from ensemble_rm.training.recipe import Recipe
 from ensemble_rm.training.seeds import member_seeds
 from ensemble_rm.training.views import read_shape, resolve_views
 
-Kind = Literal["head", "branch", "full"]
-_LIBRARIES = ("torch", "transformers", "accelerate", "numpy", "scikit-learn", "safetensors")
-DEFAULT_BLOCKS = 2
+Kind = Literal["head", "branch", "lora", "full"]
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "numpy", "scikit-learn", "safetensors")
 
 
 def train(
@@ -47,7 +48,9 @@ def train(
     members: int = 5,
     seed: int = 0,
     views: Sequence[View | str] | None = None,
-    blocks: int = DEFAULT_BLOCKS,
+    blocks: int | None = None,
+    lora: LoraOptions | None = None,
+    warm_start: bool = False,
     options: TrunkOptions | None = None,
     recipe: Recipe | None = None,
     baseline: bool = False,
@@ -68,19 +71,25 @@ def train(
         Other prompts: stops training early, and sets the normaliser.
     backbone : str or Path
         A pretrained model: hub id, local folder, or a folder with one GGUF file.
-    kind : {"head", "branch", "full"}
-        Heads over one frozen trunk; copies of its top blocks, each with a head; or fine-tuned
-        copies of the whole model.
+    kind : {"head", "branch", "lora", "full"}
+        Heads over one frozen trunk; copies of its top blocks, each with a head; LoRA adapters on
+        its blocks, each with a head; or fine-tuned copies of the whole model.
     members : int
         How many.
     seed : int
         Every member's own seeds are spawned from it.
     views : sequence of View or str, optional
         What each head reads, such as ``"16:mean"``; one for all, or one a member. A spread over
-        the upper half of the layers where not given. Branches are read at the deepest
+        the upper half of the layers where not given. Branches and adapters are read at the deepest
         layer, by both poolings where not given; full members by their architecture's own rule.
-    blocks : int
-        How many top blocks a branch copies.
+    blocks : int, optional
+        How many top blocks a branch copies, 2 where not given, or an adapter changes, all where
+        not given; what lies below runs once for all members.
+    lora : LoraOptions, optional
+        Rank, scale and targets of the adapters, for kind ``"lora"``.
+    warm_start : bool
+        Whether one adapter is fitted first and merged, and the members' start from there; for kind
+        ``"lora"``.
     options : TrunkOptions, optional
         Template, truncation, dtype, device.
     recipe : Recipe, optional
@@ -123,6 +132,8 @@ def train(
         If `out` holds a checkpoint of another run.
     CacheLimitError
         If the token states would outgrow `states_limit` or the disk.
+    MissingExtraError
+        If kind ``"lora"`` is asked for and peft is not installed.
     """
     job, said = _prepare(
         fit,
@@ -133,6 +144,8 @@ def train(
         seed=seed,
         views=views,
         blocks=blocks,
+        lora=lora,
+        warm_start=warm_start,
         options=options or TrunkOptions(),
         recipe=recipe or Recipe.of(kind),
         out=None if out is None else Path(out).expanduser(),
@@ -178,6 +191,8 @@ def _trainer_of(kind: str) -> Callable[[Job], Trained]:
         from ensemble_rm.training.full import train_full
 
         return train_full
+    if kind == "lora":
+        return train_lora
     return train_branches if kind == "branch" else train_heads
 
 
@@ -190,7 +205,9 @@ def _prepare(
     members: int,
     seed: int,
     views: Sequence[View | str] | None,
-    blocks: int,
+    blocks: int | None,
+    lora: LoraOptions | None,
+    warm_start: bool,
     options: TrunkOptions,
     recipe: Recipe,
     out: Path | None,
@@ -200,11 +217,13 @@ def _prepare(
     if members < 1:
         raise OptionError(f"members must be at least 1, not {members}")
     recipe.check(kind)
+    if kind != "lora" and (lora is not None or warm_start):
+        raise OptionError(f"lora and warm_start belong to kind 'lora', not to {kind!r}")
     require_pairs(fit, "training")
     require_pairs(validation, "validation")
     _refuse_leak(fit, validation)
     found = locate(backbone, cache_dir=cache_dir)
-    chosen = resolve_views(views, members, found, kind=kind, blocks=blocks)
+    chosen, count = resolve_views(views, members, found, kind=kind, blocks=blocks)
     said: dict[str, Any] = {
         "kind": kind,
         "seed": seed,
@@ -218,20 +237,24 @@ def _prepare(
             for part, pairs in (("fit", fit), ("validation", validation))
         },
     }
-    if kind == "branch":
-        said["blocks"] = blocks
+    if kind in ("branch", "lora"):
+        said["blocks"] = count
+    if kind == "lora":
+        said |= {"lora": asdict(lora or LoraOptions()), "warm_start": warm_start}
     job = Job(
         fit,
         validation,
         found,
         member_seeds(seed, members),
         chosen,
-        blocks,
+        count,
         options,
         recipe,
         hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(),
         None if out is None else out.parent / f".{out.name}.training",
         cache_dir,
+        lora=lora or LoraOptions(),
+        warm_start=warm_start,
     )
     return job, said
 
@@ -244,7 +267,9 @@ def plan(
     kind: Kind = "head",
     members: int = 5,
     views: Sequence[View | str] | None = None,
-    blocks: int = DEFAULT_BLOCKS,
+    blocks: int | None = None,
+    lora: LoraOptions | None = None,
+    warm_start: bool = False,
     options: TrunkOptions | None = None,
     recipe: Recipe | None = None,
     cache_dir: str | Path | None = DEFAULT_CACHE,
@@ -259,6 +284,8 @@ def plan(
         seed=0,
         views=views,
         blocks=blocks,
+        lora=lora,
+        warm_start=warm_start,
         options=options or TrunkOptions(),
         recipe=recipe or Recipe.of(kind),
         out=None,
@@ -281,10 +308,11 @@ def plan(
         "tokens": sum(len(e.ids) for e in encoded),
         "truncation": count_truncation(encoded).to_json(),
     }
-    if kind == "branch":
-        width = read_shape(job.backbone)[1]
+    if kind in ("branch", "lora"):
+        depth, width = read_shape(job.backbone)
         size = states_bytes(encoded, width=width, dtype=job.options.dtype)
-        found |= {"blocks": blocks, "token_states_bytes": size}
+        shared = job.blocks < depth
+        found |= {"blocks": job.blocks, "token_states_bytes": size if shared else 0}
     return found
 
 

@@ -9,6 +9,8 @@ from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone import Backbone
 from ensemble_rm.members.trunk import View, default_views
 
+DEFAULT_BLOCKS = 2  # that a branch copies
+
 
 def read_shape(backbone: Backbone) -> tuple[int, int]:
     """Return a backbone's number of blocks and the width of its states, from its config."""
@@ -25,9 +27,9 @@ def resolve_views(
     backbone: Backbone,
     *,
     kind: str,
-    blocks: int,
-) -> tuple[View, ...]:
-    """Return one view a member; none for full members.
+    blocks: int | None,
+) -> tuple[tuple[View, ...], int]:
+    """Return one view a member, none for full members; and the number of blocks.
 
     Parameters
     ----------
@@ -35,9 +37,10 @@ def resolve_views(
         As the user lists them: one for all, or one a member.
     members : int
     backbone : Backbone
-    kind : {"head", "branch", "full"}
-    blocks : int
-        How many blocks a branch copies.
+    kind : {"head", "branch", "lora", "full"}
+    blocks : int, optional
+        How many blocks a branch copies, or an adapter changes: the upper 2 of a branch, all for
+        adapters where not given.
 
     Raises
     ------
@@ -48,15 +51,11 @@ def resolve_views(
     if kind == "full":
         if views is not None:
             raise OptionError("full members have no views; they are read by their own model's rule")
-        return ()
-    if kind == "branch" and not 1 <= blocks < depth:
-        raise OptionError(
-            f"blocks must lie between 1 and {depth - 1} for {backbone.name}, not {blocks}; "
-            "kind 'full' copies them all"
-        )
+        return (), 0
+    count = _check_blocks(blocks, depth, backbone.name, kind=kind)
     if views is None:
         whole = View(depth, "both")
-        return default_views(depth, members) if kind == "head" else (whole,) * members
+        return default_views(depth, members) if kind == "head" else (whole,) * members, count
     given = tuple(View.parse(view) if isinstance(view, str) else view for view in views)
     if len(given) == 1:
         given *= members
@@ -65,8 +64,20 @@ def resolve_views(
     for view in given:
         if not 1 <= view.layer <= depth:
             raise OptionError(f"view {view}: {backbone.name} has layers 1 to {depth}")
-        if kind == "branch" and view.layer != depth:
+        if kind != "head" and view.layer != depth:
             raise OptionError(
-                f"view {view}: a branch is read after its last block, {depth}:{view.pooling}"
+                f"view {view}: a {kind} member is read after its last block, {depth}:{view.pooling}"
             )
-    return given
+    return given, count
+
+
+def _check_blocks(blocks: int | None, depth: int, name: str, *, kind: str) -> int:
+    """Return how many top blocks each member has of its own."""
+    if kind == "head":
+        return 0
+    most = depth if kind == "lora" else depth - 1
+    count = (depth if kind == "lora" else DEFAULT_BLOCKS) if blocks is None else blocks
+    if not 1 <= count <= most:
+        more = "" if kind == "lora" else "; kind 'full' copies them all"
+        raise OptionError(f"blocks must lie between 1 and {most} for {name}, not {count}{more}")
+    return count

@@ -1,0 +1,197 @@
+"""LoRA adapters on a trunk's top blocks: every member has its own, all share the blocks' weights.
+
+A member's blocks are a copy of the modules, not of their weights; peft puts one adapter into each
+copy. No member is ever switched on or off, so nothing that one does reaches another. Knows nothing
+of heads, losses or files.
+
+References
+----------
+.. [1] Hu et al. 2021, arXiv 2106.09685: W + (alpha/rank)·B·A, B zero at the start.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import ModuleList
+
+from ensemble_rm.errors import MissingExtraError, OptionError
+
+_ADAPTER = "member"  # peft's name of the only adapter in each copy
+
+
+@dataclass(frozen=True, slots=True)
+class LoraOptions:
+    """What an adapter is.
+
+    Attributes
+    ----------
+    rank : int
+        Of the weights' update, B·A.
+    alpha : float
+        The update is scaled by alpha/rank.
+    targets : tuple of str
+        The linear layers that are adapted, by the ends of their names, such as ``"q_proj"``; all
+        of the blocks' where none is named.
+    dropout : float
+        Of an adapter's input, in training.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        rules = {
+            "rank": (self.rank >= 1, "at least 1"),
+            "alpha": (0 < self.alpha < math.inf, "a finite number > 0"),
+            "dropout": (0 <= self.dropout < 1, "in [0, 1)"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise OptionError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+
+
+def require_peft() -> None:
+    """Raise `MissingExtraError` where peft is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            "kind 'lora' needs the package `peft`: pip install 'ensemble-rm[lora]'"
+        ) from error
+
+
+def linear_layers(blocks: ModuleList, targets: tuple[str, ...] = ()) -> list[str]:
+    """Return the names of the blocks' linear layers, or of those that end in a target.
+
+    Raises
+    ------
+    OptionError
+        If a target names none of them, or there is none.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    found = [
+        name
+        for name, module in blocks.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    ]
+    ends = {
+        name: {name.split(".", depth)[-1] for depth in range(name.count(".") + 1)} for name in found
+    }
+    for target in targets:
+        if not any(target in its for its in ends.values()):
+            last = sorted({name.rpartition(".")[2] for name in found})
+            raise OptionError(f"no linear layer of the blocks is called {target!r}: {last}")
+    if not found:
+        raise OptionError("the blocks hold no linear layer that LoRA could adapt")
+    return [name for name in found if not targets or ends[name] & set(targets)]
+
+
+def adapt(blocks: ModuleList, options: LoraOptions) -> ModuleList:
+    """Return the blocks with a fresh adapter: new modules around the same weights.
+
+    The adapter's A are drawn from torch's global generator, its B are zero, so that the blocks
+    compute what they did. Its weights are float32; only they can be trained.
+
+    Raises
+    ------
+    MissingExtraError
+        If peft is not installed.
+    OptionError
+        If a target names no linear layer.
+    """
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = linear_layers(blocks, options.targets)
+    own = share(blocks)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]
+        target_modules=names,
+        lora_dropout=options.dropout,
+        fan_in_fan_out=not isinstance(own.get_submodule(names[0]), torch.nn.Linear),
+    )
+    inject_adapter_in_model(config, own, adapter_name=_ADAPTER)
+    for name, p in own.named_parameters():
+        if f".{_ADAPTER}." in name:
+            p.data = p.data.float()
+    return own
+
+
+def share(blocks: ModuleList) -> ModuleList:
+    """Return a copy of modules that shares every parameter and buffer."""
+    tensors = [*blocks.parameters(), *blocks.buffers()]
+    return copy.deepcopy(blocks, {id(tensor): tensor for tensor in tensors})
+
+
+def own_tensors(blocks: ModuleList) -> dict[str, torch.Tensor]:
+    """Return the adapter's weights by name, ``"0.….lora_A.weight"`` and ``lora_B``."""
+    return {
+        name.replace(f".{_ADAPTER}.", "."): p.detach()
+        for name, p in blocks.named_parameters()
+        if f".{_ADAPTER}." in name
+    }
+
+
+def pour(blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tensor]) -> ModuleList:
+    """Return the blocks with an adapter of these weights, frozen; no generator moves on.
+
+    Raises
+    ------
+    RuntimeError
+        If the weights do not fit.
+    """
+    devices = {p.device for p in blocks.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        own = adapt(blocks, options)
+    there = own_tensors(own)
+    shapes = [{k: tuple(v.shape) for k, v in side.items()} for side in (there, tensors)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:2]
+        raise RuntimeError(f"adapters of other names or shapes: {odd}")
+    for name, place in there.items():
+        place.copy_(tensors[name])
+    return own.eval().requires_grad_(requires_grad=False)
+
+
+def merged(
+    blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tensor]
+) -> ModuleList:
+    """Return the blocks with an adapter's update added to their weights; all else is shared.
+
+    Raises
+    ------
+    RuntimeError
+        If the adapter's weights do not fit.
+    """
+    names = linear_layers(blocks, options.targets)
+    own = share(blocks)
+    if set(tensors) != {f"{name}.lora_{side}.weight" for name in names for side in "AB"}:
+        raise RuntimeError("the shared adapter is of other layers")
+    for name in names:
+        layer = own.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        a, b = (tensors[f"{name}.lora_{side}.weight"].to(weight.device) for side in "AB")
+        update = b @ a * (options.alpha / options.rank)
+        update = update if isinstance(layer, torch.nn.Linear) else update.T
+        value = (weight.detach().float() + update).to(weight.dtype)
+        layer.weight = torch.nn.Parameter(value, requires_grad=False)
+    return own
+
+
+def factors(blocks: ModuleList) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return each adapted layer's A, (rank, in), and B, (out, rank), as they are trained."""
+    named = {name: p for name, p in blocks.named_parameters() if f".{_ADAPTER}." in name}
+    return [
+        (p, named[name.replace(".lora_A.", ".lora_B.")])
+        for name, p in named.items()
+        if ".lora_A." in name
+    ]

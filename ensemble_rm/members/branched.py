@@ -1,0 +1,229 @@
+"""What `branch` and `lora` members have in common: one trunk, k versions of its top blocks.
+
+The trunk runs once a sample up to the blocks that differ; each member runs its own from there, and
+a head reads what they return. How the versions are made from the trunk's own blocks is each kind's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from torch.nn import ModuleList
+
+from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.members import backbone as bb
+from ensemble_rm.members.branching import Branching
+from ensemble_rm.members.head_weights import HeadWeights
+from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.prefix import Prefix
+from ensemble_rm.members.text import Truncation, count_truncation
+from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
+from ensemble_rm.samples import Sample
+
+Tensors = dict[str, torch.Tensor]
+SHARED = "shared"  # before the names of weights that are no single member's
+
+
+class Branched:
+    """k versions of a trunk's top blocks, a head on each; a kind adds `_grow` and `score`.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    options : TrunkOptions
+        How the trunk reads text: the same at training and at scoring.
+    views : sequence of View
+        How each member's last states are pooled; the layer is the deepest.
+    heads : HeadWeights
+    tensors : sequence of dict
+        What each member has of its own, by name, ``"0.…"`` its lowest block's.
+    blocks : int
+        How many blocks each has.
+    names : sequence of str, optional
+        One a member; numbered where not given.
+    branching : Branching, optional
+        Over an open trunk, instead of one loaded at the first score.
+    """
+
+    kind: str
+    file: str
+
+    def __init__(
+        self,
+        backbone: bb.Backbone,
+        options: TrunkOptions,
+        views: Sequence[View],
+        heads: HeadWeights,
+        tensors: Sequence[Tensors],
+        *,
+        blocks: int,
+        names: Sequence[str] | None = None,
+        branching: Branching | None = None,
+    ) -> None:
+        if not len(views) == len(heads.bias) == len(tensors):
+            raise OptionError(
+                f"{len(views)} views, {len(heads.bias)} heads and {len(tensors)} members' weights"
+            )
+        self.backbone, self.options = backbone, options
+        self.views, self.heads, self.blocks = tuple(views), heads, blocks
+        self.tensors = list(tensors)
+        numbered = (f"{self.kind}{i}" for i in range(len(self.views)))
+        self.names = tuple(names) if names else tuple(numbered)
+        self._branching = branching
+        self._members: list[ModuleList] = []
+        self._lock = Lock()
+
+    def _grow(self, trunk: Trunk) -> list[ModuleList]:
+        """Make every member's blocks from the trunk's; a RuntimeError where they do not fit."""
+        raise NotImplementedError
+
+    def _open(self) -> tuple[Branching, list[ModuleList]]:
+        """Load the trunk and make the members' blocks at first use."""
+        with self._lock:
+            if self._branching is None:
+                top = self.views[0].layer - self.blocks
+                self._branching = Branching(Trunk(self.backbone, self.options, top=top))
+            if not self._members:
+                try:
+                    self._members = self._grow(self._branching.trunk)
+                except RuntimeError as error:
+                    raise StorageError(
+                        f"the {self.kind} members do not fit the backbone: {error}"
+                    ) from error
+            return self._branching, self._members
+
+    @torch.inference_mode()
+    def score_counted(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
+    ) -> tuple[NDArray[np.float64], Truncation]:
+        """Return the scores, and how many samples were cut."""
+        branching, members = self._open()
+        trunk = branching.trunk
+        encoded = trunk.encoder.encode(samples)
+        out = np.empty((len(encoded), len(members)))
+        done, width = 0, self.heads.offset.shape[1]
+        prompts: tuple[Prefix | None, list[Prefix]] = (None, [])  # the trunk's, and each member's
+        for batch in branching.passes(encoded, members[0]):
+            states = branching.states(batch)
+            if batch.prefix is not None and batch.prefix is not prompts[0]:
+                read = [branching.read_prefix(blocks, batch.prefix) for blocks in members]
+                prompts = (batch.prefix, read)
+            for i, (blocks, view) in enumerate(zip(members, self.views, strict=True)):
+                own = batch if batch.prefix is None else replace(batch, prefix=prompts[1][i])
+                pooled = branching.pooled(blocks, states, own, view.pooling, width=width)
+                out[batch.rows, i] = self.heads(i, pooled.cpu().numpy())
+            done += len(batch.rows)
+            progress("scoring", done, len(encoded))
+        return out, count_truncation(encoded)
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the scores of equal samples are."""
+        said = {"views": [str(view) for view in self.views], "blocks": self.blocks}
+        weights = self.heads.tensors() | self._weights()
+        return member_digest(self.kind, self.backbone, self.options, said | self._said(), weights)
+
+    def _said(self) -> dict[str, Any]:
+        """Return what a kind says of itself beside what all do."""
+        return {}
+
+    def _weights(self) -> Tensors:
+        """Return all weights that are the members' own, by name."""
+        return {f"{i}.{k}": v for i, own in enumerate(self.tensors) for k, v in own.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what provenance and reports say of it."""
+        return {
+            "kind": self.kind,
+            "backbone": self.backbone.name,
+            "digest": self.backbone.digest,
+            "options": asdict(self.options),
+            "views": [str(view) for view in self.views],
+            "blocks": self.blocks,
+            "names": list(self.names),
+        } | self._said()
+
+    def save(self, folder: Path) -> None:
+        """Write ``member.json``, ``heads.safetensors`` and the members' own weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        heads = {k: np.ascontiguousarray(v) for k, v in self.heads.tensors().items()}
+        save_arrays(heads, folder / "heads.safetensors")
+        flat = {name: tensor.cpu().contiguous() for name, tensor in self._weights().items()}
+        save_file(flat, folder / self.file)
+        (folder / "member.json").write_text(json.dumps(self.describe(), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `Branched.save` wrote, read back.
+
+    Attributes
+    ----------
+    said : dict
+        ``member.json``.
+    options : TrunkOptions
+    views : list of View
+    heads : HeadWeights
+    tensors : list of dict
+        Each member's.
+    shared : dict
+        What all have in common beside the backbone.
+    backbone : Backbone
+        The same weights as at training.
+    """
+
+    said: dict[str, Any]
+    options: TrunkOptions
+    views: list[View]
+    heads: HeadWeights
+    tensors: list[Tensors]
+    shared: Tensors
+    backbone: bb.Backbone
+
+
+def read_stored(
+    folder: Path,
+    file: str,
+    *,
+    backbone: str | Path | None,
+    device: str | None,
+    cache_dir: Path | None,
+) -> Stored:
+    """Read what `Branched.save` wrote.
+
+    Raises
+    ------
+    BackboneError
+        If the backbone's weights are not those that the members grew from.
+    StorageError
+        If the folder is incomplete.
+    """
+    try:
+        said = json.loads((folder / "member.json").read_text())
+        heads = HeadWeights(**load_arrays(folder / "heads.safetensors"))
+        views = [View.parse(view) for view in said["views"]]
+        options = replace(TrunkOptions(**said["options"]), device=device)
+        tensors: list[Tensors] = [{} for _ in views]
+        shared: Tensors = {}
+        for name, tensor in load_file(folder / file).items():
+            member, _, rest = name.partition(".")
+            (shared if member == SHARED else tensors[int(member)])[rest] = tensor
+        name, digest = said["backbone"], said["digest"]
+        said["blocks"], said["names"] = int(said["blocks"]), list(said["names"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise StorageError(f"{folder} holds no saved members: {error!r}") from error
+    found = bb.locate_same(backbone or name, digest, cache_dir=cache_dir)
+    return Stored(said, options, views, heads, tensors, shared, found)

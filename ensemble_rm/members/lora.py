@@ -1,0 +1,161 @@
+"""`lora` members: one trunk, k LoRA adapters on its top blocks or on all of them, a head on each.
+
+The backbone's weights are in memory once, whatever k is; a saved member is its adapter and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.nn import ModuleList
+
+from ensemble_rm.errors import StorageError
+from ensemble_rm.members import backbone as bb
+from ensemble_rm.members.adapters import LoraOptions, merged, pour, require_peft
+from ensemble_rm.members.branched import SHARED, Branched, Tensors, read_stored
+from ensemble_rm.members.branching import Branching
+from ensemble_rm.members.head_weights import HeadWeights
+from ensemble_rm.members.trunk import Trunk, TrunkOptions, View
+from ensemble_rm.samples import Sample
+
+
+class LoraScorer(Branched):
+    """k adapters over one backbone.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    options : TrunkOptions
+        How the trunk reads text: the same at training and at scoring.
+    views : sequence of View
+        How each member's last states are pooled; the layer is the deepest.
+    heads : HeadWeights
+    tensors : sequence of dict
+        Each adapter's weights by name, ``"0.…"`` those on the lowest block that is adapted.
+    blocks : int
+        How many top blocks are adapted; what lies below runs once for all members.
+    lora : LoraOptions
+        What the adapters are.
+    shared : dict, optional
+        Weights of an adapter that is merged into the blocks below all others: the warm start.
+    names : sequence of str, optional
+        One an adapter.
+    branching : Branching, optional
+        Over an open trunk, instead of one loaded at the first score.
+    """
+
+    kind = "lora"
+    file = "adapters.safetensors"
+
+    def __init__(
+        self,
+        backbone: bb.Backbone,
+        options: TrunkOptions,
+        views: Sequence[View],
+        heads: HeadWeights,
+        tensors: Sequence[Tensors],
+        *,
+        blocks: int,
+        lora: LoraOptions,
+        shared: Tensors | None = None,
+        names: Sequence[str] | None = None,
+        branching: Branching | None = None,
+    ) -> None:
+        super().__init__(
+            backbone,
+            options,
+            views,
+            heads,
+            tensors,
+            blocks=blocks,
+            names=names,
+            branching=branching,
+        )
+        self.lora, self.shared = lora, shared
+
+    def _grow(self, trunk: Trunk) -> list[ModuleList]:
+        """Put each adapter around the trunk's upper blocks, whose weights all share."""
+        base = trunk.rest
+        if self.shared is not None:
+            base = merged(base, self.lora, self.shared)
+        found = [pour(base, self.lora, tensors) for tensors in self.tensors]
+        trunk.forget_rest()
+        return found
+
+    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
+        """Return (n_samples, k) raw scores, in the order of the samples."""
+        return self.score_counted(samples)[0]
+
+    def with_options(self, options: TrunkOptions) -> LoraScorer:
+        """Return the same adapters over a trunk of other options, loaded at its first score."""
+        return LoraScorer(
+            self.backbone,
+            options,
+            self.views,
+            self.heads,
+            self.tensors,
+            blocks=self.blocks,
+            lora=self.lora,
+            shared=self.shared,
+            names=self.names,
+        )
+
+    def _said(self) -> dict[str, Any]:
+        return {"lora": asdict(self.lora), "warm_start": self.shared is not None}
+
+    def _weights(self) -> Tensors:
+        shared = self.shared or {}
+        return super()._weights() | {f"{SHARED}.{name}": v for name, v in shared.items()}
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        backbone: str | Path | None = None,
+        device: str | None = None,
+        cache_dir: Path | None = bb.DEFAULT_CACHE,
+    ) -> LoraScorer:
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        folder : Path
+        backbone : str or Path, optional
+            Where the backbone lies now, if not where training found it.
+        device : str, optional
+            The best available where none is named.
+        cache_dir : Path, optional
+            For converted GGUF weights.
+
+        Raises
+        ------
+        MissingExtraError
+            If peft is not installed.
+        BackboneError
+            If the backbone's weights are not those that the adapters were trained on.
+        StorageError
+            If the folder is incomplete.
+        """
+        require_peft()
+        found = read_stored(folder, cls.file, backbone=backbone, device=device, cache_dir=cache_dir)
+        try:
+            lora = LoraOptions(**found.said["lora"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StorageError(f"{folder} holds no saved lora members: {error!r}") from error
+        return cls(
+            found.backbone,
+            found.options,
+            found.views,
+            found.heads,
+            found.tensors,
+            blocks=found.said["blocks"],
+            lora=lora,
+            shared=found.shared or None,
+            names=found.said["names"],
+        )

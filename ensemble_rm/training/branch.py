@@ -1,0 +1,73 @@
+"""A branch in training, and what it is trained on.
+
+What is trained of a member's blocks, its whole copy or an adapter on them, is what requires a
+gradient: a frozen parameter is neither saved nor restored, and members may share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ensemble_rm.members.head_weights import HeadWeights
+from ensemble_rm.members.pooling import Pooling
+from ensemble_rm.members.states import TokenStates
+from ensemble_rm.samples import Preferences
+
+
+@dataclass(frozen=True)
+class PairStates:
+    """Token states and verdicts of preference pairs.
+
+    Attributes
+    ----------
+    states : TokenStates
+        Of 2·n_pairs samples: every chosen one, then every rejected one.
+    pairs : Preferences
+    """
+
+    states: TokenStates
+    pairs: Preferences
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+class Branch(torch.nn.Module):
+    """A member in training: its blocks, and its linear head.
+
+    Parameters
+    ----------
+    blocks : ModuleList
+        Its own; what is to be trained in them is float32 and requires a gradient.
+    head : HeadWeights
+    member : int
+        Which of the heads.
+    pooling : {"last", "mean", "both"}
+    """
+
+    def __init__(
+        self, blocks: torch.nn.ModuleList, head: HeadWeights, member: int, pooling: Pooling
+    ) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.pooling: Pooling = pooling
+        for name in ("offset", "gain"):
+            value = torch.from_numpy(getattr(head, name)[member]).float()
+            self.register_buffer(name, value, persistent=False)
+        self.weight = torch.nn.Parameter(torch.from_numpy(head.weight[member]).float())
+        self.bias = torch.nn.Parameter(torch.tensor(float(head.bias[member])))
+
+    def score(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Score (B, width) pooled states: (B,)."""
+        offset, gain = self.get_buffer("offset"), self.get_buffer("gain")
+        return (pooled - offset) * gain @ self.weight + self.bias
+
+    def copied(self) -> dict[str, torch.Tensor]:
+        """Return what is trained as it is now, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.trained().items()}
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """Return what is trained, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -1,0 +1,114 @@
+"""`lora` members: k adapters over one backbone, trained as branches whose blocks stand still.
+
+With a warm start, one adapter is fitted first and merged into the blocks, and the members' adapters
+start from there [1]_.
+
+References
+----------
+.. [1] Zhang et al. 2024, arXiv 2401.16635: LoRA ensembles do better from a backbone that was
+   fine-tuned on the task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch.nn import ModuleList
+
+from ensemble_rm.errors import OptionError
+from ensemble_rm.members.adapters import LoraOptions, adapt, merged, own_tensors, require_peft
+from ensemble_rm.members.branched import Tensors
+from ensemble_rm.members.lora import LoraScorer
+from ensemble_rm.training.branch_members import (
+    Ground,
+    finish,
+    first_heads,
+    fit_branches,
+    ground,
+    trained_heads,
+)
+from ensemble_rm.training.checkpoint import load_checkpoint, save_checkpoint
+from ensemble_rm.training.job import Job, Trained
+from ensemble_rm.training.seeds import global_seed, member_seeds
+
+
+def train_lora(job: Job) -> Trained:
+    """Train k adapters, each with a head, over one backbone.
+
+    Raises
+    ------
+    MissingExtraError
+        If peft is not installed.
+    OptionError
+        If a target names no linear layer, or a single member shall be kept apart from others.
+    """
+    require_peft()
+    if job.recipe.diversity > 0 and len(job.seeds) == 1:
+        raise OptionError(
+            f"diversity={job.recipe.diversity} keeps members apart, and there is only one; give "
+            "more members, or leave it 0"
+        )
+    with ground(job) as found:
+        shared = _shared(found) if job.warm_start else None
+        blocks = found.branching.trunk.rest
+        if shared is not None:
+            blocks = merged(blocks, job.lora, shared)
+        heads = first_heads(found, blocks)
+        result = fit_branches(
+            found,
+            heads,
+            [_adapted(blocks, job.lora, seeds["init"]) for seeds in job.seeds],
+            checkpoint=job.checkpoint,
+        )
+        scorer = LoraScorer(
+            job.backbone,
+            job.options,
+            job.views,
+            trained_heads(heads, result),
+            [_on_cpu(own_tensors(branch.blocks)) for branch in result.branches],
+            blocks=job.blocks,
+            lora=job.lora,
+            shared=shared,
+            branching=found.branching,
+        )
+        return finish(found, scorer, result)
+
+
+def _adapted(blocks: ModuleList, lora: LoraOptions, seed: int) -> ModuleList:
+    with global_seed(seed):
+        return adapt(blocks, lora)
+
+
+def _on_cpu(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+def _shared(found: Ground) -> Tensors:
+    """Fit the adapter that all members start from, or read it where it is fitted already."""
+    job, blocks = found.job, found.branching.trunk.rest
+    place = None if job.checkpoint is None else job.checkpoint / "shared"
+    done = None if place is None else place / "done"
+    stored = None if done is None else load_checkpoint(done, recipe=job.digest)
+    if stored is not None:
+        return stored[0]
+    seeds = member_seeds(job.seeds[0]["init"], 1)  # a stream of its own
+    alone = replace(
+        found,
+        job=replace(
+            job,
+            seeds=seeds,
+            views=job.views[:1],
+            recipe=replace(job.recipe, diversity=0.0),
+            progress=job.named("shared adapter"),
+        ),
+    )
+    result = fit_branches(
+        alone,
+        first_heads(alone, blocks),
+        [_adapted(blocks, job.lora, seeds[0]["init"])],
+        checkpoint=place,
+    )
+    tensors = _on_cpu(own_tensors(result.branches[0].blocks))
+    if done is not None:
+        save_checkpoint(done, tensors, {"recipe": job.digest})
+    return tensors
