@@ -232,9 +232,7 @@ def compare_groups(
             figures.add_repeats("group16_default_vs_loop", found["loop"])
 
 
-def compare_pairs(
-    args: argparse.Namespace, backbone: Backbone, folder: Path, figures: Figures
-) -> None:
+def compare_pairs(args: argparse.Namespace, folder: Path, figures: Figures) -> None:
     options = TrunkOptions(max_length=512, dtype="bfloat16", device="cpu")
     samples = pairs_in_order(args)
     scorer = ClassifierScorer.from_name(folder, options)
@@ -295,11 +293,11 @@ def peak(side: str, args: argparse.Namespace, folder: Path) -> None:
 def compare_peaks(args: argparse.Namespace, folder: Path, figures: Figures) -> None:
     found: dict[str, list[float]] = {"ours": [], "pipeline": []}
     for _ in range(args.peak_repeats):
-        for side in found:
+        for side, values in found.items():
             command = [sys.executable, __file__, "--peak", side, "--classifier", str(folder)]
             command += ["--pairs", str(args.pairs), "--data", str(args.data)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[side].append(float(done.stdout.split("peak ")[1]))
+            values.append(float(done.stdout.split("peak ")[1]))
     ratios = [a / b for a, b in zip(found["ours"], found["pipeline"], strict=True)]
     figures.add_repeats("peak_branch5_vs_one", ratios)
     for side, values in found.items():
@@ -329,7 +327,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = make_classifier(backbone, Path(name) / "model")
         compare_groups(args, backbone, folder, figures)
-        compare_pairs(args, backbone, folder, figures)
+        compare_pairs(args, folder, figures)
         compare_weights(backbone, figures)
         compare_peaks(args, folder, figures)
     print(f"load: {os.getloadavg()[0]:.2f}")

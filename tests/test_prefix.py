@@ -24,7 +24,7 @@ from ensemble_rm import (
 )
 from ensemble_rm.demo.data import FILE
 from ensemble_rm.members.backbone import locate
-from ensemble_rm.members.prefix import MIN_SAVED, group, passes
+from ensemble_rm.members.passes import MIN_SAVED, group, passes
 from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Trunk
 

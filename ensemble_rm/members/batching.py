@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Encoded
-
-if TYPE_CHECKING:
-    from ensemble_rm.members.prefix import Prefix
 
 
 @dataclass(frozen=True, slots=True)

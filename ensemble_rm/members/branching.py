@@ -17,8 +17,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.batching import Batch
+from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import Pooling, Rule, pool
-from ensemble_rm.members.prefix import Prefix, keeps_a_cache, left_padded, passes
+from ensemble_rm.members.prefix import Prefix, keeps_a_cache, left_padded
 from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Trunk, View
 

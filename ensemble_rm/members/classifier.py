@@ -25,8 +25,9 @@ from ensemble_rm.errors import BackboneError, OptionError, StorageError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import pool
-from ensemble_rm.members.prefix import keeps_a_cache, passes, read_prefix
+from ensemble_rm.members.prefix import keeps_a_cache, read_prefix
 from ensemble_rm.members.text import Encoded, TextEncoder, Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
 from ensemble_rm.samples import Sample

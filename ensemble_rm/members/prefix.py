@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ensemble_rm.members.batching import Batch, batches, collate, plan
-from ensemble_rm.members.text import Encoded
-
-MIN_SAVED = 16  # tokens; sharing less than this in a group costs more than it saves
-_SPREAD = 4  # budgets that the expanded caches of one batch may hold
 _log = logging.getLogger(__name__)
 
 
@@ -126,63 +121,3 @@ def read_prefix(model: Any, prompts: Sequence[Sequence[int]], device: torch.devi
     empty = Prefix(ids, mask, mask.sum(1), Cache(layers=[]))
     out = model(**empty.inputs(), use_cache=True)
     return Prefix(ids, mask, empty.lengths, out.past_key_values)
-
-
-def group(encoded: Sequence[Encoded]) -> tuple[list[list[int]], list[int]]:
-    """Return groups of rows that begin with the same prompt, and the rows that stand alone."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    for row, e in enumerate(encoded):
-        found.setdefault(tuple(e.ids[: e.start]), []).append(row)
-    groups, alone = [], []
-    for prompt, rows in found.items():
-        if (len(rows) - 1) * len(prompt) >= MIN_SAVED:
-            groups.append(rows)
-        else:
-            alone += rows
-    return groups, alone
-
-
-def passes(
-    encoded: Sequence[Encoded],
-    *,
-    token_budget: int,
-    device: torch.device,
-    read: Callable[[list[list[int]]], Prefix] | None,
-) -> Iterator[Batch]:
-    """Yield every sample once, in batches of similar length that share their prompts.
-
-    Parameters
-    ----------
-    encoded : sequence of Encoded
-    token_budget : int
-        Padded tokens in a batch.
-    device : torch.device
-    read : callable, optional
-        Reads prompts; nothing is shared where there is none.
-    """
-    groups, alone = group(encoded) if read is not None else ([], list(range(len(encoded))))
-    lone = [encoded[row] for row in alone]
-    for batch in batches(lone, token_budget=token_budget, device=device):
-        yield batch.renumbered([alone[i] for i in batch.rows])
-    if read is None or not groups:
-        return
-    lengths = [encoded[rows[0]].start for rows in groups]
-    for chosen in plan(lengths, token_budget=token_budget):
-        prefix = read([encoded[groups[i][0]].ids[: lengths[i]] for i in chosen])
-        rows = [row for i in chosen for row in groups[i]]
-        owners = [n for n, i in enumerate(chosen) for _ in groups[i]]
-        tails = [_tail(encoded[row]) for row in rows]
-        room = max(_SPREAD * token_budget // (prefix.ids.shape[1] + 1), 1)
-        sizes = [len(tail.ids) for tail in tails]
-        for part in plan(sizes, token_budget=token_budget, max_rows=min(512, room)):
-            batch = collate(tails, part, device=device)
-            yield batch.renumbered(
-                [rows[i] for i in part],
-                prefix=prefix,
-                owners=torch.tensor([owners[i] for i in part], device=device),
-            )
-
-
-def _tail(encoded: Encoded) -> Encoded:
-    """Return the completion alone."""
-    return Encoded(encoded.ids[encoded.start :], 0)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.batching import Batch
+from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import POOLINGS, RULES, Pooling, Rule, pool
-from ensemble_rm.members.prefix import Prefix, keeps_a_cache, passes, read_prefix
+from ensemble_rm.members.prefix import Prefix, keeps_a_cache, read_prefix
 from ensemble_rm.members.text import Encoded, Template, TextEncoder
 
 Progress = Callable[[str, int, int], None]
