@@ -1,17 +1,17 @@
 """Scoring with five members against today's practice, SmolLM2-135M in bfloat16, one thread.
 
-Both sides run in turn, warm, tokenisation included, under the same dtype, threads and maximum length.
-Workloads: `group16`, prompts of about 200 tokens with 16 completions of at most 64 each; `pairs`,
-chosen and rejected of hh_rlhf.jsonl in order of arrival. Texts are made of words where that file is
-absent. Peers: `one` Hugging Face model, batches of 16 padded in order of arrival; the `loop` over
-five of them; transformers' text-classification `pipeline` at batch 32; and the `limit`, the
-backbone's forward pass on dense batches without padding, in tokens a second, against our real
+Both sides run in turn, warm, tokenisation included, under the same dtype, threads and maximum
+length. Workloads: `group16`, prompts of about 200 tokens with 16 completions of at most 64 each;
+`pairs`, chosen and rejected of hh_rlhf.jsonl in order of arrival. Texts are made of words where
+that file is absent. Peers: `one` Hugging Face model, batches of 16 padded in order of arrival; the
+`loop` over five of them; transformers' text-classification `pipeline` at batch 32; and the `limit`,
+the backbone's forward pass on dense batches without padding, in tokens a second, against our real
 tokens a second without prefix sharing.
 
-Branches are copies of the last blocks and heads are random vectors: what a weight is does not matter
-to time. Ratios are theirs/ours, above 1 is in our favour; `limit` is ours/theirs. Memory: weights of
-five branches against (1 + (k − 1)·m·block/total) of one model, and peak resident memory above the
-imports, each side in a process of its own.
+Branches are copies of the last blocks and heads are random vectors: what a weight is does not
+matter to time. Ratios are theirs/ours, above 1 is in our favour; `limit` is ours/theirs. Memory:
+weights of five branches against (1 + (k − 1)·m·block/total) of one model, and peak resident memory
+above the imports, each side in a process of its own.
 """
 
 from __future__ import annotations
@@ -176,11 +176,11 @@ def pipeline(folder: Path, options: TrunkOptions) -> Callable[[list[str]], Any]:
         max_length=options.max_length,
         function_to_apply="none",
     )
-    return lambda texts: pipe(texts)
+    return pipe  # type: ignore[return-value]
 
 
 def make_classifier(backbone: Backbone, folder: Path) -> Path:
-    """A sequence-classification model over the backbone, its head drawn from a seed."""
+    """Make a sequence-classification model over the backbone, its head drawn from a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = load_classifier(backbone.folder, dtype="bfloat16", new_head=True)
