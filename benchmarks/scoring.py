@@ -167,7 +167,7 @@ class HuggingFace:
 def pipeline(folder: Path, options: TrunkOptions) -> Callable[[list[str]], Any]:
     from transformers import pipeline as make
 
-    pipe = make(
+    return make(
         "text-classification",
         model=load_classifier(folder, dtype=options.dtype),
         tokenizer=load_tokenizer(folder),
@@ -176,7 +176,6 @@ def pipeline(folder: Path, options: TrunkOptions) -> Callable[[list[str]], Any]:
         max_length=options.max_length,
         function_to_apply="none",
     )
-    return pipe  # type: ignore[return-value]
 
 
 def make_classifier(backbone: Backbone, folder: Path) -> Path:
