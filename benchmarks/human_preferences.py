@@ -79,7 +79,9 @@ def report(kind: str, name: str, part: Part, results: dict[str, list[Fold]], f: 
         add("accuracy_gain", agreement(p, y) - agreement(q, y))
         add("nll_gain", pair_nll(q, y) - pair_nll(p, y))
         add("nll_gain_over_best_single", pair_nll(best, y) - pair_nll(p, y))
-        f.add_repeats(f"pooling_gain_{kind}_{name}", [fold.gain for fold in results[kind]])
+        gains = [fold.gain for fold in results[kind] if not np.isnan(fold.gain)]
+        if gains:  # a fold whose members contradict its test pairs has none
+            f.add_repeats(f"pooling_gain_{kind}_{name}", gains)
 
 
 def run(backbone: str, part_name: str, args: argparse.Namespace, figures: Figures) -> None:
