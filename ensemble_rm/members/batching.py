@@ -18,6 +18,10 @@ from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Encoded
 
 
+_ENOUGH = 1 / 8  # of the budget: a pass of this size is as quick a token as a larger one
+_FILLED = 0.8  # of the longest row: what a shorter one may at least fill
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """A padded batch.
@@ -68,13 +72,18 @@ class Batch:
 
 
 def plan(lengths: Sequence[int], *, token_budget: int, max_rows: int = 512) -> list[list[int]]:
-    """Group rows by length, longest first, each group within the budget of padded tokens."""
+    """Group rows by length, longest first, each group within the budget of padded tokens.
+
+    A group that holds enough work for one pass ends before rows that would be mostly padding.
+    """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     groups: list[list[int]] = []
     current: list[int] = []
     for row in order:
         widest = lengths[current[0]] if current else lengths[row]
-        if current and ((len(current) + 1) * widest > token_budget or len(current) >= max_rows):
+        full = (len(current) + 1) * widest > token_budget or len(current) >= max_rows
+        worked = len(current) * widest >= token_budget * _ENOUGH
+        if current and (full or (worked and lengths[row] < _FILLED * widest)):
             groups.append(current)
             current = []
         current.append(int(row))
