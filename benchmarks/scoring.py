@@ -193,20 +193,17 @@ def make_classifier(backbone: Backbone, folder: Path) -> Path:
 # Measuring -----------------------------------------------------------------------------------
 
 
-def in_turn(
-    ours: Callable[[], Any], theirs: dict[str, Callable[[], Any]], repeats: int
-) -> dict[str, list[float]]:
-    """Theirs/ours of each peer, a repeat each, after one warm round."""
-    sides = {"": ours, **theirs}
-    found: dict[str, list[float]] = {name: [] for name in theirs}
+def in_turn(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
+    """Return each side's seconds, a repeat each, after one warm round; the order alternates."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         order = list(sides) if repeat % 2 else list(reversed(sides))
         took = {name: seconds(sides[name]) for name in order}
         if repeat:
-            for name in theirs:
-                found[name].append(took[name] / took[""])
-        print({name or "ours": round(s, 2) for name, s in took.items()}, flush=True)
-    return found
+            for name, spent in took.items():
+                found[name].append(spent)
+        print({name: round(spent, 2) for name, spent in took.items()}, flush=True)
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def compare_groups(
@@ -214,33 +211,34 @@ def compare_groups(
 ) -> None:
     options = TrunkOptions(max_length=512, dtype="bfloat16", device="cpu")
     samples = groups(args, load_tokenizer(backbone.folder))
-    one, loop = HuggingFace(folder, options, 1), HuggingFace(folder, options, K)
-    for name, scorer, peers in (
-        ("branch5", branches(backbone, options, 2), ("loop", "one")),
-        ("views5", heads(backbone, options), ("one", "loop")),
+    scorers = {
+        "branch5": branches(backbone, options, 2),
+        "views5": heads(backbone, options),
+        "one": HuggingFace(folder, options, 1),
+        "loop": HuggingFace(folder, options, K),
+    }
+    took = in_turn(
+        {name: (lambda s=scorer: s.score(samples)) for name, scorer in scorers.items()},  # type: ignore[misc]
+        args.repeats,
+    )
+    for ours, peer in (
+        ("branch5", "loop"),
+        ("branch5", "one"),
+        ("views5", "one"),
+        ("views5", "loop"),
     ):
-        sides = {"one": one, "loop": loop}
-        found = in_turn(
-            lambda s=scorer: s.score(samples),  # type: ignore[misc]
-            {peer: (lambda p=sides[peer]: p.score(samples)) for peer in peers},  # type: ignore[misc]
-            args.repeats,
-        )
-        for peer in peers:
-            figures.add_repeats(f"group16_{name}_vs_{peer}", found[peer])
-        if name == "views5":  # what `train` makes where nothing else is said
-            figures.add_repeats("group16_default_vs_loop", found["loop"])
+        figures.add_repeats(f"group16_{ours}_vs_{peer}", list(took[peer] / took[ours]))
+    # What `train` makes where nothing else is said: heads with a view each.
+    figures.add_repeats("group16_default_vs_loop", list(took["loop"] / took["views5"]))
 
 
 def compare_pairs(args: argparse.Namespace, folder: Path, figures: Figures) -> None:
     options = TrunkOptions(max_length=512, dtype="bfloat16", device="cpu")
     samples = pairs_in_order(args)
     scorer = ClassifierScorer.from_name(folder, options)
+    alone = scorer.with_options(replace(options, share_prefix=False))
     texts = HuggingFace(folder, options, 0).texts(samples)
     pipe = pipeline(folder, options)
-    found = in_turn(lambda: scorer.score(samples), {"pipe": lambda: pipe(texts)}, args.repeats)
-    figures.add_repeats("pairs_vs_pipeline", found["pipe"])
-
-    alone = scorer.with_options(replace(options, share_prefix=False))
     encoder, model = alone._open()
     tokens = sum(len(e.ids) for e in encoder.encode(samples))
     ids = torch.randint(100, 40000, (32, 256))
@@ -250,9 +248,16 @@ def compare_pairs(args: argparse.Namespace, folder: Path, figures: Figures) -> N
         for _ in range(args.dense):
             model.base_model(input_ids=ids, use_cache=False)
 
-    dense = args.dense * ids.numel()
-    ratios = in_turn(lambda: alone.score(samples), {"limit": limit}, args.repeats)["limit"]
-    figures.add_repeats("pairs_vs_limit", [r * tokens / dense for r in ratios])
+    sides: dict[str, Callable[[], Any]] = {
+        "ours": lambda: scorer.score(samples),
+        "alone": lambda: alone.score(samples),
+        "pipeline": lambda: pipe(texts),
+        "limit": limit,
+    }
+    took = in_turn(sides, args.repeats)
+    figures.add_repeats("pairs_vs_pipeline", list(took["pipeline"] / took["ours"]))
+    rates = (tokens / took["alone"]) / (args.dense * ids.numel() / took["limit"])
+    figures.add_repeats("pairs_vs_limit", list(rates))
 
 
 def compare_weights(backbone: Backbone, figures: Figures) -> None:
