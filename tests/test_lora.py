@@ -105,7 +105,7 @@ def test_adapters_share_the_blocks_and_merging_one_is_running_it(
     linear = sum("Linear" in str(type(m)) for m in trunk.rest.modules())
     assert len(factors(own)) == (2 if lora.targets else linear)
     branching = Branching(trunk)
-    (batch,) = batches(trunk.encoder.encode(SAMPLES), token_budget=999, device=trunk.device)
+    (batch,) = batches(trunk.encoder.encode(SAMPLES), token_budget=9999, device=trunk.device)
     states = branching.states(batch)
     with torch.inference_mode():
         scores = [

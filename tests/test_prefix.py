@@ -197,3 +197,21 @@ def test_a_saved_ensemble_keeps_its_choice(small_folder: Path, tmp_path: Path) -
     )
     (scorer,) = RewardEnsemble.from_pretrained(tmp_path / "r", device="cpu").scorers
     assert scorer.options.share_prefix is False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_attention_is_that_over_repeated_heads(dtype: torch.dtype) -> None:
+    from ensemble_rm.members.attention import grouped_attention
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        query = torch.randn(3, 6, 5, 8).to(dtype)
+        key, value = torch.randn(3, 2, 9, 8).to(dtype), torch.randn(3, 2, 9, 8).to(dtype)
+        mask = torch.rand(3, 1, 5, 9) < 0.7
+    mask[..., 0] = True
+    found, _ = grouped_attention(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
+    k, v = (x.double().repeat_interleave(3, dim=1) for x in (key, value))
+    weights = (query.double() @ k.mT * 0.3).masked_fill(~mask, -torch.inf).softmax(-1)
+    wanted = (weights @ v).transpose(1, 2)
+    atol = 1e-6 if dtype == torch.float32 else 0.02
+    np.testing.assert_allclose(found.double().numpy(), wanted.numpy(), atol=atol)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ensemble_rm.errors import BackboneError, OptionError, StorageError
 from ensemble_rm.members import backbone as bb
+from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.identity import member_digest
 from ensemble_rm.members.passes import passes
@@ -187,6 +188,7 @@ class ClassifierScorer:
                 model = bb.load_classifier(folder, dtype=self.options.dtype)
                 tokenizer = bb.load_tokenizer(folder)
                 set_pad_token(model, tokenizer)
+                group_heads(model, self.device)
                 if self.options.dtype != "float32":
                     _lift_head(model)
                 self._shares = (

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members import backbone as bb
+from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import POOLINGS, RULES, Pooling, Rule, pool
@@ -176,6 +177,7 @@ class Trunk:
         self.rest = torch.nn.ModuleList(list(blocks)[self.top :])
         setattr(model.get_submodule(".".join(self.path[:-1])), self.path[-1], self.blocks)
         self.model: Any = model.to(self.device)
+        group_heads(self.model, self.device)
         model_config: Any = self.model.config
         self.width: int = model_config.get_text_config().hidden_size
 

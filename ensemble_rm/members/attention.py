@@ -1,0 +1,70 @@
+"""Masked attention over grouped key–value heads, without copying them, on a CPU.
+
+transformers repeats the heads of keys and values wherever there is a mask, since a GPU's kernels
+want that. A CPU's do not, and the copies cost more than the attention. What stands here is
+transformers' own sdpa attention but for that case, under a name of its own in its registry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "ensemble_rm_grouped_sdpa"
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers' sdpa does.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    query : torch.Tensor
+        (B, heads, T, D).
+    key, value : torch.Tensor
+        (B, groups, S, D).
+    attention_mask : torch.Tensor, optional
+        (B, 1, T, S).
+    dropout, scaling, is_causal
+        As transformers passes them.
+    **more
+        What only some models pass; then transformers' function answers.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, T, heads, D), and None in place of weights.
+    """
+    plain = attention_mask is None or query.shape[1] == key.shape[1]
+    special = any(more.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    if plain or special or query.device.type != "cpu":
+        out: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **more
+        )
+        return out
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def group_heads(model: Any, device: torch.device) -> None:
+    """Give a model this attention, where it has transformers' sdpa and runs on a CPU."""
+    if device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, grouped_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
