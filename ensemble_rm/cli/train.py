@@ -140,30 +140,14 @@ def run(args: argparse.Namespace) -> None:
     pairs = read_pairs(args.data, skip_bad=args.skip_bad)
     parts = dict(zip(PARTS, pairs.split(*args.split, seed=args.seed), strict=True))
     counts = {name: len(part) for name, part in parts.items()}
-    recipe, trainer_args, lora = _recipe(args), _trainer_args(args), _lora(args)
-    from ensemble_rm.members.backbone import DEFAULT_CACHE
+    shared = _shared(args)
     from ensemble_rm.members.baseline import reference_samples
     from ensemble_rm.training.train import plan, train
 
     if args.baseline:
         reference_samples(parts["validation"].samples())  # before anything is read
-    options = read_text_options(args)
-    cache_dir = args.cache_dir or DEFAULT_CACHE
     if args.dry_run:
-        found = plan(
-            parts["train"],
-            parts["validation"],
-            backbone=args.backbone,
-            kind=args.kind,
-            members=args.members,
-            views=args.view,
-            blocks=args.blocks,
-            lora=lora,
-            warm_start=args.warm_start,
-            options=options,
-            recipe=recipe,
-            cache_dir=cache_dir,
-        )
+        found = plan(parts["train"], parts["validation"], **shared)
         shown = "\n".join(f"{name}: {value}" for name, value in (found | counts).items())
         say(args, {"dry_run": True, "parts": counts} | found, shown)
         return
@@ -171,21 +155,12 @@ def run(args: argparse.Namespace) -> None:
         ensemble = train(
             parts["train"],
             parts["validation"],
-            backbone=args.backbone,
-            kind=args.kind,
-            members=args.members,
+            **shared,
             seed=args.seed,
-            views=args.view,
-            blocks=args.blocks,
-            lora=lora,
-            warm_start=args.warm_start,
-            options=options,
-            recipe=recipe,
             baseline=args.baseline,
             out=args.out,
-            cache_dir=cache_dir,
             states_limit=int(args.states_limit * 2**30),
-            trainer_args=trainer_args,
+            trainer_args=_trainer_args(args),
             progress=bars,
         )
     folder = _write_parts(args.out, parts)
@@ -200,6 +175,25 @@ def run(args: argparse.Namespace) -> None:
         | {"members": list(ensemble.names), "validation_nll": nll},
         "\n".join(lines),
     )
+
+
+def _shared(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `plan` and `train` are both told."""
+    _trainer_args(args)  # a bad one is refused in a dry run, too
+    from ensemble_rm.members.backbone import DEFAULT_CACHE
+
+    return {
+        "backbone": args.backbone,
+        "kind": args.kind,
+        "members": args.members,
+        "views": args.view,
+        "blocks": args.blocks,
+        "lora": _lora(args),
+        "warm_start": args.warm_start,
+        "options": read_text_options(args),
+        "recipe": _recipe(args),
+        "cache_dir": args.cache_dir or DEFAULT_CACHE,
+    }
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

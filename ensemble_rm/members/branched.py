@@ -7,6 +7,7 @@ a head reads what they return. How the versions are made from the trunk's own bl
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -37,7 +38,7 @@ Tensors = dict[str, torch.Tensor]
 SHARED = "shared"  # before the names of weights that are no single member's
 
 
-class Branched:
+class Branched(ABC):
     """k versions of a trunk's top blocks, a head on each; a kind adds `_grow` and `score`.
 
     Parameters
@@ -86,9 +87,9 @@ class Branched:
         self._members: list[ModuleList] = []
         self._lock = Lock()
 
+    @abstractmethod
     def _grow(self, trunk: Trunk) -> list[ModuleList]:
         """Make every member's blocks from the trunk's; a RuntimeError where they do not fit."""
-        raise NotImplementedError
 
     def _open(self) -> tuple[Branching, list[ModuleList]]:
         """Load the trunk and make the members' blocks at first use."""
