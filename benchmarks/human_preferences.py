@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from common import Figures, make_parser
-from preference_runs import Budget, Fold, K, Part, package_folder
+from preference_runs import BUDGETED, Budget, Fold, K, Part, package_folder
 
 from ensemble_rm import Preferences, TrunkOptions, load_preferences
 from ensemble_rm.members.backbone import locate
@@ -56,7 +56,7 @@ def pool(folds: list[Fold]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def report(kind: str, name: str, part: Part, results: dict[str, list[Fold]], f: Figures) -> None:
     """Add the figures of one kind."""
     rows, p, best = pool(results[kind])
-    peer_rows, q, _ = pool(results["budget_peer" if kind in ("branch", "full") else "peer"])
+    peer_rows, q, _ = pool(results["budget_peer" if kind in BUDGETED else "peer"])
     assert (rows == peer_rows).all()
     tested = part.pairs.take(rows)
     y, groups = tested.targets, tested.groups
@@ -110,9 +110,10 @@ def run(backbone: str, part_name: str, args: argparse.Namespace, figures: Figure
     ways += ["budget_peer"] if {"branch", "full"} & set(kinds) else []
     results: dict[str, list[Fold]] = {}
     for way in [*ways, *kinds]:
-        costly = way in ("budget_peer", "branch", "full")
         deals = args.deals if part_name == "harmless" else 1
-        folds = part.budget.folds if costly else 1 if quick else K * deals
+        folds = part.budget.folds if way in BUDGETED else 1 if quick else K * deals
+        if args.kept and not all(part.file(way, f).exists() for f in range(folds)):
+            continue
         results[way] = [part.run(way, f) for f in range(folds)]
     for way in results:
         report(way, part.name, part, results, figures)
@@ -124,6 +125,9 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/ensemble_rm").expanduser())
     parser.add_argument(
         "--work", type=Path, default=Path("~/.cache/ensemble_rm/human_preferences").expanduser()
+    )
+    parser.add_argument(
+        "--kept", action="store_true", help="report what the work folder holds, and run nothing"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--backbones", nargs="+", choices=list(KINDS), default=list(KINDS))

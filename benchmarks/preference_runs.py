@@ -39,6 +39,7 @@ from ensemble_rm.training.heads import PairFeatures
 from ensemble_rm.training.seeds import member_seeds
 
 K = 5  # members, and folds
+BUDGETED = ("budget_peer", "branch", "full")
 RATES = {"branch": 3e-5, "full": 1e-4}
 ROWS = ("fit", "validation", "calibration", "test")
 
@@ -238,19 +239,23 @@ class Part:
         x = np.concatenate([self.read[rows], self.read[n + rows]])
         return PairFeatures(x, chosen.targets, chosen.weights, chosen.margins, chosen.groups)
 
+    def file(self, kind: str, f: int) -> Path:
+        """Return where a way's result on a fold is kept."""
+        budgeted = kind in BUDGETED
+        words = [kind, str(f), *(map(str, astuple(self.budget)) if budgeted else ())]
+        return self.work / f"{'-'.join(words)}.npz"
+
     def run(self, kind: str, f: int) -> Fold:
         """Return a way's result on a fold: from the work folder, or made now.
 
         `peer` and `budget_peer` are the logistic regression, the second on what branch and full
         members are given.
         """
-        budgeted = kind in ("budget_peer", "branch", "full")
-        words = [kind, str(f), *(map(str, astuple(self.budget)) if budgeted else ())]
-        file = self.work / f"{'-'.join(words)}.npz"
+        file = self.file(kind, f)
         if file.exists():
             stored = np.load(file)
             return Fold(stored["rows"], stored["p"], stored["best"], float(stored["gain"]))
-        rows = self.rows(f, budgeted=budgeted)
+        rows = self.rows(f, budgeted=kind in BUDGETED)
         if kind in ("peer", "budget_peer"):
             fold = self._peer(rows)
         elif kind in ("head", "views"):
