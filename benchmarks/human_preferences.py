@@ -11,8 +11,8 @@ Parts: `all`, pairs of all four subsets of hh_rlhf.jsonl (--all-pairs); `harmles
 tested on harmless-base alone; `tldr`, 1,000 pairs of tldr.jsonl; `mtbench`, soft labels from
 experts' votes. branch and full have a budget (--budget-…): at most so many pairs a fold for
 training and for testing, in shorter texts; their gain is against a logistic regression on the same
-pairs, whose texts are as long as heads'. Gains are ours against the peer, positive is better;
-intervals are bootstraps over prompts.
+pairs, whose texts are as long as heads'. Of `all` they see one fold, and test all of it. Gains are
+ours against the peer, positive is better; intervals are bootstraps over prompts.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ def run(backbone: str, part_name: str, args: argparse.Namespace, figures: Figure
         options=TrunkOptions(max_length=48 if quick else args.max_length, dtype=args.dtype),
         budget=Budget(
             200 if quick else args.budget_fit,
-            60 if quick else args.budget_test,
+            60 if quick else 1300 if part_name == "all" else args.budget_test,
             args.budget_held,
             1 if quick else args.budget_epochs,
             args.budget_tokens,
-            1 if quick else args.budget_folds,
+            1 if quick or part_name == "all" else args.budget_folds,
         ),
         work=args.work,
         cache_dir=args.cache_dir,
