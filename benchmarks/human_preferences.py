@@ -71,10 +71,11 @@ def report(kind: str, name: str, part: Part, results: dict[str, list[Fold]], f: 
 
     add("accuracy", agreement(p, y))
     add("nll", pair_nll(p, y))
-    null = ece_null(p)
-    i = bootstrap(lambda chosen: ece(p[chosen], y[chosen]), groups, draws=200)
-    f.add(f"ece_{kind}_{name}", i.estimate, i.low, i.high, len(p))
-    f.add(f"ece_null95_{kind}_{name}", null.upper95, null.low, null.high, len(p))
+    one = slice(sum(len(fold.rows) for fold in results[kind][:K]))  # each pair once: the first deal
+    null = ece_null(p[one])
+    i = bootstrap(lambda chosen: ece(p[one][chosen], y[one][chosen]), groups[one], draws=200)
+    f.add(f"ece_{kind}_{name}", i.estimate, i.low, i.high, len(p[one]))
+    f.add(f"ece_null95_{kind}_{name}", null.upper95, null.low, null.high, len(p[one]))
     if kind not in ("peer", "budget_peer"):
         add("accuracy_gain", agreement(p, y) - agreement(q, y))
         add("nll_gain", pair_nll(q, y) - pair_nll(p, y))
