@@ -312,8 +312,8 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/ensemble_rm").expanduser())
-    parser.add_argument("--prompts", type=int, default=4, help="of the groups")
-    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=2, help="of the groups")
+    parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak", choices=("ours", "pipeline"), help=argparse.SUPPRESS)
@@ -331,8 +331,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = make_classifier(backbone, Path(name) / "model")
         compare_groups(args, backbone, folder, figures)
-        compare_pairs(args, folder, figures)
         compare_weights(backbone, figures)
+        figures.write()  # what there is, should the rest be cut
+        compare_pairs(args, folder, figures)
+        figures.write()
         compare_peaks(args, folder, figures)
     print(f"load: {os.getloadavg()[0]:.2f}")
     figures.write()
