@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -276,7 +275,9 @@ def compare_weights(backbone: Backbone, figures: Figures) -> None:
 
 
 def resident() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Return this process's peak resident memory, MiB; getrusage would count its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def peak(side: str, args: argparse.Namespace, folder: Path) -> None:
