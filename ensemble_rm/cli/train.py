@@ -103,8 +103,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--smoothing", type=float, help="label smoothing")
     how.add_argument("--centring", type=float)
     how.add_argument("--hidden", type=int, help="width of the heads' hidden layer; 0 is linear")
-    how.add_argument("--subspace", type=float, help="share of features that each head sees")
+    how.add_argument("--subspace", type=float, help="share of features that each linear head sees")
     how.add_argument("--warmup", type=float, help="share of the steps; not of heads")
+    how.add_argument("--dropout", type=float, help="of branch, lora and full members' layers")
+    how.add_argument(
+        "--reinitialise", type=int, metavar="N", help="topmost blocks of a branch that start afresh"
+    )
     how.add_argument("--diversity", type=float, help="coefficient that keeps LoRA adapters apart")
     how.add_argument("--bootstrap", action="store_const", const=True, help="resample prompts")
     how.add_argument(
