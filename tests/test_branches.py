@@ -216,7 +216,7 @@ def test_nan_stops_with_the_member_named(
         ({"blocks": 0}, "between 1 and 3"),
         ({"views": ["2:last"]}, "after its last block"),
         ({"recipe": Recipe()}, "one weight_decay"),
-        ({"recipe": Recipe(weight_decay=(0.1,), hidden=3)}, "belong to heads"),
+        ({"recipe": Recipe(weight_decay=(0.1,), hidden=3)}, "belongs to heads"),
         ({"members": 0}, "at least 1"),
     ],
 )
