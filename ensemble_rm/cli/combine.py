@@ -14,6 +14,7 @@ from ensemble_rm.cli.common import (
     add_aggregator,
     add_data,
     add_json,
+    add_max_loaded,
     add_text,
     read_aggregator,
     read_pairs,
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", action="store_true", help="subtract the score of each prompt's `reference`"
     )
+    add_max_loaded(parser)
     add_text(parser)
     add_aggregator(parser)
     add_json(parser)
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
             aggregator=aggregator,
             options=read_text_options(args),
             baseline=args.baseline,
+            max_loaded_models=args.max_loaded_models,
             progress=bars,
         )
     ensemble.save_pretrained(args.out)

@@ -76,12 +76,29 @@ def add_dry_run(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_ensemble(parser: argparse.ArgumentParser) -> None:
+    """Add the saved ensemble, where its backbone lies, and how many models are loaded."""
+    add_saved(parser)
+    add_max_loaded(parser)
+
+
+def add_saved(parser: argparse.ArgumentParser) -> None:
     """Add the saved ensemble and where its backbone lies."""
     parser.add_argument("ensemble", type=Path, metavar="ENSEMBLE", help="a saved ensemble's folder")
     parser.add_argument(
         "--backbone", metavar="NAME", help="where the backbone lies now, if not where it was"
     )
     parser.add_argument("--device", help="cuda, mps or cpu; the best available by default")
+    parser.set_defaults(max_loaded_models=None)
+
+
+def add_max_loaded(parser: argparse.ArgumentParser) -> None:
+    """Add --max-loaded-models."""
+    parser.add_argument(
+        "--max-loaded-models",
+        type=int,
+        metavar="N",
+        help="models in memory at once, where they do not fit together; all by default",
+    )
 
 
 def add_data(parser: argparse.ArgumentParser, what: str) -> None:
@@ -147,7 +164,12 @@ def open_ensemble(args: argparse.Namespace) -> RewardEnsemble:
     """Load the ensemble that was named."""
     from ensemble_rm.ensemble import RewardEnsemble
 
-    return RewardEnsemble.from_pretrained(args.ensemble, backbone=args.backbone, device=args.device)
+    return RewardEnsemble.from_pretrained(
+        args.ensemble,
+        backbone=args.backbone,
+        device=args.device,
+        max_loaded_models=args.max_loaded_models,
+    )
 
 
 def read_pairs(source: str, *, skip_bad: bool) -> Preferences:

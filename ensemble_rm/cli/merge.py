@@ -12,8 +12,8 @@ from pathlib import Path
 from ensemble_rm.cli.common import (
     Bars,
     add_data,
-    add_ensemble,
     add_json,
+    add_saved,
     open_ensemble,
     read_pairs,
     say,
@@ -25,7 +25,7 @@ EXAMPLE = "  ensemble-rm merge runs/hh --data runs/hh.parts/validation.jsonl --o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    add_ensemble(parser)
+    add_saved(parser)
     add_data(parser, "reference pairs: JSONL (.gz too) or a Hub data set")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new one's")
     add_json(parser)

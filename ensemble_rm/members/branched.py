@@ -7,12 +7,11 @@ a head reads what they return. How the versions are made from the trunk's own bl
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
@@ -38,8 +38,8 @@ Tensors = dict[str, torch.Tensor]
 SHARED = "shared"  # before the names of weights that are no single member's
 
 
-class Branched(ABC):
-    """k versions of a trunk's top blocks, a head on each; a kind adds `_grow` and `score`.
+class Branched(ModelScorer):
+    """k versions of a trunk's top blocks, a head on each; a kind adds `_grow`.
 
     Parameters
     ----------
@@ -59,7 +59,6 @@ class Branched(ABC):
         Over an open trunk, instead of one loaded at the first score.
     """
 
-    kind: str
     file: str
 
     def __init__(
@@ -78,14 +77,12 @@ class Branched(ABC):
             raise OptionError(
                 f"{len(views)} views, {len(heads.bias)} heads and {len(tensors)} members' weights"
             )
-        self.backbone, self.options = backbone, options
+        numbered = [f"{self.kind}{i}" for i in range(len(views))]
+        super().__init__(backbone, options, names or numbered)
         self.views, self.heads, self.blocks = tuple(views), heads, blocks
         self.tensors = list(tensors)
-        numbered = (f"{self.kind}{i}" for i in range(len(self.views)))
-        self.names = tuple(names) if names else tuple(numbered)
         self._branching = branching
         self._members: list[ModuleList] = []
-        self._lock = Lock()
 
     @abstractmethod
     def _grow(self, trunk: Trunk) -> list[ModuleList]:
@@ -106,6 +103,10 @@ class Branched(ABC):
                     ) from error
             return self._branching, self._members
 
+    def _forget(self) -> None:
+        self._branching, self._members = None, []
+
+    @in_turn
     @torch.inference_mode()
     def score_counted(
         self, samples: Sequence[Sample], *, progress: Progress = silent

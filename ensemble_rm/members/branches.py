@@ -6,8 +6,6 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from torch.nn import ModuleList
 
 from ensemble_rm.members import backbone as bb
@@ -15,7 +13,6 @@ from ensemble_rm.members.branched import Branched, Tensors, read_stored
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.trunk import Trunk, TrunkOptions, View
-from ensemble_rm.samples import Sample
 
 
 class BranchScorer(Branched):
@@ -69,10 +66,6 @@ class BranchScorer(Branched):
             found.append(branch.eval().requires_grad_(requires_grad=False).to(trunk.device))
         trunk.forget_rest()
         return found
-
-    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Return (n_samples, k) raw scores, in the order of the samples."""
-        return self.score_counted(samples)[0]
 
     def with_options(self, options: TrunkOptions) -> BranchScorer:
         """Return the same branches over a trunk of other options, loaded at its first score."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -26,6 +25,7 @@ from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import pool
 from ensemble_rm.members.prefix import keeps_a_cache, read_prefix
@@ -113,7 +113,7 @@ def _lift_head(model: Any) -> None:
             child.float().register_forward_pre_hook(cast)
 
 
-class ClassifierScorer:
+class ClassifierScorer(ModelScorer):
     """A sequence-classification reward model as one member.
 
     Parameters
@@ -148,16 +148,13 @@ class ClassifierScorer:
             raise OptionError(
                 f"pooling must be one of {get_args(ClassifierPooling)}, not {pooling!r}"
             )
-        self.backbone = backbone
-        self.options = options or TrunkOptions()
-        self.names = (name or Path(backbone.name).name,)
+        super().__init__(backbone, options or TrunkOptions(), [name or Path(backbone.name).name])
         self.pooling: ClassifierPooling = pooling
         self.own, self.start = own, start
         self.device = bb.pick_device(self.options.device)
         self._encoder: TextEncoder | None = None
         self._model: Any = None
         self._shares = False
-        self._lock = Lock()
 
     @classmethod
     def from_name(
@@ -184,10 +181,14 @@ class ClassifierScorer:
     def _open(self) -> tuple[TextEncoder, Any]:
         with self._lock:
             if self._encoder is None:
-                folder = self.backbone.folder
-                model = bb.load_classifier(folder, dtype=self.options.dtype)
-                tokenizer = bb.load_tokenizer(folder)
-                set_pad_token(model, tokenizer)
+                self._encoder = TextEncoder(
+                    bb.load_tokenizer(self.backbone.folder),
+                    template=self.options.template,
+                    max_length=self.options.max_length,
+                )
+            if self._model is None:
+                model = bb.load_classifier(self.backbone.folder, dtype=self.options.dtype)
+                set_pad_token(model, self._encoder.tokenizer)
                 group_heads(model, self.device)
                 if self.options.dtype != "float32":
                     _lift_head(model)
@@ -197,15 +198,12 @@ class ClassifierScorer:
                     and keeps_a_cache(model.base_model.to(self.device), self.device)
                 )
                 self._model = model.eval().requires_grad_(requires_grad=False).to(self.device)
-                self._encoder = TextEncoder(
-                    tokenizer, template=self.options.template, max_length=self.options.max_length
-                )
             return self._encoder, self._model
 
-    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Return (n_samples, 1) raw scores, in the order of the samples."""
-        return self.score_counted(samples)[0]
+    def _forget(self) -> None:
+        self._model = None  # the tokenizer is small, and stays
 
+    @in_turn
     @torch.inference_mode()
     def score_counted(
         self, samples: Sequence[Sample], *, progress: Progress = silent

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.cache import FeatureCache, features
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
 from ensemble_rm.samples import Sample
@@ -31,7 +31,7 @@ from ensemble_rm.samples import Sample
 Floats = NDArray[np.float64]
 
 
-class HeadScorer:
+class HeadScorer(ModelScorer):
     """k heads over one trunk.
 
     Parameters
@@ -65,16 +65,12 @@ class HeadScorer:
     ) -> None:
         if len(views) != len(weights.bias):
             raise OptionError(f"{len(views)} views for {len(weights.bias)} heads")
-        self.backbone = backbone
-        self.options = options
+        numbered = [f"head{i}@{view}" for i, view in enumerate(views)]
+        super().__init__(backbone, options, names or numbered)
         self.views = tuple(views)
         self.weights = weights
-        self.names = (
-            tuple(names) if names else tuple(f"head{i}@{view}" for i, view in enumerate(self.views))
-        )
         self.cache = cache
         self._trunk = trunk
-        self._lock = Lock()
 
     @property
     def trunk(self) -> Trunk:
@@ -85,17 +81,18 @@ class HeadScorer:
                 self._trunk = Trunk(self.backbone, self.options, top=top).forget_rest()
             return self._trunk
 
-    def score(self, samples: Sequence[Sample]) -> Floats:
-        """Return (n_samples, k) raw scores, in the order of the samples."""
-        return self.score_counted(samples)[0]
+    def _forget(self) -> None:
+        self._trunk = None
 
+    @in_turn
     def score_counted(
         self, samples: Sequence[Sample], *, progress: Progress = silent
     ) -> tuple[Floats, Truncation]:
         """Return the scores, and how many samples were cut."""
-        encoded = self.trunk.encoder.encode(samples)
+        trunk = self.trunk
+        encoded = trunk.encoder.encode(samples)
         distinct = tuple(dict.fromkeys(self.views))
-        read = features(self.trunk, encoded, distinct, cache=self.cache, progress=progress)
+        read = features(trunk, encoded, distinct, cache=self.cache, progress=progress)
         return self.apply(read, distinct), count_truncation(encoded)
 
     def apply(self, read: NDArray[np.float32], distinct: Sequence[View]) -> Floats:

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch.nn import ModuleList
 
 from ensemble_rm.errors import StorageError
@@ -21,7 +19,6 @@ from ensemble_rm.members.branched import SHARED, Branched, Tensors, read_stored
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.trunk import Trunk, TrunkOptions, View
-from ensemble_rm.samples import Sample
 
 
 class LoraScorer(Branched):
@@ -86,10 +83,6 @@ class LoraScorer(Branched):
         found = [pour(base, self.lora, tensors) for tensors in self.tensors]
         trunk.forget_rest()
         return found
-
-    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Return (n_samples, k) raw scores, in the order of the samples."""
-        return self.score_counted(samples)[0]
 
     def with_options(self, options: TrunkOptions) -> LoraScorer:
         """Return the same adapters over a trunk of other options, loaded at its first score."""
