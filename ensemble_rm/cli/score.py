@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         ensemble = ensemble.with_score_cache(ScoreCache(args.score_cache))
     count: Counter[str] = Counter()
     with Bars(quiet=args.json) as bars:
-        write_jsonl(args.out, _stream(ensemble, chain(first, samples), args.chunk, bars, count))
+        write_jsonl(args.out, score_rows(ensemble, chain(first, samples), args.chunk, bars, count))
     if args.out is not None:
         cut = {name: count[name] for name in ("prompts_cut", "completions_cut")}
         say(
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _stream(
+def score_rows(
     ensemble: RewardEnsemble,
     samples: Iterable[Sample],
     chunk: int,

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from ensemble_rm.errors import OptionError, StorageError
 from ensemble_rm.members import backbone as bb
-from ensemble_rm.members.cache import FeatureCache, features
+from ensemble_rm.members.cache import FeatureCache, features_in_parts
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.identity import member_digest
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
@@ -92,8 +92,11 @@ class HeadScorer(ModelScorer):
         trunk = self.trunk
         encoded = trunk.encoder.encode(samples)
         distinct = tuple(dict.fromkeys(self.views))
-        read = features(trunk, encoded, distinct, cache=self.cache, progress=progress)
-        return self.apply(read, distinct), count_truncation(encoded)
+        out = np.empty((len(encoded), len(self.views)))
+        parts = features_in_parts(trunk, encoded, distinct, cache=self.cache, progress=progress)
+        for rows, read in parts:
+            out[rows] = self.apply(read, distinct)
+        return out, count_truncation(encoded)
 
     def apply(self, read: NDArray[np.float32], distinct: Sequence[View]) -> Floats:
         """Run the heads on (n, n_views, width) features of `distinct` views: (n, k)."""
