@@ -201,7 +201,7 @@ def test_save_and_load_are_identical(
     with pytest.raises(BackboneError, match="not those of the saved"):
         RewardEnsemble.from_pretrained(out, backbone=minilm_folder)
     (out / "members/0/adapters.safetensors").write_bytes(b"")
-    with pytest.raises(StorageError, match="no saved members"):
+    with pytest.raises(StorageError, match="no saved lora member"):
         RewardEnsemble.from_pretrained(out)
 
 

@@ -8,10 +8,8 @@ whatever that token is.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import BackboneError, OptionError, StorageError
+from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
@@ -236,16 +234,13 @@ class ClassifierScorer(ModelScorer):
             else None,
         )
 
-    def with_options(self, options: TrunkOptions) -> ClassifierScorer:
-        """Return the same model under other options, loaded at its first score."""
-        return ClassifierScorer(
-            self.backbone,
-            options,
-            name=self.names[0],
-            pooling=self.pooling,
-            own=self.own,
-            start=self.start,
-        )
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "name": self.names[0],
+            "pooling": self.pooling,
+            "own": self.own,
+            "start": self.start,
+        }
 
     @cached_property
     def digest(self) -> str:
@@ -253,54 +248,33 @@ class ClassifierScorer(ModelScorer):
         said = {"pooling": self.pooling}
         return member_digest(self.kind, self.backbone, self.options, said, {})
 
-    def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it."""
-        return {
-            "kind": self.kind,
-            "backbone": self.backbone.name,
-            "digest": self.backbone.digest,
-            "options": asdict(self.options),
-            "name": self.names[0],
-            "pooling": self.pooling,
-            "own": self.own,
-            "start": self.start,
-        }
+    def _said(self) -> dict[str, Any]:
+        return self._parts()
 
-    def save(self, folder: Path) -> None:
-        """Write ``member.json``, and the model's folder where it was trained here."""
-        folder.mkdir(parents=True, exist_ok=True)
-        said = self.describe()
-        if self.own:
-            shutil.copytree(self.backbone.folder, folder / "model")
-            said["backbone"] = "model"
-        (folder / "member.json").write_text(json.dumps(said, indent=1) + "\n")
+    def _write(self, folder: Path) -> dict[str, Any]:
+        if not self.own:
+            return {}
+        shutil.copytree(self.backbone.folder, folder / "model")
+        return {"backbone": "model"}
 
     @classmethod
-    def load(
+    def _read(
+        cls,
+        folder: Path,  # noqa: ARG003 - the weights are the model's
+        said: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        return {
+            "name": said["name"],
+            "pooling": said["pooling"],
+            "own": bool(said["own"]),
+            "start": said.get("start"),  # not in ensembles that were saved before it was kept
+        }
+
+    @classmethod
+    def _place(
         cls,
         folder: Path,
-        *,
-        backbone: str | Path | None = None,  # noqa: ARG003 - others have one, this is its own
-        device: str | None = None,
-        cache_dir: Path | None = bb.DEFAULT_CACHE,
-    ) -> ClassifierScorer:
-        """Read what `save` wrote; a published model must lie where it lay.
-
-        Raises
-        ------
-        BackboneError
-            If the model's weights have changed.
-        StorageError
-            If the folder is incomplete.
-        """
-        try:
-            said = json.loads((folder / "member.json").read_text())
-            options = replace(TrunkOptions(**said["options"]), device=device)
-            own = bool(said["own"])
-            where = folder / "model" if own else said["backbone"]
-            digest, name, pooling = said["digest"], said["name"], said["pooling"]
-            start = said.get("start")  # not in ensembles that were saved before it was kept
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{folder} is no saved classifier member: {error}") from error
-        found = bb.locate_same(where, digest, cache_dir=cache_dir)
-        return cls(found, options, name=name, pooling=pooling, own=own, start=start)
+        said: Mapping[str, Any],
+        backbone: str | Path | None,  # noqa: ARG003 - others have one, this is its own
+    ) -> str | Path:
+        return folder / "model" if said["own"] else str(said["backbone"])

@@ -6,19 +6,15 @@ product in float64.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.errors import OptionError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.cache import FeatureCache, features_in_parts
 from ensemble_rm.members.head_weights import HeadWeights
@@ -106,11 +102,13 @@ class HeadScorer(ModelScorer):
             out[:, member] = self.weights(member, read[:, place[view]])
         return out
 
-    def with_options(self, options: TrunkOptions) -> HeadScorer:
-        """Return the same heads over a trunk of other options, loaded at its first score."""
-        return HeadScorer(
-            self.backbone, options, self.views, self.weights, names=self.names, cache=self.cache
-        )
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "views": self.views,
+            "weights": self.weights,
+            "names": self.names,
+            "cache": self.cache,
+        }
 
     @cached_property
     def digest(self) -> str:
@@ -119,60 +117,19 @@ class HeadScorer(ModelScorer):
         weights = self.weights.tensors()
         return member_digest(self.kind, self.backbone, self.options, said, weights)
 
-    def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it."""
+    def _said(self) -> dict[str, Any]:
         hidden = 0 if self.weights.inner is None else self.weights.inner.shape[2]
         return {
-            "kind": self.kind,
-            "backbone": self.backbone.name,
-            "digest": self.backbone.digest,
-            "options": asdict(self.options),
             "views": [str(view) for view in self.views],
             "names": list(self.names),
             "hidden": hidden,
         }
 
-    def save(self, folder: Path) -> None:
-        """Write ``member.json`` and ``heads.safetensors``; the backbone stays where it is."""
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {k: np.ascontiguousarray(v) for k, v in self.weights.tensors().items()}
-        save_file(arrays, folder / "heads.safetensors")
-        (folder / "member.json").write_text(json.dumps(self.describe(), indent=1) + "\n")
+    def _write(self, folder: Path) -> dict[str, Any]:
+        self.weights.save(folder)
+        return {}
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        *,
-        backbone: str | Path | None = None,
-        device: str | None = None,
-        cache_dir: Path | None = bb.DEFAULT_CACHE,
-    ) -> HeadScorer:
-        """Read what `save` wrote.
-
-        Parameters
-        ----------
-        folder : Path
-        backbone : str or Path, optional
-            Where the backbone lies now, if not where training found it.
-        device : str, optional
-            The best available where none is named.
-        cache_dir : Path, optional
-            For converted GGUF weights.
-
-        Raises
-        ------
-        BackboneError
-            If the backbone's weights are not those that the heads were trained on.
-        StorageError
-            If the folder is incomplete.
-        """
-        try:
-            said = json.loads((folder / "member.json").read_text())
-            weights = HeadWeights(**load_file(folder / "heads.safetensors"))
-            views = [View.parse(view) for view in said["views"]]
-            options = replace(TrunkOptions(**said["options"]), device=device)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise StorageError(f"{folder} is no saved head member: {error}") from error
-        found = bb.locate_same(backbone or said["backbone"], said["digest"], cache_dir=cache_dir)
-        return cls(found, options, views, weights, names=said["names"])
+    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+        views = [View.parse(view) for view in said["views"]]
+        return {"views": views, "weights": HeadWeights.load(folder), "names": said["names"]}
