@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -220,17 +221,16 @@ class ClassifierScorer(ModelScorer):
 
     def _passes(self, encoded: Sequence[Encoded], model: Any) -> Iterator[Batch]:
         """Yield batches that share their prompts, where the model can."""
-        pad = model.config.get_text_config().pad_token_id
-        # A completion of pad tokens alone is read, by the published rule, in its prompt.
-        readable = self.pooling == "attended" or all(
-            any(token != pad for token in e.ids[e.start :]) for e in encoded
-        )
+        if self.pooling == "published":
+            # A completion of pad tokens alone is read, by that rule, in its prompt: it shares none.
+            pad = model.config.get_text_config().pad_token_id
+            encoded = [e if set(e.ids[e.start :]) - {pad} else replace(e, start=0) for e in encoded]
         return passes(
             encoded,
             token_budget=self.options.token_budget,
             device=self.device,
             read=partial(read_prefix, model.base_model, device=self.device)
-            if self._shares and readable
+            if self._shares
             else None,
         )
 
