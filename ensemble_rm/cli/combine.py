@@ -12,9 +12,10 @@ from pathlib import Path
 from ensemble_rm.cli.common import (
     Bars,
     add_aggregator,
-    add_data,
     add_json,
     add_max_loaded,
+    add_out_folder,
+    add_pairs,
     add_text,
     read_aggregator,
     read_pairs,
@@ -39,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]MODEL",
         help="a reward model or a saved ensemble, and the name that it shall bear; repeated",
     )
-    add_data(parser, "reference pairs: JSONL (.gz too) or a Hub data set")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the ensemble's")
+    add_pairs(parser, "reference")
+    add_out_folder(parser)
     parser.add_argument(
         "--baseline", action="store_true", help="subtract the score of each prompt's `reference`"
     )

@@ -101,15 +101,37 @@ def add_max_loaded(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add --data and --skip-bad."""
-    parser.add_argument("--data", required=True, metavar="FILE_OR_HUB_ID", help=what)
+def add_pairs(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --data and --skip-bad, for pairs with a verdict."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE_OR_HUB_ID",
+        help=f"{what} pairs: JSONL (.gz too) or a Hub data set",
+    )
     add_skip_bad(parser)
 
 
 def add_skip_bad(parser: argparse.ArgumentParser) -> None:
     """Add --skip-bad."""
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, and name them")
+
+
+def add_rows(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --data, for rows that are scored as they stand."""
+    parser.add_argument("--data", required=True, metavar="FILE", help=f"{what} as JSONL (.gz too)")
+
+
+def add_out_file(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --out, for rows that are written."""
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help=f"of the {what}; standard output by default"
+    )
+
+
+def add_out_folder(parser: argparse.ArgumentParser) -> None:
+    """Add --out, for an ensemble that is made."""
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the ensemble's")
 
 
 def add_text(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
