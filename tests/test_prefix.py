@@ -24,6 +24,7 @@ from ensemble_rm import (
 )
 from ensemble_rm.demo.data import FILE
 from ensemble_rm.members.backbone import locate
+from ensemble_rm.members.classifier import classifier_scores
 from ensemble_rm.members.passes import MIN_SAVED, group, passes
 from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Trunk
@@ -133,6 +134,32 @@ def test_a_classifier_shares_too(decoder: Path, tmp_path: Path) -> None:
     for pooling in ("attended", "published"):
         scorer.pooling = pooling  # type: ignore[assignment]
         assert np.abs(scorer.score(asked) - two).max() < 1e-4 * two.std()
+
+
+def test_a_completion_of_pad_tokens_alone_shares_no_prompt_and_stops_no_other(
+    decoder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(decoder, num_labels=1)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(tmp_path)
+    shared = ClassifierScorer.from_name(tmp_path, OPTIONS)
+    encoded = shared._open()[0].encode(samples())
+    encoded = [replace(e, types=None) for e in encoded]
+    encoded.insert(3, replace(encoded[0], ids=[*encoded[0].ids[: encoded[0].start], 0, 0]))
+    scores, sharing = np.empty((2, len(encoded))), set()
+    for i, scorer in enumerate((shared, shared.with_options(ALONE))):
+        opened = scorer._open()[1]
+        for batch in scorer._passes(encoded, opened):
+            with torch.inference_mode():
+                scores[i, batch.rows] = classifier_scores(opened, batch, "published").numpy()
+            if batch.prefix is not None:
+                sharing |= set(batch.rows)
+    assert np.abs(scores[0] - scores[1]).max() < 1e-4 * scores[1].std()
+    assert sharing and 3 not in sharing
 
 
 def test_each_prompt_is_read_once(decoder: Path) -> None:

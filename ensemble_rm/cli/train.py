@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ensemble_rm.cli.common import (
     Bars,
-    add_data,
     add_dry_run,
     add_json,
+    add_out_folder,
+    add_pairs,
     add_text,
     read_pairs,
     read_text_options,
@@ -40,30 +41,10 @@ PARTS = ("train", "validation", "calibration", "test")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    add_data(parser, "preference pairs: JSONL (.gz too) or a Hub data set")
+    add_pairs(parser, "preference")
     parser.add_argument("--backbone", required=True, metavar="NAME", help="hub id or local folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the ensemble's")
-    parser.add_argument(
-        "--kind",
-        choices=["head", "branch", "lora", "full"],
-        default="head",
-        help="heads over one frozen trunk (default), copies of its top blocks, LoRA adapters on "
-        "its blocks, or copies of it all",
-    )
-    parser.add_argument("--members", type=int, default=5, metavar="K")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--view",
-        action="append",
-        metavar="LAYER:POOLING",
-        help="what a head reads, such as 16:mean; once for all heads, or once a head",
-    )
-    parser.add_argument(
-        "--blocks",
-        type=int,
-        metavar="M",
-        help="top blocks that a branch copies (default: 2) or an adapter changes (default: all)",
-    )
+    add_out_folder(parser)
+    _add_members(parser)
     parser.add_argument(
         "--split",
         type=float,
@@ -89,6 +70,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest size of the token states that branches are trained on",
     )
     _add_lora(parser)
+    _add_recipe(parser)
+    add_dry_run(parser, "say what would be done, and stop")
+    add_json(parser)
+
+
+def _add_members(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kind",
+        choices=["head", "branch", "lora", "full"],
+        default="head",
+        help="heads over one frozen trunk (default), copies of its top blocks, LoRA adapters on "
+        "its blocks, or copies of it all",
+    )
+    parser.add_argument("--members", type=int, default=5, metavar="K")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--view",
+        action="append",
+        metavar="LAYER:POOLING",
+        help="what a head reads, such as 16:mean; once for all heads, or once a head",
+    )
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        metavar="M",
+        help="top blocks that a branch copies (default: 2) or an adapter changes (default: all)",
+    )
+
+
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("adapters (of --kind lora)")
+    group.add_argument("--rank", type=int, help="of an adapter's update (default: 16)")
+    group.add_argument("--alpha", type=float, help="its scale, over the rank (default: 32)")
+    group.add_argument(
+        "--target",
+        action="append",
+        metavar="NAME",
+        help="a linear layer that is adapted, such as q_proj; repeated; all by default",
+    )
+    group.add_argument(
+        "--warm-start",
+        action="store_true",
+        help="fit one adapter first, merge it, and let the members start from there",
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("recipe (the kind's defaults where not given)")
     how.add_argument("--solver", choices=["convex", "adam"], help="of linear heads")
     how.add_argument(
@@ -117,25 +145,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=JSON",
         help="one of transformers' TrainingArguments, for full members: report_to='[\"wandb\"]'",
-    )
-    add_dry_run(parser, "say what would be done, and stop")
-    add_json(parser)
-
-
-def _add_lora(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("adapters (of --kind lora)")
-    group.add_argument("--rank", type=int, help="of an adapter's update (default: 16)")
-    group.add_argument("--alpha", type=float, help="its scale, over the rank (default: 32)")
-    group.add_argument(
-        "--target",
-        action="append",
-        metavar="NAME",
-        help="a linear layer that is adapted, such as q_proj; repeated; all by default",
-    )
-    group.add_argument(
-        "--warm-start",
-        action="store_true",
-        help="fit one adapter first, merge it, and let the members start from there",
     )
 
 
