@@ -25,6 +25,7 @@ from ensemble_rm.errors import BackboneError, OptionError, StorageError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
+from ensemble_rm.members.budget import pick_token_budget
 from ensemble_rm.members.identity import member_digest
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import pool
@@ -156,7 +157,7 @@ class ClassifierScorer:
         self.device = bb.pick_device(self.options.device)
         self._encoder: TextEncoder | None = None
         self._model: Any = None
-        self._shares = False
+        self._shares, self._budget = False, 0
         self._lock = Lock()
 
     @classmethod
@@ -189,6 +190,14 @@ class ClassifierScorer:
                 tokenizer = bb.load_tokenizer(folder)
                 set_pad_token(model, tokenizer)
                 group_heads(model, self.device)
+                config = model.config.get_text_config()
+                self._budget = pick_token_budget(
+                    self.options.token_budget,
+                    model.base_model,
+                    width=config.hidden_size,
+                    depth=config.num_hidden_layers,
+                    device=self.device,
+                )
                 if self.options.dtype != "float32":
                     _lift_head(model)
                 self._shares = (
@@ -231,7 +240,7 @@ class ClassifierScorer:
         )
         return passes(
             encoded,
-            token_budget=self.options.token_budget,
+            token_budget=self._budget,
             device=self.device,
             read=partial(read_prefix, model.base_model, device=self.device)
             if self._shares and readable

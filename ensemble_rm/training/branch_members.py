@@ -209,7 +209,8 @@ def _pooled(
     width = branching.trunk.width * (1 + ("both" in poolings))
     out = np.zeros((len(states), len(poolings), width), dtype=np.float32)
     done = 0
-    for rows in plan([len(e.ids) for e in states.encoded], token_budget=job.options.token_budget):
+    lengths = [len(e.ids) for e in states.encoded]
+    for rows in plan(lengths, token_budget=branching.trunk.token_budget):
         batch, given = states.batch(rows)
         for i, pooling in enumerate(poolings):
             pooled = branching.pooled(blocks, given, batch, pooling, width=width)

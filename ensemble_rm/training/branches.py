@@ -179,7 +179,7 @@ class BranchTrainer:
         branch = self.branches[member].eval()
         out = np.empty(len(states))
         lengths = [len(e.ids) for e in states.encoded]
-        for rows in plan(lengths, token_budget=self.branching.trunk.options.token_budget):
+        for rows in plan(lengths, token_budget=self.branching.trunk.token_budget):
             out[rows] = self._scores(branch, states, rows).double().cpu().numpy()
         return out
 
