@@ -27,6 +27,7 @@ from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.budget import pick_token_budget
 from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.kernels import quicken
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import pool
 from ensemble_rm.members.prefix import keeps_a_cache, read_prefix
@@ -190,6 +191,7 @@ class ClassifierScorer:
                 tokenizer = bb.load_tokenizer(folder)
                 set_pad_token(model, tokenizer)
                 group_heads(model, self.device)
+                quicken((model,), self.device)
                 config = model.config.get_text_config()
                 self._budget = pick_token_budget(
                     self.options.token_budget,

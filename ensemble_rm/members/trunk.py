@@ -21,6 +21,7 @@ from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.budget import pick_token_budget
+from ensemble_rm.members.kernels import quicken
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import POOLINGS, RULES, Pooling, Rule, pool
 from ensemble_rm.members.prefix import Prefix, keeps_a_cache, read_prefix
@@ -181,6 +182,7 @@ class Trunk:
         setattr(model.get_submodule(".".join(self.path[:-1])), self.path[-1], self.blocks)
         self.model: Any = model.to(self.device)
         group_heads(self.model, self.device)
+        quicken((self.model, self.rest), self.device)
         model_config: Any = self.model.config
         self.width: int = model_config.get_text_config().hidden_size
         self.token_budget = pick_token_budget(
