@@ -107,9 +107,7 @@ class Study:
     ) -> None:
         self.name, self.backbone, self.sizes = name, backbone, sizes
         self.pairs, self.unlike = pairs, unlike
-        self.options = TrunkOptions(
-            max_length=sizes.max_length, dtype="bfloat16", device="cpu", token_budget=2048
-        )
+        self.options = TrunkOptions(max_length=sizes.max_length, dtype="bfloat16", device="cpu")
         said = f"{pairs.digest}|{unlike.digest}|{backbone.digest}|{sizes}"
         self.work = work / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
         self.cache_dir = cache_dir
@@ -299,7 +297,7 @@ class Study:
             trunk.blocks[top - 1].register_forward_hook(
                 lambda _m, _i, out, top=top: seen.__setitem__(top, first_output(out))
             )
-        budget, device = self.options.token_budget, trunk.device
+        budget, device = trunk.token_budget, trunk.device
         for n, batch in enumerate(batches(encoded, token_budget=budget, device=device)):
             with torch.inference_mode():
                 trunk.model(**trunk.inputs(batch))

@@ -1,4 +1,4 @@
-"""What does each kind of member cost, and what diversity does it buy?
+"""What each kind of member costs, and what diversity it buys.
 
 Pairs of hh_rlhf's harmless-base, dealt by prompt anew for each seed: 1,000 to train, 140 for early
 stopping and the normaliser, 180 for the temperature, the rest to test; 256 tokens, bfloat16, one

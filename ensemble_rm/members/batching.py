@@ -17,7 +17,7 @@ import torch
 from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Encoded
 
-_ENOUGH = 1 / 8  # of the budget: a pass of this size is as quick a token as a larger one
+_ENOUGH = 1 / 4  # of the budget: a pass of this size is as quick a token as a larger one
 _FILLED = 0.8  # of the longest row: what a shorter one may at least fill
 
 

@@ -135,7 +135,7 @@ class Branching:
         )
         return passes(
             encoded,
-            token_budget=trunk.options.token_budget,
+            token_budget=trunk.token_budget,
             device=trunk.device,
             read=read if keeps else None,
         )

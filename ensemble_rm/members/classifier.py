@@ -23,7 +23,9 @@ from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
+from ensemble_rm.members.budget import pick_token_budget
 from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.kernels import quicken
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import pool
@@ -153,7 +155,7 @@ class ClassifierScorer(ModelScorer):
         self.device = bb.pick_device(self.options.device)
         self._encoder: TextEncoder | None = None
         self._model: Any = None
-        self._shares = False
+        self._shares, self._budget = False, 0
 
     @classmethod
     def from_name(
@@ -189,6 +191,15 @@ class ClassifierScorer(ModelScorer):
                 model = bb.load_classifier(self.backbone.folder, dtype=self.options.dtype)
                 set_pad_token(model, self._encoder.tokenizer)
                 group_heads(model, self.device)
+                quicken((model,), self.device)
+                config = model.config.get_text_config()
+                self._budget = pick_token_budget(
+                    self.options.token_budget,
+                    model.base_model,
+                    width=config.hidden_size,
+                    depth=config.num_hidden_layers,
+                    device=self.device,
+                )
                 if self.options.dtype != "float32":
                     _lift_head(model)
                 self._shares = (
@@ -227,7 +238,7 @@ class ClassifierScorer(ModelScorer):
             encoded = [e if set(e.ids[e.start :]) - {pad} else replace(e, start=0) for e in encoded]
         return passes(
             encoded,
-            token_budget=self.options.token_budget,
+            token_budget=self._budget,
             device=self.device,
             read=partial(read_prefix, model.base_model, device=self.device)
             if self._shares

@@ -179,7 +179,7 @@ def _write(trunk: Trunk, encoded: Sequence[Encoded], path: Path, progress: Progr
     offsets = np.concatenate([[0], np.cumsum([len(e.ids) for e in encoded])])
     flat = _map(path, int(offsets[-1]), trunk, writing=True)
     done = 0
-    for batch in batches(encoded, token_budget=trunk.options.token_budget, device=trunk.device):
+    for batch in batches(encoded, token_budget=trunk.token_budget, device=trunk.device):
         states = trunk.states(batch).cpu()
         for row, one, length in zip(batch.rows, states, batch.lengths.tolist(), strict=True):
             flat[int(offsets[row]) : int(offsets[row]) + length] = one[:length]

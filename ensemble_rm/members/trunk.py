@@ -20,6 +20,8 @@ from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
+from ensemble_rm.members.budget import pick_token_budget
+from ensemble_rm.members.kernels import quicken
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import POOLINGS, RULES, Pooling, Rule, pool
 from ensemble_rm.members.prefix import Prefix, keeps_a_cache, read_prefix
@@ -95,8 +97,8 @@ class TrunkOptions:
         Of the trunk's weights and states; pooling and heads are float32 or better.
     device : str, optional
         The best available where none is named.
-    token_budget : int
-        Padded tokens in a batch.
+    token_budget : int, optional
+        Padded tokens in a batch; found from the model and its device where it is not given.
     share_prefix : bool
         Read each prompt once for all its completions, where the model keeps a cache.
     """
@@ -105,7 +107,7 @@ class TrunkOptions:
     max_length: int = 512
     dtype: str = "float32"
     device: str | None = None
-    token_budget: int = 8192
+    token_budget: int | None = None
     share_prefix: bool = True
 
 
@@ -148,6 +150,8 @@ class Trunk:
     ----------
     depth, width : int
         Blocks of the whole backbone, and width of their states.
+    token_budget : int
+        Padded tokens in a batch: what the options say, or what was found.
     path : tuple of str
         Of attributes from the model to the list of its blocks.
     blocks : ModuleList
@@ -178,8 +182,17 @@ class Trunk:
         setattr(model.get_submodule(".".join(self.path[:-1])), self.path[-1], self.blocks)
         self.model: Any = model.to(self.device)
         group_heads(self.model, self.device)
+        quicken((self.model, self.rest), self.device)
         model_config: Any = self.model.config
         self.width: int = model_config.get_text_config().hidden_size
+        self.token_budget = pick_token_budget(
+            options.token_budget,
+            self.blocks,
+            self.rest,
+            width=self.width,
+            depth=self.depth,
+            device=self.device,
+        )
 
     def pooled(
         self,
@@ -228,7 +241,7 @@ class Trunk:
 
         return passes(
             encoded,
-            token_budget=self.options.token_budget,
+            token_budget=self.token_budget,
             device=self.device,
             read=read if self.shares else None,
         )

@@ -36,6 +36,8 @@ from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.recipe import Recipe
 from ensemble_rm.training.seeds import global_seed
 
+_SPREAD = 0.5  # standard deviation of the training scores under a random head
+
 
 @dataclass(frozen=True)
 class Ground:
@@ -192,7 +194,7 @@ def _read(job: Job, trunk: Trunk, pairs: Preferences, folder: Path, part: str) -
 
 
 def first_heads(found: Ground, blocks: Sequence[torch.nn.ModuleList]) -> HeadWeights:
-    """Fit each member's head on blocks as they are: on its own, or on the one that all share."""
+    """Make each member's head for blocks as they are: its own, or those that all share."""
     job = found.job
     sources = [(i % len(blocks), view.pooling) for i, view in enumerate(job.views)]
     distinct = list(dict.fromkeys(sources))
@@ -207,24 +209,23 @@ def first_heads(found: Ground, blocks: Sequence[torch.nn.ModuleList]) -> HeadWei
         for side in (found.fit, found.validation)
     ]
     recipe = job.recipe
-    return (
-        HeadTrainer(
-            features[0],
-            features[1],
-            view_of=[distinct.index(source) for source in sources],
-            recipe=Recipe(
-                solver="adam",  # seeded, so that members start apart
-                smoothing=recipe.smoothing,
-                centring=recipe.centring,
-                bootstrap=recipe.bootstrap,
-                subspace=recipe.subspace,
-            ),
-            seeds=job.seeds,
-            device=found.branching.trunk.device,
-        )
-        .run(progress=job.named("heads"))
-        .weights
+    trainer = HeadTrainer(
+        features[0],
+        features[1],
+        view_of=[distinct.index(source) for source in sources],
+        recipe=Recipe(
+            solver="adam",  # seeded, so that members start apart
+            smoothing=recipe.smoothing,
+            centring=recipe.centring,
+            bootstrap=recipe.bootstrap,
+            subspace=recipe.subspace,
+        ),
+        seeds=job.seeds,
+        device=found.branching.trunk.device,
     )
+    if recipe.first_head == "fitted":
+        return trainer.run(progress=job.named("heads")).weights
+    return trainer.untrained(_SPREAD)
 
 
 @torch.inference_mode()
@@ -244,7 +245,7 @@ def _pooled(
     width = branching.trunk.width * (1 + any(pooling == "both" for _, pooling in sources))
     out = np.zeros((len(states), len(sources), width), dtype=np.float32)
     done = 0
-    for rows in plan(states.lengths.tolist(), token_budget=job.options.token_budget):
+    for rows in plan(states.lengths.tolist(), token_budget=branching.trunk.token_budget):
         batch, given = states.batch(rows)
         for i, (source, pooling) in enumerate(sources):
             pooled = branching.pooled(own[source], given, batch, pooling, width=width)

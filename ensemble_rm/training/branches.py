@@ -2,12 +2,7 @@
 
 Each member sees the pairs in its own order and under its own dropout, a step's pairs in passes
 within the token budget; gradients are clipped in each, and each stops at its own best validation
-NLL. The heads start where a fit on the blocks as they are ends, since fine-tuning under a random
-head distorts what the blocks knew [1]_.
-
-References
-----------
-.. [1] Kumar et al. 2022, arXiv 2202.10054: linear probing, then fine-tuning.
+NLL.
 """
 
 from __future__ import annotations
@@ -72,7 +67,7 @@ def branch_scores(branching: Branching, branch: Branch, states: TokenStates) -> 
     """Score every sample with a member as it is now: (n_samples,)."""
     branch.eval()
     out = np.empty(len(states))
-    for rows in plan(states.lengths.tolist(), token_budget=branching.trunk.options.token_budget):
+    for rows in plan(states.lengths.tolist(), token_budget=branching.trunk.token_budget):
         out[rows] = branch.scores(branching, states, rows).double().cpu().numpy()
     return out
 
@@ -149,7 +144,7 @@ class BranchTrainer:
     def _parts(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Cut a step's pairs into passes within the token budget, a pair at least."""
         widest = int(self.longest[rows].max())
-        pairs = max(self.branching.trunk.options.token_budget // (2 * widest), 1)
+        pairs = max(self.branching.trunk.token_budget // (2 * widest), 1)
         return [rows[i : i + pairs] for i in range(0, len(rows), pairs)]
 
     def _loss(self, member: int, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -200,7 +195,7 @@ class BranchTrainer:
         k, patience = len(self.branches), self.recipe.patience
         reached = _Progress(
             [branch.copied() for branch in self.branches],
-            self._validate(list(range(k))),  # the heads alone are where a member may stay
+            self._validate(list(range(k))),  # where a member may stay
             torch.zeros(k, dtype=torch.long),
         )
         self._resume(reached)

@@ -1,4 +1,9 @@
-"""What a training run is told, as one immutable record that is saved with its result."""
+"""What a training run is told, as one immutable record that is saved with its result.
+
+References
+----------
+.. [1] Kumar et al. 2022, arXiv 2202.10054: linear probing, then fine-tuning.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from ensemble_rm.errors import OptionError
 
 Solver: TypeAlias = Literal["convex", "adam"]
+FirstHead: TypeAlias = Literal["random", "fitted"]
 _OF_ADAM = ("epochs", "patience", "learning_rate", "weight_decay", "batch_size", "clip")
 
 # Fine-tuning a transformer's own blocks wants other numbers than fitting a head.
@@ -17,7 +23,7 @@ _OF_KIND: dict[str, dict[str, Any]] = {
     "branch": {
         "epochs": 4,
         "patience": 2,
-        "learning_rate": 2e-5,
+        "learning_rate": 1e-4,
         "weight_decay": (0.01,),
         "batch_size": 16,
     },
@@ -77,6 +83,11 @@ class Recipe:
     warmup : float
         Share of all steps over which the learning rate of branch, lora and full members rises,
         before it falls to 0 in a straight line; heads keep theirs.
+    first_head : {"random", "fitted"}
+        What branch and lora members' heads start from: small weights drawn from each member's seed,
+        or the fit on the blocks as they are [1]_. A fitted head knows its training pairs already
+        and leaves the blocks little to learn from them; but a member that training cannot better
+        remains that fit.
     dropout : float, optional
         Of branch, lora and full members' own layers, attention included; None is what the
         pretrained model has. 0 by default: noise on the two sides of a pair is noise on its margin.
@@ -101,6 +112,7 @@ class Recipe:
     subspace: float = 1.0
     hidden: int = 0
     warmup: float = 0.1
+    first_head: FirstHead = "random"
     dropout: float | None = 0.0
     reinitialise: int = 0
     diversity: float = 0.0
@@ -180,6 +192,7 @@ class Recipe:
             "centring": (0 <= self.centring < math.inf, "a finite number ≥ 0"),
             "subspace": (0 < self.subspace <= 1, "in (0, 1]"),
             "hidden": (self.hidden >= 0, "≥ 0"),
+            "first_head": (self.first_head in get_args(FirstHead), f"one of {get_args(FirstHead)}"),
             "dropout": (self.dropout is None or 0 <= self.dropout < 1, "None or in [0, 1)"),
             "reinitialise": (self.reinitialise >= 0, "≥ 0"),
             "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
