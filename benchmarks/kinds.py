@@ -60,6 +60,7 @@ WAYS: dict[str, tuple[Way, ...]] = {
     "minilm": (
         *HEADS,
         *(branch(m) for m in BLOCKS["minilm"]),
+        branch(2, "_fitted", first_head="fitted"),
         branch(2, "_bootstrap", bootstrap=True),
         branch(2, "_subspace", subspace=0.5),
         branch(2, "_fresh", reinitialise=1),
@@ -72,6 +73,7 @@ WAYS: dict[str, tuple[Way, ...]] = {
     "smollm2": (
         *HEADS,
         *(branch(m) for m in BLOCKS["smollm2"][:3]),
+        branch(2, "_fitted", first_head="fitted"),
         branch(2, "_bootstrap", bootstrap=True),
         branch(2, "_fresh", reinitialise=1),
         branch(8),
