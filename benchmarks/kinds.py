@@ -60,13 +60,13 @@ WAYS: dict[str, tuple[Way, ...]] = {
     "minilm": (
         *HEADS,
         *(branch(m) for m in BLOCKS["minilm"]),
-        branch(2, "_fitted", first_head="fitted"),
+        Way("full", "full", recipe={"learning_rate": 1e-4}),
         branch(2, "_bootstrap", bootstrap=True),
-        branch(2, "_subspace", subspace=0.5),
         branch(2, "_fresh", reinitialise=1),
         branch(2, "_dropout", dropout=None),
+        branch(2, "_subspace", subspace=0.5),
+        branch(2, "_fitted", first_head="fitted"),
         Way("lora", "lora"),
-        Way("full", "full"),
         Way("lora_nuclear", "lora", recipe={"diversity": 0.1}),
         Way("lora_warm", "lora", warm_start=True),
     ),
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--train-only", action="store_true", help="report nothing")
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--fit", type=int, default=1000, metavar="PAIRS")
-    parser.add_argument("--epochs", type=int, default=2, help="at most")
+    parser.add_argument("--epochs", type=int, default=1, help="at most")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--unlike", type=int, default=150, metavar="PAIRS")
     parser.add_argument("--prompts", type=int, default=2, help="scored for the cost")

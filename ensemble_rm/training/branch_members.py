@@ -36,8 +36,6 @@ from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.recipe import Recipe
 from ensemble_rm.training.seeds import global_seed
 
-_SPREAD = 0.5  # standard deviation of the training scores under a random head
-
 
 @dataclass(frozen=True)
 class Ground:
@@ -225,7 +223,7 @@ def first_heads(found: Ground, blocks: Sequence[torch.nn.ModuleList]) -> HeadWei
     )
     if recipe.first_head == "fitted":
         return trainer.run(progress=job.named("heads")).weights
-    return trainer.untrained(_SPREAD)
+    return trainer.untrained()
 
 
 @torch.inference_mode()

@@ -218,14 +218,11 @@ class HeadTrainer:
 
     # The loop ----------------------------------------------------------------------------------
 
-    def untrained(self, spread: float) -> HeadWeights:
-        """Return linear heads of random weights, under which scores deviate by `spread`."""
-        mask = self.mask.double().cpu().numpy()
-        gain = self.gain[self.view_of] * mask
-        seen = np.maximum((gain != 0).sum(axis=1), 1)
-        drawn = [np.random.default_rng(own["init"]).normal(size=self.width) for own in self.seeds]
-        weight = spread * np.stack(drawn) / np.sqrt(seen)[:, None]
-        return HeadWeights(self.offset[self.view_of], gain, weight, np.zeros(self.k))
+    def untrained(self) -> HeadWeights:
+        """Return linear heads that score nothing yet, on standardised features."""
+        gain = self.gain[self.view_of] * self.mask.double().cpu().numpy()
+        zeros = np.zeros((self.k, self.width))
+        return HeadWeights(self.offset[self.view_of], gain, zeros, np.zeros(self.k))
 
     def run(self, *, progress: Progress = silent) -> HeadsResult:
         """Train to the end, from the checkpoint where there is one.

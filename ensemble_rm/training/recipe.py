@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from ensemble_rm.errors import OptionError
 
 Solver: TypeAlias = Literal["convex", "adam"]
-FirstHead: TypeAlias = Literal["random", "fitted"]
+FirstHead: TypeAlias = Literal["zero", "fitted"]
 _OF_ADAM = ("epochs", "patience", "learning_rate", "weight_decay", "batch_size", "clip")
 
 # Fine-tuning a transformer's own blocks wants other numbers than fitting a head.
@@ -83,11 +83,10 @@ class Recipe:
     warmup : float
         Share of all steps over which the learning rate of branch, lora and full members rises,
         before it falls to 0 in a straight line; heads keep theirs.
-    first_head : {"random", "fitted"}
-        What branch and lora members' heads start from: small weights drawn from each member's seed,
-        or the fit on the blocks as they are [1]_. A fitted head knows its training pairs already
-        and leaves the blocks little to learn from them; but a member that training cannot better
-        remains that fit.
+    first_head : {"zero", "fitted"}
+        What branch and lora members' heads start from: nothing, or the fit on the blocks as they
+        are [1]_. A fitted head knows its training pairs already and leaves the blocks little to
+        learn from them; but a member that training cannot better remains that fit.
     dropout : float, optional
         Of branch, lora and full members' own layers, attention included; None is what the
         pretrained model has. 0 by default: noise on the two sides of a pair is noise on its margin.
@@ -112,7 +111,7 @@ class Recipe:
     subspace: float = 1.0
     hidden: int = 0
     warmup: float = 0.1
-    first_head: FirstHead = "random"
+    first_head: FirstHead = "zero"
     dropout: float | None = 0.0
     reinitialise: int = 0
     diversity: float = 0.0
