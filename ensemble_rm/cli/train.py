@@ -133,6 +133,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--hidden", type=int, help="width of the heads' hidden layer; 0 is linear")
     how.add_argument("--subspace", type=float, help="share of features that each linear head sees")
     how.add_argument("--warmup", type=float, help="share of the steps; not of heads")
+    how.add_argument(
+        "--first-head", choices=["zero", "fitted"], help="where branch and lora heads start"
+    )
     how.add_argument("--dropout", type=float, help="of branch, lora and full members' layers")
     how.add_argument(
         "--reinitialise", type=int, metavar="N", help="topmost blocks of a branch that start afresh"
