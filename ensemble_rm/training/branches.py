@@ -195,7 +195,8 @@ class BranchTrainer:
         k, patience = len(self.branches), self.recipe.patience
         reached = _Progress(
             [branch.copied() for branch in self.branches],
-            self._validate(list(range(k))),  # where a member may stay
+            # Where a member may stay, unless its head is nothing yet.
+            self._validate(list(range(k)) if self.recipe.first_head == "fitted" else []),
             torch.zeros(k, dtype=torch.long),
         )
         self._resume(reached)
