@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
 
 from ensemble_rm import (
     BranchScorer,
@@ -23,6 +24,7 @@ from ensemble_rm import (
     train,
 )
 from ensemble_rm.demo.data import FILE
+from ensemble_rm.members import attention
 from ensemble_rm.members.backbone import locate
 from ensemble_rm.members.classifier import classifier_scores
 from ensemble_rm.members.passes import MIN_SAVED, group, passes
@@ -246,3 +248,51 @@ def test_grouped_attention_is_that_over_repeated_heads(dtype: torch.dtype) -> No
     wanted = (weights @ v).transpose(1, 2)
     atol = 1e-6 if dtype == torch.float32 else 0.02
     np.testing.assert_allclose(found.double().numpy(), wanted.numpy(), atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cascade_attention_is_that_over_prompt_and_completion(dtype: torch.dtype) -> None:
+    from ensemble_rm.members.cascade import SharedPrompts, cascade_attention
+
+    owners, lengths = torch.tensor([1, 1, 1, 0, 2]), torch.tensor([4, 9, 1])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        query = torch.randn(5, 5, 6, 8).to(dtype).transpose(1, 2)
+        key, value = (torch.randn(5, 2, 5, 8).to(dtype) for _ in range(2))
+        layer = DynamicLayer()
+        layer.keys, layer.values = (torch.randn(3, 2, 9, 8).to(dtype) for _ in range(2))
+    prompts = SharedPrompts.of([layer], lengths, owners)
+    assert prompts.runs == [(1, 9, 3), (0, 4, 1), (2, 1, 1)]
+    found = cascade_attention(query, key, value, prompts, 0, 0.3)
+    keys, values = (
+        torch.cat([of_prompts[owners], own], dim=2).double().repeat_interleave(3, dim=1)
+        for of_prompts, own in ((layer.keys, key), (layer.values, value))
+    )
+    mask = torch.ones(5, 1, 5, 14, dtype=torch.bool).tril(9)
+    mask &= torch.arange(14) >= (9 - lengths[owners])[:, None, None, None]
+    weights = (query.double() @ keys.mT * 0.3).masked_fill(~mask, -torch.inf).softmax(-1)
+    atol = 1e-6 if dtype == torch.float32 else 0.03
+    wanted = (weights @ values).transpose(1, 2)
+    np.testing.assert_allclose(found.double().numpy(), wanted.numpy(), atol=atol)
+
+
+def test_attention_in_parts_is_taken_where_it_can_be(
+    decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = Trunk(locate(decoder), OPTIONS)
+    model = type(trunk.model).__name__
+    assert trunk.splits == (model == "LlamaModel")  # the others have windows
+    calls = []
+    plain = attention.cascade_attention
+    monkeypatch.setattr(
+        attention, "cascade_attention", lambda *args: calls.append(1) or plain(*args)
+    )
+    long = [Sample("the quick fox " * 8, w) for w in WORDS]
+    trunk.pooled(trunk.encoder.encode(long), [(4, "last")])
+    assert bool(calls) == trunk.splits
+
+
+def test_a_model_that_hands_nothing_down_does_not_split(decoder: Path) -> None:
+    trunk = Trunk(locate(decoder), OPTIONS)
+    trunk.model.set_attn_implementation("sdpa")  # whose attention knows no shared prompts
+    assert trunk.shares and not trunk.splits

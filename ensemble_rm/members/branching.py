@@ -19,7 +19,7 @@ from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import Pooling, Rule, pool
-from ensemble_rm.members.prefix import Prefix, keeps_a_cache, left_padded
+from ensemble_rm.members.prefix import Prefix, keeps_a_cache, left_padded, splits_attention
 from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Trunk, View
 
@@ -126,13 +126,14 @@ class Branching:
         if self.shares:
             return trunk.passes(encoded, states=True)
 
+        model = self._driver(blocks, None)
+        keeps = trunk.options.share_prefix and keeps_a_cache(model, trunk.device)
+        splits = keeps and splits_attention(model, trunk.device)
+
         def read(prompts: list[list[int]]) -> Prefix:
             ids, mask = left_padded(prompts, trunk.device)
-            return Prefix(ids, mask, mask.sum(1), Cache(layers=[]))
+            return Prefix(ids, mask, mask.sum(1), Cache(layers=[]), splits=splits)
 
-        keeps = trunk.options.share_prefix and keeps_a_cache(
-            self._driver(blocks, None), trunk.device
-        )
         return passes(
             encoded,
             token_budget=trunk.token_budget,

@@ -29,7 +29,7 @@ from ensemble_rm.members.kernels import quicken
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import pool
-from ensemble_rm.members.prefix import keeps_a_cache, read_prefix
+from ensemble_rm.members.prefix import keeps_a_cache, read_prefix, splits_attention
 from ensemble_rm.members.text import Encoded, TextEncoder, Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
 from ensemble_rm.samples import Sample
@@ -155,7 +155,7 @@ class ClassifierScorer(ModelScorer):
         self.device = bb.pick_device(self.options.device)
         self._encoder: TextEncoder | None = None
         self._model: Any = None
-        self._shares, self._budget = False, 0
+        self._shares, self._splits, self._budget = False, False, 0
 
     @classmethod
     def from_name(
@@ -207,6 +207,7 @@ class ClassifierScorer(ModelScorer):
                     and trained_pooling(model) == "attended"
                     and keeps_a_cache(model.base_model.to(self.device), self.device)
                 )
+                self._splits = self._shares and splits_attention(model.base_model, self.device)
                 self._model = model.eval().requires_grad_(requires_grad=False).to(self.device)
             return self._encoder, self._model
 
@@ -240,7 +241,7 @@ class ClassifierScorer(ModelScorer):
             encoded,
             token_budget=self._budget,
             device=self.device,
-            read=partial(read_prefix, model.base_model, device=self.device)
+            read=partial(read_prefix, model.base_model, device=self.device, splits=self._splits)
             if self._shares
             else None,
         )

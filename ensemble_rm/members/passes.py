@@ -58,9 +58,10 @@ def passes(
         rows = [row for i in chosen for row in groups[i]]
         owners = [n for n, i in enumerate(chosen) for _ in groups[i]]
         tails = [_tail(encoded[row]) for row in rows]
-        room = max(_SPREAD * token_budget // (prefix.ids.shape[1] + 1), 1)
+        room = 512 if prefix.splits else max(_SPREAD * token_budget // (prefix.ids.shape[1] + 1), 1)
         sizes = [len(tail.ids) for tail in tails]
         for part in plan(sizes, token_budget=token_budget, max_rows=min(512, room)):
+            part.sort(key=lambda i: owners[i])  # attention reads a prompt once for a run of rows
             batch = collate(tails, part, device=device)
             yield batch.renumbered(
                 [rows[i] for i in part],

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ensemble_rm.members.cascade import KEYWORD, SharedPrompts, pays
+
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +37,8 @@ class Prefix:
         The lowest block whose keys and values are needed; of those below, only the length is.
     states : torch.Tensor, optional
         (N, P, width) after the trunk's last block, from which branches read the prompts.
+    splits : bool
+        Whether the model can attend to prompts and completions apart, without copies of keys.
     """
 
     ids: torch.Tensor
@@ -43,6 +47,7 @@ class Prefix:
     cache: Cache
     first: int = 0
     states: torch.Tensor | None = None
+    splits: bool = False
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Return what reads the prompts: ids, mask and positions."""
@@ -62,9 +67,14 @@ class Prefix:
         Returns
         -------
         dict
-            Mask, positions and a cache of their own, which the forward pass may grow.
+            Mask, positions and a cache of their own, which the forward pass may grow; where
+            attention in parts is quicker, the prompts in its place. Then padding, which stands on
+            the right, needs no mask.
         """
         steps = torch.arange(mask.shape[1], device=mask.device)
+        positions = self.lengths[owners][:, None] + steps
+        if self.splits and pays(self.ids.shape[1], mask.shape[1], mask.device):
+            return self.apart(owners, positions)
         cache = copy.copy(self.cache)
         cache.layers = [
             _chosen(layer, owners) if i >= self.first else copy.copy(layer)
@@ -72,9 +82,18 @@ class Prefix:
         ]
         return {
             "attention_mask": torch.cat([self.mask[owners], mask], dim=1),
-            "position_ids": self.lengths[owners][:, None] + steps,
+            "position_ids": positions,
             "past_key_values": cache,
             "use_cache": True,
+        }
+
+    def apart(self, owners: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+        """Return what continues the prompts where attention is computed in parts."""
+        return {
+            "attention_mask": torch.ones_like(positions),
+            "position_ids": positions,
+            "use_cache": False,
+            KEYWORD: SharedPrompts.of(self.cache.layers, self.lengths, owners),
         }
 
 
@@ -115,9 +134,40 @@ def keeps_a_cache(model: Any, device: torch.device) -> bool:
 
 
 @torch.inference_mode()
-def read_prefix(model: Any, prompts: Sequence[Sequence[int]], device: torch.device) -> Prefix:
+def splits_attention(model: Any, device: torch.device) -> bool:
+    """Say whether a model that keeps a cache can attend to prompts and completions apart.
+
+    It is asked on a few tokens: each layer that keeps keys must have attended to the prompt's, and
+    the states must be those of the whole text.
+    """
+    if device.type != "cpu":
+        return False
+    text = torch.arange(1, 8, device=device)[None] % model.config.get_text_config().vocab_size
+    whole = model(input_ids=text, attention_mask=torch.ones_like(text)).last_hidden_state[:, 4:]
+    prefix = read_prefix(model, [[0], text[0, :4].tolist()], device)
+    layers: list[Any] = prefix.cache.layers
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        return False
+    owners, positions = torch.ones(2, dtype=torch.int64), torch.arange(4, 7).expand(2, -1)
+    inputs = prefix.apart(owners, positions)
+    try:
+        found = model(input_ids=text[:, 4:].expand(2, -1), **inputs).last_hidden_state
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False  # it hands nothing down to its attention, or torch lacks the kernel
+    near = 1e-4 if whole.dtype == torch.float32 else 0.05
+    gap = (found - whole).float().norm(dim=(1, 2)).max()
+    return bool(
+        gap <= near * whole.float().norm()
+        and inputs[KEYWORD].seen == {i for i, layer in enumerate(layers) if layer.is_initialized}
+    )
+
+
+@torch.inference_mode()
+def read_prefix(
+    model: Any, prompts: Sequence[Sequence[int]], device: torch.device, *, splits: bool = False
+) -> Prefix:
     """Read prompts and keep their keys and values."""
     ids, mask = left_padded(prompts, device)
     empty = Prefix(ids, mask, mask.sum(1), Cache(layers=[]))
     out = model(**empty.inputs(), use_cache=True)
-    return Prefix(ids, mask, empty.lengths, out.past_key_values)
+    return Prefix(ids, mask, empty.lengths, out.past_key_values, splits=splits)

@@ -24,7 +24,7 @@ from ensemble_rm.members.budget import pick_token_budget
 from ensemble_rm.members.kernels import quicken
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import POOLINGS, RULES, Pooling, Rule, pool
-from ensemble_rm.members.prefix import Prefix, keeps_a_cache, read_prefix
+from ensemble_rm.members.prefix import Prefix, keeps_a_cache, read_prefix, splits_attention
 from ensemble_rm.members.text import Encoded, Template, TextEncoder
 
 Progress = Callable[[str, int, int], None]
@@ -222,6 +222,11 @@ class Trunk:
         """Whether the completions of a prompt share its pass."""
         return self.options.share_prefix and keeps_a_cache(self.model, self.device)
 
+    @cached_property
+    def splits(self) -> bool:
+        """Whether attention to a shared prompt can be computed apart."""
+        return self.shares and splits_attention(self.model, self.device)
+
     def passes(self, encoded: Sequence[Encoded], *, states: bool = False) -> Iterator[Batch]:
         """Yield every sample once, in batches that share their prompts where that is possible.
 
@@ -236,7 +241,7 @@ class Trunk:
             found: list[torch.Tensor] = []
             listen = {self.top} if states else set()
             with self._listening(listen, lambda _, out: found.append(out)):
-                prefix = read_prefix(self.model, prompts, self.device)
+                prefix = read_prefix(self.model, prompts, self.device, splits=self.splits)
             return replace(prefix, states=found[0]) if states else prefix
 
         return passes(
