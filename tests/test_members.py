@@ -241,9 +241,9 @@ def test_completions_of_a_prompt_are_read_together_and_some_samples_at_a_time(
     prompts: list[int] = []
     read = trunks.read_prefix
 
-    def counted(model: Any, given: Any, device: Any) -> Any:
+    def counted(model: Any, given: Any, device: Any, **more: Any) -> Any:
         prompts.append(len(given))
-        return read(model, given, device)
+        return read(model, given, device, **more)
 
     monkeypatch.setattr(trunks, "read_prefix", counted)
     monkeypatch.setattr(feature_cache, "_CHUNK", 8)

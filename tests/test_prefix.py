@@ -171,7 +171,7 @@ def test_each_prompt_is_read_once(decoder: Path) -> None:
     hook = trunk.blocks[0].register_forward_hook(
         lambda _m, args, _o: seen.append(args[0].shape[0] * args[0].shape[1])
     )
-    assert trunk.shares
+    assert trunk.shares and trunk.splits is not None  # the model is asked now, not while it reads
     seen.clear()
     trunk.pooled(encoded, [(4, "last")])
     hook.remove()
@@ -294,5 +294,6 @@ def test_attention_in_parts_is_taken_where_it_can_be(
 
 def test_a_model_that_hands_nothing_down_does_not_split(decoder: Path) -> None:
     trunk = Trunk(locate(decoder), OPTIONS)
-    trunk.model.set_attn_implementation("sdpa")  # whose attention knows no shared prompts
+    if trunk.model.config._attn_implementation == attention.NAME:
+        trunk.model.set_attn_implementation("sdpa")  # whose attention knows no shared prompts
     assert trunk.shares and not trunk.splits

@@ -237,11 +237,13 @@ class Trunk:
             Whether branches will read the prompts' states, too.
         """
 
+        splits = self.splits  # asked before anyone listens
+
         def read(prompts: list[list[int]]) -> Prefix:
             found: list[torch.Tensor] = []
             listen = {self.top} if states else set()
             with self._listening(listen, lambda _, out: found.append(out)):
-                prefix = read_prefix(self.model, prompts, self.device, splits=self.splits)
+                prefix = read_prefix(self.model, prompts, self.device, splits=splits)
             return replace(prefix, states=found[0]) if states else prefix
 
         return passes(
