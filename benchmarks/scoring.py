@@ -4,9 +4,10 @@ Both sides run in turn, warm, tokenisation included, under the same dtype, threa
 length. Workloads: `group16`, prompts of about 200 tokens with 16 completions of at most 64 each;
 `pairs`, chosen and rejected of hh_rlhf.jsonl in order of arrival. Texts are made of words where
 that file is absent. Peers: `one` Hugging Face model, batches of 16 padded in order of arrival; the
-`loop` over five of them; transformers' text-classification `pipeline` at batch 32; and the `limit`,
-the backbone's forward pass on dense batches without padding, in tokens a second, against our real
-tokens a second without prefix sharing.
+`loop` over five of them; a `switch` of five peft adapters on one; transformers'
+text-classification `pipeline` at batch 32; and the `limit`, the backbone's forward pass on dense
+batches without padding, in tokens a second, against our real tokens a second without prefix
+sharing.
 
 Branches are copies of the last blocks and heads are random vectors: what a weight is does not
 matter to time. Ratios are theirs/ours, above 1 is in our favour; `limit` is ours/theirs. Memory:
@@ -21,7 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,15 @@ from ensemble_rm import (
     BranchScorer,
     ClassifierScorer,
     HeadScorer,
+    LoraOptions,
     Sample,
     TrunkOptions,
     load_preferences,
 )
+from ensemble_rm.members.adapters import adapt, own_tensors
 from ensemble_rm.members.backbone import Backbone, load_classifier, load_tokenizer, locate
 from ensemble_rm.members.head_weights import HeadWeights
+from ensemble_rm.members.lora import LoraScorer
 from ensemble_rm.members.trunk import Trunk, View, default_views
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf.jsonl"
@@ -103,18 +107,39 @@ def random_heads(k: int, width: int) -> HeadWeights:
     )
 
 
-def branches(backbone: Backbone, options: TrunkOptions, blocks: int) -> BranchScorer:
+def branches(backbone: Backbone, options: TrunkOptions, blocks: int, k: int = K) -> BranchScorer:
     trunk = Trunk(backbone, options)
     copied = torch.nn.ModuleList(list(trunk.blocks)[trunk.depth - blocks :]).state_dict()
-    views = [View(trunk.depth, "both")] * K
-    heads = random_heads(K, 2 * trunk.width)
-    return BranchScorer(backbone, options, views, heads, [dict(copied)] * K, blocks=blocks)
+    views = [View(trunk.depth, "both")] * k
+    heads = random_heads(k, 2 * trunk.width)
+    return BranchScorer(backbone, options, views, heads, [dict(copied)] * k, blocks=blocks)
 
 
-def heads(backbone: Backbone, options: TrunkOptions) -> HeadScorer:
+def heads(backbone: Backbone, options: TrunkOptions, k: int = K) -> HeadScorer:
     trunk = Trunk(backbone, options)
     return HeadScorer(
-        backbone, options, default_views(trunk.depth, K), random_heads(K, 2 * trunk.width)
+        backbone, options, default_views(trunk.depth, k), random_heads(k, 2 * trunk.width)
+    )
+
+
+def adapters(backbone: Backbone, options: TrunkOptions, k: int = K) -> LoraScorer:
+    """Adapters of rank 16 on every linear layer of all blocks, their weights drawn from a seed."""
+    trunk = Trunk(backbone, options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shapes = own_tensors(adapt(trunk.blocks, LoraOptions()))
+        tensors = [
+            {name: 0.01 * torch.randn_like(value) for name, value in shapes.items()}
+            for _ in range(k)
+        ]
+    return LoraScorer(
+        backbone,
+        options,
+        [View(trunk.depth, "both")] * k,
+        random_heads(k, 2 * trunk.width),
+        tensors,
+        blocks=trunk.depth,
+        lora=LoraOptions(),
     )
 
 
@@ -124,8 +149,12 @@ class HuggingFace:
     def __init__(self, folder: Path, options: TrunkOptions, k: int) -> None:
         self.tokenizer = load_tokenizer(folder)
         self.tokenizer.padding_side = "right"
-        self.models = [load_classifier(folder, dtype=options.dtype).eval() for _ in range(k)]
+        self.made = [load_classifier(folder, dtype=options.dtype).eval() for _ in range(k)]
         self.max_length = options.max_length
+
+    def models(self) -> Iterator[Any]:
+        """Yield one model after the other."""
+        yield from self.made
 
     def texts(self, samples: list[Sample]) -> list[str]:
         return [
@@ -147,7 +176,7 @@ class HuggingFace:
     def score(self, samples: list[Sample]) -> np.ndarray:
         texts = self.texts(samples)
         found = []
-        for model in self.models:
+        for model in self.models():
             scores = []
             for i in range(0, len(texts), 16):
                 batch = self.tokenizer(
@@ -161,6 +190,32 @@ class HuggingFace:
                 scores.append(model(**batch).logits[:, 0].float().numpy())
             found.append(np.concatenate(scores))
         return np.stack(found, axis=1)
+
+
+class Switched(HuggingFace):
+    """One model under k adapters, switched in turn, as peft's users do."""
+
+    def __init__(self, folder: Path, options: TrunkOptions, k: int) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        super().__init__(folder, options, 1)
+        (base,) = self.made
+        layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        config = LoraConfig(r=16, lora_alpha=32, target_modules=layers)
+        self.adapted = get_peft_model(base, config, adapter_name="0").eval()
+        for i in range(1, k):
+            self.adapted.add_adapter(str(i), config)
+        with torch.no_grad():
+            for name, p in self.adapted.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.01)
+        self.names = [str(i) for i in range(k)]
+
+    def models(self) -> Iterator[Any]:
+        """Yield the model under one adapter after the other."""
+        for name in self.names:
+            self.adapted.set_adapter(name)
+            yield self.adapted
 
 
 def pipeline(folder: Path, options: TrunkOptions) -> Callable[[list[str]], Any]:
@@ -215,6 +270,8 @@ def compare_groups(
         "views5": heads(backbone, options),
         "one": HuggingFace(folder, options, 1),
         "loop": HuggingFace(folder, options, K),
+        "lora5": adapters(backbone, options),
+        "switch": Switched(folder, options, K),
     }
     took = in_turn(
         {name: (lambda s=scorer: s.score(samples)) for name, scorer in scorers.items()},  # type: ignore[misc]
@@ -225,6 +282,7 @@ def compare_groups(
         ("branch5", "one"),
         ("views5", "one"),
         ("views5", "loop"),
+        ("lora5", "switch"),
     ):
         figures.add_repeats(f"group16_{ours}_vs_{peer}", list(took[peer] / took[ours]))
     # What `train` makes where nothing else is said: heads with a view each.

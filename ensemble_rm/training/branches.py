@@ -120,26 +120,25 @@ class BranchTrainer:
         self.optimiser = self._optimiser()
 
     def _optimiser(self) -> torch.optim.AdamW:
-        """Return AdamW over all members; only matrices decay."""
-        parameters = [p for branch in self.branches for p in branch.trained().values()]
+        """Return AdamW over all members; only matrices decay, and heads have a rate of their own."""
+        named = [item for branch in self.branches for item in branch.trained().items()]
         (decay,) = self.recipe.weight_decay
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [
+                    p
+                    for name, p in named
+                    if (p.dim() > 1) == matrix and name.startswith("blocks.") != head
+                ],
+                "weight_decay": decay if matrix else 0.0,
+                "scale": self.recipe.head_rate if head else 1.0,
+            }
+            for matrix in (True, False)
+            for head in (True, False)
         ]
-        return torch.optim.AdamW(groups, lr=self.recipe.learning_rate)
-
-    def _order(self, member: int, epoch: int) -> list[NDArray[np.int64]]:
-        """Return the member's batches of pairs: random, but of similar length within a bucket."""
-        rng = np.random.default_rng([self.seeds[member]["order"], epoch])
-        n, size = len(self.fit), self.recipe.batch_size
-        order = rng.permutation(n)
-        found: list[NDArray[np.int64]] = []
-        for i in range(0, n, size * _BUCKET):
-            bucket = order[i : i + size * _BUCKET]
-            bucket = bucket[np.argsort(self.longest[bucket], kind="stable")]
-            found += [bucket[j : j + size] for j in range(0, len(bucket), size)]
-        return [found[i] for i in rng.permutation(len(found))]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=self.recipe.learning_rate
+        )
 
     def _parts(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Cut a step's pairs into passes within the token budget, a pair at least."""
@@ -242,7 +241,7 @@ class BranchTrainer:
             at = epoch * self.steps + step
             progress("training", at, self.recipe.epochs * self.steps)
             for group in self.optimiser.param_groups:
-                group["lr"] = self.recipe.learning_rate * self._rate(at)
+                group["lr"] = self.recipe.learning_rate * group["scale"] * self._rate(at)
             self.optimiser.zero_grad(set_to_none=True)
             for i in active:
                 rows = orders[i][step]

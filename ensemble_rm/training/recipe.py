@@ -87,6 +87,8 @@ class Recipe:
         What branch and lora members' heads start from: nothing, or the fit on the blocks as they
         are [1]_. A fitted head knows its training pairs already and leaves the blocks little to
         learn from them; but a member that training cannot better remains that fit.
+    head_rate : float
+        Learning rate of branch and lora members' heads, over that of their blocks.
     dropout : float, optional
         Of branch, lora and full members' own layers, attention included; None is what the
         pretrained model has. 0 by default: noise on the two sides of a pair is noise on its margin.
@@ -112,6 +114,7 @@ class Recipe:
     hidden: int = 0
     warmup: float = 0.1
     first_head: FirstHead = "zero"
+    head_rate: float = 10.0
     dropout: float | None = 0.0
     reinitialise: int = 0
     diversity: float = 0.0
@@ -192,6 +195,7 @@ class Recipe:
             "subspace": (0 < self.subspace <= 1, "in (0, 1]"),
             "hidden": (self.hidden >= 0, "≥ 0"),
             "first_head": (self.first_head in get_args(FirstHead), f"one of {get_args(FirstHead)}"),
+            "head_rate": (0 < self.head_rate < math.inf, "a finite number > 0"),
             "dropout": (self.dropout is None or 0 <= self.dropout < 1, "None or in [0, 1)"),
             "reinitialise": (self.reinitialise >= 0, "≥ 0"),
             "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
