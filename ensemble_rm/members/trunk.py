@@ -236,7 +236,6 @@ class Trunk:
         states : bool
             Whether branches will read the prompts' states, too.
         """
-
         splits = self.splits  # asked before anyone listens
 
         def read(prompts: list[list[int]]) -> Prefix:

@@ -120,7 +120,7 @@ class BranchTrainer:
         self.optimiser = self._optimiser()
 
     def _optimiser(self) -> torch.optim.AdamW:
-        """Return AdamW over all members; only matrices decay, and heads have a rate of their own."""
+        """Return AdamW over all members; only matrices decay, heads have their own rate."""
         named = [item for branch in self.branches for item in branch.trained().items()]
         (decay,) = self.recipe.weight_decay
         groups: list[dict[str, Any]] = [
@@ -139,6 +139,18 @@ class BranchTrainer:
         return torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=self.recipe.learning_rate
         )
+
+    def _order(self, member: int, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the member's batches of pairs: random, but of similar length within a bucket."""
+        rng = np.random.default_rng([self.seeds[member]["order"], epoch])
+        n, size = len(self.fit), self.recipe.batch_size
+        order = rng.permutation(n)
+        found: list[NDArray[np.int64]] = []
+        for i in range(0, n, size * _BUCKET):
+            bucket = order[i : i + size * _BUCKET]
+            bucket = bucket[np.argsort(self.longest[bucket], kind="stable")]
+            found += [bucket[j : j + size] for j in range(0, len(bucket), size)]
+        return [found[i] for i in rng.permutation(len(found))]
 
     def _parts(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Cut a step's pairs into passes within the token budget, a pair at least."""
