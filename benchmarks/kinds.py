@@ -230,7 +230,7 @@ def costs(studies: dict[str, Study], args: argparse.Namespace, figures: Figures)
     """Add CPU seconds of scoring over those of one whole model, in turn."""
     import tempfile
 
-    import scoring
+    import scoring_sides as scoring
 
     from ensemble_rm import ClassifierScorer
 
