@@ -137,27 +137,29 @@ def keeps_a_cache(model: Any, device: torch.device) -> bool:
 def splits_attention(model: Any, device: torch.device) -> bool:
     """Say whether a model that keeps a cache can attend to prompts and completions apart.
 
-    It is asked on a few tokens: each layer that keeps keys must have attended to the prompt's, and
+    It is asked on a few texts: each layer that keeps keys must have attended to the prompt's, and
     the states must be those of the whole text.
     """
     if device.type != "cpu":
         return False
-    text = torch.arange(1, 8, device=device)[None] % model.config.get_text_config().vocab_size
+    size = model.config.get_text_config().vocab_size
+    text = (torch.arange(35, device=device).view(5, 7) * 7919 + 101) % size
     whole = model(input_ids=text, attention_mask=torch.ones_like(text)).last_hidden_state[:, 4:]
-    prefix = read_prefix(model, [[0], text[0, :4].tolist()], device)
+    prefix = read_prefix(model, [[0], *text[:, :4].tolist()], device)
     layers: list[Any] = prefix.cache.layers
     if any(type(layer) is not DynamicLayer for layer in layers):
         return False
-    owners, positions = torch.ones(2, dtype=torch.int64), torch.arange(4, 7).expand(2, -1)
+    owners, positions = torch.arange(1, 6), torch.arange(4, 7).expand(5, -1)
     inputs = prefix.apart(owners, positions)
     try:
-        found = model(input_ids=text[:, 4:].expand(2, -1), **inputs).last_hidden_state
+        found = model(input_ids=text[:, 4:], **inputs).last_hidden_state
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False  # it hands nothing down to its attention, or torch lacks the kernel
     near = 1e-4 if whole.dtype == torch.float32 else 0.05
-    gap = (found - whole).float().norm(dim=(1, 2)).max()
+    # Of the texts' median: in bfloat16 a text that means nothing can turn out any way.
+    gap = ((found - whole).float().norm(dim=(1, 2)) / whole.float().norm(dim=(1, 2))).median()
     return bool(
-        gap <= near * whole.float().norm()
+        gap <= near
         and inputs[KEYWORD].seen == {i for i, layer in enumerate(layers) if layer.is_initialized}
     )
 
