@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from ensemble_rm import (
     BranchScorer,
@@ -190,11 +190,12 @@ def test_an_encoder_shares_nothing_and_says_so(
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 30)), max_size=40),
     st.integers(32, 300),
+    st.booleans(),
 )
 def test_each_sample_comes_once_and_continues_its_own_prompt(
-    rows: list[tuple[int, int, int]], budget: int
+    rows: list[tuple[int, int, int]], budget: int, splits: bool
 ) -> None:
-    from ensemble_rm.members.prefix import Prefix, left_padded
+    from ensemble_rm.members.prefix import Prefix, padded
 
     encoded = [
         Encoded([prompt + 1] * (4 * prompt + 1) + [tail] * length, 4 * prompt + 1)
@@ -203,11 +204,11 @@ def test_each_sample_comes_once_and_continues_its_own_prompt(
     device = torch.device("cpu")
 
     def read(prompts: list[list[int]]) -> Prefix:
-        ids, mask = left_padded(prompts, device)
-        return Prefix(ids, mask, mask.sum(1), cache=None)  # type: ignore[arg-type]
+        ids, mask = padded(prompts, device, right=splits)
+        return Prefix(ids, mask, mask.sum(1), Cache(layers=[]), splits=splits)
 
     seen = []
-    for batch in passes(encoded, token_budget=budget, device=device, read=read):
+    for batch in passes(encoded, token_budget=budget, device=device, read=read, splits=splits):
         seen += batch.rows
         for i, row in enumerate(batch.rows):
             own = batch.ids[i, : int(batch.lengths[i])].tolist()
@@ -269,7 +270,8 @@ def test_cascade_attention_is_that_over_prompt_and_completion(dtype: torch.dtype
         for of_prompts, own in ((layer.keys, key), (layer.values, value))
     )
     mask = torch.ones(5, 1, 5, 14, dtype=torch.bool).tril(9)
-    mask &= torch.arange(14) >= (9 - lengths[owners])[:, None, None, None]
+    places = torch.arange(14)
+    mask &= (places < lengths[owners][:, None, None, None]) | (places >= 9)
     weights = (query.double() @ keys.mT * 0.3).masked_fill(~mask, -torch.inf).softmax(-1)
     atol = 1e-6 if dtype == torch.float32 else 0.03
     wanted = (weights @ values).transpose(1, 2)
@@ -297,3 +299,20 @@ def test_a_model_that_hands_nothing_down_does_not_split(decoder: Path) -> None:
     if trunk.model.config._attn_implementation == attention.NAME:
         trunk.model.set_attn_implementation("sdpa")  # whose attention knows no shared prompts
     assert trunk.shares and not trunk.splits
+
+
+@pytest.mark.parametrize("budget", [48, 512])
+def test_prompts_of_many_passes_are_held_together(decoder: Path, budget: int) -> None:
+    shared, alone = (
+        Trunk(locate(decoder), replace(OPTIONS, share_prefix=share, token_budget=budget))
+        for share in (True, False)
+    )
+    samples = [
+        Sample(f"{prompt} quick fox " * (3 + i), word)
+        for i, prompt in enumerate(WORDS)
+        for word in WORDS[:3]
+    ]
+    found, wanted = (
+        t.pooled(t.encoder.encode(samples), [(3, "last"), (4, "mean")]) for t in (shared, alone)
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5)

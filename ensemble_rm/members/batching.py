@@ -39,6 +39,9 @@ class Batch:
         Prompts that these samples continue; the tensors above then hold the completions alone.
     owners : torch.Tensor, optional
         (B,) which prompt of the prefix each sample continues.
+    causal : bool
+        The model looks at earlier tokens alone: padding on the right needs no mask, and attention
+        without one is quicker.
     """
 
     rows: list[int]
@@ -49,6 +52,7 @@ class Batch:
     lengths: torch.Tensor
     prefix: Prefix | None = None
     owners: torch.Tensor | None = None
+    causal: bool = False
 
     def renumbered(
         self,
@@ -64,7 +68,8 @@ class Batch:
         """Return the keyword arguments of a transformers forward pass."""
         if self.prefix is not None and self.owners is not None:
             return {"input_ids": self.ids} | self.prefix.continued(self.owners, self.mask)
-        inputs: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask}
+        mask = torch.ones_like(self.mask) if self.causal else self.mask
+        inputs: dict[str, Any] = {"input_ids": self.ids, "attention_mask": mask}
         if self.types is not None:
             inputs["token_type_ids"] = self.types
         return inputs

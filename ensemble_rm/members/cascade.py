@@ -29,10 +29,10 @@ class SharedPrompts:
     Attributes
     ----------
     layers : sequence of transformers cache layers
-        Keys and values, (N, groups, P, D), of prompts padded on the left.
+        Keys and values, (N, groups, P, D), of prompts padded on the right.
     runs : list of (int, int, int)
         Of rows that stand side by side and continue one prompt: which prompt, how many of its
-        last keys are tokens, how many rows.
+        first keys are tokens, how many rows.
     seen : set of int
         The layers that attended to them.
     """
@@ -93,7 +93,7 @@ def cascade_attention(
     for prompt, length, rows in prompts.runs:
         its = slice(start, start + rows)
         folded = by_token[its].flatten(0, 1)[None].transpose(1, 2)  # (1, heads, rows·T, D)
-        keys, values = (x[prompt : prompt + 1, :, -length:] for x in (kept.keys, kept.values))
+        keys, values = (x[prompt : prompt + 1, :, :length] for x in (kept.keys, kept.values))
         found, lse = flash(folded, keys, values, scale=scaling)
         weight = torch.sigmoid(lse[0].T.view_as(own_lse[its]) - own_lse[its])
         found = found[0].transpose(0, 1).view_as(out[its])

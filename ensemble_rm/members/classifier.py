@@ -155,7 +155,7 @@ class ClassifierScorer(ModelScorer):
         self.device = bb.pick_device(self.options.device)
         self._encoder: TextEncoder | None = None
         self._model: Any = None
-        self._shares, self._splits, self._budget = False, False, 0
+        self._causal, self._shares, self._splits, self._budget = False, False, False, 0
 
     @classmethod
     def from_name(
@@ -202,11 +202,10 @@ class ClassifierScorer(ModelScorer):
                 )
                 if self.options.dtype != "float32":
                     _lift_head(model)
-                self._shares = (
-                    self.options.share_prefix
-                    and trained_pooling(model) == "attended"
-                    and keeps_a_cache(model.base_model.to(self.device), self.device)
+                self._causal = trained_pooling(model) == "attended" and keeps_a_cache(
+                    model.base_model.to(self.device), self.device
                 )
+                self._shares = self.options.share_prefix and self._causal
                 self._splits = self._shares and splits_attention(model.base_model, self.device)
                 self._model = model.eval().requires_grad_(requires_grad=False).to(self.device)
             return self._encoder, self._model
@@ -244,6 +243,8 @@ class ClassifierScorer(ModelScorer):
             read=partial(read_prefix, model.base_model, device=self.device, splits=self._splits)
             if self._shares
             else None,
+            splits=self._splits,
+            causal=self._causal,
         )
 
     def _parts(self) -> dict[str, Any]:

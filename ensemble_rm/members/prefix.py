@@ -2,7 +2,8 @@
 
 (P + C)·G tokens become P + G·C. Prompts stand at the right of their batch and completions at the
 left of theirs, so that distances between tokens are those of the unshared text, which attention
-windows count. Where a model keeps no such cache, nothing is shared.
+windows count; where attention is computed in parts, which knows no windows, both stand at the left.
+Where a model keeps no such cache, nothing is shared.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Prefix:
     Attributes
     ----------
     ids, mask : torch.Tensor
-        (N, P) token ids and attention mask, padded on the left.
+        (N, P) token ids and attention mask, padded on the left; on the right where it splits.
     lengths : torch.Tensor
         (N,) number of real tokens.
     cache : transformers Cache
@@ -51,6 +52,10 @@ class Prefix:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Return what reads the prompts: ids, mask and positions."""
+        if self.splits:  # what stands behind a prompt is not seen from it
+            steps = torch.arange(self.ids.shape[1], device=self.ids.device)
+            mask, positions = torch.ones_like(self.mask), steps.expand_as(self.ids)
+            return {"input_ids": self.ids, "attention_mask": mask, "position_ids": positions}
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": positions}
 
@@ -104,16 +109,46 @@ def _chosen(layer: Any, owners: torch.Tensor) -> Any:
     return twin
 
 
-def left_padded(
-    prompts: Sequence[Sequence[int]], device: torch.device
+def joined(parts: Sequence[Prefix]) -> Prefix:
+    """Put prompts that were read apart side by side; several must be of the kind that splits."""
+    if len(parts) == 1:
+        return parts[0]
+    widest = max(part.ids.shape[1] for part in parts)
+
+    def wide(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        short = widest - tensor.shape[axis]
+        return torch.nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 1 - axis) + [0, short])
+
+    cache = copy.copy(parts[0].cache)
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    cache.layers = layers
+    for i, layer in enumerate(layers):
+        if layer.is_initialized:
+            its: list[Any] = [part.cache.layers[i] for part in parts]
+            layer.keys = torch.cat([wide(own.keys, 2) for own in its])
+            layer.values = torch.cat([wide(own.values, 2) for own in its])
+    states = [part.states for part in parts if part.states is not None]
+    return replace(
+        parts[0],
+        ids=torch.cat([wide(part.ids, 1) for part in parts]),
+        mask=torch.cat([wide(part.mask, 1) for part in parts]),
+        lengths=torch.cat([part.lengths for part in parts]),
+        cache=cache,
+        states=torch.cat([wide(own, 1) for own in states]) if states else None,
+    )
+
+
+def padded(
+    prompts: Sequence[Sequence[int]], device: torch.device, *, right: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (N, P) ids and mask, padded on the left."""
+    """Return (N, P) ids and mask, padded on one side."""
     widest = max(len(p) for p in prompts)
     ids = torch.zeros(len(prompts), widest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, widest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, widest - len(prompt) :] = 1
+        its = slice(0, len(prompt)) if right else slice(widest - len(prompt), widest)
+        ids[row, its] = torch.tensor(prompt)
+        mask[row, its] = 1
     return ids.to(device), mask.to(device)
 
 
@@ -145,7 +180,7 @@ def splits_attention(model: Any, device: torch.device) -> bool:
     size = model.config.get_text_config().vocab_size
     text = (torch.arange(35, device=device).view(5, 7) * 7919 + 101) % size
     whole = model(input_ids=text, attention_mask=torch.ones_like(text)).last_hidden_state[:, 4:]
-    prefix = read_prefix(model, [[0], *text[:, :4].tolist()], device)
+    prefix = read_prefix(model, [[0], *text[:, :4].tolist()], device, splits=True)
     layers: list[Any] = prefix.cache.layers
     if any(type(layer) is not DynamicLayer for layer in layers):
         return False
@@ -169,7 +204,7 @@ def read_prefix(
     model: Any, prompts: Sequence[Sequence[int]], device: torch.device, *, splits: bool = False
 ) -> Prefix:
     """Read prompts and keep their keys and values."""
-    ids, mask = left_padded(prompts, device)
-    empty = Prefix(ids, mask, mask.sum(1), Cache(layers=[]))
+    ids, mask = padded(prompts, device, right=splits)
+    empty = Prefix(ids, mask, mask.sum(1), Cache(layers=[]), splits=splits)
     out = model(**empty.inputs(), use_cache=True)
-    return Prefix(ids, mask, empty.lengths, out.past_key_values, splits=splits)
+    return replace(empty, cache=out.past_key_values)

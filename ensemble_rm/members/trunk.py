@@ -156,6 +156,8 @@ class Trunk:
         Of attributes from the model to the list of its blocks.
     blocks : ModuleList
         Those up to `top`.
+    causal : bool
+        Whether the model looks at earlier tokens alone: it keeps their keys and values.
     rest : ModuleList
         Those above it, of which branches are copies; empty once `forget_rest` was called.
     """
@@ -184,6 +186,7 @@ class Trunk:
         group_heads(self.model, self.device)
         quicken((self.model, self.rest), self.device)
         model_config: Any = self.model.config
+        self.causal = keeps_a_cache(self.model, self.device)
         self.width: int = model_config.get_text_config().hidden_size
         self.token_budget = pick_token_budget(
             options.token_budget,
@@ -220,7 +223,7 @@ class Trunk:
     @cached_property
     def shares(self) -> bool:
         """Whether the completions of a prompt share its pass."""
-        return self.options.share_prefix and keeps_a_cache(self.model, self.device)
+        return self.options.share_prefix and self.causal
 
     @cached_property
     def splits(self) -> bool:
@@ -250,6 +253,7 @@ class Trunk:
             token_budget=self.token_budget,
             device=self.device,
             read=read if self.shares else None,
+            splits=splits,
         )
 
     @torch.inference_mode()
@@ -279,9 +283,13 @@ class Trunk:
             self.model(**self.inputs(batch))
         return found[0]
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return the keyword arguments of one forward pass that keeps no cache."""
-        inputs = batch.model_inputs()
+    def inputs(self, batch: Batch, *, causal: bool | None = None) -> dict[str, Any]:
+        """Return the keyword arguments of one forward pass that keeps no cache.
+
+        `causal` is asked of the trunk where it is not said.
+        """
+        causal = self.causal if causal is None else causal
+        inputs = replace(batch, causal=causal).model_inputs()
         if batch.prefix is None and getattr(self.model.config, "is_decoder", True):
             inputs["use_cache"] = False
         return inputs
