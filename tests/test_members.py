@@ -16,7 +16,7 @@ from ensemble_rm import FunctionScorer, HeadScorer, Message, Sample, TrunkOption
 from ensemble_rm.errors import BackboneError, NonFiniteScoreError, OptionError, StorageError
 from ensemble_rm.members import cache as feature_cache
 from ensemble_rm.members import trunk as trunks
-from ensemble_rm.members.backbone import load_tokenizer, locate
+from ensemble_rm.members.backbone import load_tokenizer, locate, torch_dtype
 from ensemble_rm.members.batching import plan
 from ensemble_rm.members.cache import FeatureCache, features, features_in_parts
 from ensemble_rm.members.pooling import Rule, pool
@@ -189,6 +189,18 @@ def test_no_backbone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BackboneError, match="safetensors"):
         locate(tmp_path)
+    with pytest.raises(BackboneError, match="neither a folder here nor a model"):
+        locate("nobody/no-such-model")  # the hub is off
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        (tmp_path / "two" / name).touch()
+    with pytest.raises(BackboneError, match="2 GGUF files"):
+        locate(tmp_path / "two")
+    (tmp_path / "two" / "b.gguf").unlink()
+    with pytest.raises(OptionError, match="cache_dir"):
+        locate(tmp_path / "two", cache_dir=None)
+    with pytest.raises(OptionError, match="'float64'"):
+        torch_dtype("float64")
 
 
 class Counting:
