@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from common import Figures, make_parser, seconds
 from preference_runs import package_folder
-from scoring import random_heads, resident
+from scoring import resident
+from scoring_sides import random_heads
 
 from ensemble_rm import HeadScorer, Normaliser, RewardEnsemble, TrunkOptions, mean
 from ensemble_rm.cli.common import Bars, write_jsonl

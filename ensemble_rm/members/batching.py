@@ -17,8 +17,7 @@ import torch
 from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Encoded
 
-_ENOUGH = 1 / 4  # of the budget: a pass of this size is as quick a token as a larger one
-_FILLED = 0.8  # of the longest row: what a shorter one may at least fill
+_BESIDE = 0.1  # of the budget: what a pass costs beside its tokens (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +77,27 @@ class Batch:
 def plan(lengths: Sequence[int], *, token_budget: int, max_rows: int = 512) -> list[list[int]]:
     """Group rows by length, longest first, each group within the budget of padded tokens.
 
-    A group that holds enough work for one pass ends before rows that would be mostly padding.
+    Of all ways to cut the sorted rows, the one whose padded tokens, and what each pass costs beside
+    them, are fewest: dynamic programming over the places where a group may begin.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    groups: list[list[int]] = []
-    current: list[int] = []
-    for row in order:
-        widest = lengths[current[0]] if current else lengths[row]
-        full = (len(current) + 1) * widest > token_budget or len(current) >= max_rows
-        worked = len(current) * widest >= token_budget * _ENOUGH
-        if current and (full or (worked and lengths[row] < _FILLED * widest)):
-            groups.append(current)
-            current = []
-        current.append(int(row))
-    if current:
-        groups.append(current)
-    return groups
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    widths = np.asarray(lengths, dtype=np.int64)[order]
+    n, beside = len(widths), token_budget * _BESIDE
+    cost, begin = np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)
+    low = 0
+    for end in range(1, n + 1):
+        # A wider first row and more of them only grow a group: its earliest beginning moves on.
+        low = max(low, end - max_rows)
+        while low < end - 1 and (end - low) * widths[low] > token_budget:
+            low += 1
+        total = cost[low:end] + np.arange(end - low, 0, -1) * widths[low:end]
+        best = int(np.argmin(total))
+        cost[end], begin[end] = total[best] + beside, low + best
+    cuts = [n]
+    while cuts[-1] > 0:
+        cuts.append(int(begin[cuts[-1]]))
+    edges = cuts[::-1]
+    return [order[i:j].tolist() for i, j in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def collate(encoded: Sequence[Encoded], rows: list[int], *, device: torch.device) -> Batch:
