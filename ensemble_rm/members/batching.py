@@ -7,6 +7,7 @@ mask comes from lengths.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,7 +98,7 @@ def plan(lengths: Sequence[int], *, token_budget: int, max_rows: int = 512) -> l
     while cuts[-1] > 0:
         cuts.append(int(begin[cuts[-1]]))
     edges = cuts[::-1]
-    return [order[i:j].tolist() for i, j in zip(edges[:-1], edges[1:], strict=True)]
+    return [order[i:j].tolist() for i, j in itertools.pairwise(edges)]
 
 
 def collate(encoded: Sequence[Encoded], rows: list[int], *, device: torch.device) -> Batch:
