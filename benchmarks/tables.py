@@ -134,6 +134,38 @@ def preferences(kinds: Collection[str] = tuple(KINDS)) -> str:
     return markdown(lines)
 
 
+def kinds() -> str:
+    """Return the table of what each kind of member costs, and what diversity it buys."""
+    import kinds as benchmark
+
+    figures = figures_of("kinds")
+    shown = {
+        "correlation": ("correlation", 2),
+        "AUROC of std": ("error_auroc_std", 2),
+        "of −margin": ("error_auroc_margin", 2),
+        "disagree": ("disagreement", 2),
+        "on unlike texts": ("disagreement_unlike", 2),
+        "training, CPU s": ("train_seconds", 0),
+    }
+    head = ["trunk", "members", "seeds", "cost", "accuracy", "NLL", "NLL gain", "pooling gain"]
+    lines = [head + list(shown)]
+    for backbone, label in (*benchmark.LABELS.items(), ("both", "both")):
+        start = f"nll_{backbone}_"
+        for name in [f.removeprefix(start) for f in figures if f.startswith(start)]:
+            cost = benchmark.cost_of(name, backbone, figures)
+            line = [label, name.replace("_", ", "), str(figures[start + name]["n"])]
+            line.append("" if cost is None else f"{cost:.1f}")
+            line += [
+                f"{figures[f'{f}_{backbone}_{name}']['median']:.3f}" for f in ("accuracy", "nll")
+            ]
+            line.append("" if name == "head" else gain(figures, f"nll_gain_{backbone}_{name}", 3))
+            for figure, digits in (("pooling_gain", 4), *shown.values()):
+                found = figures.get(f"{figure}_{backbone}_{name}")
+                line.append("" if found is None else f"{found['median']:.{digits}f}")
+            lines.append(line)
+    return markdown(lines)
+
+
 def claims() -> str:
     """Return the table of claims, each with its figure and its spread."""
     lines, before = [["claim", "measured", "command"]], ""
@@ -148,4 +180,4 @@ def claims() -> str:
 
 
 if __name__ == "__main__":
-    print(preferences(["views"]), preferences(), claims(), sep="\n\n")
+    print(preferences(["views"]), preferences(), claims(), kinds(), sep="\n\n")
