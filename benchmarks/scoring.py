@@ -4,9 +4,10 @@ Both sides run in turn, warm, tokenisation included, under the same dtype, threa
 length. Workloads: `group16`, prompts of about 200 tokens with 16 completions of at most 64 each;
 `pairs`, chosen and rejected of hh_rlhf.jsonl in order of arrival. Texts are made of words where
 that file is absent. Peers: `one` Hugging Face model, batches of 16 padded in order of arrival; the
-`loop` over five of them; transformers' text-classification `pipeline` at batch 32; and the `limit`,
-the backbone's forward pass on dense batches without padding, in tokens a second, against our real
-tokens a second without prefix sharing.
+`loop` over five of them; a `switch` of five peft adapters on one; transformers'
+text-classification `pipeline` at batch 32; and the `limit`, the backbone's forward pass on dense
+batches without padding, in tokens a second, against our real tokens a second without prefix
+sharing.
 
 Branches are copies of the last blocks and heads are random vectors: what a weight is does not
 matter to time. Ratios are theirs/ours, above 1 is in our favour; `limit` is ours/theirs. Memory:
@@ -30,163 +31,24 @@ import numpy as np
 import torch
 from common import Figures, make_parser, seconds
 from preference_runs import package_folder
-
-from ensemble_rm import (
-    BranchScorer,
-    ClassifierScorer,
-    HeadScorer,
-    Sample,
-    TrunkOptions,
-    load_preferences,
+from scoring_sides import (
+    HuggingFace,
+    K,
+    Switched,
+    adapters,
+    branches,
+    groups,
+    heads,
+    make_classifier,
+    pairs_in_order,
+    pipeline,
 )
-from ensemble_rm.members.backbone import Backbone, load_classifier, load_tokenizer, locate
-from ensemble_rm.members.head_weights import HeadWeights
-from ensemble_rm.members.trunk import Trunk, View, default_views
+
+from ensemble_rm import ClassifierScorer, TrunkOptions
+from ensemble_rm.members.backbone import Backbone, load_tokenizer, locate
+from ensemble_rm.members.trunk import Trunk
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf.jsonl"
-K = 5
-
-
-# Workloads -----------------------------------------------------------------------------------
-
-
-def words(n: int, rng: np.random.Generator) -> str:
-    return " ".join(
-        rng.choice(
-            ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"],
-            n,
-        )
-    )
-
-
-def groups(args: argparse.Namespace, tokenizer: Any) -> list[Sample]:
-    """Prompts of about 200 tokens with 16 completions of at most 64."""
-    rng = np.random.default_rng(0)
-
-    def cut(text: str) -> str:
-        return str(tokenizer.decode(tokenizer(text)["input_ids"][:64]))
-
-    if not args.data.exists():
-        asked = [words(180, rng) for _ in range(args.prompts)]
-        return [Sample(p, words(rng.integers(20, 60), rng)) for p in asked for _ in range(16)]
-    pairs = load_preferences(args.data)
-    answers = [cut(pair.chosen) for pair in pairs[:400] if len(pair.chosen) > 120]
-    found = []
-    for pair in pairs:
-        turns = pair.prompt if isinstance(pair.prompt, tuple) else ()
-        length = sum(len(tokenizer(turn.content)["input_ids"]) + 5 for turn in turns)
-        if 170 <= length <= 200:
-            found.append(pair.prompt)
-        if len(found) == args.prompts:
-            break
-    return [Sample(p, str(rng.choice(answers))) for p in found for _ in range(16)]
-
-
-def pairs_in_order(args: argparse.Namespace) -> list[Sample]:
-    """Both completions of each pair, in order of arrival."""
-    if args.data.exists():
-        pairs = load_preferences(args.data).shuffled_sides(seed=0)
-        rows = np.random.default_rng(1).permutation(len(pairs))[: args.pairs]
-        return [Sample(p.prompt, c) for p in pairs.take(rows) for c in (p.chosen, p.rejected)]
-    rng = np.random.default_rng(1)
-    asked = [words(rng.integers(10, 300), rng) for _ in range(args.pairs)]
-    return [Sample(p, words(rng.integers(5, 120), rng)) for p in asked for _ in range(2)]
-
-
-# Sides ---------------------------------------------------------------------------------------
-
-
-def random_heads(k: int, width: int) -> HeadWeights:
-    rng = np.random.default_rng(0)
-    return HeadWeights(
-        np.zeros((k, width)), np.ones((k, width)), rng.normal(size=(k, width)), np.zeros(k)
-    )
-
-
-def branches(backbone: Backbone, options: TrunkOptions, blocks: int) -> BranchScorer:
-    trunk = Trunk(backbone, options)
-    copied = torch.nn.ModuleList(list(trunk.blocks)[trunk.depth - blocks :]).state_dict()
-    views = [View(trunk.depth, "both")] * K
-    heads = random_heads(K, 2 * trunk.width)
-    return BranchScorer(backbone, options, views, heads, [dict(copied)] * K, blocks=blocks)
-
-
-def heads(backbone: Backbone, options: TrunkOptions) -> HeadScorer:
-    trunk = Trunk(backbone, options)
-    return HeadScorer(
-        backbone, options, default_views(trunk.depth, K), random_heads(K, 2 * trunk.width)
-    )
-
-
-class HuggingFace:
-    """k models in a loop, each in batches of 16 padded in order of arrival."""
-
-    def __init__(self, folder: Path, options: TrunkOptions, k: int) -> None:
-        self.tokenizer = load_tokenizer(folder)
-        self.tokenizer.padding_side = "right"
-        self.models = [load_classifier(folder, dtype=options.dtype).eval() for _ in range(k)]
-        self.max_length = options.max_length
-
-    def texts(self, samples: list[Sample]) -> list[str]:
-        return [
-            self.tokenizer.apply_chat_template(
-                [
-                    *(
-                        [{"role": "user", "content": s.prompt}]
-                        if isinstance(s.prompt, str)
-                        else [{"role": t.role, "content": t.content} for t in s.prompt]
-                    ),
-                    {"role": "assistant", "content": s.completion},
-                ],
-                tokenize=False,
-            )
-            for s in samples
-        ]
-
-    @torch.inference_mode()
-    def score(self, samples: list[Sample]) -> np.ndarray:
-        texts = self.texts(samples)
-        found = []
-        for model in self.models:
-            scores = []
-            for i in range(0, len(texts), 16):
-                batch = self.tokenizer(
-                    texts[i : i + 16],
-                    padding=True,
-                    truncation=True,
-                    max_length=self.max_length,
-                    add_special_tokens=False,
-                    return_tensors="pt",
-                )
-                scores.append(model(**batch).logits[:, 0].float().numpy())
-            found.append(np.concatenate(scores))
-        return np.stack(found, axis=1)
-
-
-def pipeline(folder: Path, options: TrunkOptions) -> Callable[[list[str]], Any]:
-    from transformers import pipeline as make
-
-    return make(
-        "text-classification",
-        model=load_classifier(folder, dtype=options.dtype),
-        tokenizer=load_tokenizer(folder),
-        batch_size=32,
-        truncation=True,
-        max_length=options.max_length,
-        function_to_apply="none",
-    )
-
-
-def make_classifier(backbone: Backbone, folder: Path) -> Path:
-    """Make a sequence-classification model over the backbone, its head drawn from a seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = load_classifier(backbone.folder, dtype="bfloat16", new_head=True)
-    tokenizer = load_tokenizer(backbone.folder)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 # Measuring -----------------------------------------------------------------------------------
@@ -215,6 +77,8 @@ def compare_groups(
         "views5": heads(backbone, options),
         "one": HuggingFace(folder, options, 1),
         "loop": HuggingFace(folder, options, K),
+        "lora5": adapters(backbone, options),
+        "switch": Switched(folder, options, K),
     }
     took = in_turn(
         {name: (lambda s=scorer: s.score(samples)) for name, scorer in scorers.items()},  # type: ignore[misc]
@@ -225,6 +89,7 @@ def compare_groups(
         ("branch5", "one"),
         ("views5", "one"),
         ("views5", "loop"),
+        ("lora5", "switch"),
     ):
         figures.add_repeats(f"group16_{ours}_vs_{peer}", list(took[peer] / took[ours]))
     # What `train` makes where nothing else is said: heads with a view each.
@@ -314,7 +179,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/ensemble_rm").expanduser())
     parser.add_argument("--prompts", type=int, default=2, help="of the groups")
-    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak", choices=("ours", "pipeline"), help=argparse.SUPPRESS)

@@ -7,18 +7,18 @@ have one unit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from ensemble_rm.aggregation.aggregator import Aggregator, mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.baseline import baseline_scores
+from ensemble_rm.members.baseline import score_with_references
 from ensemble_rm.members.classifier import ClassifierScorer
-from ensemble_rm.members.scorer import Scorer, StoredScorer, score_all
+from ensemble_rm.members.model_pool import ModelPool
+from ensemble_rm.members.scorer import Scorer, StoredScorer, score_all, unloaded
 from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
 from ensemble_rm.samples import Preferences, require_pairs
 from ensemble_rm.storage import FILE
@@ -31,6 +31,7 @@ def combine(
     aggregator: Aggregator | None = None,
     options: TrunkOptions | None = None,
     baseline: bool = False,
+    max_loaded_models: int | None = None,
     progress: Progress = silent,
 ) -> RewardEnsemble:
     """Put reward models side by side, and fit their offsets and scales.
@@ -48,6 +49,9 @@ def combine(
         How models that are named read text.
     baseline : bool
         Whether the score of each prompt's `reference` completion is subtracted.
+    max_loaded_models : int, optional
+        Models in memory at once, here and in the ensemble; see
+        `RewardEnsemble.with_max_loaded_models`.
     progress : callable
         Called with (stage, done, total).
 
@@ -68,31 +72,69 @@ def combine(
     require_pairs(reference, "fitting the normaliser")
     if not members:
         raise OptionError("an ensemble needs at least one member")
-    scorers = tuple(
-        scorer
+    given = options or TrunkOptions()
+    pool = None if max_loaded_models is None else ModelPool(max_loaded_models)
+    scorers: list[Scorer] = []
+    for name, member in members.items():
+        if pool is None:
+            scorers += _open(name, member, given)
+        else:  # bound to no name, what was loaded to be looked at goes before the next is
+            scorers += unloaded(_open(name, member, given))
+    said = {
+        name: str(member) if isinstance(member, str | Path) else type(member).__name__
         for name, member in members.items()
-        for scorer in _open(name, member, options or TrunkOptions())
+    }
+    return normalised(
+        scorers,
+        reference,
+        aggregator=aggregator or mean(),
+        baseline=baseline,
+        provenance={"members": said},
+        pool=pool,
+        progress=progress,
     )
+
+
+def normalised(
+    scorers: Sequence[Scorer],
+    reference: Preferences,
+    *,
+    aggregator: Aggregator,
+    baseline: bool,
+    provenance: dict[str, Any],
+    pool: ModelPool | None = None,
+    progress: Progress = silent,
+) -> RewardEnsemble:
+    """Put scorers side by side, their offsets and scales fitted on reference completions.
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+    reference : Preferences
+        Recorded in the provenance.
+    aggregator : Aggregator
+    baseline : bool
+        Whether the score of each prompt's `reference` completion is subtracted.
+    provenance : dict
+        What else is recorded.
+    pool : ModelPool, optional
+        How many scorers hold their models at once, here and in the ensemble.
+    progress : callable
+        Called with (stage, done, total).
+    """
     samples = reference.samples()
-    raw, _ = score_all(scorers, samples, progress=progress)
     below = None
     if baseline:
-        below = np.concatenate([baseline_scores(s, samples) for s in scorers], axis=1)
+        raw, below, _ = score_with_references(scorers, samples, pool=pool, progress=progress)
+    else:
+        raw, _ = score_all(scorers, samples, pool=pool, progress=progress)
+    source = {"source": reference.source, "pairs": len(reference), "digest": reference.digest}
     return RewardEnsemble(
-        scorers,
+        tuple(scorers),
         fit_normaliser(raw, reference.sample_groups(), baseline=below),
-        aggregator or mean(),
-        provenance={
-            "members": {
-                name: str(member) if isinstance(member, str | Path) else type(member).__name__
-                for name, member in members.items()
-            },
-            "reference": {
-                "source": reference.source,
-                "pairs": len(reference),
-                "digest": reference.digest,
-            },
-        },
+        aggregator,
+        provenance=provenance | {"reference": source},
+        model_pool=pool,
     )
 
 

@@ -14,17 +14,21 @@ import numpy as np
 
 from ensemble_rm import storage
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.calibration.calibration import Calibration, fit_calibration
+from ensemble_rm.calibration.calibration import (
+    Calibration,
+    fit_calibration,
+    refit_calibration,
+    require_calibration,
+)
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.calibration.pairs import ScoredPairs
 from ensemble_rm.calibration.temperature import MIN_JUDGMENTS
-from ensemble_rm.errors import AggregatorMismatchError, NotCalibratedError, OptionError
+from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone import DEFAULT_CACHE
-from ensemble_rm.members.baseline import reference_samples
+from ensemble_rm.members.baseline import score_with_references
+from ensemble_rm.members.model_pool import ModelPool
 from ensemble_rm.members.score_cache import ScoreCache
-from ensemble_rm.members.scorer import Scorer, score_all
-from ensemble_rm.members.text import Truncation
+from ensemble_rm.members.scorer import Scorer, score_all, unloaded
 from ensemble_rm.members.trunk import Progress, silent
 from ensemble_rm.results import Comparison, Ranking, Scores
 from ensemble_rm.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
@@ -48,6 +52,8 @@ class RewardEnsemble:
         Recipe, digests and versions, as training recorded them.
     score_cache : ScoreCache, optional
         Where raw scores are kept; see `with_score_cache`.
+    model_pool : ModelPool, optional
+        How many members' models are in memory at once; see `with_max_loaded_models`.
     """
 
     scorers: tuple[Scorer, ...]
@@ -56,6 +62,7 @@ class RewardEnsemble:
     calibration: Calibration | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     score_cache: ScoreCache | None = None
+    model_pool: ModelPool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scorers", tuple(self.scorers))
@@ -94,18 +101,16 @@ class RewardEnsemble:
         BaselineError
             If the normaliser has a baseline and a sample names no reference completion.
         """
-        if not self.normaliser.baseline:
-            raw, cut = self._raw(samples, progress)
-            members = self.normaliser(raw)
+        options: dict[str, Any] = {"cache": self.score_cache, "pool": self.model_pool}
+        below = None
+        if self.normaliser.baseline:
+            raw, below, cut = score_with_references(
+                self.scorers, samples, **options, progress=progress
+            )
         else:
-            references, place = reference_samples(samples)
-            raw, cut = self._raw([*samples, *references], progress)
-            raw, baseline = raw[: len(samples)], raw[len(samples) :]
-            members = self.normaliser(raw, baseline[place])
+            raw, cut = score_all(self.scorers, samples, **options, progress=progress)
+        members = self.normaliser(raw, below)
         return Scores(self.names, members, raw, self.aggregator(members), cut)
-
-    def _raw(self, samples: Sequence[Sample], progress: Progress) -> tuple[Floats, Truncation]:
-        return score_all(self.scorers, samples, cache=self.score_cache, progress=progress)
 
     def compare(
         self,
@@ -147,7 +152,7 @@ class RewardEnsemble:
         AggregatorMismatchError
             If the calibration belongs to another aggregator.
         """
-        calibration = self._calibration_for(aggregator or self.aggregator)
+        calibration = require_calibration(self.calibration, aggregator or self.aggregator)
         if not len(prompts) == len(first) == len(second):
             raise OptionError(
                 f"{len(prompts)} prompts, {len(first)} first and {len(second)} second completions"
@@ -163,19 +168,6 @@ class RewardEnsemble:
             scores.members[::2] - scores.members[1::2],
             calibration.mixture_temperature,
         )
-
-    def _calibration_for(self, aggregator: Aggregator) -> Calibration:
-        if self.calibration is None:
-            raise NotCalibratedError(
-                "this ensemble has no calibration, so a score difference is no probability; "
-                "call calibrate(held) with judgments that it was not trained on"
-            )
-        if self.calibration.aggregator != aggregator:
-            raise AggregatorMismatchError(
-                f"the calibration was fitted with {self.calibration.aggregator}, not {aggregator}; "
-                "call recalibrate(aggregator), or calibrate anew"
-            )
-        return self.calibration
 
     def rank(
         self,
@@ -302,18 +294,8 @@ class RewardEnsemble:
         NotCalibratedError
             If there is no calibration, or its judgments' scores were not kept.
         """
-        old = self.calibration
-        if old is None or old.evidence is None:
-            raise NotCalibratedError("there are no judgments to fit on; call calibrate(held)")
-        new = fit_calibration(
-            old.evidence,
-            aggregator,
-            method=old.method,
-            slices=bool(old.slices),
-            digest=old.digest,
-            min_judgments=2,
-        )
-        return replace(self, aggregator=aggregator, calibration=new)
+        calibration = refit_calibration(self.calibration, aggregator)
+        return replace(self, aggregator=aggregator, calibration=calibration)
 
     def with_aggregator(self, aggregator: Aggregator) -> RewardEnsemble:
         """Take another aggregator for rewards; a calibration of the old one no longer applies."""
@@ -322,6 +304,22 @@ class RewardEnsemble:
     def with_score_cache(self, cache: ScoreCache | None) -> RewardEnsemble:
         """Keep members' raw scores on disk and read them there; None, the default, does neither."""
         return replace(self, score_cache=cache)
+
+    def with_max_loaded_models(self, n: int | None) -> RewardEnsemble:
+        """Hold at most n scorers' models in memory, the others unloaded; all where n is None.
+
+        A whole model is one, and so is a trunk with all its heads, branches or adapters. Each
+        scores every sample of a call before it makes room for the next. The new ensemble loads
+        models of its own; those of this one are freed with it.
+
+        Raises
+        ------
+        OptionError
+            If n is less than 1.
+        """
+        if n is None:
+            return replace(self, model_pool=None)
+        return replace(self, scorers=unloaded(self.scorers), model_pool=ModelPool(n))
 
     # Files -------------------------------------------------------------------------------------
 
@@ -360,6 +358,7 @@ class RewardEnsemble:
         backbone: str | Path | None = None,
         device: str | None = None,
         cache_dir: str | Path | None = DEFAULT_CACHE,
+        max_loaded_models: int | None = None,
     ) -> RewardEnsemble:
         """Read what `save_pretrained` wrote; the scores are identical.
 
@@ -372,6 +371,8 @@ class RewardEnsemble:
             The best available where none is named.
         cache_dir : str or Path, optional
             For converted GGUF weights.
+        max_loaded_models : int, optional
+            Models in memory at once; see `with_max_loaded_models`.
 
         Returns
         -------
@@ -390,4 +391,4 @@ class RewardEnsemble:
             device=device,
             cache_dir=None if cache_dir is None else Path(cache_dir),
         )
-        return cls(**parts)
+        return cls(**parts).with_max_loaded_models(max_loaded_models)

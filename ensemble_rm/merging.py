@@ -9,14 +9,13 @@ import tempfile
 from pathlib import Path
 
 from ensemble_rm.aggregation.aggregator import mean
-from ensemble_rm.calibration.normaliser import fit_normaliser
+from ensemble_rm.combining import normalised
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import MergeError, OptionError
 from ensemble_rm.members.averaging import average_branches, average_classifiers
-from ensemble_rm.members.baseline import baseline_scores
 from ensemble_rm.members.branches import BranchScorer
 from ensemble_rm.members.classifier import ClassifierScorer
-from ensemble_rm.members.scorer import Scorer, score_all
+from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.members.trunk import Progress, silent
 from ensemble_rm.samples import Preferences, require_pairs
 
@@ -86,21 +85,12 @@ def _finish(
     ensemble: RewardEnsemble, scorer: Scorer, reference: Preferences, progress: Progress
 ) -> RewardEnsemble:
     """Fit the new member's normaliser, and say where it comes from."""
-    samples = reference.samples()
-    raw, _ = score_all((scorer,), samples, progress=progress)
-    below = None
-    if ensemble.normaliser.baseline:
-        below = baseline_scores(scorer, samples)
-    return RewardEnsemble(
+    merged = {"members": list(ensemble.names), "provenance": ensemble.provenance}
+    return normalised(
         (scorer,),
-        fit_normaliser(raw, reference.sample_groups(), baseline=below),
-        mean(),
-        provenance={
-            "merged": {"members": list(ensemble.names), "provenance": ensemble.provenance},
-            "reference": {
-                "source": reference.source,
-                "pairs": len(reference),
-                "digest": reference.digest,
-            },
-        },
+        reference,
+        aggregator=mean(),
+        baseline=ensemble.normaliser.baseline,
+        provenance={"merged": merged},
+        progress=progress,
     )

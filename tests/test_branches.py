@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import OPTIONS, SAMPLES, Killed, check_untouched, few_pairs
 
 from ensemble_rm import (
     BranchScorer,
     Preferences,
     Recipe,
     RewardEnsemble,
-    Sample,
     TrunkOptions,
-    load_preferences,
     train,
 )
-from ensemble_rm.demo.data import FILE
 from ensemble_rm.errors import (
     BackboneError,
     CacheLimitError,
@@ -29,19 +27,16 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members.backbone import locate
 from ensemble_rm.members.batching import batches
-from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.states import states_bytes, token_states
 from ensemble_rm.members.trunk import Trunk
 from ensemble_rm.training.train import plan
 
-OPTIONS = TrunkOptions(max_length=32, device="cpu", token_budget=512)
 QUICK = Recipe.of("branch", epochs=3, patience=9, batch_size=8, learning_rate=1e-3)
-SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12, 2, 7)]
 
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[Preferences, ...]:
-    return load_preferences(FILE)[:160].split(0.5, 0.25, seed=0)
+    return few_pairs(160)
 
 
 def run(
@@ -51,32 +46,23 @@ def run(
     return train(*parts, backbone=folder, kind="branch", cache_dir=cache, **(given | options))
 
 
-def check_parity(folder: Path, blocks: int) -> None:
-    """Untouched copies of the top blocks, on stored states, are the whole model."""
-    whole = Trunk(locate(folder), OPTIONS)
-    trunk = Trunk(locate(folder), OPTIONS, top=whole.depth - blocks)
-    branching = Branching(trunk)
-    encoded = trunk.encoder.encode(SAMPLES)
-    for batch in batches(encoded, token_budget=128, device=trunk.device):
-        states = trunk.states(batch)
-        with torch.inference_mode():
-            found = branching.pooled(trunk.rest, states, batch, "both", width=2 * trunk.width)
-        wanted = whole.pool_batch(batch, [(whole.depth, "last"), (whole.depth, "mean")]).flatten(1)
-        np.testing.assert_allclose(found.numpy(), wanted.numpy(), atol=1e-6)
+def check_copies(folder: Path, blocks: int) -> None:
+    """Untouched copies of the top blocks are the model."""
+    check_untouched(folder, blocks, lambda rest: rest)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_branches_of_untouched_blocks_are_the_model(small_folder: Path, blocks: int) -> None:
-    check_parity(small_folder, blocks)
+    check_copies(small_folder, blocks)
 
 
 def test_a_real_encoders_branches_are_the_model(minilm_folder: Path) -> None:
-    check_parity(minilm_folder, 2)
+    check_copies(minilm_folder, 2)
 
 
 @pytest.mark.slow
 def test_a_real_decoders_branches_are_the_model(smollm2_folder: Path) -> None:
-    check_parity(smollm2_folder, 4)
+    check_copies(smollm2_folder, 4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -162,10 +148,6 @@ def test_save_and_load_are_identical(
         RewardEnsemble.from_pretrained(tmp_path / "run", backbone=minilm_folder)
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_run_goes_on_to_the_same_weights(
     parts: tuple[Preferences, ...],
     small_folder: Path,
@@ -216,7 +198,7 @@ def test_nan_stops_with_the_member_named(
         ({"blocks": 0}, "between 1 and 3"),
         ({"views": ["2:last"]}, "after its last block"),
         ({"recipe": Recipe()}, "one weight_decay"),
-        ({"recipe": Recipe(weight_decay=(0.1,), hidden=3)}, "belong to heads"),
+        ({"recipe": Recipe(weight_decay=(0.1,), hidden=3)}, "belongs to heads"),
         ({"members": 0}, "at least 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -230,6 +231,22 @@ def test_mistakes_are_named_without_a_traceback(
     assert message in heard.err
     assert "Traceback" not in heard.err
     assert json.loads(heard.out)["exit_code"] == code
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (BrokenPipeError, 0)])
+def test_who_stops_it_sees_no_traceback(
+    error: type[BaseException],
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(_args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ensemble_rm.cli.precision.run", stop)
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    assert main(["precision", "run", "--data=x"]) == code
+    assert said.closed if error is BrokenPipeError else said.getvalue().endswith("interrupted\n")
 
 
 def test_bad_rows_stop_unless_skipped(

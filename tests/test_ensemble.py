@@ -259,6 +259,14 @@ def test_damage_is_named(ensemble: RewardEnsemble, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "diary.txt").exists()
 
 
+def test_an_ensemble_has_members_and_a_normaliser_of_them() -> None:
+    length = FunctionScorer("length", lambda s: float(len(s.completion)))
+    with pytest.raises(OptionError, match="at least one member"):
+        RewardEnsemble((), Normaliser.identity(1), mean())
+    with pytest.raises(OptionError, match="normaliser of 2 for 1"):
+        RewardEnsemble((length,), Normaliser.identity(2), mean())
+
+
 def test_one_member_has_no_disagreement(
     parts: tuple[Preferences, ...], minilm_folder: Path, cache: Path
 ) -> None:

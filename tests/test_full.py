@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import OPTIONS, SAMPLES, Killed, few_pairs
 from transformers import TrainerCallback
 
 from ensemble_rm import (
@@ -18,20 +19,16 @@ from ensemble_rm import (
     RewardEnsemble,
     Sample,
     TrunkOptions,
-    load_preferences,
     train,
 )
-from ensemble_rm.demo.data import FILE
 from ensemble_rm.errors import NonFiniteLossError, OptionError, ResumeError
 
-OPTIONS = TrunkOptions(max_length=32, device="cpu", token_budget=512)
 QUICK = Recipe.of("full", epochs=2, batch_size=8, learning_rate=1e-3)
-SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12, 2, 7)]
 
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[Preferences, ...]:
-    return load_preferences(FILE)[:120].split(0.5, 0.25, seed=0)
+    return few_pairs(120)
 
 
 def run(
@@ -82,10 +79,6 @@ def test_save_and_load_are_identical_and_transformers_reads_them(
             inputs["token_type_ids"] = torch.tensor([encoded.types])
         with torch.inference_mode():
             assert model(**inputs).logits.item() == pytest.approx(score, abs=1e-4 * scores.std())
-
-
-class Killed(Exception):
-    pass
 
 
 class Kill(TrainerCallback):

@@ -183,11 +183,15 @@ def test_calibration_sees_neither_text_nor_models() -> None:
 
 
 def is_scorer(node: ast.AST) -> bool:
-    """Whether a class is a kind of member: it has `score`, and is no protocol."""
-    return (
-        isinstance(node, ast.ClassDef)
-        and not any("Protocol" in ast.unparse(base) for base in node.bases)
-        and any(isinstance(item, ast.FunctionDef) and item.name == "score" for item in node.body)
+    """Whether a class is a kind of member: it has a kind's name or `score`, and is concrete."""
+    if not isinstance(node, ast.ClassDef):
+        return False
+    if any(word in ast.unparse(base) for base in node.bases for word in ("Protocol", "ABC")):
+        return False
+    named = [item for item in node.body if isinstance(item, ast.Assign)]
+    scores = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+    return any(ast.unparse(item.targets[0]) == "kind" for item in named) or any(
+        item.name == "score" for item in scores
     )
 
 

@@ -42,6 +42,53 @@ def test_trls_shapes_are_the_same_pair(shape: str) -> None:
     assert (pair.chosen, pair.rejected) == ("Hello!", "Go away.")
 
 
+def test_the_prompt_of_two_texts_is_what_they_share() -> None:
+    dialogue = "\n\nHuman: Hi\n\nAssistant:"
+    (pair,) = load_preferences([{"chosen": f"{dialogue} Hello", "rejected": f"{dialogue} Hell"}])
+    assert (pair.prompt, pair.chosen, pair.rejected) == (dialogue, " Hello", " Hell")
+    (pair,) = load_preferences([{"chosen": "Say foxes", "rejected": "Say foxy"}])
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("Say ", "foxes", "foxy")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "one", "rejected": "two"}, "share no beginning"),
+        ({"chosen": "one", "rejected": "one"}, "share no beginning"),
+        ({"chosen": "one", "rejected": [turn("user", "Hi")]}, "of one shape"),
+        (
+            {
+                "chosen": [turn("user", "Hi"), turn("assistant", "a")],
+                "rejected": [turn("user", "Ho"), turn("assistant", "b")],
+            },
+            "every turn but the last",
+        ),
+        (
+            {
+                "chosen": [turn("user", "Hi"), turn("user", "a")],
+                "rejected": [turn("user", "Hi"), turn("assistant", "b")],
+            },
+            "end in an assistant message",
+        ),
+        ({**GOOD, "chosen": [turn("user", "a")]}, "assistant message, not 'user'"),
+        ({**GOOD, "chosen": [turn("assistant", "a")] * 2}, "not 2 turns"),
+        ({**GOOD, "votes": {"first": 1}}, "not \\['first'\\]"),
+        ({**GOOD, "votes": 3}, "an object or two numbers"),
+        ({**GOOD, "weight": True}, "finite number"),
+        ({**GOOD, "tie": "yes"}, "true or false"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_said(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRowsError, match=message):
+        load_preferences([GOOD, row])
+
+
+@pytest.mark.parametrize("name", ["no.jsonl", "./nothing", "a/b/c", "plain"])
+def test_what_is_neither_a_file_nor_a_hub_id_is_not_looked_for(name: str) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        load_preferences(name)
+
+
 def write(path: Path, rows: list[str]) -> Path:
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import OPTIONS, SAMPLES, Killed, check_untouched, few_pairs
 
 from ensemble_rm import (
     LoraOptions,
@@ -20,10 +21,8 @@ from ensemble_rm import (
     RewardEnsemble,
     Sample,
     TrunkOptions,
-    load_preferences,
     train,
 )
-from ensemble_rm.demo.data import FILE
 from ensemble_rm.errors import (
     BackboneError,
     MissingExtraError,
@@ -39,15 +38,13 @@ from ensemble_rm.members.trunk import Trunk
 from ensemble_rm.training.diversity import alikeness, cosines
 from ensemble_rm.training.train import plan
 
-OPTIONS = TrunkOptions(max_length=32, device="cpu", token_budget=512)
 QUICK = Recipe.of("lora", epochs=3, patience=9, batch_size=8, learning_rate=5e-3)
 SMALL = LoraOptions(rank=2, alpha=4)
-SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12, 2, 7)]
 
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[Preferences, ...]:
-    return load_preferences(FILE)[:160].split(0.5, 0.25, seed=0)
+    return few_pairs(160)
 
 
 def run(
@@ -73,18 +70,7 @@ def filled(trunk: Trunk, lora: LoraOptions) -> torch.nn.ModuleList:
 
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_a_fresh_adapter_changes_nothing(small_folder: Path, blocks: int) -> None:
-    whole = Trunk(locate(small_folder), OPTIONS)
-    trunk = Trunk(locate(small_folder), OPTIONS, top=whole.depth - blocks)
-    branching = Branching(trunk)
-    own = adapt(trunk.rest, SMALL).eval()
-    encoded = trunk.encoder.encode(SAMPLES)
-    for batch in batches(encoded, token_budget=128, device=trunk.device):
-        with torch.inference_mode():
-            states = branching.states(batch)
-            assert (states is None) == (blocks == 4)
-            found = branching.pooled(own, states, batch, "both", width=2 * trunk.width)
-        wanted = whole.pool_batch(batch, [(whole.depth, "last"), (whole.depth, "mean")]).flatten(1)
-        np.testing.assert_allclose(found.numpy(), wanted.numpy(), atol=1e-6)
+    check_untouched(small_folder, blocks, lambda rest: adapt(rest, SMALL).eval())
 
 
 @pytest.mark.parametrize("targets", [(), ("v_proj", "value")])
@@ -201,7 +187,7 @@ def test_save_and_load_are_identical(
     with pytest.raises(BackboneError, match="not those of the saved"):
         RewardEnsemble.from_pretrained(out, backbone=minilm_folder)
     (out / "members/0/adapters.safetensors").write_bytes(b"")
-    with pytest.raises(StorageError, match="no saved members"):
+    with pytest.raises(StorageError, match="no saved lora member"):
         RewardEnsemble.from_pretrained(out)
 
 
@@ -212,10 +198,6 @@ def test_adapters_of_a_trunk_in_bfloat16_are_float32(
     scorer = the_scorer(run(parts, small_folder, None, options=options, members=1))
     assert {tensor.dtype for tensor in scorer.tensors[0].values()} == {torch.float32}
     assert np.isfinite(scorer.score(SAMPLES)).all()
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.mark.parametrize("at", [0, 1])  # the shared adapter, the members'

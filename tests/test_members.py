@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemble_rm import FunctionScorer, Message, Sample, TrunkOptions, View
+from ensemble_rm import FunctionScorer, HeadScorer, Message, Sample, TrunkOptions, View
 from ensemble_rm.errors import BackboneError, NonFiniteScoreError, OptionError, StorageError
-from ensemble_rm.members.backbone import load_tokenizer, locate
+from ensemble_rm.members import cache as feature_cache
+from ensemble_rm.members import trunk as trunks
+from ensemble_rm.members.backbone import load_tokenizer, locate, torch_dtype
 from ensemble_rm.members.batching import plan
-from ensemble_rm.members.cache import FeatureCache, features
+from ensemble_rm.members.cache import FeatureCache, features, features_in_parts
 from ensemble_rm.members.pooling import Rule, pool
 from ensemble_rm.members.scorer import checked_scores
 from ensemble_rm.members.text import TextEncoder, count_truncation
@@ -186,6 +189,18 @@ def test_no_backbone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BackboneError, match="safetensors"):
         locate(tmp_path)
+    with pytest.raises(BackboneError, match="neither a folder here nor a model"):
+        locate("nobody/no-such-model")  # the hub is off
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        (tmp_path / "two" / name).touch()
+    with pytest.raises(BackboneError, match="2 GGUF files"):
+        locate(tmp_path / "two")
+    (tmp_path / "two" / "b.gguf").unlink()
+    with pytest.raises(OptionError, match="cache_dir"):
+        locate(tmp_path / "two", cache_dir=None)
+    with pytest.raises(OptionError, match="'float64'"):
+        torch_dtype("float64")
 
 
 class Counting:
@@ -223,6 +238,37 @@ def test_each_text_is_read_once(minilm: Trunk, tmp_path: Path) -> None:
     mean = minilm.pooled(encoded, [(6, "mean")])[:, 0]
     np.testing.assert_allclose(mixed[:, 1, 384:], mean, atol=1e-5)
     assert features(trunk, [], views).shape == (0, 2, 384)
+
+
+def test_completions_of_a_prompt_are_read_together_and_some_samples_at_a_time(
+    two_heads: Callable[..., HeadScorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = two_heads(max_length=96)
+    trunk = scorer.trunk
+    samples = [Sample(f"prompt {i % 3} " * 9, "fox " * (1 + i * 7 % 11)) for i in range(15)]
+    encoded = trunk.encoder.encode(samples)
+    views = [View(2, "last"), View(4, "mean")]
+    whole = features(trunk, encoded, views)
+    wanted = scorer.score(samples)
+    prompts: list[int] = []
+    read = trunks.read_prefix
+
+    def counted(model: Any, given: Any, device: Any, **more: Any) -> Any:
+        prompts.append(len(given))
+        return read(model, given, device, **more)
+
+    monkeypatch.setattr(trunks, "read_prefix", counted)
+    monkeypatch.setattr(feature_cache, "_CHUNK", 8)
+    parts = list(features_in_parts(trunk, encoded, views))
+    assert sorted(np.concatenate([rows for rows, _ in parts])) == list(range(15))
+    assert [len(rows) for rows, _ in parts] == [10, 5]
+    assert sum(prompts) == (3 if trunk.shares else 0)  # each once, and not once a part
+    for rows, found in parts:
+        np.testing.assert_allclose(found, whole[rows], atol=1e-5)
+    np.testing.assert_allclose(scorer.score(samples), wanted, atol=1e-4)
+    one = [Sample("prompt " * 9, "fox " * (1 + i)) for i in range(20)]
+    parts = list(features_in_parts(trunk, trunk.encoder.encode(one), views))
+    assert max(len(rows) for rows, _ in parts) < 16
 
 
 def test_a_full_cache_forgets_the_oldest(tmp_path: Path) -> None:

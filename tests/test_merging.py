@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import OPTIONS, SAMPLES, few_pairs
 
 from ensemble_rm import (
     BranchScorer,
@@ -23,27 +24,20 @@ from ensemble_rm import (
     Preferences,
     Recipe,
     RewardEnsemble,
-    Sample,
-    TrunkOptions,
     lcb,
-    load_preferences,
     mean,
     merge,
     train,
 )
 from ensemble_rm.cli.main import main
-from ensemble_rm.demo.data import FILE
 from ensemble_rm.errors import EmptyDataError, MergeError, OneMemberError, OptionError
 from ensemble_rm.members.averaging import average_tensors
 from ensemble_rm.members.head_weights import HeadWeights
 
-OPTIONS = TrunkOptions(max_length=32, device="cpu", token_budget=512)
-SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12, 2, 7)]
-
 
 @pytest.fixture(scope="module")
 def parts() -> tuple[Preferences, ...]:
-    return load_preferences(FILE)[:120].split(0.5, 0.25, seed=0)
+    return few_pairs(120)
 
 
 @pytest.fixture(scope="module")

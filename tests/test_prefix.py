@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.cache_utils import Cache, DynamicLayer
 
 from ensemble_rm import (
     BranchScorer,
@@ -23,7 +24,9 @@ from ensemble_rm import (
     train,
 )
 from ensemble_rm.demo.data import FILE
+from ensemble_rm.members import attention
 from ensemble_rm.members.backbone import locate
+from ensemble_rm.members.classifier import classifier_scores
 from ensemble_rm.members.passes import MIN_SAVED, group, passes
 from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Trunk
@@ -135,6 +138,32 @@ def test_a_classifier_shares_too(decoder: Path, tmp_path: Path) -> None:
         assert np.abs(scorer.score(asked) - two).max() < 1e-4 * two.std()
 
 
+def test_a_completion_of_pad_tokens_alone_shares_no_prompt_and_stops_no_other(
+    decoder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(decoder, num_labels=1)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(tmp_path)
+    shared = ClassifierScorer.from_name(tmp_path, OPTIONS)
+    encoded = shared._open()[0].encode(samples())
+    encoded = [replace(e, types=None) for e in encoded]
+    encoded.insert(3, replace(encoded[0], ids=[*encoded[0].ids[: encoded[0].start], 0, 0]))
+    scores, sharing = np.empty((2, len(encoded))), set()
+    for i, scorer in enumerate((shared, shared.with_options(ALONE))):
+        opened = scorer._open()[1]
+        for batch in scorer._passes(encoded, opened):
+            with torch.inference_mode():
+                scores[i, batch.rows] = classifier_scores(opened, batch, "published").numpy()
+            if batch.prefix is not None:
+                sharing |= set(batch.rows)
+    assert np.abs(scores[0] - scores[1]).max() < 1e-4 * scores[1].std()
+    assert sharing and 3 not in sharing
+
+
 def test_each_prompt_is_read_once(decoder: Path) -> None:
     trunk = Trunk(locate(decoder), OPTIONS)
     encoded = trunk.encoder.encode([Sample("the quick fox " * 5, f"dog {w}") for w in WORDS])
@@ -142,7 +171,7 @@ def test_each_prompt_is_read_once(decoder: Path) -> None:
     hook = trunk.blocks[0].register_forward_hook(
         lambda _m, args, _o: seen.append(args[0].shape[0] * args[0].shape[1])
     )
-    assert trunk.shares
+    assert trunk.shares and trunk.splits is not None  # the model is asked now, not while it reads
     seen.clear()
     trunk.pooled(encoded, [(4, "last")])
     hook.remove()
@@ -161,11 +190,12 @@ def test_an_encoder_shares_nothing_and_says_so(
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 30)), max_size=40),
     st.integers(32, 300),
+    st.booleans(),
 )
 def test_each_sample_comes_once_and_continues_its_own_prompt(
-    rows: list[tuple[int, int, int]], budget: int
+    rows: list[tuple[int, int, int]], budget: int, splits: bool
 ) -> None:
-    from ensemble_rm.members.prefix import Prefix, left_padded
+    from ensemble_rm.members.prefix import Prefix, padded
 
     encoded = [
         Encoded([prompt + 1] * (4 * prompt + 1) + [tail] * length, 4 * prompt + 1)
@@ -174,11 +204,11 @@ def test_each_sample_comes_once_and_continues_its_own_prompt(
     device = torch.device("cpu")
 
     def read(prompts: list[list[int]]) -> Prefix:
-        ids, mask = left_padded(prompts, device)
-        return Prefix(ids, mask, mask.sum(1), cache=None)  # type: ignore[arg-type]
+        ids, mask = padded(prompts, device, right=splits)
+        return Prefix(ids, mask, mask.sum(1), Cache(layers=[]), splits=splits)
 
     seen = []
-    for batch in passes(encoded, token_budget=budget, device=device, read=read):
+    for batch in passes(encoded, token_budget=budget, device=device, read=read, splits=splits):
         seen += batch.rows
         for i, row in enumerate(batch.rows):
             own = batch.ids[i, : int(batch.lengths[i])].tolist()
@@ -219,3 +249,70 @@ def test_grouped_attention_is_that_over_repeated_heads(dtype: torch.dtype) -> No
     wanted = (weights @ v).transpose(1, 2)
     atol = 1e-6 if dtype == torch.float32 else 0.02
     np.testing.assert_allclose(found.double().numpy(), wanted.numpy(), atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cascade_attention_is_that_over_prompt_and_completion(dtype: torch.dtype) -> None:
+    from ensemble_rm.members.cascade import SharedPrompts, cascade_attention
+
+    owners, lengths = torch.tensor([1, 1, 1, 0, 2]), torch.tensor([4, 9, 1])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        query = torch.randn(5, 5, 6, 8).to(dtype).transpose(1, 2)
+        key, value = (torch.randn(5, 2, 5, 8).to(dtype) for _ in range(2))
+        layer = DynamicLayer()
+        layer.keys, layer.values = (torch.randn(3, 2, 9, 8).to(dtype) for _ in range(2))
+    prompts = SharedPrompts.of([layer], lengths, owners)
+    assert prompts.runs == [(1, 9, 3), (0, 4, 1), (2, 1, 1)]
+    found = cascade_attention(query, key, value, prompts, 0, 0.3)
+    keys, values = (
+        torch.cat([of_prompts[owners], own], dim=2).double().repeat_interleave(3, dim=1)
+        for of_prompts, own in ((layer.keys, key), (layer.values, value))
+    )
+    mask = torch.ones(5, 1, 5, 14, dtype=torch.bool).tril(9)
+    places = torch.arange(14)
+    mask &= (places < lengths[owners][:, None, None, None]) | (places >= 9)
+    weights = (query.double() @ keys.mT * 0.3).masked_fill(~mask, -torch.inf).softmax(-1)
+    atol = 1e-6 if dtype == torch.float32 else 0.03
+    wanted = (weights @ values).transpose(1, 2)
+    np.testing.assert_allclose(found.double().numpy(), wanted.numpy(), atol=atol)
+
+
+def test_attention_in_parts_is_taken_where_it_can_be(
+    decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = Trunk(locate(decoder), OPTIONS)
+    model = type(trunk.model).__name__
+    assert trunk.splits == (model == "LlamaModel")  # the others have windows
+    calls = []
+    plain = attention.cascade_attention
+    monkeypatch.setattr(
+        attention, "cascade_attention", lambda *args: calls.append(1) or plain(*args)
+    )
+    long = [Sample("the quick fox " * 8, w) for w in WORDS]
+    trunk.pooled(trunk.encoder.encode(long), [(4, "last")])
+    assert bool(calls) == trunk.splits
+
+
+def test_a_model_that_hands_nothing_down_does_not_split(decoder: Path) -> None:
+    trunk = Trunk(locate(decoder), OPTIONS)
+    if trunk.model.config._attn_implementation == attention.NAME:
+        trunk.model.set_attn_implementation("sdpa")  # whose attention knows no shared prompts
+    assert trunk.shares and not trunk.splits
+
+
+@pytest.mark.parametrize("budget", [48, 512])
+def test_prompts_of_many_passes_are_held_together(decoder: Path, budget: int) -> None:
+    shared, alone = (
+        Trunk(locate(decoder), replace(OPTIONS, share_prefix=share, token_budget=budget))
+        for share in (True, False)
+    )
+    samples = [
+        Sample(f"{prompt} quick fox " * (3 + i), word)
+        for i, prompt in enumerate(WORDS)
+        for word in WORDS[:3]
+    ]
+    found, wanted = (
+        t.pooled(t.encoder.encode(samples), [(3, "last"), (4, "mean")]) for t in (shared, alone)
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5)

@@ -23,7 +23,7 @@ from ensemble_rm.calibration.temperature import (
     fit_mixture_temperature,
     fit_temperature,
 )
-from ensemble_rm.errors import OptionError
+from ensemble_rm.errors import AggregatorMismatchError, NotCalibratedError, OptionError
 
 
 @dataclass(frozen=True)
@@ -203,3 +203,46 @@ def fit_calibration(
         0 if curve is None or method == "power" else count_ties(curve, margins),
         pairs,
     )
+
+
+def refit_calibration(old: Calibration | None, aggregator: Aggregator) -> Calibration:
+    """Calibrate another aggregator by the same method on the same judgments.
+
+    Raises
+    ------
+    NotCalibratedError
+        If there is no calibration, or its judgments' scores were not kept.
+    """
+    if old is None or old.evidence is None:
+        raise NotCalibratedError("there are no judgments to fit on; call calibrate(held)")
+    return fit_calibration(
+        old.evidence,
+        aggregator,
+        method=old.method,
+        slices=bool(old.slices),
+        digest=old.digest,
+        min_judgments=2,
+    )
+
+
+def require_calibration(calibration: Calibration | None, aggregator: Aggregator) -> Calibration:
+    """Return the calibration, if it is there and belongs to the aggregator.
+
+    Raises
+    ------
+    NotCalibratedError
+        If there is none.
+    AggregatorMismatchError
+        If it belongs to another.
+    """
+    if calibration is None:
+        raise NotCalibratedError(
+            "this ensemble has no calibration, so a score difference is no probability; "
+            "call calibrate(held) with judgments that it was not trained on"
+        )
+    if calibration.aggregator != aggregator:
+        raise AggregatorMismatchError(
+            f"the calibration was fitted with {calibration.aggregator}, not {aggregator}; "
+            "call recalibrate(aggregator), or calibrate anew"
+        )
+    return calibration

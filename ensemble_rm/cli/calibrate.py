@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from ensemble_rm.cli.common import (
     Bars,
     add_aggregator,
-    add_data,
     add_dry_run,
     add_ensemble,
     add_json,
+    add_pairs,
     open_ensemble,
     read_aggregator,
     read_pairs,
@@ -34,7 +34,7 @@ EXAMPLE = "  ensemble-rm calibrate runs/hh --data judgments.jsonl --aggregator l
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_ensemble(parser)
-    add_data(parser, "judged pairs: JSONL (.gz too) or a Hub data set")
+    add_pairs(parser, "judged")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="the calibrated ensemble's; ENSEMBLE by default"
     )

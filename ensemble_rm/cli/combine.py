@@ -12,8 +12,10 @@ from pathlib import Path
 from ensemble_rm.cli.common import (
     Bars,
     add_aggregator,
-    add_data,
     add_json,
+    add_max_loaded,
+    add_out_folder,
+    add_pairs,
     add_text,
     read_aggregator,
     read_pairs,
@@ -38,11 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]MODEL",
         help="a reward model or a saved ensemble, and the name that it shall bear; repeated",
     )
-    add_data(parser, "reference pairs: JSONL (.gz too) or a Hub data set")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the ensemble's")
+    add_pairs(parser, "reference")
+    add_out_folder(parser)
     parser.add_argument(
         "--baseline", action="store_true", help="subtract the score of each prompt's `reference`"
     )
+    add_max_loaded(parser)
     add_text(parser)
     add_aggregator(parser)
     add_json(parser)
@@ -62,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
             aggregator=aggregator,
             options=read_text_options(args),
             baseline=args.baseline,
+            max_loaded_models=args.max_loaded_models,
             progress=bars,
         )
     ensemble.save_pretrained(args.out)

@@ -76,23 +76,62 @@ def add_dry_run(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_ensemble(parser: argparse.ArgumentParser) -> None:
+    """Add the saved ensemble, where its backbone lies, and how many models are loaded."""
+    add_saved(parser)
+    add_max_loaded(parser)
+
+
+def add_saved(parser: argparse.ArgumentParser) -> None:
     """Add the saved ensemble and where its backbone lies."""
     parser.add_argument("ensemble", type=Path, metavar="ENSEMBLE", help="a saved ensemble's folder")
     parser.add_argument(
         "--backbone", metavar="NAME", help="where the backbone lies now, if not where it was"
     )
     parser.add_argument("--device", help="cuda, mps or cpu; the best available by default")
+    parser.set_defaults(max_loaded_models=None)
 
 
-def add_data(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add --data and --skip-bad."""
-    parser.add_argument("--data", required=True, metavar="FILE_OR_HUB_ID", help=what)
+def add_max_loaded(parser: argparse.ArgumentParser) -> None:
+    """Add --max-loaded-models."""
+    parser.add_argument(
+        "--max-loaded-models",
+        type=int,
+        metavar="N",
+        help="models in memory at once, where they do not fit together; all by default",
+    )
+
+
+def add_pairs(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --data and --skip-bad, for pairs with a verdict."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE_OR_HUB_ID",
+        help=f"{what} pairs: JSONL (.gz too) or a Hub data set",
+    )
     add_skip_bad(parser)
 
 
 def add_skip_bad(parser: argparse.ArgumentParser) -> None:
     """Add --skip-bad."""
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, and name them")
+
+
+def add_rows(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --data, for rows that are scored as they stand."""
+    parser.add_argument("--data", required=True, metavar="FILE", help=f"{what} as JSONL (.gz too)")
+
+
+def add_out_file(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --out, for rows that are written."""
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help=f"of the {what}; standard output by default"
+    )
+
+
+def add_out_folder(parser: argparse.ArgumentParser) -> None:
+    """Add --out, for an ensemble that is made."""
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the ensemble's")
 
 
 def add_text(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -147,7 +186,12 @@ def open_ensemble(args: argparse.Namespace) -> RewardEnsemble:
     """Load the ensemble that was named."""
     from ensemble_rm.ensemble import RewardEnsemble
 
-    return RewardEnsemble.from_pretrained(args.ensemble, backbone=args.backbone, device=args.device)
+    return RewardEnsemble.from_pretrained(
+        args.ensemble,
+        backbone=args.backbone,
+        device=args.device,
+        max_loaded_models=args.max_loaded_models,
+    )
 
 
 def read_pairs(source: str, *, skip_bad: bool) -> Preferences:

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ensemble_rm.cli.common import Bars, add_ensemble, add_json, open_ensemble, say, write_jsonl
+from ensemble_rm.cli.common import (
+    Bars,
+    add_ensemble,
+    add_json,
+    add_out_file,
+    add_rows,
+    open_ensemble,
+    say,
+    write_jsonl,
+)
 
 if TYPE_CHECKING:
     from ensemble_rm.results import Comparison
@@ -24,10 +32,8 @@ EXAMPLE = "  ensemble-rm compare runs/hh --data pairs.jsonl --out verdicts.jsonl
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_ensemble(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="pairs as JSONL (.gz too)")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="of the verdicts; standard output by default"
-    )
+    add_rows(parser, "pairs")
+    add_out_file(parser, "verdicts")
     add_json(parser)
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ensemble_rm.cli.common import (
     Bars,
-    add_data,
     add_ensemble,
     add_json,
+    add_pairs,
     open_ensemble,
     read_pairs,
     say,
@@ -28,7 +28,7 @@ EXAMPLE = "  ensemble-rm evaluate runs/hh --data test.jsonl --report report/"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_ensemble(parser)
-    add_data(parser, "judged pairs: JSONL (.gz too) or a Hub data set")
+    add_pairs(parser, "judged")
     parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="of the pictures, the table and its JSON"
     )

@@ -7,13 +7,13 @@ the new member's offset and scale. One member knows no uncertainty: its aggregat
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ensemble_rm.cli.common import (
     Bars,
-    add_data,
-    add_ensemble,
     add_json,
+    add_out_folder,
+    add_pairs,
+    add_saved,
     open_ensemble,
     read_pairs,
     say,
@@ -25,9 +25,9 @@ EXAMPLE = "  ensemble-rm merge runs/hh --data runs/hh.parts/validation.jsonl --o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    add_ensemble(parser)
-    add_data(parser, "reference pairs: JSONL (.gz too) or a Hub data set")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new one's")
+    add_saved(parser)
+    add_pairs(parser, "reference")
+    add_out_folder(parser)
     add_json(parser)
 
 

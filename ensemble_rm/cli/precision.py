@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from ensemble_rm.cli.common import Bars, add_ensemble, add_json, open_ensemble, say
+from ensemble_rm.cli.common import Bars, add_ensemble, add_json, add_rows, open_ensemble, say
 
 HELP = "say what a lower precision does to the scores"
 EXAMPLE = "  ensemble-rm precision runs/hh --data samples.jsonl --dtype bfloat16"
@@ -17,12 +17,7 @@ EXAMPLE = "  ensemble-rm precision runs/hh --data samples.jsonl --dtype bfloat16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_ensemble(parser)
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="FILE",
-        help="samples as JSONL (.gz too), several a prompt",
-    )
+    add_rows(parser, "samples, several a prompt,")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="the other"
     )

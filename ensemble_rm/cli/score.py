@@ -19,6 +19,8 @@ from ensemble_rm.cli.common import (
     add_aggregator,
     add_ensemble,
     add_json,
+    add_out_file,
+    add_rows,
     open_ensemble,
     read_aggregator,
     say,
@@ -40,10 +42,8 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_ensemble(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="samples as JSONL (.gz too)")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="of the scores; standard output by default"
-    )
+    add_rows(parser, "samples")
+    add_out_file(parser, "scores")
     parser.add_argument(
         "--chunk", type=int, default=4096, metavar="N", help="samples in memory at once; 4096"
     )
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         ensemble = ensemble.with_score_cache(ScoreCache(args.score_cache))
     count: Counter[str] = Counter()
     with Bars(quiet=args.json) as bars:
-        write_jsonl(args.out, _stream(ensemble, chain(first, samples), args.chunk, bars, count))
+        write_jsonl(args.out, score_rows(ensemble, chain(first, samples), args.chunk, bars, count))
     if args.out is not None:
         cut = {name: count[name] for name in ("prompts_cut", "completions_cut")}
         say(
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _stream(
+def score_rows(
     ensemble: RewardEnsemble,
     samples: Iterable[Sample],
     chunk: int,

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ensemble_rm.cli.common import (
     Bars,
-    add_data,
     add_dry_run,
     add_json,
+    add_out_folder,
+    add_pairs,
     add_text,
     read_pairs,
     read_text_options,
@@ -40,30 +41,10 @@ PARTS = ("train", "validation", "calibration", "test")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    add_data(parser, "preference pairs: JSONL (.gz too) or a Hub data set")
+    add_pairs(parser, "preference")
     parser.add_argument("--backbone", required=True, metavar="NAME", help="hub id or local folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the ensemble's")
-    parser.add_argument(
-        "--kind",
-        choices=["head", "branch", "lora", "full"],
-        default="head",
-        help="heads over one frozen trunk (default), copies of its top blocks, LoRA adapters on "
-        "its blocks, or copies of it all",
-    )
-    parser.add_argument("--members", type=int, default=5, metavar="K")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--view",
-        action="append",
-        metavar="LAYER:POOLING",
-        help="what a head reads, such as 16:mean; once for all heads, or once a head",
-    )
-    parser.add_argument(
-        "--blocks",
-        type=int,
-        metavar="M",
-        help="top blocks that a branch copies (default: 2) or an adapter changes (default: all)",
-    )
+    add_out_folder(parser)
+    _add_members(parser)
     parser.add_argument(
         "--split",
         type=float,
@@ -89,33 +70,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest size of the token states that branches are trained on",
     )
     _add_lora(parser)
-    how = parser.add_argument_group("recipe (the kind's defaults where not given)")
-    how.add_argument("--solver", choices=["convex", "adam"], help="of linear heads")
-    how.add_argument(
-        "--prior", type=float, nargs="+", help="convex: sd of a margin, in logits; all are tried"
-    )
-    how.add_argument("--epochs", type=int)
-    how.add_argument("--patience", type=int)
-    how.add_argument("--learning-rate", type=float)
-    how.add_argument("--weight-decay", type=float, nargs="+")
-    how.add_argument("--batch-size", type=int)
-    how.add_argument("--clip", type=float)
-    how.add_argument("--smoothing", type=float, help="label smoothing")
-    how.add_argument("--centring", type=float)
-    how.add_argument("--hidden", type=int, help="width of the heads' hidden layer; 0 is linear")
-    how.add_argument("--subspace", type=float, help="share of features that each head sees")
-    how.add_argument("--warmup", type=float, help="share of the steps; not of heads")
-    how.add_argument("--diversity", type=float, help="coefficient that keeps LoRA adapters apart")
-    how.add_argument("--bootstrap", action="store_const", const=True, help="resample prompts")
-    how.add_argument(
-        "--trainer-arg",
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="one of transformers' TrainingArguments, for full members: report_to='[\"wandb\"]'",
-    )
+    _add_recipe(parser)
     add_dry_run(parser, "say what would be done, and stop")
     add_json(parser)
+
+
+def _add_members(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kind",
+        choices=["head", "branch", "lora", "full"],
+        default="head",
+        help="heads over one frozen trunk (default), copies of its top blocks, LoRA adapters on "
+        "its blocks, or copies of it all",
+    )
+    parser.add_argument("--members", type=int, default=5, metavar="K")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--view",
+        action="append",
+        metavar="LAYER:POOLING",
+        help="what a head reads, such as 16:mean; once for all heads, or once a head",
+    )
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        metavar="M",
+        help="top blocks that a branch copies (default: 2) or an adapter changes (default: all)",
+    )
 
 
 def _add_lora(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +113,41 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
         "--warm-start",
         action="store_true",
         help="fit one adapter first, merge it, and let the members start from there",
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group("recipe (the kind's defaults where not given)")
+    how.add_argument("--solver", choices=["convex", "adam"], help="of linear heads")
+    how.add_argument(
+        "--prior", type=float, nargs="+", help="convex: sd of a margin, in logits; all are tried"
+    )
+    how.add_argument("--epochs", type=int)
+    how.add_argument("--patience", type=int)
+    how.add_argument("--learning-rate", type=float)
+    how.add_argument("--weight-decay", type=float, nargs="+")
+    how.add_argument("--batch-size", type=int)
+    how.add_argument("--clip", type=float)
+    how.add_argument("--smoothing", type=float, help="label smoothing")
+    how.add_argument("--centring", type=float)
+    how.add_argument("--hidden", type=int, help="width of the heads' hidden layer; 0 is linear")
+    how.add_argument("--subspace", type=float, help="share of features that each linear head sees")
+    how.add_argument("--warmup", type=float, help="share of the steps; not of heads")
+    how.add_argument(
+        "--first-head", choices=["zero", "fitted"], help="where branch and lora heads start"
+    )
+    how.add_argument("--dropout", type=float, help="of branch, lora and full members' layers")
+    how.add_argument(
+        "--reinitialise", type=int, metavar="N", help="topmost blocks of a branch that start afresh"
+    )
+    how.add_argument("--diversity", type=float, help="coefficient that keeps LoRA adapters apart")
+    how.add_argument("--bootstrap", action="store_const", const=True, help="resample prompts")
+    how.add_argument(
+        "--trainer-arg",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="one of transformers' TrainingArguments, for full members: report_to='[\"wandb\"]'",
     )
 
 

@@ -1,4 +1,4 @@
-"""Masked attention over grouped key–value heads, without copying them, on a CPU.
+"""Masked attention over grouped key–value heads, without copying them, and cascade, on a CPU.
 
 transformers repeats the heads of keys and values wherever there is a mask, since a GPU's kernels
 want that. A CPU's do not, and the copies cost more than the attention. What stands here is
@@ -14,7 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ensemble_rm.members.cascade import KEYWORD, cascade_attention
+
 NAME = "ensemble_rm_grouped_sdpa"
+_SPECIAL = ("position_bias", "cache", "softcap", "s_aux")
 
 
 def grouped_attention(
@@ -42,7 +45,8 @@ def grouped_attention(
     dropout, scaling, is_causal
         As transformers passes them.
     **more
-        What only some models pass; then transformers' function answers.
+        What only some models pass; then transformers' function answers. Prompts that the rows
+        continue come as `KEYWORD`.
 
     Returns
     -------
@@ -50,7 +54,11 @@ def grouped_attention(
         (B, T, heads, D), and None in place of weights.
     """
     plain = attention_mask is None or query.shape[1] == key.shape[1]
-    special = any(more.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    special = any(more.get(name) is not None for name in _SPECIAL)
+    prompts = more.pop(KEYWORD, None)
+    if prompts is not None and more.get("sliding_window") is None and not special:
+        layer: Any = module.layer_idx
+        return cascade_attention(query, key, value, prompts, layer, scaling), None
     if plain or special or query.device.type != "cpu":
         out: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **more

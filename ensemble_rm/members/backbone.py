@@ -70,6 +70,14 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give the memory that a device's allocator keeps back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
 def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backbone:
     """Find a backbone's folder; fetch it from the hub where it is no folder.
 

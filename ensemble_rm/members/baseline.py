@@ -11,7 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.errors import BaselineError
-from ensemble_rm.members.scorer import Scorer, checked_scores
+from ensemble_rm.members.model_pool import ModelPool
+from ensemble_rm.members.score_cache import ScoreCache
+from ensemble_rm.members.scorer import Scorer, checked_scores, score_all
+from ensemble_rm.members.text import Truncation
+from ensemble_rm.members.trunk import Progress
 from ensemble_rm.samples import Sample
 
 
@@ -41,3 +45,26 @@ def baseline_scores(scorer: Scorer, samples: Sequence[Sample]) -> NDArray[np.flo
     references, places = reference_samples(samples)
     scores = checked_scores(scorer, scorer.score(references), len(references))
     return scores[places]
+
+
+def score_with_references(
+    scorers: Sequence[Scorer],
+    samples: Sequence[Sample],
+    *,
+    cache: ScoreCache | None = None,
+    pool: ModelPool | None = None,
+    progress: Progress,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], Truncation]:
+    """Return the raw scores of samples and of each one's reference, both (n_samples, n_members).
+
+    Everything is scored in one go, as by `score_all`; what was cut covers the references, too.
+
+    Raises
+    ------
+    BaselineError
+        If a sample names no reference; the message names its row.
+    """
+    references, places = reference_samples(samples)
+    every = [*samples, *references]
+    raw, cut = score_all(scorers, every, cache=cache, pool=pool, progress=progress)
+    return raw[: len(samples)], raw[len(samples) :][places], cut

@@ -7,6 +7,7 @@ mask comes from lengths.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +18,7 @@ import torch
 from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Encoded
 
-_ENOUGH = 1 / 8  # of the budget: a pass of this size is as quick a token as a larger one
-_FILLED = 0.8  # of the longest row: what a shorter one may at least fill
+_BESIDE = 0.1  # of the budget: what a pass costs beside its tokens (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,9 @@ class Batch:
         Prompts that these samples continue; the tensors above then hold the completions alone.
     owners : torch.Tensor, optional
         (B,) which prompt of the prefix each sample continues.
+    causal : bool
+        The model looks at earlier tokens alone: padding on the right needs no mask, and attention
+        without one is quicker.
     """
 
     rows: list[int]
@@ -49,6 +52,7 @@ class Batch:
     lengths: torch.Tensor
     prefix: Prefix | None = None
     owners: torch.Tensor | None = None
+    causal: bool = False
 
     def renumbered(
         self,
@@ -64,7 +68,8 @@ class Batch:
         """Return the keyword arguments of a transformers forward pass."""
         if self.prefix is not None and self.owners is not None:
             return {"input_ids": self.ids} | self.prefix.continued(self.owners, self.mask)
-        inputs: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask}
+        mask = torch.ones_like(self.mask) if self.causal else self.mask
+        inputs: dict[str, Any] = {"input_ids": self.ids, "attention_mask": mask}
         if self.types is not None:
             inputs["token_type_ids"] = self.types
         return inputs
@@ -73,22 +78,27 @@ class Batch:
 def plan(lengths: Sequence[int], *, token_budget: int, max_rows: int = 512) -> list[list[int]]:
     """Group rows by length, longest first, each group within the budget of padded tokens.
 
-    A group that holds enough work for one pass ends before rows that would be mostly padding.
+    Of all ways to cut the sorted rows, the one whose padded tokens, and what each pass costs beside
+    them, are fewest: dynamic programming over the places where a group may begin.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    groups: list[list[int]] = []
-    current: list[int] = []
-    for row in order:
-        widest = lengths[current[0]] if current else lengths[row]
-        full = (len(current) + 1) * widest > token_budget or len(current) >= max_rows
-        worked = len(current) * widest >= token_budget * _ENOUGH
-        if current and (full or (worked and lengths[row] < _FILLED * widest)):
-            groups.append(current)
-            current = []
-        current.append(int(row))
-    if current:
-        groups.append(current)
-    return groups
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    widths = np.asarray(lengths, dtype=np.int64)[order]
+    n, beside = len(widths), token_budget * _BESIDE
+    cost, begin = np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)
+    low = 0
+    for end in range(1, n + 1):
+        # A wider first row and more of them only grow a group: its earliest beginning moves on.
+        low = max(low, end - max_rows)
+        while low < end - 1 and (end - low) * widths[low] > token_budget:
+            low += 1
+        total = cost[low:end] + np.arange(end - low, 0, -1) * widths[low:end]
+        best = int(np.argmin(total))
+        cost[end], begin[end] = total[best] + beside, low + best
+    cuts = [n]
+    while cuts[-1] > 0:
+        cuts.append(int(begin[cuts[-1]]))
+    edges = cuts[::-1]
+    return [order[i:j].tolist() for i, j in itertools.pairwise(edges)]
 
 
 def collate(encoded: Sequence[Encoded], rows: list[int], *, device: torch.device) -> Batch:

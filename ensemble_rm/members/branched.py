@@ -6,21 +6,16 @@ a head reads what they return. How the versions are made from the trunk's own bl
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch.nn import ModuleList
 
@@ -29,6 +24,7 @@ from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
@@ -38,8 +34,8 @@ Tensors = dict[str, torch.Tensor]
 SHARED = "shared"  # before the names of weights that are no single member's
 
 
-class Branched(ABC):
-    """k versions of a trunk's top blocks, a head on each; a kind adds `_grow` and `score`.
+class Branched(ModelScorer):
+    """k versions of a trunk's top blocks, a head on each; a kind adds `_grow`.
 
     Parameters
     ----------
@@ -59,7 +55,6 @@ class Branched(ABC):
         Over an open trunk, instead of one loaded at the first score.
     """
 
-    kind: str
     file: str
 
     def __init__(
@@ -78,14 +73,16 @@ class Branched(ABC):
             raise OptionError(
                 f"{len(views)} views, {len(heads.bias)} heads and {len(tensors)} members' weights"
             )
-        self.backbone, self.options = backbone, options
+        numbered = [f"{self.kind}{i}" for i in range(len(views))]
+        super().__init__(backbone, options, names or numbered)
         self.views, self.heads, self.blocks = tuple(views), heads, blocks
-        self.tensors = list(tensors)
-        numbered = (f"{self.kind}{i}" for i in range(len(self.views)))
-        self.names = tuple(names) if names else tuple(numbered)
+        self.tensors = [self._kept(own) for own in tensors]
         self._branching = branching
         self._members: list[ModuleList] = []
-        self._lock = Lock()
+
+    def _kept(self, own: Tensors) -> Tensors:
+        """Return a member's weights as they are kept and saved."""
+        return own
 
     @abstractmethod
     def _grow(self, trunk: Trunk) -> list[ModuleList]:
@@ -106,6 +103,10 @@ class Branched(ABC):
                     ) from error
             return self._branching, self._members
 
+    def _forget(self) -> None:
+        self._branching, self._members = None, []
+
+    @in_turn
     @torch.inference_mode()
     def score_counted(
         self, samples: Sequence[Sample], *, progress: Progress = silent
@@ -133,98 +134,48 @@ class Branched(ABC):
     @cached_property
     def digest(self) -> str:
         """Equal where the scores of equal samples are."""
-        said = {"views": [str(view) for view in self.views], "blocks": self.blocks}
+        said = {name: what for name, what in self._said().items() if name != "names"}
         weights = self.heads.tensors() | self._weights()
-        return member_digest(self.kind, self.backbone, self.options, said | self._said(), weights)
+        return member_digest(self.kind, self.backbone, self.options, said, weights)
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "views": self.views,
+            "heads": self.heads,
+            "tensors": self.tensors,
+            "blocks": self.blocks,
+            "names": self.names,
+        }
 
     def _said(self) -> dict[str, Any]:
-        """Return what a kind says of itself beside what all do."""
-        return {}
+        return {
+            "views": [str(view) for view in self.views],
+            "blocks": self.blocks,
+            "names": list(self.names),
+        }
 
     def _weights(self) -> Tensors:
         """Return all weights that are the members' own, by name."""
         return {f"{i}.{k}": v for i, own in enumerate(self.tensors) for k, v in own.items()}
 
-    def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it."""
-        return {
-            "kind": self.kind,
-            "backbone": self.backbone.name,
-            "digest": self.backbone.digest,
-            "options": asdict(self.options),
-            "views": [str(view) for view in self.views],
-            "blocks": self.blocks,
-            "names": list(self.names),
-        } | self._said()
-
-    def save(self, folder: Path) -> None:
-        """Write ``member.json``, ``heads.safetensors`` and the members' own weights."""
-        folder.mkdir(parents=True, exist_ok=True)
-        heads = {k: np.ascontiguousarray(v) for k, v in self.heads.tensors().items()}
-        save_arrays(heads, folder / "heads.safetensors")
+    def _write(self, folder: Path) -> dict[str, Any]:
+        self.heads.save(folder)
         flat = {name: tensor.cpu().contiguous() for name, tensor in self._weights().items()}
         save_file(flat, folder / self.file)
-        (folder / "member.json").write_text(json.dumps(self.describe(), indent=1) + "\n")
+        return {}
 
-
-@dataclass(frozen=True)
-class Stored:
-    """What `Branched.save` wrote, read back.
-
-    Attributes
-    ----------
-    said : dict
-        ``member.json``.
-    options : TrunkOptions
-    views : list of View
-    heads : HeadWeights
-    tensors : list of dict
-        Each member's.
-    shared : dict
-        What all have in common beside the backbone.
-    backbone : Backbone
-        The same weights as at training.
-    """
-
-    said: dict[str, Any]
-    options: TrunkOptions
-    views: list[View]
-    heads: HeadWeights
-    tensors: list[Tensors]
-    shared: Tensors
-    backbone: bb.Backbone
-
-
-def read_stored(
-    folder: Path,
-    file: str,
-    *,
-    backbone: str | Path | None,
-    device: str | None,
-    cache_dir: Path | None,
-) -> Stored:
-    """Read what `Branched.save` wrote.
-
-    Raises
-    ------
-    BackboneError
-        If the backbone's weights are not those that the members grew from.
-    StorageError
-        If the folder is incomplete.
-    """
-    try:
-        said = json.loads((folder / "member.json").read_text())
-        heads = HeadWeights(**load_arrays(folder / "heads.safetensors"))
+    @classmethod
+    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
         views = [View.parse(view) for view in said["views"]]
-        options = replace(TrunkOptions(**said["options"]), device=device)
         tensors: list[Tensors] = [{} for _ in views]
-        shared: Tensors = {}
-        for name, tensor in load_file(folder / file).items():
+        for name, tensor in load_file(folder / cls.file).items():
             member, _, rest = name.partition(".")
-            (shared if member == SHARED else tensors[int(member)])[rest] = tensor
-        name, digest = said["backbone"], said["digest"]
-        said["blocks"], said["names"] = int(said["blocks"]), list(said["names"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
-        raise StorageError(f"{folder} holds no saved members: {error!r}") from error
-    found = bb.locate_same(backbone or name, digest, cache_dir=cache_dir)
-    return Stored(said, options, views, heads, tensors, shared, found)
+            if member != SHARED:
+                tensors[int(member)][rest] = tensor
+        return {
+            "views": views,
+            "heads": HeadWeights.load(folder),
+            "tensors": tensors,
+            "blocks": int(said["blocks"]),
+            "names": list(said["names"]),
+        }

@@ -19,7 +19,7 @@ from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import Pooling, Rule, pool
-from ensemble_rm.members.prefix import Prefix, keeps_a_cache, left_padded
+from ensemble_rm.members.prefix import Prefix, keeps_a_cache, padded, splits_attention
 from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Trunk, View
 
@@ -82,6 +82,7 @@ class Branching:
         self.trunk = trunk
         trunk.rest.to(trunk.device)
         self._in_tuple = trunk.top > 0 and self._returns_tuple()
+        self._keeps: bool | None = None  # a cache, where the trunk has no block to ask
 
     @property
     def shares(self) -> bool:
@@ -126,26 +127,36 @@ class Branching:
         if self.shares:
             return trunk.passes(encoded, states=True)
 
-        def read(prompts: list[list[int]]) -> Prefix:
-            ids, mask = left_padded(prompts, trunk.device)
-            return Prefix(ids, mask, mask.sum(1), Cache(layers=[]))
+        keeps = trunk.options.share_prefix and self._is_causal(blocks)
+        splits = keeps and splits_attention(self._driver(blocks, None), trunk.device)
 
-        keeps = trunk.options.share_prefix and keeps_a_cache(
-            self._driver(blocks, None), trunk.device
-        )
+        def read(prompts: list[list[int]]) -> Prefix:
+            ids, mask = padded(prompts, trunk.device, right=splits)
+            return Prefix(ids, mask, mask.sum(1), Cache(layers=[]), splits=splits)
+
         return passes(
             encoded,
-            token_budget=trunk.options.token_budget,
+            token_budget=trunk.token_budget,
             device=trunk.device,
             read=read if keeps else None,
+            splits=splits,
         )
+
+    def _is_causal(self, blocks: torch.nn.ModuleList) -> bool:
+        """Say whether the model looks at earlier tokens alone; it is asked once."""
+        if self.shares:
+            return self.trunk.causal
+        if self._keeps is None:
+            self._keeps = keeps_a_cache(self._driver(blocks, None), self.trunk.device)
+        return self._keeps
 
     def run(
         self, blocks: torch.nn.ModuleList, states: torch.Tensor | None, batch: Batch
     ) -> torch.Tensor:
         """Run a branch's blocks and the model's final norm: (B, T, width)."""
         model = self._driver(blocks, states)
-        out: torch.Tensor = model(**self.trunk.inputs(batch)).last_hidden_state
+        inputs = self.trunk.inputs(batch, causal=self._is_causal(blocks))
+        out: torch.Tensor = model(**inputs).last_hidden_state
         return out
 
     @torch.inference_mode()

@@ -7,7 +7,7 @@ template and truncation, layer and pooling.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Progress, Trunk, View, silent
 
 DEFAULT_MAX_BYTES = 4 * 2**30
-_CHUNK = 256  # samples read between two writes: what an interruption can cost
+_CHUNK = 256  # samples read at once: what memory holds, and what an interruption can cost
 
 
 class FeatureCache(VectorStore):
@@ -54,7 +54,28 @@ def features(
     cache: FeatureCache | None = None,
     progress: Progress = silent,
 ) -> NDArray[np.float32]:
-    """Return what each view reads of each sample; equal samples are read once.
+    """Return what each view reads of each sample: `features_in_parts`, put together.
+
+    Returns
+    -------
+    ndarray
+        (n_samples, n_views, width) float32.
+    """
+    out = np.empty((len(encoded), len(views), _width(trunk, views)), dtype=np.float32)
+    for rows, found in features_in_parts(trunk, encoded, views, cache=cache, progress=progress):
+        out[rows] = found
+    return out
+
+
+def features_in_parts(
+    trunk: Trunk,
+    encoded: Sequence[Encoded],
+    views: Sequence[View],
+    *,
+    cache: FeatureCache | None = None,
+    progress: Progress = silent,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Yield what each view reads, some samples at a time; equal samples are read once.
 
     Parameters
     ----------
@@ -66,20 +87,25 @@ def features(
     progress : callable
         Called with ("reading", done, total), in different samples.
 
-    Returns
-    -------
-    ndarray
-        (n_samples, n_views, width) float32; twice the trunk's width where a view reads both
+    Yields
+    ------
+    rows : ndarray of int
+        Of these samples; each comes once.
+    features : ndarray
+        (len(rows), n_views, width) float32; twice the trunk's width where a view reads both
         poolings, and then views of one pooling end in zeros.
     """
     parts = tuple(dict.fromkeys(part for view in views for part in view.parts()))
-    read = _read(trunk, encoded, parts, cache, progress)
-    doubled = any(len(view.parts()) > 1 for view in views)
-    out = np.zeros((len(encoded), len(views), trunk.width * (1 + doubled)), dtype=np.float32)
-    for i, view in enumerate(views):
-        columns = [read[:, parts.index(part)] for part in view.parts()]
-        out[:, i, : trunk.width * len(columns)] = np.concatenate(columns, axis=1)
-    return out
+    for rows, read in _read(trunk, encoded, parts, cache, progress):
+        out = np.zeros((len(rows), len(views), _width(trunk, views)), dtype=np.float32)
+        for i, view in enumerate(views):
+            columns = [read[:, parts.index(part)] for part in view.parts()]
+            out[:, i, : trunk.width * len(columns)] = np.concatenate(columns, axis=1)
+        yield rows, out
+
+
+def _width(trunk: Trunk, views: Sequence[View]) -> int:
+    return trunk.width * max(len(view.parts()) for view in views)
 
 
 def _read(
@@ -88,37 +114,60 @@ def _read(
     parts: Sequence[tuple[int, Rule]],
     cache: FeatureCache | None,
     progress: Progress,
-) -> NDArray[np.float32]:
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Yield rows and their (len(rows), n_parts, width): what is kept first, then what is read."""
     model = f"{trunk.backbone.digest}|{trunk.options.dtype}"
-    texts = [text_digest(e, model=model) for e in encoded]
-    first: dict[bytes, int] = {}
-    for i, text in enumerate(texts):
-        first.setdefault(text, i)
-    known: dict[bytes, NDArray[np.float32]] = {}
-    marks = [f"{layer}:{rule}".encode() for layer, rule in parts]
+    rows: dict[bytes, list[int]] = {}
+    for row, e in enumerate(encoded):
+        rows.setdefault(text_digest(e, model=model), []).append(row)
+    keys: dict[bytes, list[bytes]] = {}
+    kept = {}
     if cache is not None:
-        wanted = [hashlib.sha256(text + mark).digest() for text in first for mark in marks]
-        known = cache.get(wanted)
-    missing = []
-    by_text: dict[bytes, NDArray[np.float32]] = {}
-    for text, row in first.items():
-        found = [known.get(hashlib.sha256(text + mark).digest()) for mark in marks]
-        if any(vector is None or vector.shape != (trunk.width,) for vector in found):
-            missing.append(row)
-        else:
-            by_text[text] = np.stack([v for v in found if v is not None])
-    missing.sort(key=lambda row: -len(encoded[row].ids))  # longest first, as batches want it
-    for i in range(0, len(missing), _CHUNK):
-        rows = missing[i : i + _CHUNK]
+        marks = [f"{layer}:{rule}".encode() for layer, rule in parts]
+        keys = {text: [hashlib.sha256(text + mark).digest() for mark in marks] for text in rows}
+        known = cache.get([key for own in keys.values() for key in own])
+        for text, own in keys.items():
+            found = [known[key] for key in own if key in known]
+            if len(found) == len(own) and all(vector.shape == (trunk.width,) for vector in found):
+                kept[text] = np.stack(found)
+    if kept:
+        yield _spread([rows[text] for text in kept], np.stack(list(kept.values())))
+    missing = {own[0]: text for text, own in rows.items() if text not in kept}
+    done = 0
+    for chosen in _chunks(encoded, list(missing)):
         pooled = trunk.pooled(
-            [encoded[row] for row in rows],
+            [encoded[row] for row in chosen],
             parts,
-            progress=lambda stage, done, _, i=i: progress(stage, i + done, len(missing)),  # type: ignore[misc]
+            progress=lambda stage, n, _, done=done: progress(stage, done + n, len(missing)),  # type: ignore[misc]
         )
+        texts = [missing[row] for row in chosen]
         if cache is not None:
-            keys = [hashlib.sha256(texts[row] + mark).digest() for row in rows for mark in marks]
-            cache.put(keys, pooled.reshape(len(keys), trunk.width))
-        by_text.update((texts[row], pooled[j]) for j, row in enumerate(rows))
-    if not encoded:
-        return np.empty((0, len(parts), trunk.width), dtype=np.float32)
-    return np.stack([by_text[text] for text in texts])
+            wanted = [key for text in texts for key in keys[text]]
+            cache.put(wanted, pooled.reshape(len(wanted), trunk.width))
+        done += len(chosen)
+        yield _spread([rows[text] for text in texts], pooled)
+
+
+def _chunks(encoded: Sequence[Encoded], rows: Sequence[int]) -> Iterator[list[int]]:
+    """Cut rows into lists of one to two `_CHUNK`, longest first, that part few prompts' rows."""
+    prompts: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        e = encoded[row]
+        prompts.setdefault(tuple(e.ids[: e.start]), []).append(row)
+    chunk: list[int] = []
+    for own in sorted(prompts.values(), key=lambda own: -max(len(encoded[row].ids) for row in own)):
+        for i in range(0, len(own), _CHUNK):
+            chunk += own[i : i + _CHUNK]
+            if len(chunk) >= _CHUNK:
+                yield chunk
+                chunk = []
+    if chunk:
+        yield chunk
+
+
+def _spread(
+    rows: Sequence[Sequence[int]], read: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return every row of each text, and what was read of it."""
+    counts = [len(own) for own in rows]
+    return np.concatenate([np.asarray(own) for own in rows]), np.repeat(read, counts, axis=0)

@@ -8,27 +8,28 @@ whatever that token is.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import BackboneError, OptionError, StorageError
+from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
+from ensemble_rm.members.budget import pick_token_budget
 from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.kernels import quicken
+from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import pool
-from ensemble_rm.members.prefix import keeps_a_cache, read_prefix
+from ensemble_rm.members.prefix import keeps_a_cache, read_prefix, splits_attention
 from ensemble_rm.members.text import Encoded, TextEncoder, Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
 from ensemble_rm.samples import Sample
@@ -113,7 +114,7 @@ def _lift_head(model: Any) -> None:
             child.float().register_forward_pre_hook(cast)
 
 
-class ClassifierScorer:
+class ClassifierScorer(ModelScorer):
     """A sequence-classification reward model as one member.
 
     Parameters
@@ -148,16 +149,13 @@ class ClassifierScorer:
             raise OptionError(
                 f"pooling must be one of {get_args(ClassifierPooling)}, not {pooling!r}"
             )
-        self.backbone = backbone
-        self.options = options or TrunkOptions()
-        self.names = (name or Path(backbone.name).name,)
+        super().__init__(backbone, options or TrunkOptions(), [name or Path(backbone.name).name])
         self.pooling: ClassifierPooling = pooling
         self.own, self.start = own, start
         self.device = bb.pick_device(self.options.device)
         self._encoder: TextEncoder | None = None
         self._model: Any = None
-        self._shares = False
-        self._lock = Lock()
+        self._causal, self._shares, self._splits, self._budget = False, False, False, 0
 
     @classmethod
     def from_name(
@@ -184,28 +182,38 @@ class ClassifierScorer:
     def _open(self) -> tuple[TextEncoder, Any]:
         with self._lock:
             if self._encoder is None:
-                folder = self.backbone.folder
-                model = bb.load_classifier(folder, dtype=self.options.dtype)
-                tokenizer = bb.load_tokenizer(folder)
-                set_pad_token(model, tokenizer)
+                self._encoder = TextEncoder(
+                    bb.load_tokenizer(self.backbone.folder),
+                    template=self.options.template,
+                    max_length=self.options.max_length,
+                )
+            if self._model is None:
+                model = bb.load_classifier(self.backbone.folder, dtype=self.options.dtype)
+                set_pad_token(model, self._encoder.tokenizer)
                 group_heads(model, self.device)
+                quicken((model,), self.device)
+                config = model.config.get_text_config()
+                self._budget = pick_token_budget(
+                    self.options.token_budget,
+                    model.base_model,
+                    width=config.hidden_size,
+                    depth=config.num_hidden_layers,
+                    device=self.device,
+                )
                 if self.options.dtype != "float32":
                     _lift_head(model)
-                self._shares = (
-                    self.options.share_prefix
-                    and trained_pooling(model) == "attended"
-                    and keeps_a_cache(model.base_model.to(self.device), self.device)
+                self._causal = trained_pooling(model) == "attended" and keeps_a_cache(
+                    model.base_model.to(self.device), self.device
                 )
+                self._shares = self.options.share_prefix and self._causal
+                self._splits = self._shares and splits_attention(model.base_model, self.device)
                 self._model = model.eval().requires_grad_(requires_grad=False).to(self.device)
-                self._encoder = TextEncoder(
-                    tokenizer, template=self.options.template, max_length=self.options.max_length
-                )
             return self._encoder, self._model
 
-    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Return (n_samples, 1) raw scores, in the order of the samples."""
-        return self.score_counted(samples)[0]
+    def _forget(self) -> None:
+        self._model = None  # the tokenizer is small, and stays
 
+    @in_turn
     @torch.inference_mode()
     def score_counted(
         self, samples: Sequence[Sample], *, progress: Progress = silent
@@ -224,30 +232,28 @@ class ClassifierScorer:
 
     def _passes(self, encoded: Sequence[Encoded], model: Any) -> Iterator[Batch]:
         """Yield batches that share their prompts, where the model can."""
-        pad = model.config.get_text_config().pad_token_id
-        # A completion of pad tokens alone is read, by the published rule, in its prompt.
-        readable = self.pooling == "attended" or all(
-            any(token != pad for token in e.ids[e.start :]) for e in encoded
-        )
+        if self.pooling == "published":
+            # A completion of pad tokens alone is read, by that rule, in its prompt: it shares none.
+            pad = model.config.get_text_config().pad_token_id
+            encoded = [e if set(e.ids[e.start :]) - {pad} else replace(e, start=0) for e in encoded]
         return passes(
             encoded,
-            token_budget=self.options.token_budget,
+            token_budget=self._budget,
             device=self.device,
-            read=partial(read_prefix, model.base_model, device=self.device)
-            if self._shares and readable
+            read=partial(read_prefix, model.base_model, device=self.device, splits=self._splits)
+            if self._shares
             else None,
+            splits=self._splits,
+            causal=self._causal,
         )
 
-    def with_options(self, options: TrunkOptions) -> ClassifierScorer:
-        """Return the same model under other options, loaded at its first score."""
-        return ClassifierScorer(
-            self.backbone,
-            options,
-            name=self.names[0],
-            pooling=self.pooling,
-            own=self.own,
-            start=self.start,
-        )
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "name": self.names[0],
+            "pooling": self.pooling,
+            "own": self.own,
+            "start": self.start,
+        }
 
     @cached_property
     def digest(self) -> str:
@@ -255,54 +261,33 @@ class ClassifierScorer:
         said = {"pooling": self.pooling}
         return member_digest(self.kind, self.backbone, self.options, said, {})
 
-    def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it."""
-        return {
-            "kind": self.kind,
-            "backbone": self.backbone.name,
-            "digest": self.backbone.digest,
-            "options": asdict(self.options),
-            "name": self.names[0],
-            "pooling": self.pooling,
-            "own": self.own,
-            "start": self.start,
-        }
+    def _said(self) -> dict[str, Any]:
+        return self._parts()
 
-    def save(self, folder: Path) -> None:
-        """Write ``member.json``, and the model's folder where it was trained here."""
-        folder.mkdir(parents=True, exist_ok=True)
-        said = self.describe()
-        if self.own:
-            shutil.copytree(self.backbone.folder, folder / "model")
-            said["backbone"] = "model"
-        (folder / "member.json").write_text(json.dumps(said, indent=1) + "\n")
+    def _write(self, folder: Path) -> dict[str, Any]:
+        if not self.own:
+            return {}
+        shutil.copytree(self.backbone.folder, folder / "model")
+        return {"backbone": "model"}
 
     @classmethod
-    def load(
+    def _read(
+        cls,
+        folder: Path,  # noqa: ARG003 - the weights are the model's
+        said: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        return {
+            "name": said["name"],
+            "pooling": said["pooling"],
+            "own": bool(said["own"]),
+            "start": said.get("start"),  # not in ensembles that were saved before it was kept
+        }
+
+    @classmethod
+    def _place(
         cls,
         folder: Path,
-        *,
-        backbone: str | Path | None = None,  # noqa: ARG003 - others have one, this is its own
-        device: str | None = None,
-        cache_dir: Path | None = bb.DEFAULT_CACHE,
-    ) -> ClassifierScorer:
-        """Read what `save` wrote; a published model must lie where it lay.
-
-        Raises
-        ------
-        BackboneError
-            If the model's weights have changed.
-        StorageError
-            If the folder is incomplete.
-        """
-        try:
-            said = json.loads((folder / "member.json").read_text())
-            options = replace(TrunkOptions(**said["options"]), device=device)
-            own = bool(said["own"])
-            where = folder / "model" if own else said["backbone"]
-            digest, name, pooling = said["digest"], said["name"], said["pooling"]
-            start = said.get("start")  # not in ensembles that were saved before it was kept
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{folder} is no saved classifier member: {error}") from error
-        found = bb.locate_same(where, digest, cache_dir=cache_dir)
-        return cls(found, options, name=name, pooling=pooling, own=own, start=start)
+        said: Mapping[str, Any],
+        backbone: str | Path | None,  # noqa: ARG003 - others have one, this is its own
+    ) -> str | Path:
+        return folder / "model" if said["own"] else str(said["backbone"])

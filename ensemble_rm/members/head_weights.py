@@ -6,9 +6,11 @@ A matrix product in float64; knows nothing of trunks or text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 
 Floats = NDArray[np.float64]
@@ -49,3 +51,13 @@ class HeadWeights:
     def tensors(self) -> dict[str, Floats]:
         """Return the arrays by name."""
         return {name: a for name, a in vars(self).items() if a is not None}
+
+    def save(self, folder: Path) -> None:
+        """Write ``heads.safetensors``."""
+        arrays = {name: np.ascontiguousarray(a) for name, a in self.tensors().items()}
+        save_file(arrays, folder / "heads.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> HeadWeights:
+        """Read what `save` wrote."""
+        return cls(**load_file(folder / "heads.safetensors"))

@@ -6,24 +6,20 @@ product in float64.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.errors import OptionError
 from ensemble_rm.members import backbone as bb
-from ensemble_rm.members.cache import FeatureCache, features
+from ensemble_rm.members.cache import FeatureCache, features_in_parts
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
 from ensemble_rm.samples import Sample
@@ -31,7 +27,7 @@ from ensemble_rm.samples import Sample
 Floats = NDArray[np.float64]
 
 
-class HeadScorer:
+class HeadScorer(ModelScorer):
     """k heads over one trunk.
 
     Parameters
@@ -65,16 +61,12 @@ class HeadScorer:
     ) -> None:
         if len(views) != len(weights.bias):
             raise OptionError(f"{len(views)} views for {len(weights.bias)} heads")
-        self.backbone = backbone
-        self.options = options
+        numbered = [f"head{i}@{view}" for i, view in enumerate(views)]
+        super().__init__(backbone, options, names or numbered)
         self.views = tuple(views)
         self.weights = weights
-        self.names = (
-            tuple(names) if names else tuple(f"head{i}@{view}" for i, view in enumerate(self.views))
-        )
         self.cache = cache
         self._trunk = trunk
-        self._lock = Lock()
 
     @property
     def trunk(self) -> Trunk:
@@ -85,18 +77,22 @@ class HeadScorer:
                 self._trunk = Trunk(self.backbone, self.options, top=top).forget_rest()
             return self._trunk
 
-    def score(self, samples: Sequence[Sample]) -> Floats:
-        """Return (n_samples, k) raw scores, in the order of the samples."""
-        return self.score_counted(samples)[0]
+    def _forget(self) -> None:
+        self._trunk = None
 
+    @in_turn
     def score_counted(
         self, samples: Sequence[Sample], *, progress: Progress = silent
     ) -> tuple[Floats, Truncation]:
         """Return the scores, and how many samples were cut."""
-        encoded = self.trunk.encoder.encode(samples)
+        trunk = self.trunk
+        encoded = trunk.encoder.encode(samples)
         distinct = tuple(dict.fromkeys(self.views))
-        read = features(self.trunk, encoded, distinct, cache=self.cache, progress=progress)
-        return self.apply(read, distinct), count_truncation(encoded)
+        out = np.empty((len(encoded), len(self.views)))
+        parts = features_in_parts(trunk, encoded, distinct, cache=self.cache, progress=progress)
+        for rows, read in parts:
+            out[rows] = self.apply(read, distinct)
+        return out, count_truncation(encoded)
 
     def apply(self, read: NDArray[np.float32], distinct: Sequence[View]) -> Floats:
         """Run the heads on (n, n_views, width) features of `distinct` views: (n, k)."""
@@ -106,11 +102,13 @@ class HeadScorer:
             out[:, member] = self.weights(member, read[:, place[view]])
         return out
 
-    def with_options(self, options: TrunkOptions) -> HeadScorer:
-        """Return the same heads over a trunk of other options, loaded at its first score."""
-        return HeadScorer(
-            self.backbone, options, self.views, self.weights, names=self.names, cache=self.cache
-        )
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "views": self.views,
+            "weights": self.weights,
+            "names": self.names,
+            "cache": self.cache,
+        }
 
     @cached_property
     def digest(self) -> str:
@@ -119,60 +117,19 @@ class HeadScorer:
         weights = self.weights.tensors()
         return member_digest(self.kind, self.backbone, self.options, said, weights)
 
-    def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it."""
+    def _said(self) -> dict[str, Any]:
         hidden = 0 if self.weights.inner is None else self.weights.inner.shape[2]
         return {
-            "kind": self.kind,
-            "backbone": self.backbone.name,
-            "digest": self.backbone.digest,
-            "options": asdict(self.options),
             "views": [str(view) for view in self.views],
             "names": list(self.names),
             "hidden": hidden,
         }
 
-    def save(self, folder: Path) -> None:
-        """Write ``member.json`` and ``heads.safetensors``; the backbone stays where it is."""
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {k: np.ascontiguousarray(v) for k, v in self.weights.tensors().items()}
-        save_file(arrays, folder / "heads.safetensors")
-        (folder / "member.json").write_text(json.dumps(self.describe(), indent=1) + "\n")
+    def _write(self, folder: Path) -> dict[str, Any]:
+        self.weights.save(folder)
+        return {}
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        *,
-        backbone: str | Path | None = None,
-        device: str | None = None,
-        cache_dir: Path | None = bb.DEFAULT_CACHE,
-    ) -> HeadScorer:
-        """Read what `save` wrote.
-
-        Parameters
-        ----------
-        folder : Path
-        backbone : str or Path, optional
-            Where the backbone lies now, if not where training found it.
-        device : str, optional
-            The best available where none is named.
-        cache_dir : Path, optional
-            For converted GGUF weights.
-
-        Raises
-        ------
-        BackboneError
-            If the backbone's weights are not those that the heads were trained on.
-        StorageError
-            If the folder is incomplete.
-        """
-        try:
-            said = json.loads((folder / "member.json").read_text())
-            weights = HeadWeights(**load_file(folder / "heads.safetensors"))
-            views = [View.parse(view) for view in said["views"]]
-            options = replace(TrunkOptions(**said["options"]), device=device)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise StorageError(f"{folder} is no saved head member: {error}") from error
-        found = bb.locate_same(backbone or said["backbone"], said["digest"], cache_dir=cache_dir)
-        return cls(found, options, views, weights, names=said["names"])
+    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+        views = [View.parse(view) for view in said["views"]]
+        return {"views": views, "weights": HeadWeights.load(folder), "names": said["names"]}

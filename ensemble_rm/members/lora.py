@@ -5,23 +5,20 @@ The backbone's weights are in memory once, whatever k is; a saved member is its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch.nn import ModuleList
 
-from ensemble_rm.errors import StorageError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.adapters import LoraOptions, merged, pour, require_peft
-from ensemble_rm.members.branched import SHARED, Branched, Tensors, read_stored
+from ensemble_rm.members.branched import SHARED, Branched, Tensors
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.trunk import Trunk, TrunkOptions, View
-from ensemble_rm.samples import Sample
 
 
 class LoraScorer(Branched):
@@ -87,75 +84,22 @@ class LoraScorer(Branched):
         trunk.forget_rest()
         return found
 
-    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Return (n_samples, k) raw scores, in the order of the samples."""
-        return self.score_counted(samples)[0]
-
-    def with_options(self, options: TrunkOptions) -> LoraScorer:
-        """Return the same adapters over a trunk of other options, loaded at its first score."""
-        return LoraScorer(
-            self.backbone,
-            options,
-            self.views,
-            self.heads,
-            self.tensors,
-            blocks=self.blocks,
-            lora=self.lora,
-            shared=self.shared,
-            names=self.names,
-        )
+    def _parts(self) -> dict[str, Any]:
+        return super()._parts() | {"lora": self.lora, "shared": self.shared}
 
     def _said(self) -> dict[str, Any]:
-        return {"lora": asdict(self.lora), "warm_start": self.shared is not None}
+        own = {"lora": asdict(self.lora), "warm_start": self.shared is not None}
+        return super()._said() | own
 
     def _weights(self) -> Tensors:
         shared = self.shared or {}
         return super()._weights() | {f"{SHARED}.{name}": v for name, v in shared.items()}
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        *,
-        backbone: str | Path | None = None,
-        device: str | None = None,
-        cache_dir: Path | None = bb.DEFAULT_CACHE,
-    ) -> LoraScorer:
-        """Read what `save` wrote.
-
-        Parameters
-        ----------
-        folder : Path
-        backbone : str or Path, optional
-            Where the backbone lies now, if not where training found it.
-        device : str, optional
-            The best available where none is named.
-        cache_dir : Path, optional
-            For converted GGUF weights.
-
-        Raises
-        ------
-        MissingExtraError
-            If peft is not installed.
-        BackboneError
-            If the backbone's weights are not those that the adapters were trained on.
-        StorageError
-            If the folder is incomplete.
-        """
+    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
         require_peft()
-        found = read_stored(folder, cls.file, backbone=backbone, device=device, cache_dir=cache_dir)
-        try:
-            lora = LoraOptions(**found.said["lora"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"{folder} holds no saved lora members: {error!r}") from error
-        return cls(
-            found.backbone,
-            found.options,
-            found.views,
-            found.heads,
-            found.tensors,
-            blocks=found.said["blocks"],
-            lora=lora,
-            shared=found.shared or None,
-            names=found.said["names"],
-        )
+        stored = load_file(folder / cls.file)
+        start = f"{SHARED}."
+        shared = {k.removeprefix(start): v for k, v in stored.items() if k.startswith(start)}
+        own = {"lora": LoraOptions(**said["lora"]), "shared": shared or None}
+        return super()._read(folder, said) | own

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from ensemble_rm.members.batching import Batch, batches, collate, plan
-from ensemble_rm.members.prefix import Prefix
+from ensemble_rm.members.prefix import Prefix, joined
 from ensemble_rm.members.text import Encoded
 
 MIN_SAVED = 16  # tokens; sharing less than this in a group costs more than it saves
 _SPREAD = 4  # budgets that the expanded caches of one batch may hold
+_HELD = 4  # budgets of prompts that are kept at once, where their caches need not be expanded
 
 
 def group(encoded: Sequence[Encoded]) -> tuple[list[list[int]], list[int]]:
@@ -34,6 +36,8 @@ def passes(
     token_budget: int,
     device: torch.device,
     read: Callable[[list[list[int]]], Prefix] | None,
+    splits: bool = False,
+    causal: bool = False,
 ) -> Iterator[Batch]:
     """Yield every sample once, in batches of similar length that share their prompts.
 
@@ -45,28 +49,52 @@ def passes(
     device : torch.device
     read : callable, optional
         Reads prompts; nothing is shared where there is none.
+    splits : bool
+        Whether the model attends to prompts and completions apart.
+    causal : bool
+        Whether it looks at earlier tokens alone.
     """
     groups, alone = group(encoded) if read is not None else ([], list(range(len(encoded))))
     lone = [encoded[row] for row in alone]
     for batch in batches(lone, token_budget=token_budget, device=device):
-        yield batch.renumbered([alone[i] for i in batch.rows])
+        yield replace(batch, rows=[alone[i] for i in batch.rows], causal=causal)
     if read is None or not groups:
         return
     lengths = [encoded[rows[0]].start for rows in groups]
-    for chosen in plan(lengths, token_budget=token_budget):
-        prefix = read([encoded[groups[i][0]].ids[: lengths[i]] for i in chosen])
+    planned = plan(lengths, token_budget=token_budget)
+    for held in _held(planned, lengths, _HELD * token_budget) if splits else [[p] for p in planned]:
+        prefix = joined(
+            [read([encoded[groups[i][0]].ids[: lengths[i]] for i in part]) for part in held]
+        )
+        chosen = [i for part in held for i in part]
         rows = [row for i in chosen for row in groups[i]]
         owners = [n for n, i in enumerate(chosen) for _ in groups[i]]
         tails = [_tail(encoded[row]) for row in rows]
-        room = max(_SPREAD * token_budget // (prefix.ids.shape[1] + 1), 1)
+        room = 512 if splits else max(_SPREAD * token_budget // (prefix.ids.shape[1] + 1), 1)
         sizes = [len(tail.ids) for tail in tails]
         for part in plan(sizes, token_budget=token_budget, max_rows=min(512, room)):
+            part.sort(key=lambda i: owners[i])  # attention reads a prompt once for a run of rows
             batch = collate(tails, part, device=device)
             yield batch.renumbered(
                 [rows[i] for i in part],
                 prefix=prefix,
                 owners=torch.tensor([owners[i] for i in part], device=device),
             )
+
+
+def _held(planned: list[list[int]], lengths: list[int], most: int) -> Iterator[list[list[int]]]:
+    """Yield batches of prompts that are kept at once: of at most so many tokens, or one batch."""
+    found: list[list[int]] = []
+    total = 0
+    for part in planned:
+        size = sum(lengths[i] for i in part)
+        if found and total + size > most:
+            yield found
+            found, total = [], 0
+        found.append(part)
+        total += size
+    if found:
+        yield found
 
 
 def _tail(encoded: Encoded) -> Encoded:

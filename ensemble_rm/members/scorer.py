@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
+from ensemble_rm.members.model_pool import ModelPool, Unloadable
 from ensemble_rm.members.score_cache import ScoreCache
 from ensemble_rm.members.text import Truncation
 from ensemble_rm.members.trunk import Progress, TrunkOptions
@@ -63,6 +66,11 @@ class OptionedScorer(Scorer, Protocol):
     def with_options(self, options: TrunkOptions) -> Scorer:
         """Return the same member under other options; weights are loaded at its first score."""
         ...
+
+
+@runtime_checkable
+class ReloadableScorer(OptionedScorer, Unloadable, Protocol):
+    """A scorer whose model can leave memory, and comes back at its next score."""
 
 
 @runtime_checkable
@@ -125,11 +133,20 @@ def checked_scores(scorer: Scorer, scores: NDArray[np.float64], n: int) -> NDArr
     return matrix
 
 
+def unloaded(scorers: Sequence[Scorer]) -> tuple[Scorer, ...]:
+    """Return the same members, with no model in memory as yet; others stay as they are."""
+    return tuple(
+        scorer.with_options(scorer.options) if isinstance(scorer, ReloadableScorer) else scorer
+        for scorer in scorers
+    )
+
+
 def score_all(
     scorers: Sequence[Scorer],
     samples: Sequence[Sample],
     *,
     cache: ScoreCache | None = None,
+    pool: ModelPool | None = None,
     progress: Progress,
 ) -> tuple[NDArray[np.float64], Truncation]:
     """Return every member's raw scores, (n_samples, n_members), and which samples were cut.
@@ -140,33 +157,31 @@ def score_all(
     samples : sequence of Sample
     cache : ScoreCache, optional
         Looked into, and filled, for every scorer that has a digest.
+    pool : ModelPool, optional
+        How many scorers hold their models at once; all where there is none.
     progress : callable
         Called with (stage, done, total).
     """
-    columns = []
+    columns: dict[int, NDArray[np.float64]] = {}
     cut = Truncation.none(len(samples))
-    for scorer in scorers:
-
-        def compute(
-            rows: Sequence[Sample], scorer: Scorer = scorer
-        ) -> tuple[NDArray[np.float64], Truncation]:
-            return _score(scorer, rows, progress)
-
+    for scorer in scorers if pool is None else pool.loaded_first(scorers):
+        compute = partial(_score, scorer, pool=pool, progress=progress)
         if cache is not None and len(samples) > 0 and isinstance(scorer, DigestedScorer):
             scores, more = cache.scores(scorer.digest, samples, compute)
         else:
             scores, more = compute(samples)
-        columns.append(scores)
+        columns[id(scorer)] = scores
         cut |= more
-    return np.concatenate(columns, axis=1), cut
+    return np.concatenate([columns[id(scorer)] for scorer in scorers], axis=1), cut
 
 
 def _score(
-    scorer: Scorer, samples: Sequence[Sample], progress: Progress
+    scorer: Scorer, samples: Sequence[Sample], *, pool: ModelPool | None, progress: Progress
 ) -> tuple[NDArray[np.float64], Truncation]:
     cut = Truncation.none(len(samples))
-    if isinstance(scorer, TextScorer):
-        scores, cut = scorer.score_counted(samples, progress=progress)
-    else:
-        scores = scorer.score(samples)
+    with nullcontext() if pool is None else pool.using(scorer):
+        if isinstance(scorer, TextScorer):
+            scores, cut = scorer.score_counted(samples, progress=progress)
+        else:
+            scores = scorer.score(samples)
     return checked_scores(scorer, scores, len(samples)), cut

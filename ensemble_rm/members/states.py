@@ -6,6 +6,7 @@ all that the states depend on: weights, dtype, layer, and the tokens in their or
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -47,12 +48,12 @@ class TokenStates:
     """
 
     def __init__(self, trunk: Trunk, encoded: Sequence[Encoded], path: Path | None) -> None:
-        self.trunk, self.encoded, self.path = trunk, encoded, path
-        lengths = [len(e.ids) for e in encoded]
-        self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self.trunk, self.encoded, self.path = trunk, list(encoded), path
+        self.lengths: NDArray[np.int64] = np.array([len(e.ids) for e in encoded], dtype=np.int64)
+        self._begins = np.cumsum(self.lengths) - self.lengths
         self._flat = None
         if path is not None:
-            self._flat = _map(path, int(self.offsets[-1]), trunk, writing=False)
+            self._flat = _map(path, int(self.lengths.sum()), trunk, writing=False)
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -62,6 +63,13 @@ class TokenStates:
         """Size on disk."""
         return 0 if self._flat is None else self._flat.nbytes
 
+    def take(self, rows: NDArray[np.int64]) -> TokenStates:
+        """Return some of the samples over the same file."""
+        found = copy.copy(self)
+        found.encoded = [self.encoded[row] for row in rows]
+        found.lengths, found._begins = self.lengths[rows], self._begins[rows]
+        return found
+
     def batch(self, rows: Sequence[int]) -> tuple[Batch, torch.Tensor | None]:
         """Return the padded batch of some samples and their states, (B, T, width), if any."""
         batch = collate(self.encoded, list(rows), device=self.trunk.device)
@@ -69,8 +77,8 @@ class TokenStates:
             return batch, None
         states = torch.zeros(*batch.ids.shape, self.trunk.width, dtype=self._flat.dtype)
         for i, row in enumerate(rows):
-            begin, end = int(self.offsets[row]), int(self.offsets[row + 1])
-            states[i, : end - begin] = self._flat[begin:end]
+            begin, length = int(self._begins[row]), int(self.lengths[row])
+            states[i, :length] = self._flat[begin : begin + length]
         return batch, states.to(self.trunk.device)
 
 
@@ -82,6 +90,18 @@ def _map(path: Path, tokens: int, trunk: Trunk, *, writing: bool) -> torch.Tenso
         raise StorageError(f"the token states {path} cannot be mapped: {error}") from error
     states: torch.Tensor = flat.view(tokens, trunk.width)
     return states
+
+
+def states_path(
+    trunk: Trunk, encoded: Sequence[Encoded], folder: Path, *, top: int | None = None
+) -> Path:
+    """Return the file of samples' token states after block `top`, the trunk's where not given."""
+    top = trunk.top if top is None else top
+    model = f"{trunk.backbone.digest}|{trunk.options.dtype}|{top}"
+    digest = hashlib.sha256()
+    for e in encoded:
+        digest.update(text_digest(e, model=model))
+    return folder.expanduser() / f"states-{digest.hexdigest()[:32]}.bin"
 
 
 def token_states(
@@ -120,11 +140,7 @@ def token_states(
     if trunk.top == 0:
         return TokenStates(trunk, encoded, None)
     size = states_bytes(encoded, width=trunk.width, dtype=trunk.options.dtype)
-    model = f"{trunk.backbone.digest}|{trunk.options.dtype}|{trunk.top}"
-    digest = hashlib.sha256()
-    for e in encoded:
-        digest.update(text_digest(e, model=model))
-    path = folder.expanduser() / f"states-{digest.hexdigest()[:32]}.bin"
+    path = states_path(trunk, encoded, folder)
     if path.exists() and path.stat().st_size == size:
         path.touch()
         return TokenStates(trunk, encoded, path)
@@ -163,7 +179,7 @@ def _write(trunk: Trunk, encoded: Sequence[Encoded], path: Path, progress: Progr
     offsets = np.concatenate([[0], np.cumsum([len(e.ids) for e in encoded])])
     flat = _map(path, int(offsets[-1]), trunk, writing=True)
     done = 0
-    for batch in batches(encoded, token_budget=trunk.options.token_budget, device=trunk.device):
+    for batch in batches(encoded, token_budget=trunk.token_budget, device=trunk.device):
         states = trunk.states(batch).cpu()
         for row, one, length in zip(batch.rows, states, batch.lengths.tolist(), strict=True):
             flat[int(offsets[row]) : int(offsets[row]) + length] = one[:length]

@@ -17,6 +17,7 @@ from ensemble_rm.errors import OptionError, TemplateError
 from ensemble_rm.samples import Message, Prompt, Sample
 
 Template: TypeAlias = Literal["auto", "chat", "pair", "plain"]
+_TOKENISED = 512  # samples at once: a tokenizer says more of each token than is kept
 TEMPLATES: tuple[str, ...] = ("auto", "chat", "pair", "plain")
 
 
@@ -138,10 +139,11 @@ class TextEncoder:
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         """Encode samples, in their order."""
-        if not samples:
-            return []
-        if self.template == "pair":
-            return self._encode_pairs(samples)
+        encode = self._encode_pairs if self.template == "pair" else self._encode_texts
+        cuts = range(0, len(samples), _TOKENISED)
+        return [e for i in cuts for e in encode(samples[i : i + _TOKENISED])]
+
+    def _encode_texts(self, samples: Sequence[Sample]) -> list[Encoded]:
         texts, starts = self._render(samples)
         batch = self.tokenizer(
             texts,

@@ -20,9 +20,11 @@ from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.attention import group_heads
 from ensemble_rm.members.batching import Batch
+from ensemble_rm.members.budget import pick_token_budget
+from ensemble_rm.members.kernels import quicken
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import POOLINGS, RULES, Pooling, Rule, pool
-from ensemble_rm.members.prefix import Prefix, keeps_a_cache, read_prefix
+from ensemble_rm.members.prefix import Prefix, keeps_a_cache, read_prefix, splits_attention
 from ensemble_rm.members.text import Encoded, Template, TextEncoder
 
 Progress = Callable[[str, int, int], None]
@@ -95,8 +97,8 @@ class TrunkOptions:
         Of the trunk's weights and states; pooling and heads are float32 or better.
     device : str, optional
         The best available where none is named.
-    token_budget : int
-        Padded tokens in a batch.
+    token_budget : int, optional
+        Padded tokens in a batch; found from the model and its device where it is not given.
     share_prefix : bool
         Read each prompt once for all its completions, where the model keeps a cache.
     """
@@ -105,7 +107,7 @@ class TrunkOptions:
     max_length: int = 512
     dtype: str = "float32"
     device: str | None = None
-    token_budget: int = 8192
+    token_budget: int | None = None
     share_prefix: bool = True
 
 
@@ -148,10 +150,14 @@ class Trunk:
     ----------
     depth, width : int
         Blocks of the whole backbone, and width of their states.
+    token_budget : int
+        Padded tokens in a batch: what the options say, or what was found.
     path : tuple of str
         Of attributes from the model to the list of its blocks.
     blocks : ModuleList
         Those up to `top`.
+    causal : bool
+        Whether the model looks at earlier tokens alone: it keeps their keys and values.
     rest : ModuleList
         Those above it, of which branches are copies; empty once `forget_rest` was called.
     """
@@ -178,8 +184,18 @@ class Trunk:
         setattr(model.get_submodule(".".join(self.path[:-1])), self.path[-1], self.blocks)
         self.model: Any = model.to(self.device)
         group_heads(self.model, self.device)
+        quicken((self.model, self.rest), self.device)
         model_config: Any = self.model.config
+        self.causal = keeps_a_cache(self.model, self.device)
         self.width: int = model_config.get_text_config().hidden_size
+        self.token_budget = pick_token_budget(
+            options.token_budget,
+            self.blocks,
+            self.rest,
+            width=self.width,
+            depth=self.depth,
+            device=self.device,
+        )
 
     def pooled(
         self,
@@ -207,7 +223,12 @@ class Trunk:
     @cached_property
     def shares(self) -> bool:
         """Whether the completions of a prompt share its pass."""
-        return self.options.share_prefix and keeps_a_cache(self.model, self.device)
+        return self.options.share_prefix and self.causal
+
+    @cached_property
+    def splits(self) -> bool:
+        """Whether attention to a shared prompt can be computed apart."""
+        return self.shares and splits_attention(self.model, self.device)
 
     def passes(self, encoded: Sequence[Encoded], *, states: bool = False) -> Iterator[Batch]:
         """Yield every sample once, in batches that share their prompts where that is possible.
@@ -218,19 +239,21 @@ class Trunk:
         states : bool
             Whether branches will read the prompts' states, too.
         """
+        splits = self.splits  # asked before anyone listens
 
         def read(prompts: list[list[int]]) -> Prefix:
             found: list[torch.Tensor] = []
             listen = {self.top} if states else set()
             with self._listening(listen, lambda _, out: found.append(out)):
-                prefix = read_prefix(self.model, prompts, self.device)
+                prefix = read_prefix(self.model, prompts, self.device, splits=splits)
             return replace(prefix, states=found[0]) if states else prefix
 
         return passes(
             encoded,
-            token_budget=self.options.token_budget,
+            token_budget=self.token_budget,
             device=self.device,
             read=read if self.shares else None,
+            splits=splits,
         )
 
     @torch.inference_mode()
@@ -260,9 +283,13 @@ class Trunk:
             self.model(**self.inputs(batch))
         return found[0]
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return the keyword arguments of one forward pass that keeps no cache."""
-        inputs = batch.model_inputs()
+    def inputs(self, batch: Batch, *, causal: bool | None = None) -> dict[str, Any]:
+        """Return the keyword arguments of one forward pass that keeps no cache.
+
+        `causal` is asked of the trunk where it is not said.
+        """
+        causal = self.causal if causal is None else causal
+        inputs = replace(batch, causal=causal).model_inputs()
         if batch.prefix is None and getattr(self.model.config, "is_decoder", True):
             inputs["use_cache"] = False
         return inputs

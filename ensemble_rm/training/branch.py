@@ -6,10 +6,14 @@ gradient: a frozen parameter is neither saved nor restored, and members may shar
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.func import functional_call
 
+from ensemble_rm.members.backbone import torch_dtype
+from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.pooling import Pooling
 from ensemble_rm.members.states import TokenStates
@@ -32,6 +36,18 @@ class PairStates:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+
+class _Run(torch.nn.Module):
+    """Hands blocks to a function, so that `functional_call` can give them other parameters."""
+
+    def __init__(self, blocks: torch.nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, run: Callable[[torch.nn.ModuleList], torch.Tensor]) -> torch.Tensor:
+        """Run them."""
+        return run(self.blocks)
 
 
 class Branch(torch.nn.Module):
@@ -59,8 +75,18 @@ class Branch(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.from_numpy(head.weight[member]).float())
         self.bias = torch.nn.Parameter(torch.tensor(float(head.bias[member])))
 
-    def score(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Score (B, width) pooled states: (B,)."""
+    def scores(
+        self, branching: Branching, states: TokenStates, rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Score some samples, (B,): its blocks in the trunk's dtype, cast at each pass."""
+        batch, given = states.batch(rows)
+        dtype = torch_dtype(branching.trunk.options.dtype)
+
+        def run(blocks: torch.nn.ModuleList) -> torch.Tensor:
+            return branching.pooled(blocks, given, batch, self.pooling, width=len(self.weight))
+
+        cast = {f"blocks.{name}": p.to(dtype) for name, p in self.blocks.named_parameters()}
+        pooled: torch.Tensor = functional_call(_Run(self.blocks), cast, (run,))
         offset, gain = self.get_buffer("offset"), self.get_buffer("gain")
         return (pooled - offset) * gain @ self.weight + self.bias
 

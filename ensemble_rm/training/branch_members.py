@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ensemble_rm.members.backbone import torch_dtype
 from ensemble_rm.members.batching import plan
 from ensemble_rm.members.branches import BranchScorer
 from ensemble_rm.members.branching import Branching
@@ -28,9 +30,11 @@ from ensemble_rm.members.trunk import Trunk
 from ensemble_rm.samples import Preferences
 from ensemble_rm.training.branch import Branch, PairStates
 from ensemble_rm.training.branches import BranchesResult, BranchTrainer
+from ensemble_rm.training.dropout import set_dropout
 from ensemble_rm.training.heads import HeadTrainer, PairFeatures
 from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.recipe import Recipe
+from ensemble_rm.training.seeds import global_seed
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,7 @@ class Ground:
 def train_branches(job: Job) -> Trained:
     """Train k copies of the top blocks, each with a head, over one trunk."""
     with ground(job) as found:
-        trunk = found.branching.trunk
-        heads = first_heads(found, trunk.rest)
-        result = fit_branches(
-            found, heads, [_trainable(trunk.rest) for _ in job.seeds], checkpoint=job.checkpoint
-        )
+        heads, result = grow_branches(found)
         scorer = BranchScorer(
             job.backbone,
             job.options,
@@ -73,8 +73,32 @@ def train_branches(job: Job) -> Trained:
         return finish(found, scorer, result)
 
 
-def _trainable(blocks: torch.nn.ModuleList) -> torch.nn.ModuleList:
-    return copy.deepcopy(blocks).float().requires_grad_(requires_grad=True)
+def grow_branches(found: Ground) -> tuple[HeadWeights, BranchesResult]:
+    """Train the members on token states: where their heads started, and what became of them."""
+    job = found.job
+    blocks = [_trainable(found, seeds["init"]) for seeds in job.seeds]
+    alike = [found.branching.trunk.rest]
+    heads = first_heads(found, blocks if job.recipe.reinitialise else alike)
+    return heads, fit_branches(found, heads, blocks, checkpoint=job.checkpoint)
+
+
+def _trainable(found: Ground, seed: int) -> torch.nn.ModuleList:
+    """Copy the upper blocks as float32, the topmost of them with fresh weights where asked."""
+    trunk, fresh = found.branching.trunk, found.job.recipe.reinitialise
+    own = copy.deepcopy(trunk.rest).float().requires_grad_(requires_grad=True)
+    if fresh:
+        with global_seed(seed):
+            initialise(trunk.model, list(own)[-fresh:])
+    return own
+
+
+def initialise(model: Any, blocks: Sequence[torch.nn.Module]) -> None:
+    """Give blocks the weights that their architecture starts from, by torch's global generator."""
+    for block in blocks:
+        for tensor in [*block.parameters(), *block.buffers()]:
+            vars(tensor)["_is_hf_initialized"] = False  # transformers initialises none twice
+        for module in block.modules():
+            model._init_weights(module)
 
 
 @contextmanager
@@ -87,6 +111,7 @@ def ground(job: Job) -> Iterator[Ground]:
             _read(job, trunk, pairs, folder, part)
             for pairs, part in ((job.fit, "fit"), (job.validation, "validation"))
         )
+        set_dropout(trunk.rest, job.recipe.dropout)
         yield Ground(job, branching, fit, validation)
 
 
@@ -166,13 +191,14 @@ def _read(job: Job, trunk: Trunk, pairs: Preferences, folder: Path, part: str) -
     return PairStates(states, pairs)
 
 
-def first_heads(found: Ground, blocks: torch.nn.ModuleList) -> HeadWeights:
-    """Fit each member's head on blocks as they are."""
+def first_heads(found: Ground, blocks: Sequence[torch.nn.ModuleList]) -> HeadWeights:
+    """Make each member's head for blocks as they are: its own, or those that all share."""
     job = found.job
-    poolings = list(dict.fromkeys(view.pooling for view in job.views))
+    sources = [(i % len(blocks), view.pooling) for i, view in enumerate(job.views)]
+    distinct = list(dict.fromkeys(sources))
     features = [
         PairFeatures(
-            _pooled(found, blocks, side.states, poolings),
+            _pooled(found, blocks, side.states, distinct),
             side.pairs.targets,
             side.pairs.weights,
             side.pairs.margins,
@@ -181,38 +207,46 @@ def first_heads(found: Ground, blocks: torch.nn.ModuleList) -> HeadWeights:
         for side in (found.fit, found.validation)
     ]
     recipe = job.recipe
-    return (
-        HeadTrainer(
-            features[0],
-            features[1],
-            view_of=[poolings.index(view.pooling) for view in job.views],
-            recipe=Recipe(
-                solver="adam",  # seeded, so that members start apart
-                smoothing=recipe.smoothing,
-                centring=recipe.centring,
-                bootstrap=recipe.bootstrap,
-            ),
-            seeds=job.seeds,
-            device=found.branching.trunk.device,
-        )
-        .run(progress=job.named("heads"))
-        .weights
+    trainer = HeadTrainer(
+        features[0],
+        features[1],
+        view_of=[distinct.index(source) for source in sources],
+        recipe=Recipe(
+            solver="adam",  # seeded, so that members start apart
+            smoothing=recipe.smoothing,
+            centring=recipe.centring,
+            bootstrap=recipe.bootstrap,
+            subspace=recipe.subspace,
+        ),
+        seeds=job.seeds,
+        device=found.branching.trunk.device,
     )
+    if recipe.first_head == "fitted":
+        return trainer.run(progress=job.named("heads")).weights
+    return trainer.untrained()
 
 
 @torch.inference_mode()
 def _pooled(
-    found: Ground, blocks: torch.nn.ModuleList, states: TokenStates, poolings: list[Pooling]
+    found: Ground,
+    blocks: Sequence[torch.nn.ModuleList],
+    states: TokenStates,
+    sources: Sequence[tuple[int, Pooling]],
 ) -> NDArray[np.float32]:
-    """Run blocks on token states: (n_samples, n_poolings, width or 2·width)."""
+    """Run blocks on token states, and pool: (n_samples, n_sources, width or 2·width)."""
     job, branching = found.job, found.branching
-    width = branching.trunk.width * (1 + ("both" in poolings))
-    out = np.zeros((len(states), len(poolings), width), dtype=np.float32)
+    dtype = torch_dtype(job.options.dtype)
+    own = [
+        each if next(each.parameters()).dtype == dtype else copy.deepcopy(each).to(dtype).eval()
+        for each in blocks
+    ]
+    width = branching.trunk.width * (1 + any(pooling == "both" for _, pooling in sources))
+    out = np.zeros((len(states), len(sources), width), dtype=np.float32)
     done = 0
-    for rows in plan([len(e.ids) for e in states.encoded], token_budget=job.options.token_budget):
+    for rows in plan(states.lengths.tolist(), token_budget=branching.trunk.token_budget):
         batch, given = states.batch(rows)
-        for i, pooling in enumerate(poolings):
-            pooled = branching.pooled(blocks, given, batch, pooling, width=width)
+        for i, (source, pooling) in enumerate(sources):
+            pooled = branching.pooled(own[source], given, batch, pooling, width=width)
             out[rows, i] = pooled.cpu().numpy()
         done += len(rows)
         job.progress("reading the top blocks", done, len(states))

@@ -1,20 +1,14 @@
 """Trains branches on token states, all at once.
 
-Each member sees the pairs in its own order and under its own dropout; losses are summed over the
-members, gradients are clipped in each, and each stops at its own best validation NLL. The heads
-start where a fit on the untouched blocks ends, since fine-tuning under a random head distorts what
-the blocks knew [1]_.
-
-References
-----------
-.. [1] Kumar et al. 2022, arXiv 2202.10054: linear probing, then fine-tuning.
+Each member sees the pairs in its own order and under its own dropout, a step's pairs in passes
+within the token budget; gradients are clipped in each, and each stops at its own best validation
+NLL.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +19,6 @@ from numpy.typing import NDArray
 
 from ensemble_rm.errors import NonFiniteLossError
 from ensemble_rm.members.adapters import factors
-from ensemble_rm.members.backbone import torch_dtype
 from ensemble_rm.members.batching import plan
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.states import TokenStates
@@ -67,6 +60,16 @@ class BranchesResult:
     branches: list[Branch]
     validation_nll: tuple[float, ...]
     history: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def branch_scores(branching: Branching, branch: Branch, states: TokenStates) -> NDArray[np.float64]:
+    """Score every sample with a member as it is now: (n_samples,)."""
+    branch.eval()
+    out = np.empty(len(states))
+    for rows in plan(states.lengths.tolist(), token_budget=branching.trunk.token_budget):
+        out[rows] = branch.scores(branching, states, rows).double().cpu().numpy()
+    return out
 
 
 class BranchTrainer:
@@ -111,52 +114,55 @@ class BranchTrainer:
         self.weights = torch.from_numpy(counts * weights).float()  # (k, n)
         self.targets = torch.from_numpy(fit.pairs.targets).float()
         self.margins = torch.from_numpy(fit.pairs.margins).float()
+        lengths = fit.states.lengths
+        self.longest = np.maximum(lengths[: len(fit)], lengths[len(fit) :])
         self.steps = -(-len(fit) // recipe.batch_size)
         self.optimiser = self._optimiser()
 
     def _optimiser(self) -> torch.optim.AdamW:
-        """Return AdamW over all members; only matrices decay."""
-        parameters = [p for branch in self.branches for p in branch.trained().values()]
+        """Return AdamW over all members; only matrices decay, heads have their own rate."""
+        named = [item for branch in self.branches for item in branch.trained().items()]
         (decay,) = self.recipe.weight_decay
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [
+                    p
+                    for name, p in named
+                    if (p.dim() > 1) == matrix and name.startswith("blocks.") != head
+                ],
+                "weight_decay": decay if matrix else 0.0,
+                "scale": self.recipe.head_rate if head else 1.0,
+            }
+            for matrix in (True, False)
+            for head in (True, False)
         ]
-        return torch.optim.AdamW(groups, lr=self.recipe.learning_rate)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        dtype = torch_dtype(self.branching.trunk.options.dtype)
-        if dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=dtype)
-
-    def _scores(self, branch: Branch, states: TokenStates, rows: list[int]) -> torch.Tensor:
-        batch, given = states.batch(rows)
-        with self._precision():
-            pooled = self.branching.pooled(
-                branch.blocks, given, batch, branch.pooling, width=len(branch.weight)
-            )
-        return branch.score(pooled)
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=self.recipe.learning_rate
+        )
 
     def _order(self, member: int, epoch: int) -> list[NDArray[np.int64]]:
         """Return the member's batches of pairs: random, but of similar length within a bucket."""
         rng = np.random.default_rng([self.seeds[member]["order"], epoch])
         n, size = len(self.fit), self.recipe.batch_size
-        lengths = np.diff(self.fit.states.offsets)
-        longest = np.maximum(lengths[:n], lengths[n:])
         order = rng.permutation(n)
         found: list[NDArray[np.int64]] = []
         for i in range(0, n, size * _BUCKET):
             bucket = order[i : i + size * _BUCKET]
-            bucket = bucket[np.argsort(longest[bucket], kind="stable")]
+            bucket = bucket[np.argsort(self.longest[bucket], kind="stable")]
             found += [bucket[j : j + size] for j in range(0, len(bucket), size)]
         return [found[i] for i in rng.permutation(len(found))]
 
+    def _parts(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Cut a step's pairs into passes within the token budget, a pair at least."""
+        widest = int(self.longest[rows].max())
+        pairs = max(self.branching.trunk.token_budget // (2 * widest), 1)
+        return [rows[i : i + pairs] for i in range(0, len(rows), pairs)]
+
     def _loss(self, member: int, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Return the sum of the pairs' losses."""
         n = len(self.fit)
-        scores = self._scores(
-            self.branches[member], self.fit.states, [*rows.tolist(), *(rows + n).tolist()]
-        )
+        both = [*rows.tolist(), *(rows + n).tolist()]
+        scores = self.branches[member].scores(self.branching, self.fit.states, both)
         losses = preference_loss(
             scores[: len(rows)],
             scores[len(rows) :],
@@ -165,7 +171,7 @@ class BranchTrainer:
             smoothing=self.recipe.smoothing,
             centring=self.recipe.centring,
         )
-        return (losses * self.weights[member, rows].to(self.device)).mean()
+        return (losses * self.weights[member, rows].to(self.device)).sum()
 
     def _rate(self, step: int) -> float:
         """Share of the learning rate at a step: a rise, then a straight fall to 0."""
@@ -173,23 +179,14 @@ class BranchTrainer:
         rise = self.recipe.warmup * total
         return min((step + 1) / max(rise, 1), (total - step) / max(total - rise, 1))
 
-    @torch.no_grad()
-    def scores(self, member: int, states: TokenStates) -> NDArray[np.float64]:
-        """Score every sample with one member as it is now: (n_samples,)."""
-        branch = self.branches[member].eval()
-        out = np.empty(len(states))
-        lengths = [len(e.ids) for e in states.encoded]
-        for rows in plan(lengths, token_budget=self.branching.trunk.options.token_budget):
-            out[rows] = self._scores(branch, states, rows).double().cpu().numpy()
-        return out
-
     def _validate(self, active: list[int]) -> torch.Tensor:
         """Return each active member's validation NLL, infinity for the others."""
         pairs, n = self.validation.pairs, len(self.validation)
         found = torch.full((len(self.branches),), float("inf"))
         weights = torch.from_numpy(pairs.weights / pairs.weights.mean())
         for member in active:
-            scores = torch.from_numpy(self.scores(member, self.validation.states))
+            branch = self.branches[member]
+            scores = torch.from_numpy(branch_scores(self.branching, branch, self.validation.states))
             losses = preference_loss(scores[:n], scores[n:], torch.from_numpy(pairs.targets))
             found[member] = float((losses * weights).mean())
         return found
@@ -209,7 +206,8 @@ class BranchTrainer:
         k, patience = len(self.branches), self.recipe.patience
         reached = _Progress(
             [branch.copied() for branch in self.branches],
-            self._validate(list(range(k))),  # the heads alone are where a member may stay
+            # Where a member may stay, unless its head is nothing yet.
+            self._validate(list(range(k)) if self.recipe.first_head == "fitted" else []),
             torch.zeros(k, dtype=torch.long),
         )
         self._resume(reached)
@@ -255,20 +253,19 @@ class BranchTrainer:
             at = epoch * self.steps + step
             progress("training", at, self.recipe.epochs * self.steps)
             for group in self.optimiser.param_groups:
-                group["lr"] = self.recipe.learning_rate * self._rate(at)
+                group["lr"] = self.recipe.learning_rate * group["scale"] * self._rate(at)
             self.optimiser.zero_grad(set_to_none=True)
-            losses = []
             for i in active:
+                rows = orders[i][step]
                 with torch.random.fork_rng(devices=devices):
                     torch.manual_seed((self.seeds[i]["dropout"] + at) % 2**63)
-                    loss = self._loss(i, orders[i][step])
-                self._refuse_nan(loss, i, epoch)
-                totals[i] += loss.item() * len(orders[i][step]) / len(self.fit)
-                losses.append(loss)
-            total = torch.stack(losses).sum()
+                    for part in self._parts(rows):
+                        loss = self._loss(i, part)
+                        self._refuse_nan(loss, i, epoch)
+                        totals[i] += loss.item() / len(self.fit)
+                        (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
             if self.recipe.diversity > 0:
-                total = total + self.recipe.diversity * self._alikeness(active).to(total)
-            total.backward()  # type: ignore[no-untyped-call]
+                (self.recipe.diversity * self._alikeness(active)).backward()  # type: ignore[no-untyped-call]
             for i in active:
                 trained = self.branches[i].trained().values()
                 torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip)

@@ -38,6 +38,7 @@ from ensemble_rm.members.classifier import (
 from ensemble_rm.members.text import Encoded, TextEncoder, count_truncation
 from ensemble_rm.members.trunk import Progress
 from ensemble_rm.samples import Preferences
+from ensemble_rm.training.dropout import set_dropout
 from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.loss import preference_loss
 from ensemble_rm.training.recipe import Recipe
@@ -290,6 +291,7 @@ def _train_one(
     with global_seed(seeds["init"]):
         model = bb.load_classifier(job.backbone.folder, dtype="float32", new_head=True)
         set_pad_token(model, tokenizer)
+        set_dropout(model, job.recipe.dropout)
         pooling = trained_pooling(model)
         _score_by_forward(model, pooling)
         trainer = _PairTrainer(

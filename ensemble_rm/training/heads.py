@@ -218,6 +218,12 @@ class HeadTrainer:
 
     # The loop ----------------------------------------------------------------------------------
 
+    def untrained(self) -> HeadWeights:
+        """Return linear heads that score nothing yet, on standardised features."""
+        gain = self.gain[self.view_of] * self.mask.double().cpu().numpy()
+        zeros = np.zeros((self.k, self.width))
+        return HeadWeights(self.offset[self.view_of], gain, zeros, np.zeros(self.k))
+
     def run(self, *, progress: Progress = silent) -> HeadsResult:
         """Train to the end, from the checkpoint where there is one.
 

@@ -18,6 +18,7 @@ from torch.nn import ModuleList
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.adapters import LoraOptions, adapt, merged, own_tensors, require_peft
 from ensemble_rm.members.branched import Tensors
+from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.lora import LoraScorer
 from ensemble_rm.training.branch_members import (
     Ground,
@@ -27,6 +28,7 @@ from ensemble_rm.training.branch_members import (
     ground,
     trained_heads,
 )
+from ensemble_rm.training.branches import BranchesResult
 from ensemble_rm.training.checkpoint import load_checkpoint, save_checkpoint
 from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.seeds import global_seed, member_seeds
@@ -42,24 +44,14 @@ def train_lora(job: Job) -> Trained:
     OptionError
         If a target names no linear layer, or a single member shall be kept apart from others.
     """
-    require_peft()
     if job.recipe.diversity > 0 and len(job.seeds) == 1:
         raise OptionError(
             f"diversity={job.recipe.diversity} keeps members apart, and there is only one; give "
             "more members, or leave it 0"
         )
+    require_peft()
     with ground(job) as found:
-        shared = _shared(found) if job.warm_start else None
-        blocks = found.branching.trunk.rest
-        if shared is not None:
-            blocks = merged(blocks, job.lora, shared)
-        heads = first_heads(found, blocks)
-        result = fit_branches(
-            found,
-            heads,
-            [_adapted(blocks, job.lora, seeds["init"]) for seeds in job.seeds],
-            checkpoint=job.checkpoint,
-        )
+        heads, result, shared = grow_adapters(found)
         scorer = LoraScorer(
             job.backbone,
             job.options,
@@ -72,6 +64,17 @@ def train_lora(job: Job) -> Trained:
             branching=found.branching,
         )
         return finish(found, scorer, result)
+
+
+def grow_adapters(found: Ground) -> tuple[HeadWeights, BranchesResult, Tensors | None]:
+    """Train the members on token states: first heads, members, and the adapter all start from."""
+    job, blocks = found.job, found.branching.trunk.rest
+    shared = _shared(found) if job.warm_start else None
+    if shared is not None:
+        blocks = merged(blocks, job.lora, shared)
+    heads = first_heads(found, [blocks])
+    own = [_adapted(blocks, job.lora, seeds["init"]) for seeds in job.seeds]
+    return heads, fit_branches(found, heads, own, checkpoint=job.checkpoint), shared
 
 
 def _adapted(blocks: ModuleList, lora: LoraOptions, seed: int) -> ModuleList:
@@ -104,7 +107,7 @@ def _shared(found: Ground) -> Tensors:
     )
     result = fit_branches(
         alone,
-        first_heads(alone, blocks),
+        first_heads(alone, [blocks]),
         [_adapted(blocks, job.lora, seeds[0]["init"])],
         checkpoint=place,
     )

@@ -1,4 +1,9 @@
-"""What a training run is told, as one immutable record that is saved with its result."""
+"""What a training run is told, as one immutable record that is saved with its result.
+
+References
+----------
+.. [1] Kumar et al. 2022, arXiv 2202.10054: linear probing, then fine-tuning.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from ensemble_rm.errors import OptionError
 
 Solver: TypeAlias = Literal["convex", "adam"]
+FirstHead: TypeAlias = Literal["zero", "fitted"]
 _OF_ADAM = ("epochs", "patience", "learning_rate", "weight_decay", "batch_size", "clip")
 
 # Fine-tuning a transformer's own blocks wants other numbers than fitting a head.
@@ -17,7 +23,7 @@ _OF_KIND: dict[str, dict[str, Any]] = {
     "branch": {
         "epochs": 4,
         "patience": 2,
-        "learning_rate": 2e-5,
+        "learning_rate": 1e-4,
         "weight_decay": (0.01,),
         "batch_size": 16,
     },
@@ -71,12 +77,23 @@ class Recipe:
     bootstrap : bool
         Give each member its own resample of the training prompts.
     subspace : float
-        Share of the features that each head sees, drawn anew a head; 1 is all.
+        Share of the features that each linear head sees, drawn anew a head; 1 is all.
     hidden : int
         Width of a head's hidden layer; 0 is a linear head.
     warmup : float
         Share of all steps over which the learning rate of branch, lora and full members rises,
         before it falls to 0 in a straight line; heads keep theirs.
+    first_head : {"zero", "fitted"}
+        What branch and lora members' heads start from: nothing, or the fit on the blocks as they
+        are [1]_. A fitted head knows its training pairs already and leaves the blocks little to
+        learn from them; but a member that training cannot better remains that fit.
+    head_rate : float
+        Learning rate of branch and lora members' heads, over that of their blocks.
+    dropout : float, optional
+        Of branch, lora and full members' own layers, attention included; None is what the
+        pretrained model has. 0 by default: noise on the two sides of a pair is noise on its margin.
+    reinitialise : int
+        How many of a branch's topmost blocks start from fresh weights, each member's its own.
     diversity : float
         Coefficient of the term that keeps LoRA adapters apart: k − ‖M‖⁎, M the members' updates at
         unit length; 0 is none.
@@ -96,6 +113,10 @@ class Recipe:
     subspace: float = 1.0
     hidden: int = 0
     warmup: float = 0.1
+    first_head: FirstHead = "zero"
+    head_rate: float = 10.0
+    dropout: float | None = 0.0
+    reinitialise: int = 0
     diversity: float = 0.0
 
     @classmethod
@@ -139,8 +160,12 @@ class Recipe:
                         f"{name}={getattr(self, name)!r} belongs to solver='adam'; linear heads "
                         "are solved to their optimum, which only `prior` and the data decide"
                     )
-        if kind != "head" and (self.hidden or self.subspace < 1):
-            raise OptionError(f"hidden and subspace belong to heads, not to kind {kind!r}")
+        if kind != "head" and self.hidden:
+            raise OptionError(f"hidden belongs to heads, not to kind {kind!r}")
+        if kind == "full" and self.subspace < 1:
+            raise OptionError("subspace belongs to heads of their own, which full members have not")
+        if kind != "branch" and self.reinitialise:
+            raise OptionError(f"reinitialise belongs to kind 'branch', not to {kind!r}")
         if kind != "lora" and self.diversity > 0:
             raise OptionError(
                 f"diversity keeps LoRA adapters apart; kind {kind!r} has none, so leave it 0, not "
@@ -169,6 +194,10 @@ class Recipe:
             "centring": (0 <= self.centring < math.inf, "a finite number ≥ 0"),
             "subspace": (0 < self.subspace <= 1, "in (0, 1]"),
             "hidden": (self.hidden >= 0, "≥ 0"),
+            "first_head": (self.first_head in get_args(FirstHead), f"one of {get_args(FirstHead)}"),
+            "head_rate": (0 < self.head_rate < math.inf, "a finite number > 0"),
+            "dropout": (self.dropout is None or 0 <= self.dropout < 1, "None or in [0, 1)"),
+            "reinitialise": (self.reinitialise >= 0, "≥ 0"),
             "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
             "diversity": (0 <= self.diversity < math.inf, "a finite number ≥ 0"),
         }

@@ -1,0 +1,166 @@
+"""What members over a model in this process have in common: loaded late, used in turn, let go.
+
+Knows no kind of member, and not what the model is.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import wraps
+from pathlib import Path
+from threading import RLock
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from ensemble_rm.errors import StorageError
+from ensemble_rm.members import backbone as bb
+from ensemble_rm.members.text import Truncation
+from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
+from ensemble_rm.samples import Sample
+
+P = ParamSpec("P")
+T = TypeVar("T")
+S = TypeVar("S", bound="ModelScorer")
+
+
+def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """Let one thread at a time into a scorer's methods: its model and tokenizer keep state."""
+
+    @wraps(method)
+    def alone(self: S, /, *args: P.args, **options: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **options)
+
+    return alone
+
+
+class ModelScorer(ABC):
+    """A scorer that loads a model at its first score, and is saved as JSON and safetensors.
+
+    A kind adds `score_counted`, and what it is made of beside the model and how that is read.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    options : TrunkOptions
+    names : sequence of str
+        One a column.
+    """
+
+    kind: str
+
+    def __init__(self, backbone: bb.Backbone, options: TrunkOptions, names: Sequence[str]) -> None:
+        self.backbone, self.options, self.names = backbone, options, tuple(names)
+        self._lock = RLock()
+
+    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
+        """Return (n_samples, n_members) raw scores, in the order of the samples."""
+        return self.score_counted(samples)[0]
+
+    @abstractmethod
+    def score_counted(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
+    ) -> tuple[NDArray[np.float64], Truncation]:
+        """Return the scores, and how many samples were cut."""
+
+    @in_turn
+    def unload(self) -> None:
+        """Let the model go until the next score."""
+        self._forget()
+        bb.empty_cache(bb.pick_device(self.options.device))
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Keep no reference to the model."""
+
+    def with_options(self, options: TrunkOptions) -> Self:
+        """Return the same members under other options; the model is loaded at their first score."""
+        return type(self)(self.backbone, options, **self._parts())
+
+    @abstractmethod
+    def _parts(self) -> dict[str, Any]:
+        """Return what it is made of: the constructor's arguments after backbone and options."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what provenance and reports say of it."""
+        return {
+            "kind": self.kind,
+            "backbone": self.backbone.name,
+            "digest": self.backbone.digest,
+            "options": asdict(self.options),
+        } | self._said()
+
+    @abstractmethod
+    def _said(self) -> dict[str, Any]:
+        """Return what a kind says of itself beside that."""
+
+    def save(self, folder: Path) -> None:
+        """Write ``member.json`` and the weights that are the members' own."""
+        folder.mkdir(parents=True, exist_ok=True)
+        said = self.describe() | self._write(folder)
+        (folder / "member.json").write_text(json.dumps(said, indent=1) + "\n")
+
+    @abstractmethod
+    def _write(self, folder: Path) -> dict[str, Any]:
+        """Write the weights; return what ``member.json`` says otherwise than `describe`."""
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        backbone: str | Path | None = None,
+        device: str | None = None,
+        cache_dir: Path | None = bb.DEFAULT_CACHE,
+    ) -> Self:
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        folder : Path
+        backbone : str or Path, optional
+            Where the backbone lies now, if not where training found it; a model that is a member
+            as it stands has none.
+        device : str, optional
+            The best available where none is named.
+        cache_dir : Path, optional
+            For converted GGUF weights.
+
+        Raises
+        ------
+        BackboneError
+            If the backbone's weights are not those that the members were saved with.
+        MissingExtraError
+            If a package that the kind needs is not installed.
+        StorageError
+            If the folder is incomplete.
+        """
+        try:
+            said = json.loads((folder / "member.json").read_text())
+            options = replace(TrunkOptions(**said["options"]), device=device)
+            parts = cls._read(folder, said)
+            place, digest = cls._place(folder, said, backbone), said["digest"]
+        except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+            raise StorageError(f"{folder} holds no saved {cls.kind} member: {error!r}") from error
+        return cls(bb.locate_same(place, digest, cache_dir=cache_dir), options, **parts)
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the `_parts` of what was saved, ``member.json`` among it."""
+
+    @classmethod
+    def _place(
+        cls,
+        folder: Path,  # noqa: ARG003 - where a kind keeps the model itself
+        said: Mapping[str, Any],
+        backbone: str | Path | None,
+    ) -> str | Path:
+        """Return where the model lies."""
+        return backbone or str(said["backbone"])
