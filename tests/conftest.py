@@ -70,6 +70,31 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def postgresql_socket() -> Iterator[Path]:
+    """A PostgreSQL server of the test run's own; its tests are skipped where none can be started."""
+    postgresql = pytest.importorskip("postgresql")
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    server = postgresql.server()
+    try:
+        socket_folder = server.__enter__()
+    except postgresql.NoServerError as error:
+        pytest.skip(f"no PostgreSQL: {error}")
+    yield socket_folder
+    server.__exit__(None, None, None)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a store can be made: a file's path, and the URL of an empty database."""
+    if request.param == "sqlite":
+        return str(tmp_path / "judgments.db")
+    socket_folder = request.getfixturevalue("postgresql_socket")
+    from postgresql import new_database
+
+    return new_database(socket_folder)
+
+
 def _package_folder(name: str) -> Path:
     """The folder of an installed package, found without importing it."""
     spec = find_spec(name)

@@ -50,7 +50,7 @@ class Database:
             if not path.exists():
                 if not create:
                     raise StorageError(f"no judgment store at {path}; create it, or name another")
-                path.parent.mkdir(parents=True, exist_ok=True)
+                _make_folder(path.parent)
             self.engine = _sqlite(path, read_only=self.read_only)
         else:
             self.name = url.render_as_string(hide_password=True)
@@ -176,6 +176,13 @@ def _url(place: str | Path) -> URL | None:
     return url.set(drivername="postgresql+psycopg")
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made for a judgment store: {error}") from error
+
+
 def _sqlite(path: Path, *, read_only: bool) -> Engine:
     mode = "mode=ro" if read_only else "mode=rwc"
     if read_only and not os.access(path.parent, os.W_OK) and not _log(path).exists():
@@ -216,5 +223,6 @@ def _postgresql(url: URL, *, read_only: bool) -> Engine:
         )
     except ImportError as error:
         raise MissingExtraError(
-            "a store in PostgreSQL needs the package `psycopg`: pip install 'ensemble-rm[postgres]'"
+            "a store in PostgreSQL needs the package `psycopg`: "
+            "pip install 'ensemble-rm[postgresql]'"
         ) from error

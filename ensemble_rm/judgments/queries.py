@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, func, select
+from sqlalchemy import ColumnElement, Connection, Select, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ensemble_rm.errors import StorageError
@@ -15,8 +15,10 @@ from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.tables import judgments, texts
 from ensemble_rm.samples import as_prompt
 
-PLAIN = ("outcome", "annotator", "judged_at", "source", "external_id", "batch", "policy")
-PLAIN += ("subset", "strategy", "inclusion")
+PLAIN: tuple[str, ...] = (
+    *("outcome", "annotator", "judged_at", "source", "external_id"),
+    *("batch", "policy", "subset", "strategy", "inclusion"),
+)
 AT_ONCE = 1000  # values in one IN, rows in one fetch
 
 
@@ -58,12 +60,12 @@ def conditions(where: Selection) -> list[ColumnElement[bool]]:
     return found
 
 
-def counting(where: Selection) -> Select[tuple[int]]:
+def counting(where: Selection) -> Select[Any]:
     """How many."""
     return select(func.count()).select_from(judgments).where(*conditions(where))
 
 
-def names(where: Selection) -> Select[tuple[bytes]]:
+def names(where: Selection) -> Select[Any]:
     """Their ids, sorted."""
     return select(judgments.c.id).where(*conditions(where)).order_by(judgments.c.id)
 
@@ -96,17 +98,16 @@ def verdicts(connection: Connection, where: Selection) -> Iterator[Verdict]:
         .where(*conditions(where))
         .order_by(c.judged_at, c.id)
     )
-    for row in stream(connection, query):
-        pair, prompt, annotator, outcome, first, second = row
+    for pair, prompt, annotator, outcome, first, second in stream(connection, query):
         yield Verdict(pair, prompt, annotator, outcome, first > second)
 
 
-def stream(connection: Connection, query: Select[Any]) -> Iterator[Row[Any]]:
+def stream(connection: Connection, query: Select[Any]) -> Iterator[Any]:
     """Fetch rows some at a time, by a cursor on the server where there is one."""
     yield from connection.execution_options(yield_per=AT_ONCE).execute(query)
 
 
-def read_row(row: Row[Any], place: str) -> Judgment:
+def read_row(row: Any, place: str) -> Judgment:
     """Return the judgment of a row of `whole`.
 
     Raises

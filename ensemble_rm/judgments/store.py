@@ -14,7 +14,7 @@ from ensemble_rm.errors import MissingExtraError, StorageError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.selection import EVERYTHING, Selection
 from ensemble_rm.judgments.votes import to_preferences
-from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Preferences
 
 if TYPE_CHECKING:
@@ -216,7 +216,8 @@ class JudgmentStore:
         from ensemble_rm.judgments import queries
 
         with self._database.reading() as connection:
-            return int(connection.execute(queries.counting(where)).scalar_one())
+            found: int = connection.execute(queries.counting(where)).scalar_one()
+            return found
 
     def digest(self, where: Selection = EVERYTHING) -> str:
         """Return the SHA-256 of the sorted ids: equal for equal judgments, however they came."""
