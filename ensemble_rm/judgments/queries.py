@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Select, func, select
@@ -90,21 +91,27 @@ def whole(where: Selection) -> Select[Any]:
     )
 
 
-def verdicts(connection: Connection, where: Selection) -> Iterator[Verdict]:
-    """Stream what agreement is counted from, by time and id."""
+def bare(where: Selection) -> Select[Any]:
+    """What agreement is counted from, by time and id."""
     c = judgments.c
-    query = (
+    return (
         select(c.pair_key, c.prompt_key, c.annotator, c.outcome, c.first, c.second)
         .where(*conditions(where))
         .order_by(c.judged_at, c.id)
     )
-    for pair, prompt, annotator, outcome, first, second in stream(connection, query):
-        yield Verdict(pair, prompt, annotator, outcome, first > second)
 
 
-def stream(connection: Connection, query: Select[Any]) -> Iterator[Any]:
+def read_verdict(row: Any) -> Verdict:
+    """Return the verdict of a row of `bare`."""
+    pair, prompt, annotator, outcome, first, second = row
+    return Verdict(pair, prompt, annotator, outcome, first > second)
+
+
+@contextmanager
+def stream(connection: Connection, query: Select[Any]) -> Iterator[Iterator[Any]]:
     """Fetch rows some at a time, by a cursor on the server where there is one."""
-    yield from connection.execution_options(yield_per=AT_ONCE).execute(query)
+    with connection.execute(query, execution_options={"yield_per": AT_ONCE}) as rows:
+        yield iter(rows)
 
 
 def read_row(row: Any, place: str) -> Judgment:
@@ -152,10 +159,9 @@ def insert(connection: Connection, rows: Collection[Judgment]) -> int:
         [{"digest": key, "body": text_body(bodies[key])} for key in sorted(bodies)],
     )
     ordered = sorted(rows, key=lambda one: (one.source, one.external_id))
-    done = connection.execute(
-        upsert(judgments).on_conflict_do_nothing(), [_written(one) for one in ordered]
-    )
-    return int(done.rowcount)
+    # The ids that come back, since drivers do not count the rows of many inserts alike.
+    new = upsert(judgments).on_conflict_do_nothing().returning(judgments.c.id)
+    return len(connection.execute(new, [_written(one) for one in ordered]).all())
 
 
 def _written(one: Judgment) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Preferences
 
 if TYPE_CHECKING:
+    from sqlalchemy import Select
+
     from ensemble_rm.judgments.database import Database
     from ensemble_rm.judgments.queries import Verdict
     from ensemble_rm.judgments.writing import Writer
@@ -207,8 +209,8 @@ class JudgmentStore:
         """
         from ensemble_rm.judgments import queries
 
-        with self._database.reading() as connection:
-            for row in queries.stream(connection, queries.whole(where)):
+        with self._streaming(queries.whole(where)) as rows:
+            for row in rows:
                 yield queries.read_row(row, self.name)
 
     def count(self, where: Selection = EVERYTHING) -> int:
@@ -224,8 +226,8 @@ class JudgmentStore:
         from ensemble_rm.judgments import queries
 
         found = hashlib.sha256()
-        with self._database.reading() as connection:
-            for row in queries.stream(connection, queries.names(where)):
+        with self._streaming(queries.names(where)) as rows:
+            for row in rows:
                 found.update(row.id)
         return found.hexdigest()
 
@@ -233,8 +235,8 @@ class JudgmentStore:
         """Stream judgments without their texts, by time and id."""
         from ensemble_rm.judgments import queries
 
-        with self._database.reading() as connection:
-            yield from queries.verdicts(connection, where)
+        with self._streaming(queries.bare(where)) as rows:
+            yield from map(queries.read_verdict, rows)
 
     def preferences(self, where: Selection = EVERYTHING) -> Preferences:
         """Join the judgments of each pair into votes; see `to_preferences`.
@@ -250,6 +252,13 @@ class JudgmentStore:
             What `RewardEnsemble.calibrate` and `judge` take.
         """
         return to_preferences(self.read(where), source=self.name)
+
+    @contextmanager
+    def _streaming(self, query: Select[Any]) -> Iterator[Iterator[Any]]:
+        from ensemble_rm.judgments import queries
+
+        with self._database.reading() as connection, queries.stream(connection, query) as rows:
+            yield rows
 
     def known(self, judgments: Iterable[Judgment]) -> dict[tuple[str, str], str]:
         """Return the id that holds each judgment's source and external id, where one does."""
