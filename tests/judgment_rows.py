@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,13 @@ def judged(i: int = 0, **fields: Any) -> Judgment:
 
 def many(n: int, *, start: int = 0, **fields: Any) -> list[Judgment]:
     return [judged(i, **fields) for i in range(start, start + n)]
+
+
+def write(path: Path, rows: list[Any], *, array: bool = False) -> Path:
+    """Write rows as JSONL, or as one JSON array."""
+    text = json.dumps(rows) if array else "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
