@@ -1,4 +1,4 @@
-"""Files into the store and out of it: bad rows named, good ones kept, a repeated import harmless."""
+"""Files into the store and out again: bad rows named, good ones kept, repeats harmless."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from judgment_rows import CHAT, NEW_YEAR, judged, many, write
 
 from ensemble_rm.errors import BadRowsError, DataError, OptionError
 from ensemble_rm.judgments.exporting import export_dataset, export_rows
-from ensemble_rm.judgments.importing import Imported, import_judgments
+from ensemble_rm.judgments.importing import import_judgments
 from ensemble_rm.judgments.judgment import Judgment
-from ensemble_rm.judgments.rows import ImportOptions
+from ensemble_rm.judgments.rows import Imported, ImportOptions
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.store import JudgmentStore
 

@@ -6,7 +6,7 @@ Knows nothing of where rows are written.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ensemble_rm.errors import MissingExtraError
 from ensemble_rm.judgments.judgment import FIELDS, Judgment
@@ -14,9 +14,6 @@ from ensemble_rm.judgments.selection import EVERYTHING, Selection
 from ensemble_rm.judgments.store import BATCH, JudgmentStore, in_batches
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Message, prompt_json
-
-if TYPE_CHECKING:
-    import datasets
 
 
 def export_rows(
@@ -46,7 +43,7 @@ def export_rows(
 
 def export_dataset(
     store: JudgmentStore, where: Selection = EVERYTHING, *, progress: Progress = silent
-) -> datasets.Dataset:
+) -> Any:
     """Return judgments as a data set, held in memory as Arrow's columns.
 
     Parameters

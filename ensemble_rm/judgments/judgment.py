@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from ensemble_rm.errors import DataError
 from ensemble_rm.samples import Message, Prompt, as_prompt, prompt_json, prompt_key
@@ -189,6 +189,30 @@ class Judgment:
                 "changed; write a correction with `corrects`, or leave `id` out"
             )
         return found
+
+
+class Verdict(NamedTuple):
+    """A judgment without its texts, for counting.
+
+    Attributes
+    ----------
+    pair, prompt : bytes
+        Names of the pair, whichever side stood first, and of its prompt.
+    annotator : str
+    outcome : str
+        As the sides stood.
+    flipped : bool
+        Whether the sides stood against the pair's own order, that of the completions' digests.
+    equal : bool
+        Whether the two completions are the same text.
+    """
+
+    pair: bytes
+    prompt: bytes
+    annotator: str
+    outcome: str
+    flipped: bool
+    equal: bool = False
 
 
 def _set(judgment: Judgment, name: str, value: object) -> None:

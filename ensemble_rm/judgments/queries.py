@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ensemble_rm.errors import StorageError
-from ensemble_rm.judgments.judgment import Judgment, digest, text_body
+from ensemble_rm.judgments.judgment import Judgment, Verdict, digest, text_body
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.tables import judgments, texts
 from ensemble_rm.samples import as_prompt
@@ -22,27 +22,6 @@ PLAIN: tuple[str, ...] = (
     *("batch", "policy", "subset", "strategy", "inclusion"),
 )
 AT_ONCE = 1000  # values in one IN, rows in one fetch
-
-
-class Verdict(NamedTuple):
-    """A judgment without its texts, for counting.
-
-    Attributes
-    ----------
-    pair, prompt : bytes
-        Names of the pair, whichever side stood first, and of its prompt.
-    annotator : str
-    outcome : str
-        As the sides stood.
-    flipped : bool
-        Whether the sides stood against the pair's own order, that of the completions' digests.
-    """
-
-    pair: bytes
-    prompt: bytes
-    annotator: str
-    outcome: str
-    flipped: bool
 
 
 class Held(NamedTuple):
@@ -126,20 +105,21 @@ def whole(where: Selection) -> Select[Any]:
     )
 
 
-def bare(where: Selection) -> Select[Any]:
-    """Their verdicts alone, by time and id."""
+def bare(where: Selection, *, by_pair: bool = False) -> Select[Any]:
+    """Their verdicts alone: by time and id, or by prompt and pair first."""
     c = judgments.c
+    groups = (c.prompt_key, c.pair_key) if by_pair else ()
     return (
         select(c.pair_key, c.prompt_key, c.annotator, c.outcome, c.first, c.second)
         .where(*conditions(where))
-        .order_by(c.judged_at, c.id)
+        .order_by(*groups, c.judged_at, c.id)
     )
 
 
 def read_verdict(row: Any) -> Verdict:
     """Return the verdict of a row of `bare`."""
     pair, prompt, annotator, outcome, first, second = row
-    return Verdict(pair, prompt, annotator, outcome, first > second)
+    return Verdict(pair, prompt, annotator, outcome, first > second, first == second)
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, TypeAlias
 from ensemble_rm.errors import DataError, RowProblem
 from ensemble_rm.judgments.judgment import Judgment, digest
 from ensemble_rm.judgments.queries import Held, verdict_of
+from ensemble_rm.judgments.rows import Imported
 from ensemble_rm.judgments.writing import Writer, corrected_twice, holds_another, unknown
 
 if TYPE_CHECKING:
-    from ensemble_rm.judgments.importing import Imported
     from ensemble_rm.judgments.store import JudgmentStore
 
 Key: TypeAlias = tuple[str, str]

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ensemble_rm.errors import MissingExtraError, StorageError
-from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.judgments.judgment import Judgment, Verdict
 from ensemble_rm.judgments.selection import EVERYTHING, Selection
 from ensemble_rm.judgments.votes import to_preferences
 from ensemble_rm.progress import Progress, silent
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Select
 
     from ensemble_rm.judgments.database import Database
-    from ensemble_rm.judgments.queries import Held, Verdict
+    from ensemble_rm.judgments.queries import Held
     from ensemble_rm.judgments.writing import Writer
 
 T = TypeVar("T")
@@ -242,6 +242,13 @@ class JudgmentStore:
         from ensemble_rm.judgments import queries
 
         with self._streaming(queries.bare(where)) as rows:
+            yield from map(queries.read_verdict, rows)
+
+    def verdicts_by_pair(self, where: Selection = EVERYTHING) -> Iterator[Verdict]:
+        """Stream judgments without their texts, by prompt and pair, in these by time and id."""
+        from ensemble_rm.judgments import queries
+
+        with self._streaming(queries.bare(where, by_pair=True)) as rows:
             yield from map(queries.read_verdict, rows)
 
     def preferences(self, where: Selection = EVERYTHING) -> Preferences:
