@@ -11,7 +11,7 @@ import pytest
 from judgment_rows import CHAT, NEW_YEAR, judged, many, write
 
 from ensemble_rm.errors import BadRowsError, DataError, OptionError
-from ensemble_rm.judgments.exporting import export_dataset, export_rows
+from ensemble_rm.judgments.exporting import export_judgments, judgment_dataset
 from ensemble_rm.judgments.importing import import_judgments
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.rows import Imported, ImportOptions
@@ -35,7 +35,7 @@ def test_what_is_exported_is_imported_whole(
     late = rows[3].corrected("tie", judged_at=NEW_YEAR)  # before what it corrects, in time
     store.add([*rows, late])
     everything = Selection(with_corrected=True)
-    path = write(tmp_path / "all.jsonl", list(export_rows(store, everything)))
+    path = write(tmp_path / "all.jsonl", list(export_judgments(store, everything)))
     if zipped:
         path.write_bytes(gzip.compress(path.read_bytes()))
     other = JudgmentStore.create(tmp_path / "other.db")
@@ -157,7 +157,7 @@ def test_a_data_set_reads_back(store: JudgmentStore, *, chat: bool) -> None:
     if chat:
         rows += many(3, start=30, prompt=CHAT)
     store.add(rows)
-    found = export_dataset(store)
+    found = judgment_dataset(store)
     assert len(found) == store.count()
     again = [Judgment.from_json({**row, "id": None, "external_id": "x"}) for row in found]
     for one, stored in zip(again, store.read(), strict=True):
@@ -170,6 +170,6 @@ def test_a_data_set_reads_back(store: JudgmentStore, *, chat: bool) -> None:
 
 
 def test_an_empty_selection_is_an_empty_data_set(store: JudgmentStore) -> None:
-    found = export_dataset(store)
+    found = judgment_dataset(store)
     assert len(found) == 0
     assert "judged_at" in found.column_names

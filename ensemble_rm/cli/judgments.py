@@ -192,7 +192,7 @@ def _read_options(args: argparse.Namespace) -> ImportOptions:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from ensemble_rm.judgments.exporting import export_dataset, export_rows
+    from ensemble_rm.judgments.exporting import export_judgments, judgment_dataset
     from ensemble_rm.judgments.store import JudgmentStore
 
     if args.out is None and (args.kind == "dataset" or args.json):
@@ -200,9 +200,9 @@ def _export(args: argparse.Namespace) -> None:
     where = _read_selection(args)
     with JudgmentStore.open(args.store, read_only=True) as store, Bars(quiet=args.json) as bars:
         if args.kind == "dataset":
-            export_dataset(store, where, progress=bars).save_to_disk(args.out)
+            judgment_dataset(store, where, progress=bars).save_to_disk(args.out)
         else:
-            write_jsonl(args.out, export_rows(store, where, progress=bars))
+            write_jsonl(args.out, export_judgments(store, where, progress=bars))
         said = {"judgments": store.count(where), "digest": store.digest(where)}
     if args.out is not None:
         said |= {"store": store.name, "out": str(args.out), "as": args.kind}

@@ -16,7 +16,7 @@ from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Message, prompt_json
 
 
-def export_rows(
+def export_judgments(
     store: JudgmentStore, where: Selection = EVERYTHING, *, progress: Progress = silent
 ) -> Iterator[dict[str, Any]]:
     """Stream judgments as the rows of our JSONL.
@@ -41,7 +41,7 @@ def export_rows(
             progress("exporting", done, total)
 
 
-def export_dataset(
+def judgment_dataset(
     store: JudgmentStore, where: Selection = EVERYTHING, *, progress: Progress = silent
 ) -> Any:
     """Return judgments as a data set, held in memory as Arrow's columns.

@@ -195,7 +195,7 @@ def require_source(options: ImportOptions, format_: str) -> str:
     if options.source is None:
         raise OptionError(
             f"an export in the format {format_} does not say where it comes from: name it with "
-            "`source` (--source), the same name each time, so that a repeated import changes nothing"
+            "`source` (--source), the same each time, so that a repeated import changes nothing"
         )
     return options.source
 
