@@ -25,14 +25,18 @@ FIELDS = (
 )
 
 
+# One encoder for all: json.dumps makes a new one for each text.
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+
+
 def text_body(text: Prompt) -> str:
     """Return a prompt or completion as one JSON text, as the store keeps it."""
-    return json.dumps(prompt_json(text), ensure_ascii=False, sort_keys=True)
+    return _encode(prompt_json(text))
 
 
 def digest(*parts: object) -> bytes:
     """Return 16 bytes that name the parts."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()[:16]
+    return hashlib.sha256(_encode(parts).encode()).digest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from sqlalchemy import ColumnElement, Connection, Select, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ensemble_rm.errors import StorageError
-from ensemble_rm.judgments.judgment import Judgment, Verdict, digest, text_body
+from ensemble_rm.judgments.judgment import Judgment, Verdict, text_body
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.tables import judgments, texts
 from ensemble_rm.samples import as_prompt
@@ -49,7 +50,8 @@ def verdict_of(one: Judgment) -> bytes:
 
 
 def _verdict(texts_: Sequence[bytes], outcome: str, annotator: str) -> bytes:
-    return digest([part.hex() for part in texts_], outcome, annotator)
+    named = b"".join((*texts_, outcome.encode(), b"\0", annotator.encode()))
+    return hashlib.sha256(named).digest()[:16]
 
 
 # Reading -------------------------------------------------------------------------------------

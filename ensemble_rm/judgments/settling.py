@@ -6,6 +6,7 @@ kept in a scratch database on disk, so that memory stays flat. Knows nothing of 
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TypeAlias
 
 from ensemble_rm.errors import DataError, RowProblem
-from ensemble_rm.judgments.judgment import Judgment, digest
+from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.queries import Held, verdict_of
 from ensemble_rm.judgments.rows import Imported
 from ensemble_rm.judgments.writing import Writer, corrected_twice, holds_another, unknown
@@ -168,7 +169,7 @@ class _Scratch:
 
     def keep(self, held: Mapping[Key, Held]) -> None:
         """Keep what holds these names now."""
-        rows = [(digest(*key), *one[:3], one.judged_at.isoformat()) for key, one in held.items()]
+        rows = [(_name(key), *one[:3], one.judged_at.isoformat()) for key, one in held.items()]
         self._database.execute("BEGIN")
         self._database.executemany("INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?, ?)", rows)
         self._database.execute("COMMIT")
@@ -178,7 +179,7 @@ class _Scratch:
         found = {}
         query = "SELECT first, latest, verdict, judged_at FROM held WHERE key = ?"
         for key in keys:
-            row = self._database.execute(query, (digest(*key),)).fetchone()
+            row = self._database.execute(query, (_name(key),)).fetchone()
             if row is not None:
                 first, latest, verdict, judged_at = row
                 found[key] = Held(first, latest, verdict, datetime.fromisoformat(judged_at))
@@ -188,3 +189,8 @@ class _Scratch:
         """Return those of the ids that the file holds."""
         rows = self._database.execute("SELECT latest FROM held") if ids else ()
         return {one for (one,) in rows if one in ids}
+
+
+def _name(key: Key) -> bytes:
+    """Name a source and an external id, neither of which holds NUL, in 16 bytes."""
+    return hashlib.sha256("\0".join(key).encode()).digest()[:16]
