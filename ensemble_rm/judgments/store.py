@@ -316,9 +316,12 @@ def in_batches(rows: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
 def _open(place: str | Path, **options: Any) -> Database:
     try:
         from ensemble_rm.judgments.database import Database
+
+        return Database(place, **options)
+    except MissingExtraError:
+        raise
     except ImportError as error:
         raise MissingExtraError(
             f"a judgment store needs SQLAlchemy and Alembic ({error}): "
             "pip install 'ensemble-rm[judgments]'"
         ) from error
-    return Database(place, **options)
