@@ -106,6 +106,18 @@ def test_bad_rows_can_be_skipped_and_are_still_named(store: JudgmentStore, bad_f
     assert store.count(Selection(with_corrected=True)) == 12
 
 
+@pytest.mark.parametrize("change", [{"batch": "b"}, {"inclusion": 0.5}, {"outcome": "tie"}])
+def test_a_row_that_changed_is_no_repeat(
+    store: JudgmentStore, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Whatever it is that changed, and whether or not corrections are wanted."""
+    store.add([judged(0, external_id="7")])
+    path = write(tmp_path / "rows.jsonl", [judged(0, external_id="7", **change).to_json()])
+    for correct in (False, True):
+        with pytest.raises(BadRowsError, match="is stored with other content"):
+            import_judgments(store, path, correct=correct)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_batches_change_nothing(
     store: JudgmentStore, bad_file: Path, monkeypatch: pytest.MonkeyPatch, size: int

@@ -231,3 +231,18 @@ def test_a_dry_run_sees_corrections_too(store: JudgmentStore, tmp_path: Path) ->
     assert (dry.added, dry.corrections) == (2, 2)
     assert import_judgments(store, path, **options) == dry
     assert [one.outcome for one in store.read()] == ["first"]
+
+
+def test_a_changed_probability_is_no_repeat(store: JudgmentStore, tmp_path: Path) -> None:
+    """The same verdict with another weight would count otherwise: it is refused, or corrected."""
+    path = tmp_path / "export.json"
+    for inclusion in (0.5, 0.25):
+        one = task(1, annotation(1, {"selected": "left"}), strategy="bald", inclusion=inclusion)
+        write(path, [one], array=True)
+        options: dict[str, Any] = {"format": "label-studio", "options": STUDIO}
+        if inclusion == 0.25:
+            with pytest.raises(BadRowsError, match="is stored with other content"):
+                import_judgments(store, path, **options)
+            options["correct"] = True
+        import_judgments(store, path, **options)
+    assert [one.inclusion for one in store.read()] == [0.25]

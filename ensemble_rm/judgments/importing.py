@@ -54,8 +54,8 @@ def import_judgments(
     """Add a file's judgments to the store; those that are there already are left alone.
 
     By default the whole file is read before anything is written, and refused where a row is bad.
-    A repeated import adds nothing: a row whose external id is stored with the same verdict counts
-    as there already, even where its time or batch differs.
+    A repeated import adds nothing. A row whose external id is stored with other content is bad;
+    what Label Studio and Argilla export is there already where only its time differs.
 
     Parameters
     ----------
@@ -69,8 +69,9 @@ def import_judgments(
     skip_bad : bool
         Add the good rows and report the bad ones, instead of refusing the file.
     correct : bool
-        Where an annotator changed a verdict since an earlier import, add a correction that names
-        the old one, instead of calling the row bad. JSONL rows name what they correct themselves.
+        Where a tool's export holds a verdict that changed since an earlier import, add a
+        correction that names the old one, instead of calling the row bad. JSONL rows name what
+        they correct themselves.
     dry_run : bool
         Write nothing.
     progress : callable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ensemble_rm.errors import StorageError
-from ensemble_rm.judgments.judgment import Judgment, Verdict, text_body
+from ensemble_rm.judgments.judgment import Judgment, Verdict, digest, text_body
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.tables import judgments, texts
 from ensemble_rm.samples import as_prompt
@@ -22,6 +21,7 @@ PLAIN: tuple[str, ...] = (
     *("outcome", "annotator", "judged_at", "source", "external_id"),
     *("batch", "policy", "subset", "strategy", "inclusion"),
 )
+SAID = ("outcome", "annotator", "batch", "policy", "subset", "strategy", "inclusion")
 AT_ONCE = 1000  # values in one IN, rows in one fetch
 
 
@@ -32,26 +32,25 @@ class Held(NamedTuple):
     ----------
     first, latest : str
         Id of the judgment that holds the external id, and of the end of its corrections.
-    verdict : bytes
-        What `verdict_of` says of the latest.
+    content : bytes
+        What `content_of` says of the latest.
     judged_at : datetime
         Its time.
     """
 
     first: str
     latest: str
-    verdict: bytes
+    content: bytes
     judged_at: datetime
 
 
-def verdict_of(one: Judgment) -> bytes:
-    """Name what was judged how by whom, whatever else is said of it."""
-    return _verdict(one.text_digests, one.outcome, one.annotator)
+def content_of(one: Judgment) -> bytes:
+    """Name what a judgment says but for its time, its external id and what it corrects."""
+    return _content(one.text_digests, [getattr(one, name) for name in SAID])
 
 
-def _verdict(texts_: Sequence[bytes], outcome: str, annotator: str) -> bytes:
-    named = b"".join((*texts_, outcome.encode(), b"\0", annotator.encode()))
-    return hashlib.sha256(named).digest()[:16]
+def _content(sides: Sequence[bytes], said: Sequence[object]) -> bytes:
+    return digest([part.hex() for part in sides], list(said))
 
 
 # Reading -------------------------------------------------------------------------------------
@@ -242,10 +241,9 @@ def held(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[str, 
     found: dict[str, tuple[bytes, datetime]] = {}
     c = judgments.c
     for some in _parts(set(ends.values())):
-        query = select(c.id, c.prompt, c.first, c.second, c.outcome, c.annotator, c.judged_at)
+        query = select(c.id, c.judged_at, c.prompt, c.first, c.second, *(c[name] for name in SAID))
         for row in connection.execute(query.where(c.id.in_([bytes.fromhex(i) for i in some]))):
-            verdict = _verdict((row.prompt, row.first, row.second), row.outcome, row.annotator)
-            found[row.id.hex()] = (verdict, row.judged_at)
+            found[row.id.hex()] = (_content(row[2:5], row[5:]), row.judged_at)
     return {key: Held(first, ends[first], *found[ends[first]]) for key, first in holding.items()}
 
 
