@@ -3,11 +3,12 @@
 Four judgments a pair, two pairs a prompt, eight annotators, forty months; prompts of about 90 and
 completions of about 220 characters, all distinct. The JSONL file is imported as
 `ensemble-rm judgments import` does it: read and checked whole, then read again and written. Each
-step runs in a process of its own, which says its time, the processor's time, and the peak of its resident
-memory above what its imports took. `peak_growth` is the large store's peak over that of the small
-one, which has a tenth of the judgments: 1 is flat; `cpu_growth` is the same of the processor's time
-a judgment. SQLite's page cache and its sorter take up to 64 MiB each, which the small store does
-not fill.
+step runs in a process of its own, which says its time, the processor's, and the peak of its
+resident memory above what its imports took.
+
+`peak_growth` is the large store's peak over that of the small one, which has a tenth of the
+judgments: 1 is flat. `cpu_growth` is the same of the processor's time a judgment. SQLite's page
+cache and its sorter take up to 64 MiB each, which the small store does not fill.
 """
 
 from __future__ import annotations
