@@ -78,6 +78,14 @@ CLAIMS = (
         *("calibration_fit", "netcal_ratio", "{:.1f}"),
     ),
     ("its NLL less netcal's, nats", "calibration_fit", "nll_gap", "{:.0e}"),
+    (
+        "a million judgments checked and imported into SQLite, processor seconds",
+        *("judgments", "import_cpu_seconds_1000000", "{:.0f}"),
+    ),
+    (
+        "peak memory above the imports, MiB",
+        *("judgments", "import_peak_mib_1000000", "{:.0f}"),
+    ),
 )
 
 

@@ -8,7 +8,9 @@
     ├── DataError                     the user's data cannot be read or used
     │   ├── BadRowsError              some rows are bad; all of them are listed
     │   ├── EmptyDataError            nothing usable is left
-    │   └── SplitError                the data cannot be split as asked
+    │   ├── SplitError                the data cannot be split as asked
+    │   ├── JudgmentConflictError     a judgment contradicts one that is stored
+    │   └── UnknownJudgmentError      a correction names a judgment that is not stored
     ├── ModelError                    a model cannot be loaded or used
     │   ├── BackboneError             the folder, hub id or digest is not what was expected
     │   ├── MissingHeadError          the reward head's weights are absent from the checkpoint
@@ -28,7 +30,8 @@
     │   ├── NonFiniteLossError        the loss became NaN or infinite
     │   └── ResumeError               a checkpoint belongs to another recipe or data set
     └── StorageError                  a saved directory or a cache cannot be read or written
-        └── CacheLimitError           a cache would outgrow its stated limit
+        ├── CacheLimitError           a cache would outgrow its stated limit
+        └── SchemaVersionError        a store's schema is not the library's
 
 This module knows nothing of what the errors are about; messages are written where they are raised,
 and name the offending value and the remedy.
@@ -88,6 +91,14 @@ class EmptyDataError(DataError):
 
 class SplitError(DataError):
     """The data cannot be split as asked."""
+
+
+class JudgmentConflictError(DataError):
+    """A judgment contradicts one that is stored: its name or its correction is taken."""
+
+
+class UnknownJudgmentError(DataError):
+    """A correction names a judgment that is not stored."""
 
 
 class ModelError(EnsembleRMError):
@@ -168,3 +179,7 @@ class StorageError(EnsembleRMError):
 
 class CacheLimitError(StorageError):
     """A cache would outgrow its stated limit."""
+
+
+class SchemaVersionError(StorageError):
+    """A store's schema is newer than the library, or older where nothing may be written."""

@@ -15,6 +15,7 @@ PACKAGE = "ensemble_rm"
 # An import never points to a higher floor.
 FLOORS = {
     "errors": 0,
+    "progress": 0,
     "samples": 0,
     "loading": 0,
     "aggregation": 1,
@@ -29,11 +30,12 @@ FLOORS = {
     "merging": 4,
     "streaming": 4,
     "training": 4,
-    "reports": 5,
-    "cli": 6,
-    "demo": 6,
-    "__main__": 7,
-    "__init__": 7,
+    "judgments": 5,
+    "reports": 6,
+    "cli": 7,
+    "demo": 7,
+    "__main__": 8,
+    "__init__": 8,
 }
 
 # Third party -> the rooms that may import it.
@@ -44,9 +46,12 @@ HOMES = {
     "sklearn": {"calibration", "metrics"},
     "netcal": {"calibration", "metrics"},
     "matplotlib": {"reports"},
-    "datasets": {"samples", "loading"},
+    "datasets": {"samples", "loading", "judgments"},
     "gguf": {"members"},
     "peft": {"members"},
+    "sqlalchemy": {"judgments"},
+    "alembic": {"judgments"},
+    "psycopg": {"judgments"},
 }
 INSIDE_FUNCTIONS = {"sklearn", "netcal", "matplotlib", "datasets", "gguf", "peft"}
 # May print, configure logging and read the environment.
