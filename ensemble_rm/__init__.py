@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ensemble_rm.members.scorer import FunctionScorer, Scorer
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
+    from ensemble_rm.recalibration.drift.labelled import DriftTest
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
@@ -67,6 +68,7 @@ _HOMES = {
     "members.scorer": "FunctionScorer Scorer",
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
+    "recalibration.drift.labelled": "DriftTest",
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
@@ -83,6 +85,7 @@ __all__ = [
     "Calibration",
     "ClassifierScorer",
     "Comparison",
+    "DriftTest",
     "Evaluation",
     "FunctionScorer",
     "HeadScorer",

@@ -29,11 +29,12 @@ FLOORS = {
     "merging": 4,
     "streaming": 4,
     "training": 4,
-    "reports": 5,
-    "cli": 6,
-    "demo": 6,
-    "__main__": 7,
-    "__init__": 7,
+    "recalibration": 5,
+    "reports": 6,
+    "cli": 7,
+    "demo": 7,
+    "__main__": 8,
+    "__init__": 8,
 }
 
 # Third party -> the rooms that may import it.
