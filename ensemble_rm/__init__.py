@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
     from ensemble_rm.calibration.pairs import ScoredPairs
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
+    from ensemble_rm.calibration.ties import TieModel, fit_ties
     from ensemble_rm.combining import combine
     from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.loading import load_preferences
@@ -56,6 +57,7 @@ _HOMES = {
     "calibration.normaliser": "Normaliser fit_normaliser",
     "calibration.pairs": "ScoredPairs",
     "calibration.temperature": "TemperatureFit fit_temperature",
+    "calibration.ties": "TieModel fit_ties",
     "combining": "combine",
     "ensemble": "RewardEnsemble",
     "loading": "load_preferences",
@@ -105,6 +107,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "TemperatureFit",
+    "TieModel",
     "TrunkOptions",
     "View",
     "__version__",
@@ -114,6 +117,7 @@ __all__ = [
     "evaluate",
     "fit_normaliser",
     "fit_temperature",
+    "fit_ties",
     "lcb",
     "load_preferences",
     "make_aggregator",

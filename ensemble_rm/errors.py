@@ -23,7 +23,8 @@
     │   ├── AggregatorMismatchError   the calibration belongs to another aggregator
     │   ├── TooFewJudgmentsError      the judgments do not suffice
     │   ├── SeparableError            every judgment agrees with its margin: T would go to 0
-    │   └── NoPositiveTemperatureError   the margins point the wrong way: no finite positive T
+    │   ├── NoPositiveTemperatureError   the margins point the wrong way: no finite positive T
+    │   └── NoTiesError               a tie model needs judgments with ties, and others
     ├── TrainingError                 a training run cannot go on
     │   ├── NonFiniteLossError        the loss became NaN or infinite
     │   └── ResumeError               a checkpoint belongs to another recipe or data set
@@ -148,6 +149,10 @@ class SeparableError(CalibrationError):
 
 class NoPositiveTemperatureError(CalibrationError):
     """The margins point the wrong way or are all zero: no finite positive T fits."""
+
+
+class NoTiesError(CalibrationError):
+    """No judgment is a tie, or every one is: no tie model can be fitted."""
 
 
 class TrainingError(EnsembleRMError):
