@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
     from ensemble_rm.calibration.ties import TieModel, fit_ties
     from ensemble_rm.combining import combine
+    from ensemble_rm.distance import FeatureSpace, fit_feature_space
     from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.loading import load_preferences
     from ensemble_rm.members.adapters import LoraOptions
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
     from ensemble_rm.recalibration.drift.labelled import DriftTest
+    from ensemble_rm.recalibration.drift.reference import Reference
+    from ensemble_rm.recalibration.drift.unlabelled import UnlabelledDrift, unlabelled_drift
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
@@ -59,6 +62,7 @@ _HOMES = {
     "calibration.temperature": "TemperatureFit fit_temperature",
     "calibration.ties": "TieModel fit_ties",
     "combining": "combine",
+    "distance": "FeatureSpace fit_feature_space",
     "ensemble": "RewardEnsemble",
     "loading": "load_preferences",
     "members.adapters": "LoraOptions",
@@ -71,6 +75,8 @@ _HOMES = {
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
     "recalibration.drift.labelled": "DriftTest",
+    "recalibration.drift.reference": "Reference",
+    "recalibration.drift.unlabelled": "UnlabelledDrift unlabelled_drift",
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
@@ -89,6 +95,7 @@ __all__ = [
     "Comparison",
     "DriftTest",
     "Evaluation",
+    "FeatureSpace",
     "FunctionScorer",
     "HeadScorer",
     "LoraOptions",
@@ -100,6 +107,7 @@ __all__ = [
     "Preferences",
     "Ranking",
     "Recipe",
+    "Reference",
     "RewardEnsemble",
     "Sample",
     "ScoreCache",
@@ -109,12 +117,14 @@ __all__ = [
     "TemperatureFit",
     "TieModel",
     "TrunkOptions",
+    "UnlabelledDrift",
     "View",
     "__version__",
     "combine",
     "cvar",
     "entropic",
     "evaluate",
+    "fit_feature_space",
     "fit_normaliser",
     "fit_temperature",
     "fit_ties",
@@ -129,6 +139,7 @@ __all__ = [
     "quantile",
     "stream_scores",
     "train",
+    "unlabelled_drift",
     "uwo",
 ]
 

@@ -8,7 +8,8 @@
     ├── DataError                     the user's data cannot be read or used
     │   ├── BadRowsError              some rows are bad; all of them are listed
     │   ├── EmptyDataError            nothing usable is left
-    │   └── SplitError                the data cannot be split as asked
+    │   ├── SplitError                the data cannot be split as asked
+    │   └── TooFewSamplesError        too few samples or prompts for a statistic of them
     ├── ModelError                    a model cannot be loaded or used
     │   ├── BackboneError             the folder, hub id or digest is not what was expected
     │   ├── MissingHeadError          the reward head's weights are absent from the checkpoint
@@ -89,6 +90,10 @@ class EmptyDataError(DataError):
 
 class SplitError(DataError):
     """The data cannot be split as asked."""
+
+
+class TooFewSamplesError(DataError):
+    """Too few samples or prompts for a statistic of them."""
 
 
 class ModelError(EnsembleRMError):
