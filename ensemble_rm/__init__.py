@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
     from ensemble_rm.recalibration.drift.labelled import DriftTest
+    from ensemble_rm.recalibration.drift.raters import AnchorVote, RaterDrift, rater_drift
     from ensemble_rm.recalibration.drift.reference import Reference
     from ensemble_rm.recalibration.drift.unlabelled import UnlabelledDrift, unlabelled_drift
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
@@ -75,6 +76,7 @@ _HOMES = {
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
     "recalibration.drift.labelled": "DriftTest",
+    "recalibration.drift.raters": "AnchorVote RaterDrift rater_drift",
     "recalibration.drift.reference": "Reference",
     "recalibration.drift.unlabelled": "UnlabelledDrift unlabelled_drift",
     "reports.evaluation": "Evaluation evaluate",
@@ -89,6 +91,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 __all__ = [
     "Aggregator",
+    "AnchorVote",
     "BranchScorer",
     "Calibration",
     "ClassifierScorer",
@@ -106,6 +109,7 @@ __all__ = [
     "Preference",
     "Preferences",
     "Ranking",
+    "RaterDrift",
     "Recipe",
     "Reference",
     "RewardEnsemble",
@@ -137,6 +141,7 @@ __all__ = [
     "minimum",
     "precision_report",
     "quantile",
+    "rater_drift",
     "stream_scores",
     "train",
     "unlabelled_drift",
