@@ -36,13 +36,15 @@ if TYPE_CHECKING:
     from ensemble_rm.members.heads import HeadScorer
     from ensemble_rm.members.lora import LoraScorer
     from ensemble_rm.members.score_cache import ScoreCache
-    from ensemble_rm.members.scorer import FunctionScorer, Scorer
+    from ensemble_rm.members.scorer import FeatureScorer, FunctionScorer, Scorer, scorer_features
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
-    from ensemble_rm.recalibration.drift.labelled import DriftTest
+    from ensemble_rm.recalibration.drift.labelled import DriftTest, LabelledDrift
     from ensemble_rm.recalibration.drift.raters import AnchorVote, RaterDrift, rater_drift
     from ensemble_rm.recalibration.drift.reference import Reference
+    from ensemble_rm.recalibration.drift.report import DriftReport
     from ensemble_rm.recalibration.drift.unlabelled import UnlabelledDrift, unlabelled_drift
+    from ensemble_rm.reports.drift import draw_drift, drift_text
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
@@ -72,13 +74,15 @@ _HOMES = {
     "members.heads": "HeadScorer",
     "members.lora": "LoraScorer",
     "members.score_cache": "ScoreCache",
-    "members.scorer": "FunctionScorer Scorer",
+    "members.scorer": "FeatureScorer FunctionScorer Scorer scorer_features",
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
-    "recalibration.drift.labelled": "DriftTest",
+    "recalibration.drift.labelled": "DriftTest LabelledDrift",
     "recalibration.drift.raters": "AnchorVote RaterDrift rater_drift",
     "recalibration.drift.reference": "Reference",
+    "recalibration.drift.report": "DriftReport",
     "recalibration.drift.unlabelled": "UnlabelledDrift unlabelled_drift",
+    "reports.drift": "draw_drift drift_text",
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
@@ -96,11 +100,14 @@ __all__ = [
     "Calibration",
     "ClassifierScorer",
     "Comparison",
+    "DriftReport",
     "DriftTest",
     "Evaluation",
+    "FeatureScorer",
     "FeatureSpace",
     "FunctionScorer",
     "HeadScorer",
+    "LabelledDrift",
     "LoraOptions",
     "LoraScorer",
     "Message",
@@ -126,6 +133,8 @@ __all__ = [
     "__version__",
     "combine",
     "cvar",
+    "draw_drift",
+    "drift_text",
     "entropic",
     "evaluate",
     "fit_feature_space",
@@ -142,6 +151,7 @@ __all__ = [
     "precision_report",
     "quantile",
     "rater_drift",
+    "scorer_features",
     "stream_scores",
     "train",
     "unlabelled_drift",
