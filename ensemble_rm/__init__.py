@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.calibration import Calibration
     from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
     from ensemble_rm.calibration.pairs import ScoredPairs
+    from ensemble_rm.calibration.reliability import Reliability, fit_reliability
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
     from ensemble_rm.calibration.ties import TieModel, fit_ties
     from ensemble_rm.combining import combine
@@ -62,6 +63,7 @@ _HOMES = {
     "calibration.calibration": "Calibration",
     "calibration.normaliser": "Normaliser fit_normaliser",
     "calibration.pairs": "ScoredPairs",
+    "calibration.reliability": "Reliability fit_reliability",
     "calibration.temperature": "TemperatureFit fit_temperature",
     "calibration.ties": "TieModel fit_ties",
     "combining": "combine",
@@ -119,6 +121,7 @@ __all__ = [
     "RaterDrift",
     "Recipe",
     "Reference",
+    "Reliability",
     "RewardEnsemble",
     "Sample",
     "ScoreCache",
@@ -139,6 +142,7 @@ __all__ = [
     "evaluate",
     "fit_feature_space",
     "fit_normaliser",
+    "fit_reliability",
     "fit_temperature",
     "fit_ties",
     "lcb",

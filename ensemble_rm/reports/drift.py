@@ -184,7 +184,11 @@ def _draw_labelled(axes: Any, reports: Sequence[DriftReport]) -> bool:
     if not lives:
         return False
     place = _ticks(axes, sorted({point.at for one in lives.values() for point in one.history}))
-    lines = (("e-value", "log_e", INK), ("over", "log_over", MUTED), ("under", "log_under", PALE))
+    lines = (
+        ("e-value", "log_e", INK),
+        ("overconfident", "log_over", MUTED),
+        ("underconfident", "log_under", _COLOURS[2]),
+    )
     for i, one in enumerate(lives.values()):
         x = [place[point.at] for point in one.history]
         for label, name, colour in lines:
@@ -238,6 +242,7 @@ def _draw_raters(axes: Any, reports: Sequence[DriftReport]) -> bool:
         marked = [cell for cell in own if (annotator, cell.month) in alarmed]
         for cell in marked:
             axes.plot(place[cell.month], cell.agreement, "o", color=MUTED)
-            axes.annotate(_name(annotator), (place[cell.month], cell.agreement), fontsize=8)
+            where = (place[cell.month] + 0.03, cell.agreement)
+            axes.annotate("" if panel else _name(annotator), where, fontsize=8)
     axes.set_ylim(0, 1)
     return True
