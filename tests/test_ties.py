@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from scipy.special import expit
 from ensemble_rm import (
     Calibration,
     FunctionScorer,
+    HeadScorer,
     Normaliser,
     Preference,
     Preferences,
@@ -308,3 +310,25 @@ def test_a_preference_of_a_tie_is_what_it_was() -> None:
     """Rows without tied votes are written, and digested, as before."""
     assert "tie_votes" not in Preference("p", "a", "b", votes=(2, 1)).to_json()
     assert Preference("p", "a", "b", tie=True).target == 0.5
+
+
+def test_a_saved_ensemble_keeps_its_tie_model(
+    two_heads: Callable[..., HeadScorer], tmp_path: Path
+) -> None:
+    x, y, ties = planted("davidson", 1.0, 1.5, n=300)
+    both = np.stack([x, x], axis=1)
+    pairs = ScoredPairs(both, 0 * both, y, np.ones(300), np.arange(300), ties=ties)
+    calibration = fit_calibration(pairs, mean(), ties="davidson")
+    made = RewardEnsemble((two_heads(),), Normaliser.identity(2), mean(), calibration)
+    made.save_pretrained(tmp_path / "saved")
+    read = RewardEnsemble.from_pretrained(tmp_path / "saved")
+    assert read.calibration == calibration
+    assert read.calibration is not None
+    assert read.calibration.evidence is not None
+    assert (read.calibration.evidence.ties == ties).all()
+    again = read.recalibrate(lcb(kappa=0.0))  # on the evidence; the same reward
+    assert again.calibration is not None
+    assert again.calibration.tie_model is not None
+    known = calibration.tie_model
+    assert known is not None
+    assert again.calibration.tie_model.nu == pytest.approx(known.nu)

@@ -14,9 +14,9 @@ the mean of both capitals (`bets`), and P(it ever reaches 1/α) ≤ α.
 Only means enter, so neither ties nor votes break it. Two readings of the null suffice, each alone:
 (1) the mean verdict given the margin and all that came before lies between σ(a/high) and σ(a/low);
 (2) prompts are independent draws, and the temperature that solves their mean score equation
-E[a(v − σ(a/T))] = 0, which is what `fit_temperature` estimates, lies in the interval, whatever the
-curve's true shape; for *underconfident* up to margins beyond 4T. Stakes depend on no margin, for
-else (2) would not hold.
+E[a(v − σ(a/T))] = 0, which is `fit_temperature`'s with prompts weighing the same, lies in the
+interval, whatever the curve's true shape; for *underconfident* up to margins beyond 4T. Stakes
+depend on no margin, for else (2) would not hold.
 
 Judgments of one prompt depend on one another: a prompt pays once in a life, the mean over its
 judgments in the batch where it first appears; later ones are left out and counted. That makes the
@@ -198,8 +198,9 @@ class DriftTest:
     ) -> DriftTest:
         """Begin the life of a published temperature.
 
-        Half of `promise` covers the chance that the interval of `fit` misses the truth, half the
-        test's own. The null is that interval, or T·(1 + tolerance)^±1 where that is wider.
+        The life takes judgments that the fit has not seen. Half of `promise` covers the chance
+        that the interval of `fit` misses the truth, half the test's own. The null is that
+        interval, or T·(1 + tolerance)^±1 where that is wider.
 
         Parameters
         ----------
@@ -267,7 +268,8 @@ class DriftTest:
         at : str
             Date or name of the batch.
         counts : array_like, shape (n_pairs,), optional
-            Votes behind each target, > 0; each counts once where not given.
+            Votes behind each target, > 0; each counts once where not given. How many were asked for
+            must not depend on what they said.
         inclusion : array_like, shape (n_pairs,), optional
             Probability π with which each pair was selected; 1 for random draws.
 
