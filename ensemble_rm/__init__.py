@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from ensemble_rm.combining import combine
     from ensemble_rm.distance import FeatureSpace, fit_feature_space
     from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.judgments.agreement import AgreementReport, agreement_report
+    from ensemble_rm.judgments.exporting import export_judgments, judgment_dataset
+    from ensemble_rm.judgments.importing import import_judgments
+    from ensemble_rm.judgments.judgment import Judgment
+    from ensemble_rm.judgments.rows import Imported, ImportOptions
+    from ensemble_rm.judgments.selection import Selection
+    from ensemble_rm.judgments.store import JudgmentStore
     from ensemble_rm.loading import load_preferences
     from ensemble_rm.members.adapters import LoraOptions
     from ensemble_rm.members.branches import BranchScorer
@@ -40,6 +47,7 @@ if TYPE_CHECKING:
     from ensemble_rm.members.scorer import FeatureScorer, FunctionScorer, Scorer, scorer_features
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
+    from ensemble_rm.recalibration.drift.anchors import anchor_votes
     from ensemble_rm.recalibration.drift.labelled import DriftTest, LabelledDrift
     from ensemble_rm.recalibration.drift.raters import AnchorVote, RaterDrift, rater_drift
     from ensemble_rm.recalibration.drift.reference import Reference
@@ -69,6 +77,13 @@ _HOMES = {
     "combining": "combine",
     "distance": "FeatureSpace fit_feature_space",
     "ensemble": "RewardEnsemble",
+    "judgments.agreement": "AgreementReport agreement_report",
+    "judgments.exporting": "export_judgments judgment_dataset",
+    "judgments.importing": "import_judgments",
+    "judgments.judgment": "Judgment",
+    "judgments.rows": "ImportOptions Imported",
+    "judgments.selection": "Selection",
+    "judgments.store": "JudgmentStore",
     "loading": "load_preferences",
     "members.adapters": "LoraOptions",
     "members.branches": "BranchScorer",
@@ -79,6 +94,7 @@ _HOMES = {
     "members.scorer": "FeatureScorer FunctionScorer Scorer scorer_features",
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
+    "recalibration.drift.anchors": "anchor_votes",
     "recalibration.drift.labelled": "DriftTest LabelledDrift",
     "recalibration.drift.raters": "AnchorVote RaterDrift rater_drift",
     "recalibration.drift.reference": "Reference",
@@ -97,6 +113,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 __all__ = [
     "Aggregator",
+    "AgreementReport",
     "AnchorVote",
     "BranchScorer",
     "Calibration",
@@ -109,6 +126,10 @@ __all__ = [
     "FeatureSpace",
     "FunctionScorer",
     "HeadScorer",
+    "ImportOptions",
+    "Imported",
+    "Judgment",
+    "JudgmentStore",
     "LabelledDrift",
     "LoraOptions",
     "LoraScorer",
@@ -128,23 +149,29 @@ __all__ = [
     "ScoredPairs",
     "Scorer",
     "Scores",
+    "Selection",
     "TemperatureFit",
     "TieModel",
     "TrunkOptions",
     "UnlabelledDrift",
     "View",
     "__version__",
+    "agreement_report",
+    "anchor_votes",
     "combine",
     "cvar",
     "draw_drift",
     "drift_text",
     "entropic",
     "evaluate",
+    "export_judgments",
     "fit_feature_space",
     "fit_normaliser",
     "fit_reliability",
     "fit_temperature",
     "fit_ties",
+    "import_judgments",
+    "judgment_dataset",
     "lcb",
     "load_preferences",
     "make_aggregator",

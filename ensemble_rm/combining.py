@@ -19,7 +19,8 @@ from ensemble_rm.members.baseline import score_with_references
 from ensemble_rm.members.classifier import ClassifierScorer
 from ensemble_rm.members.model_pool import ModelPool
 from ensemble_rm.members.scorer import Scorer, StoredScorer, score_all, unloaded
-from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
+from ensemble_rm.members.trunk import TrunkOptions
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Preferences, require_pairs
 from ensemble_rm.storage import FILE
 

@@ -29,7 +29,7 @@ from ensemble_rm.members.baseline import score_with_references
 from ensemble_rm.members.model_pool import ModelPool
 from ensemble_rm.members.score_cache import ScoreCache
 from ensemble_rm.members.scorer import Scorer, score_all, unloaded
-from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.results import Comparison, Ranking, Scores
 from ensemble_rm.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
 

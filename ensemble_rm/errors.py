@@ -9,7 +9,9 @@
     │   ├── BadRowsError              some rows are bad; all of them are listed
     │   ├── EmptyDataError            nothing usable is left
     │   ├── SplitError                the data cannot be split as asked
-    │   └── TooFewSamplesError        too few samples or prompts for a statistic of them
+    │   ├── TooFewSamplesError        too few samples or prompts for a statistic of them
+    │   ├── JudgmentConflictError     a judgment contradicts one that is stored
+    │   └── UnknownJudgmentError      a correction names a judgment that is not stored
     ├── ModelError                    a model cannot be loaded or used
     │   ├── BackboneError             the folder, hub id or digest is not what was expected
     │   ├── MissingHeadError          the reward head's weights are absent from the checkpoint
@@ -30,7 +32,8 @@
     │   ├── NonFiniteLossError        the loss became NaN or infinite
     │   └── ResumeError               a checkpoint belongs to another recipe or data set
     └── StorageError                  a saved directory or a cache cannot be read or written
-        └── CacheLimitError           a cache would outgrow its stated limit
+        ├── CacheLimitError           a cache would outgrow its stated limit
+        └── SchemaVersionError        a store's schema is not the library's
 
 This module knows nothing of what the errors are about; messages are written where they are raised,
 and name the offending value and the remedy.
@@ -94,6 +97,14 @@ class SplitError(DataError):
 
 class TooFewSamplesError(DataError):
     """Too few samples or prompts for a statistic of them."""
+
+
+class JudgmentConflictError(DataError):
+    """A judgment contradicts one that is stored: its name or its correction is taken."""
+
+
+class UnknownJudgmentError(DataError):
+    """A correction names a judgment that is not stored."""
 
 
 class ModelError(EnsembleRMError):
@@ -178,3 +189,7 @@ class StorageError(EnsembleRMError):
 
 class CacheLimitError(StorageError):
     """A cache would outgrow its stated limit."""
+
+
+class SchemaVersionError(StorageError):
+    """A store's schema is newer than the library, or older where nothing may be written."""

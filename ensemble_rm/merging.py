@@ -16,7 +16,7 @@ from ensemble_rm.members.averaging import average_branches, average_classifiers
 from ensemble_rm.members.branches import BranchScorer
 from ensemble_rm.members.classifier import ClassifierScorer
 from ensemble_rm.members.scorer import Scorer
-from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Preferences, require_pairs
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.scorer import TextScorer
-from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.results import Scores
 from ensemble_rm.samples import Sample
 

@@ -70,6 +70,30 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def postgresql_socket() -> Iterator[Path]:
+    """The run's own PostgreSQL server; what needs it is skipped where none can be started."""
+    pytest.importorskip("psycopg")
+    from postgresql_server import NoServerError, server
+
+    try:
+        with server() as folder:
+            yield folder
+    except NoServerError as error:
+        pytest.skip(f"no PostgreSQL: {error}")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a store can be made: a file's path, and the URL of an empty database."""
+    if request.param == "sqlite":
+        return str(tmp_path / "judgments.db")
+    socket_folder = request.getfixturevalue("postgresql_socket")
+    from postgresql_server import new_database
+
+    return new_database(socket_folder)
+
+
 def _package_folder(name: str) -> Path:
     """The folder of an installed package, found without importing it."""
     spec = find_spec(name)

@@ -15,6 +15,7 @@ PACKAGE = "ensemble_rm"
 # An import never points to a higher floor.
 FLOORS = {
     "errors": 0,
+    "progress": 0,
     "samples": 0,
     "loading": 0,
     "aggregation": 1,
@@ -31,6 +32,7 @@ FLOORS = {
     "streaming": 4,
     "training": 4,
     "recalibration": 5,
+    "judgments": 5,
     "reports": 6,
     "cli": 7,
     "demo": 7,
@@ -46,9 +48,12 @@ HOMES = {
     "sklearn": {"calibration", "metrics"},
     "netcal": {"calibration", "metrics"},
     "matplotlib": {"reports"},
-    "datasets": {"samples", "loading"},
+    "datasets": {"samples", "loading", "judgments"},
     "gguf": {"members"},
     "peft": {"members"},
+    "sqlalchemy": {"judgments"},
+    "alembic": {"judgments"},
+    "psycopg": {"judgments"},
 }
 INSIDE_FUNCTIONS = {"sklearn", "netcal", "matplotlib", "datasets", "gguf", "peft"}
 # May print, configure logging and read the environment.

@@ -17,7 +17,7 @@ import pytest
 import ensemble_rm
 
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "netcal", "pandas", "sklearn", "torch")
-HEAVY += ("peft", "transformers")
+HEAVY += ("alembic", "peft", "psycopg", "sqlalchemy", "transformers")
 
 NAMES = tuple(name for name in getattr(ensemble_rm, "__all__", ()) if name != "__version__")
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -36,7 +36,7 @@ def test_importing_loads_nothing_heavy() -> None:
     assert modules_after("import ensemble_rm").isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["score"], ["precision"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["score"], ["judgments", "import"], ["demo"]])
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     code = (
         "import contextlib\nfrom ensemble_rm.cli.main import main\n"

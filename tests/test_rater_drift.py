@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
 from scipy.stats import fisher_exact
 
-from ensemble_rm import AnchorVote, rater_drift
+from ensemble_rm import AnchorVote, Judgment, anchor_votes, rater_drift
 from ensemble_rm.errors import DataError, EmptyDataError, OptionError
 from ensemble_rm.recalibration.drift.raters import PANEL, RaterDrift
 
@@ -161,3 +162,15 @@ def test_refusals() -> None:
         AnchorVote("p", "a", "March", 1.0)
     with pytest.raises(DataError, match="annotator"):
         AnchorVote("p", "", "2026-01", 1.0)
+
+
+def test_judgments_become_votes_whichever_side_stood_first() -> None:
+    when = datetime(2026, 3, 31, 23, tzinfo=UTC)
+    shown = Judgment("p", "good", "bad", "first", "ada", when, "test")
+    turned = replace(shown, first="bad", second="good", outcome="second", external_id="")
+    tie = replace(shown, outcome="tie", external_id="")
+    one, two, three = anchor_votes([shown, turned, tie])
+    assert one.pair == two.pair == three.pair
+    assert one.verdict == two.verdict != three.verdict == 0.5
+    assert (one.outcome, two.outcome, one.swapped) == (1.0, 0.0, not two.swapped)
+    assert (one.annotator, one.month) == ("ada", "2026-03")

@@ -15,13 +15,14 @@ from ensemble_rm.cli import (
     compare,
     demo,
     evaluate,
+    judgments,
     merge,
     precision,
     score,
     train,
 )
 
-COMMANDS = (train, combine, merge, calibrate, evaluate, score, compare, precision, demo)
+COMMANDS = (train, combine, merge, calibrate, evaluate, score, compare, precision, judgments, demo)
 
 EXIT_CODES = """\
 exit codes:
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.json or not sys.stderr.isatty():
         # Other libraries' bars; ours draws none off a terminal either.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Its warnings of heads that are new are what training asks for; what is wrong is an error here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -11,8 +11,9 @@ import numpy as np
 
 from ensemble_rm.demo.data import packaged_backbone, truth_of
 from ensemble_rm.ensemble import RewardEnsemble
-from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
+from ensemble_rm.members.trunk import TrunkOptions
 from ensemble_rm.metrics import nll
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.reports.evaluation import Evaluation, evaluate
 from ensemble_rm.reports.pictures import draw_evaluation
 from ensemble_rm.reports.text import evaluation_text

@@ -15,7 +15,7 @@ from ensemble_rm.members.model_pool import ModelPool
 from ensemble_rm.members.score_cache import ScoreCache
 from ensemble_rm.members.scorer import Scorer, checked_scores, score_all
 from ensemble_rm.members.text import Truncation
-from ensemble_rm.members.trunk import Progress
+from ensemble_rm.progress import Progress
 from ensemble_rm.samples import Sample
 
 

@@ -27,7 +27,8 @@ from ensemble_rm.members.identity import member_digest
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Truncation, count_truncation
-from ensemble_rm.members.trunk import Progress, Trunk, TrunkOptions, View, silent
+from ensemble_rm.members.trunk import Trunk, TrunkOptions, View
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Sample
 
 Tensors = dict[str, torch.Tensor]

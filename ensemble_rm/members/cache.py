@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ensemble_rm.members.pooling import Rule
 from ensemble_rm.members.store import VectorStore
 from ensemble_rm.members.text import Encoded
-from ensemble_rm.members.trunk import Progress, Trunk, View, silent
+from ensemble_rm.members.trunk import Trunk, View
+from ensemble_rm.progress import Progress, silent
 
 DEFAULT_MAX_BYTES = 4 * 2**30
 _CHUNK = 256  # samples read at once: what memory holds, and what an interruption can cost

@@ -31,7 +31,8 @@ from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import pool
 from ensemble_rm.members.prefix import keeps_a_cache, read_prefix, splits_attention
 from ensemble_rm.members.text import Encoded, TextEncoder, Truncation, count_truncation
-from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
+from ensemble_rm.members.trunk import TrunkOptions
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Sample
 
 ClassifierPooling: TypeAlias = Literal["published", "attended"]

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from ensemble_rm.errors import StorageError
 from ensemble_rm.members import backbone as bb
 from ensemble_rm.members.text import Truncation
-from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
+from ensemble_rm.members.trunk import TrunkOptions
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Sample
 
 P = ParamSpec("P")

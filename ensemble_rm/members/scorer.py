@@ -15,7 +15,8 @@ from ensemble_rm.errors import NonFiniteScoreError, OptionError
 from ensemble_rm.members.model_pool import ModelPool, Unloadable
 from ensemble_rm.members.score_cache import ScoreCache
 from ensemble_rm.members.text import Truncation
-from ensemble_rm.members.trunk import Progress, TrunkOptions
+from ensemble_rm.members.trunk import TrunkOptions
+from ensemble_rm.progress import Progress
 from ensemble_rm.samples import Sample
 
 

@@ -23,7 +23,8 @@ from ensemble_rm.members.backbone import torch_dtype
 from ensemble_rm.members.batching import Batch, batches, collate
 from ensemble_rm.members.cache import text_digest
 from ensemble_rm.members.text import Encoded
-from ensemble_rm.members.trunk import Progress, Trunk, silent
+from ensemble_rm.members.trunk import Trunk
+from ensemble_rm.progress import Progress, silent
 
 DEFAULT_MAX_BYTES = 16 * 2**30
 _log = logging.getLogger(__name__)

@@ -26,13 +26,7 @@ from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import POOLINGS, RULES, Pooling, Rule, pool
 from ensemble_rm.members.prefix import Prefix, keeps_a_cache, read_prefix, splits_attention
 from ensemble_rm.members.text import Encoded, Template, TextEncoder
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total) as work goes on."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Report no progress."""
+from ensemble_rm.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -29,8 +29,8 @@ from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.pairs import ScoredPairs
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OneMemberError
-from ensemble_rm.members.trunk import Progress, silent
 from ensemble_rm.metrics import Interval, auroc, bootstrap, error_auroc
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.reports.measures import Row, SubsetRow, measure_gain, measure_row, measure_subsets
 from ensemble_rm.samples import Preferences, require_pairs
 from ensemble_rm.uncertainty import margin_correlation, mean_correlation, split_uncertainty

@@ -17,7 +17,7 @@ from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone import torch_dtype
 from ensemble_rm.members.scorer import OptionedScorer, Scorer
-from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.results import Scores
 from ensemble_rm.samples import Sample, prompt_key
 

@@ -22,7 +22,7 @@ from ensemble_rm.members.adapters import factors
 from ensemble_rm.members.batching import plan
 from ensemble_rm.members.branching import Branching
 from ensemble_rm.members.states import TokenStates
-from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.training.branch import Branch, PairStates
 from ensemble_rm.training.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from ensemble_rm.training.diversity import alikeness

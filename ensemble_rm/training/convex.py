@@ -24,7 +24,7 @@ from scipy.special import expit
 
 from ensemble_rm.errors import NonFiniteLossError, OptionError
 from ensemble_rm.members.head_weights import HeadWeights
-from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.training.heads import HeadsResult, PairFeatures
 from ensemble_rm.training.recipe import Recipe
 from ensemble_rm.training.seeds import resample_counts, subspace_masks

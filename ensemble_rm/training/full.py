@@ -36,7 +36,7 @@ from ensemble_rm.members.classifier import (
     trained_pooling,
 )
 from ensemble_rm.members.text import Encoded, TextEncoder, count_truncation
-from ensemble_rm.members.trunk import Progress
+from ensemble_rm.progress import Progress
 from ensemble_rm.samples import Preferences
 from ensemble_rm.training.dropout import set_dropout
 from ensemble_rm.training.job import Job, Trained

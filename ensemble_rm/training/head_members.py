@@ -11,7 +11,8 @@ import torch
 from ensemble_rm.members.cache import FeatureCache, features
 from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.text import Truncation, count_truncation
-from ensemble_rm.members.trunk import Progress, Trunk, View, silent
+from ensemble_rm.members.trunk import Trunk, View
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Preferences
 from ensemble_rm.training.convex import solve_heads
 from ensemble_rm.training.heads import HeadsResult, HeadTrainer, PairFeatures

@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 from ensemble_rm.errors import NonFiniteLossError
 from ensemble_rm.members.head_weights import HeadWeights
-from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.training.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from ensemble_rm.training.loss import preference_loss
 from ensemble_rm.training.recipe import Recipe

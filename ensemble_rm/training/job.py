@@ -15,7 +15,8 @@ from ensemble_rm.members.backbone import Backbone
 from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.members.states import DEFAULT_MAX_BYTES
 from ensemble_rm.members.text import Truncation
-from ensemble_rm.members.trunk import Progress, TrunkOptions, View, silent
+from ensemble_rm.members.trunk import TrunkOptions, View
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Preferences
 from ensemble_rm.training.recipe import Recipe
 

@@ -25,7 +25,8 @@ from ensemble_rm.members.backbone import DEFAULT_CACHE, load_tokenizer, locate
 from ensemble_rm.members.baseline import baseline_scores, reference_samples
 from ensemble_rm.members.states import DEFAULT_MAX_BYTES, states_bytes
 from ensemble_rm.members.text import TextEncoder, count_truncation
-from ensemble_rm.members.trunk import Progress, TrunkOptions, View, silent
+from ensemble_rm.members.trunk import TrunkOptions, View
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Preferences, require_pairs
 from ensemble_rm.training.branch_members import train_branches
 from ensemble_rm.training.head_members import train_heads

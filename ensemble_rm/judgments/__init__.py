@@ -1,0 +1,1 @@
+"""Human judgments: the append-only store, imports, votes, agreement among annotators."""

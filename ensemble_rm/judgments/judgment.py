@@ -1,0 +1,320 @@
+"""One human verdict, immutable, with a name made of its content.
+
+Knows text, time and digests; knows nothing of databases, files or formats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from ensemble_rm.errors import DataError
+from ensemble_rm.samples import Message, Prompt, as_prompt, prompt_json, prompt_key
+
+Outcome: TypeAlias = Literal["first", "second", "tie"]
+OUTCOMES: tuple[str, ...] = get_args(Outcome)
+LABEL_BYTES = 1000  # an index entry of PostgreSQL holds two of them
+OPTIONAL = ("batch", "policy", "subset", "strategy", "corrects")
+FIELDS = (
+    *("prompt", "first", "second", "outcome", "annotator", "judged_at", "source"),
+    *("external_id", *OPTIONAL, "inclusion"),
+)
+
+
+# One encoder for all: json.dumps makes a new one for each text.
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+
+
+def text_body(text: Prompt) -> str:
+    """Return a prompt or completion as one JSON text, as the store keeps it."""
+    return _encode(prompt_json(text))
+
+
+def digest(*parts: object) -> bytes:
+    """Return 16 bytes that name the parts."""
+    return hashlib.sha256(_encode(parts).encode()).digest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgment:
+    """A human's dated verdict between two completions of one prompt.
+
+    Attributes
+    ----------
+    prompt : str or tuple of Message
+        What was asked.
+    first, second : str
+        The completions, as they stood before the annotator: left or on top is first.
+    outcome : str
+        ``"first"``, ``"second"`` or ``"tie"``.
+    annotator : str
+        Who judged.
+    judged_at : datetime
+        When, with a time zone; kept in UTC.
+    source : str
+        Where the verdict was collected: a project, a file, a tool.
+    external_id : str
+        Its name there, unique within the source. Where none is given, one is derived from
+        annotator, time, texts and what is corrected.
+    batch : str, optional
+        The batch of annotation that it belongs to.
+    policy : str, optional
+        Version of the policy that wrote the completions.
+    subset : str, optional
+        The slice that the pair belongs to.
+    strategy : str, optional
+        How the pair was selected for judgment; then `inclusion` is needed.
+    inclusion : float, optional
+        Probability in (0, 1] with which the pair was selected.
+    corrects : str, optional
+        `id` of the judgment that this one replaces.
+    id : str
+        32 hexadecimal digits that name all of the above; never given, always computed.
+
+    Raises
+    ------
+    DataError
+        If a field cannot be used; the message names it.
+    """
+
+    prompt: Prompt
+    first: str
+    second: str
+    outcome: Outcome
+    annotator: str
+    judged_at: datetime
+    source: str
+    external_id: str = ""
+    batch: str | None = None
+    policy: str | None = None
+    subset: str | None = None
+    strategy: str | None = None
+    inclusion: float | None = None
+    corrects: str | None = None
+    id: str = field(init=False, compare=False)
+    _texts: tuple[bytes, bytes, bytes] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES:
+            raise DataError(f"`outcome` must be first, second or tie, not {self.outcome!r}")
+        _check_labels(self)
+        _set(self, "judged_at", as_utc(self.judged_at))
+        _set(self, "inclusion", _probability(self.inclusion, self.strategy))
+        _set(self, "_texts", tuple(_text_digest(self, n) for n in ("prompt", "first", "second")))
+        told = self.judged_at.isoformat()
+        texts = [part.hex() for part in self._texts]
+        if not self.external_id:
+            derived = digest(self.annotator, told, texts, self.corrects).hex()
+            _set(self, "external_id", f"derived:{derived}")
+        rest = (self.outcome, self.annotator, told, self.source, self.external_id, self.inclusion)
+        named = digest(texts, rest, [getattr(self, name) for name in OPTIONAL])
+        _set(self, "id", named.hex())
+
+    @property
+    def text_digests(self) -> tuple[bytes, bytes, bytes]:
+        """Digests of prompt, first and second, 16 bytes each."""
+        return self._texts
+
+    @property
+    def prompt_digest(self) -> bytes:
+        """`prompt_key` as 16 bytes: a text and its single user turn are one prompt."""
+        turns = self.prompt
+        if isinstance(turns, str) or len(turns) > 1:
+            return self._texts[0]
+        return bytes.fromhex(prompt_key(turns))
+
+    @property
+    def pair_digest(self) -> bytes:
+        """Name of the pair, whichever side stood first, 16 bytes."""
+        sides = sorted(self._texts[1:])
+        return hashlib.sha256(b"".join((self.prompt_digest, *sides))).digest()[:16]
+
+    def corrected(self, outcome: Outcome, *, judged_at: datetime, **changes: Any) -> Judgment:
+        """Return a new judgment that replaces this one.
+
+        Parameters
+        ----------
+        outcome : str
+            The verdict that holds.
+        judged_at : datetime
+            When it was given.
+        **changes
+            Other fields that differ; the external id is derived where not given.
+
+        Returns
+        -------
+        Judgment
+            Its `corrects` is this one's `id`.
+        """
+        changes = {"external_id": "", **changes}
+        return replace(self, outcome=outcome, judged_at=judged_at, corrects=self.id, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row that `from_json` reads back to an equal judgment."""
+        row = {"id": self.id} | {name: getattr(self, name) for name in FIELDS}
+        row["prompt"] = prompt_json(self.prompt)
+        row["judged_at"] = self.judged_at.isoformat().replace("+00:00", "Z")
+        return {name: value for name, value in row.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], *, assume_utc: bool = False) -> Judgment:
+        """Read a row of `to_json`, or one that lacks what is optional.
+
+        Parameters
+        ----------
+        row : mapping
+            Field names to values; others are ignored.
+        assume_utc : bool
+            Take a time without an offset for UTC instead of refusing it.
+
+        Returns
+        -------
+        Judgment
+
+        Raises
+        ------
+        DataError
+            If a field is missing or cannot be used, or the row's `id` names other content.
+        """
+        for name in ("prompt", "first", "second", "outcome", "annotator", "judged_at", "source"):
+            if row.get(name) is None:
+                raise DataError(f"needs `{name}`; has {sorted(row)}")
+        given = {name: row[name] for name in FIELDS if row.get(name) is not None}
+        given["prompt"] = as_prompt(row["prompt"])
+        given["judged_at"] = parse_time(row["judged_at"], assume_utc=assume_utc)
+        found = cls(**given)
+        if row.get("id") not in (None, found.id):
+            raise DataError(
+                f"`id` {row['id']!r} names other content than this row's ({found.id}): the row was "
+                "changed; write a correction with `corrects`, or leave `id` out"
+            )
+        return found
+
+
+class Verdict(NamedTuple):
+    """A judgment without its texts, for counting.
+
+    Attributes
+    ----------
+    pair, prompt : bytes
+        Names of the pair, whichever side stood first, and of its prompt.
+    annotator : str
+    outcome : str
+        As the sides stood.
+    flipped : bool
+        Whether the sides stood against the pair's own order, that of the completions' digests.
+    equal : bool
+        Whether the two completions are the same text.
+    """
+
+    pair: bytes
+    prompt: bytes
+    annotator: str
+    outcome: str
+    flipped: bool
+    equal: bool = False
+
+
+def _set(judgment: Judgment, name: str, value: object) -> None:
+    object.__setattr__(judgment, name, value)
+
+
+def _check_labels(judgment: Judgment) -> None:
+    """Refuse labels that a database could not keep or index, by name."""
+    for name in ("annotator", "source", "external_id", *OPTIONAL):
+        value = getattr(judgment, name)
+        if value is None and name in OPTIONAL:
+            continue
+        if not isinstance(value, str):
+            raise DataError(f"`{name}` must be text, not {value!r}")
+        if not value and name != "external_id":
+            raise DataError(f"`{name}` is empty; name it, or leave it out where it is optional")
+        if "\0" in value or len(_encoded(name, value)) > LABEL_BYTES:
+            raise DataError(
+                f"`{name}` holds NUL or more than {LABEL_BYTES} bytes: {value[:60]!r}; shorten it"
+            )
+    corrects = judgment.corrects
+    if corrects is not None and not (len(corrects) == 32 and _is_hex(corrects)):
+        raise DataError(f"`corrects` must be a judgment's id, 32 hex digits, not {corrects!r}")
+
+
+def _is_hex(text: str) -> bool:
+    return set(text) <= set("0123456789abcdef")
+
+
+def _encoded(name: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"`{name}` is not valid Unicode at character {error.start}; replace the lone surrogate"
+        ) from None
+
+
+def _text_digest(judgment: Judgment, name: str) -> bytes:
+    text = getattr(judgment, name)
+    if name == "prompt":
+        if not isinstance(text, (str, tuple)) or not text:
+            raise DataError(f"`prompt` must be text or messages, and not empty: {text!r}")
+        if isinstance(text, tuple) and not all(isinstance(turn, Message) for turn in text):
+            raise DataError("`prompt` must be text or a tuple of Message; see as_prompt")
+    elif not isinstance(text, str):
+        raise DataError(f"`{name}` must be text, not {type(text).__name__}")
+    return hashlib.sha256(_encoded(name, text_body(text))).digest()[:16]
+
+
+def _probability(value: object, strategy: str | None) -> float | None:
+    if value is None:
+        if strategy is not None:
+            raise DataError(
+                f"`strategy` {strategy!r} needs `inclusion`, the probability with which the pair "
+                "was selected: without it the judgment would count as drawn at random"
+            )
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise DataError(f"`inclusion` must lie in (0, 1], not {value!r}")
+    return float(value)
+
+
+def as_utc(value: object) -> datetime:
+    """Return a time in UTC.
+
+    Raises
+    ------
+    DataError
+        If it has no time zone, or lies outside of the calendar.
+    """
+    if not isinstance(value, datetime):
+        raise DataError(f"a time must be a datetime, not {value!r}")
+    if value.utcoffset() is None:
+        raise DataError(
+            f"{value.isoformat()!r} has no time zone; state its offset, e.g. …+00:00 or …Z for UTC"
+        )
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise DataError(f"{value.isoformat()!r} lies outside of the calendar in UTC") from None
+
+
+def parse_time(value: object, *, assume_utc: bool = False) -> datetime:
+    """Read ISO 8601 with an offset, or a datetime with a time zone.
+
+    Raises
+    ------
+    DataError
+        If it is neither, or names no offset and `assume_utc` is not set.
+    """
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            raise DataError(
+                f"`judged_at` must be ISO 8601, e.g. 2026-11-25T12:00:00Z, not {value!r}"
+            ) from None
+    if assume_utc and isinstance(value, datetime) and value.utcoffset() is None:
+        value = value.replace(tzinfo=UTC)
+    return as_utc(value)

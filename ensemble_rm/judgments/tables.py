@@ -1,0 +1,91 @@
+"""The store's tables, as the newest migration leaves them.
+
+Texts stand once, under their digest; a judgment names them. Digests are 16 bytes, so that every
+database sorts them alike.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+REVISIONS = ("0001",)
+HEAD = REVISIONS[-1]
+VERSION_TABLE = "judgments_version"
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """A time in UTC: PostgreSQL's own type, and in SQLite ISO 8601 of one width, which sorts."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Return the dialect's own type."""
+        if dialect.name == "sqlite":
+            return dialect.type_descriptor(String(32))
+        return dialect.type_descriptor(DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        """Write."""
+        if value is not None and dialect.name == "sqlite":
+            return value.astimezone(UTC).isoformat(timespec="microseconds")
+        return value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """Read."""
+        if value is not None and dialect.name == "sqlite":
+            return datetime.fromisoformat(value)
+        return None if value is None else value.astimezone(UTC)
+
+
+metadata = MetaData()
+
+texts = Table(
+    "judgment_texts",
+    metadata,
+    Column("digest", LargeBinary(16), primary_key=True),
+    Column("body", Text, nullable=False),
+)
+
+judgments = Table(
+    "judgments",
+    metadata,
+    Column("id", LargeBinary(16), primary_key=True),
+    Column("prompt", LargeBinary(16), ForeignKey(texts.c.digest), nullable=False),
+    Column("first", LargeBinary(16), ForeignKey(texts.c.digest), nullable=False),
+    Column("second", LargeBinary(16), ForeignKey(texts.c.digest), nullable=False),
+    Column("prompt_key", LargeBinary(16), nullable=False),
+    Column("pair_key", LargeBinary(16), nullable=False),
+    Column("outcome", String(6), nullable=False),
+    Column("annotator", Text, nullable=False),
+    Column("judged_at", UtcTime, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("external_id", Text, nullable=False),
+    Column("batch", Text),
+    Column("policy", Text),
+    Column("subset", Text),
+    Column("strategy", Text),
+    Column("inclusion", Double),
+    Column("corrects", LargeBinary(16), ForeignKey("judgments.id"), unique=True),
+    UniqueConstraint("source", "external_id"),
+    CheckConstraint("outcome IN ('first', 'second', 'tie')", name="judgments_outcome"),
+    Index("judgments_by_time", "judged_at", "id"),
+)

@@ -1,0 +1,67 @@
+"""Judgments → preference pairs with votes, as calibration and training read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.samples import Preference, Preferences
+
+
+@dataclass(slots=True)
+class _Count:
+    """Votes of one pair, in the order in which its first judgment saw the sides."""
+
+    seen: Judgment
+    first: float = 0.0
+    second: float = 0.0
+    ties: float = 0.0
+
+
+def to_preferences(judgments: Iterable[Judgment], *, source: str = "judgments") -> Preferences:
+    """Join the judgments of each pair, whichever side stood first, into votes.
+
+    A judgment counts 1/π where it names the probability π with which its pair was selected
+    (Horvitz & Thompson 1952), else 1; a tie counts half on each side, and is one of the pair's
+    tied votes. A pair's weight is the sum of its judgments', so that each judgment is one
+    observation.
+
+    Parameters
+    ----------
+    judgments : iterable of Judgment
+        Without those that were corrected.
+    source : str
+        Where they came from, for messages and provenance.
+
+    Returns
+    -------
+    Preferences
+        One a pair and subset, in the order of their first judgments; ``chosen`` is what stood
+        first there. Pairs of one prompt stay one group.
+    """
+    counts: dict[tuple[bytes, str | None], _Count] = {}
+    for one in judgments:
+        count = counts.setdefault((one.pair_digest, one.subset), _Count(one))
+        weight = 1.0 if one.inclusion is None else 1.0 / one.inclusion
+        share = {"first": 1.0, "second": 0.0, "tie": 0.5}[one.outcome]
+        if one.text_digests[1] != count.seen.text_digests[1]:
+            share = 1.0 - share
+        count.first += weight * share
+        count.second += weight * (1.0 - share)
+        count.ties += weight * (one.outcome == "tie")
+    return Preferences(tuple(_preference(key[0], count) for key, count in counts.items()), source)
+
+
+def _preference(pair: bytes, count: _Count) -> Preference:
+    seen = count.seen
+    return Preference(
+        seen.prompt,
+        seen.first,
+        seen.second,
+        weight=count.first + count.second,
+        votes=(count.first, count.second),
+        subset=seen.subset,
+        id=pair.hex(),
+        tie_votes=count.ties,
+    )
