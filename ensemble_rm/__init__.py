@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.calibration import Calibration
     from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
     from ensemble_rm.calibration.pairs import ScoredPairs
+    from ensemble_rm.calibration.reliability import Reliability, fit_reliability
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
+    from ensemble_rm.calibration.ties import TieModel, fit_ties
     from ensemble_rm.combining import combine
+    from ensemble_rm.distance import FeatureSpace, fit_feature_space
     from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.judgments.agreement import AgreementReport, agreement_report
     from ensemble_rm.judgments.exporting import export_judgments, judgment_dataset
@@ -41,9 +44,16 @@ if TYPE_CHECKING:
     from ensemble_rm.members.heads import HeadScorer
     from ensemble_rm.members.lora import LoraScorer
     from ensemble_rm.members.score_cache import ScoreCache
-    from ensemble_rm.members.scorer import FunctionScorer, Scorer
+    from ensemble_rm.members.scorer import FeatureScorer, FunctionScorer, Scorer, scorer_features
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
+    from ensemble_rm.recalibration.drift.anchors import anchor_votes
+    from ensemble_rm.recalibration.drift.labelled import DriftTest, LabelledDrift
+    from ensemble_rm.recalibration.drift.raters import AnchorVote, RaterDrift, rater_drift
+    from ensemble_rm.recalibration.drift.reference import Reference
+    from ensemble_rm.recalibration.drift.report import DriftReport
+    from ensemble_rm.recalibration.drift.unlabelled import UnlabelledDrift, unlabelled_drift
+    from ensemble_rm.reports.drift import draw_drift, drift_text
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
@@ -61,8 +71,11 @@ _HOMES = {
     "calibration.calibration": "Calibration",
     "calibration.normaliser": "Normaliser fit_normaliser",
     "calibration.pairs": "ScoredPairs",
+    "calibration.reliability": "Reliability fit_reliability",
     "calibration.temperature": "TemperatureFit fit_temperature",
+    "calibration.ties": "TieModel fit_ties",
     "combining": "combine",
+    "distance": "FeatureSpace fit_feature_space",
     "ensemble": "RewardEnsemble",
     "judgments.agreement": "AgreementReport agreement_report",
     "judgments.exporting": "export_judgments judgment_dataset",
@@ -78,9 +91,16 @@ _HOMES = {
     "members.heads": "HeadScorer",
     "members.lora": "LoraScorer",
     "members.score_cache": "ScoreCache",
-    "members.scorer": "FunctionScorer Scorer",
+    "members.scorer": "FeatureScorer FunctionScorer Scorer scorer_features",
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
+    "recalibration.drift.anchors": "anchor_votes",
+    "recalibration.drift.labelled": "DriftTest LabelledDrift",
+    "recalibration.drift.raters": "AnchorVote RaterDrift rater_drift",
+    "recalibration.drift.reference": "Reference",
+    "recalibration.drift.report": "DriftReport",
+    "recalibration.drift.unlabelled": "UnlabelledDrift unlabelled_drift",
+    "reports.drift": "draw_drift drift_text",
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
@@ -94,17 +114,23 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 __all__ = [
     "Aggregator",
     "AgreementReport",
+    "AnchorVote",
     "BranchScorer",
     "Calibration",
     "ClassifierScorer",
     "Comparison",
+    "DriftReport",
+    "DriftTest",
     "Evaluation",
+    "FeatureScorer",
+    "FeatureSpace",
     "FunctionScorer",
     "HeadScorer",
     "ImportOptions",
     "Imported",
     "Judgment",
     "JudgmentStore",
+    "LabelledDrift",
     "LoraOptions",
     "LoraScorer",
     "Message",
@@ -113,7 +139,10 @@ __all__ = [
     "Preference",
     "Preferences",
     "Ranking",
+    "RaterDrift",
     "Recipe",
+    "Reference",
+    "Reliability",
     "RewardEnsemble",
     "Sample",
     "ScoreCache",
@@ -122,17 +151,25 @@ __all__ = [
     "Scores",
     "Selection",
     "TemperatureFit",
+    "TieModel",
     "TrunkOptions",
+    "UnlabelledDrift",
     "View",
     "__version__",
     "agreement_report",
+    "anchor_votes",
     "combine",
     "cvar",
+    "draw_drift",
+    "drift_text",
     "entropic",
     "evaluate",
     "export_judgments",
+    "fit_feature_space",
     "fit_normaliser",
+    "fit_reliability",
     "fit_temperature",
+    "fit_ties",
     "import_judgments",
     "judgment_dataset",
     "lcb",
@@ -144,8 +181,11 @@ __all__ = [
     "minimum",
     "precision_report",
     "quantile",
+    "rater_drift",
+    "scorer_features",
     "stream_scores",
     "train",
+    "unlabelled_drift",
     "uwo",
 ]
 

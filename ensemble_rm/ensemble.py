@@ -167,6 +167,7 @@ class RewardEnsemble:
             margin,
             scores.members[::2] - scores.members[1::2],
             calibration.mixture_temperature,
+            calibration.outcomes(margin),
         )
 
     def rank(
@@ -218,9 +219,8 @@ class RewardEnsemble:
         """
         scores = self.score(pairs.samples(), progress=progress).members
         n = len(pairs)
-        return ScoredPairs(
-            scores[:n], scores[n:], pairs.targets, pairs.weights, pairs.groups, pairs.subsets
-        )
+        verdicts = (pairs.targets, pairs.weights, pairs.groups, pairs.subsets, pairs.tie_shares)
+        return ScoredPairs(scores[:n], scores[n:], *verdicts)
 
     def calibrate(
         self,
@@ -229,6 +229,7 @@ class RewardEnsemble:
         aggregator: Aggregator | None = None,
         method: str = "temperature",
         slices: bool = False,
+        ties: str | None = None,
         min_judgments: int = MIN_JUDGMENTS,
         progress: Progress = silent,
     ) -> RewardEnsemble:
@@ -247,6 +248,8 @@ class RewardEnsemble:
             three make ties, and are never for an RL reward.
         slices : bool
             Whether each subset gets a temperature of its own, shrunk towards the global one.
+        ties : str, optional
+            Model the ties beside it: ``"davidson"`` or ``"rao-kupper"``.
         min_judgments : int
             The fewest that suffice.
         progress : callable
@@ -259,8 +262,8 @@ class RewardEnsemble:
 
         Raises
         ------
-        TooFewJudgmentsError, SeparableError, NoPositiveTemperatureError
-            Where no temperature can be fitted; see `fit_temperature`.
+        TooFewJudgmentsError, SeparableError, NoPositiveTemperatureError, NoTiesError
+            Where no temperature or tie model can be fitted; see `fit_temperature`.
         OptionError
             If the method is unknown, cannot take these votes and weights, or is asked for slices.
         """
@@ -271,6 +274,7 @@ class RewardEnsemble:
             chosen,
             method=method,
             slices=slices,
+            ties=ties,
             digest=held.digest,
             min_judgments=min_judgments,
         )

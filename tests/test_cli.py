@@ -192,6 +192,27 @@ def test_methods_slices_and_subsets(
     assert set(found["pooling_gain"]) == {"estimate", "low", "high"}
 
 
+def test_a_tie_model(run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = str(run_folder / "run")
+    rows = [p.to_json() for p in load_preferences(run_folder / "run.parts" / "calibration.jsonl")]
+    judged = tmp_path / "judged.jsonl"
+    calibrate = ["calibrate", run, f"--data={judged}", "--ties=davidson"]
+    judged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*calibrate, "--dry-run"]) != 0
+    assert "is a tie" in capsys.readouterr().err
+    tied = [row | {"tie": i % 4 == 0} for i, row in enumerate(rows)]
+    judged.write_text("".join(json.dumps(row) + "\n" for row in tied))
+    assert main([*calibrate, "--dry-run"]) == 0
+    assert "ties by davidson: ν = " in capsys.readouterr().out
+    out = tmp_path / "tied"
+    assert main([*calibrate, f"--out={out}", "--json"]) == 0
+    nu = said(capsys)["tie_model"]["nu"]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Hi", "first": "Hello!", "second": "Hello!"}) + "\n")
+    assert main(["compare", str(out), f"--data={pairs}"]) == 0
+    assert said(capsys)["tie_probability"] == pytest.approx(nu / (2 + nu))
+
+
 def test_a_baseline_needs_references(
     run_folder: Path, minilm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

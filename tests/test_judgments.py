@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -175,3 +176,14 @@ def test_ties_count_half_on_each_side_and_slices_stay_apart() -> None:
     plain, sliced = to_preferences(rows)
     assert (plain.votes, plain.subset, plain.target) == ((0.5, 0.5), None, 0.5)
     assert (sliced.votes, sliced.subset, sliced.target) == ((1.0, 0.0), "s", 1.0)
+
+
+def test_ties_among_votes_are_kept() -> None:
+    one = Judgment("p", "a", "b", "tie", "ada", datetime(2026, 3, 1, tzinfo=UTC), "test")
+    rows = [
+        one,
+        replace(one, annotator="ben", outcome="first", external_id=""),
+        replace(one, annotator="cy", first="b", second="a", external_id=""),
+    ]
+    (pair,) = to_preferences(rows)
+    assert (pair.votes, pair.tie_votes, pair.tie_share) == ((2.0, 1.0), 2.0, 2 / 3)

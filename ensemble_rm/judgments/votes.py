@@ -16,14 +16,16 @@ class _Count:
     seen: Judgment
     first: float = 0.0
     second: float = 0.0
+    ties: float = 0.0
 
 
 def to_preferences(judgments: Iterable[Judgment], *, source: str = "judgments") -> Preferences:
     """Join the judgments of each pair, whichever side stood first, into votes.
 
     A judgment counts 1/π where it names the probability π with which its pair was selected
-    (Horvitz & Thompson 1952), else 1; a tie counts half on each side. A pair's weight is the sum
-    of its judgments', so that each judgment is one observation.
+    (Horvitz & Thompson 1952), else 1; a tie counts half on each side, and is one of the pair's
+    tied votes. A pair's weight is the sum of its judgments', so that each judgment is one
+    observation.
 
     Parameters
     ----------
@@ -47,6 +49,7 @@ def to_preferences(judgments: Iterable[Judgment], *, source: str = "judgments") 
             share = 1.0 - share
         count.first += weight * share
         count.second += weight * (1.0 - share)
+        count.ties += weight * (one.outcome == "tie")
     return Preferences(tuple(_preference(key[0], count) for key, count in counts.items()), source)
 
 
@@ -60,4 +63,5 @@ def _preference(pair: bytes, count: _Count) -> Preference:
         votes=(count.first, count.second),
         subset=seen.subset,
         id=pair.hex(),
+        tie_votes=count.ties,
     )

@@ -1,0 +1,1 @@
+"""Calibrations that stay true while judgments keep arriving."""
