@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from ensemble_rm.streaming import stream_scores
     from ensemble_rm.training.recipe import Recipe
     from ensemble_rm.training.train import train
+    from ensemble_rm.versions.repository import Versions
+    from ensemble_rm.versions.version import Version
 
 __version__ = "0.1.0"
 
@@ -74,6 +76,8 @@ _HOMES = {
     "streaming": "stream_scores",
     "training.recipe": "Recipe",
     "training.train": "train",
+    "versions.repository": "Versions",
+    "versions.version": "Version",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -103,6 +107,8 @@ __all__ = [
     "Scores",
     "TemperatureFit",
     "TrunkOptions",
+    "Version",
+    "Versions",
     "View",
     "__version__",
     "combine",

@@ -31,6 +31,8 @@
     │   └── ResumeError               a checkpoint belongs to another recipe or data set
     └── StorageError                  a saved directory or a cache cannot be read or written
         ├── CacheLimitError           a cache would outgrow its stated limit
+        ├── LockedError               another process works on the folder
+        ├── VersionError              a version is not there, or may not be moved or replaced
         └── SchemaVersionError        a store's schema is not the library's
 
 This module knows nothing of what the errors are about; messages are written where they are raised,
@@ -179,6 +181,14 @@ class StorageError(EnsembleRMError):
 
 class CacheLimitError(StorageError):
     """A cache would outgrow its stated limit."""
+
+
+class LockedError(StorageError):
+    """Another process works on the folder."""
+
+
+class VersionError(StorageError):
+    """A version is not there, or may not be moved or replaced."""
 
 
 class SchemaVersionError(StorageError):
