@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from ensemble_rm.samples import Preferences
 
 if TYPE_CHECKING:
     from ensemble_rm.judgments.database import Database
+    from ensemble_rm.judgments.observations import Observation
     from ensemble_rm.judgments.queries import Verdict
     from ensemble_rm.judgments.writing import Writer
 
@@ -235,6 +237,20 @@ class JudgmentStore:
 
         with self._database.reading() as connection:
             yield from queries.verdicts(connection, where)
+
+    def observations(self, where: Selection = EVERYTHING) -> Iterator[Observation]:
+        """Stream judgments as recalibration reads them: dated, and without their texts."""
+        from ensemble_rm.judgments import observations
+
+        with self._database.reading() as connection:
+            yield from observations.observations(connection, where)
+
+    def newest(self, where: Selection = EVERYTHING) -> datetime | None:
+        """Return when the last selected judgment was given; None where none is selected."""
+        from ensemble_rm.judgments import observations
+
+        with self._database.reading() as connection:
+            return observations.newest(connection, where)
 
     def preferences(self, where: Selection = EVERYTHING) -> Preferences:
         """Join the judgments of each pair into votes; see `to_preferences`.
