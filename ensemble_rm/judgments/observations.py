@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Select, func, select
 
-from ensemble_rm.judgments.queries import conditions, stream
+from ensemble_rm.judgments.queries import conditions
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.tables import judgments
 
@@ -43,10 +42,10 @@ class Observation(NamedTuple):
     batch: str | None
 
 
-def observations(connection: Connection, where: Selection) -> Iterator[Observation]:
-    """Stream the selected judgments by time and id."""
+def dated(where: Selection) -> Select[Any]:
+    """What an observation is read from, by time and id."""
     c = judgments.c
-    query = (
+    return (
         select(
             *(c.id, c.pair_key, c.prompt_key, c.judged_at, c.outcome, c.first, c.second),
             *(c.inclusion, c.subset, c.batch),
@@ -54,17 +53,17 @@ def observations(connection: Connection, where: Selection) -> Iterator[Observati
         .where(*conditions(where))
         .order_by(c.judged_at, c.id)
     )
-    for row in stream(connection, query):
-        name, pair, prompt, judged_at, outcome, first, second, inclusion, subset, batch = row
-        share = SHARES[outcome]
-        if first > second:
-            share = 1.0 - share
-        yield Observation(name, pair, prompt, judged_at, share, inclusion, subset, batch)
 
 
-def newest(connection: Connection, where: Selection) -> datetime | None:
-    """Return when the last of the selected judgments was given; None where there is none."""
-    found: datetime | None = connection.execute(
-        select(func.max(judgments.c.judged_at)).where(*conditions(where))
-    ).scalar()
-    return found
+def read_observation(row: Any) -> Observation:
+    """Return the observation of a row of `dated`."""
+    name, pair, prompt, judged_at, outcome, first, second, inclusion, subset, batch = row
+    share = SHARES[outcome]
+    if first > second:
+        share = 1.0 - share
+    return Observation(name, pair, prompt, judged_at, share, inclusion, subset, batch)
+
+
+def latest(where: Selection) -> Select[Any]:
+    """When the last of the selected judgments was given."""
+    return select(func.max(judgments.c.judged_at)).where(*conditions(where))

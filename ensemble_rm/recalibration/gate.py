@@ -1,6 +1,8 @@
-"""Whether a candidate may take the incumbent's place, by judgments that neither was fitted on.
+"""Whether a candidate may take the incumbent's place, by judgments that it was not fitted on.
 
 Both predict the same judgments; the difference of their losses, prompt by prompt, is what counts.
+Where a job runs more often than its gate is long, the incumbent has seen some of them, which
+speaks for the incumbent.
 Knows probabilities and losses; knows nothing of how a candidate was fitted.
 """
 
