@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
     from ensemble_rm.recalibration.decision import GateOptions
+    from ensemble_rm.recalibration.drift.labelled import DriftTest
     from ensemble_rm.recalibration.job import recalibrate
     from ensemble_rm.recalibration.outcome import Recalibration
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
@@ -73,6 +74,7 @@ _HOMES = {
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
     "recalibration.decision": "GateOptions",
+    "recalibration.drift.labelled": "DriftTest",
     "recalibration.job": "recalibrate",
     "recalibration.outcome": "Recalibration",
     "reports.evaluation": "Evaluation evaluate",
@@ -93,6 +95,7 @@ __all__ = [
     "Calibration",
     "ClassifierScorer",
     "Comparison",
+    "DriftTest",
     "Evaluation",
     "FunctionScorer",
     "GateOptions",
