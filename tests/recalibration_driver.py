@@ -16,6 +16,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,8 @@ def full_disk(folder: Path) -> dict[str, Any]:
     codes, room = [], 0
     while not codes or codes[-1] != 0:
         before = check(run)
-        with ballast.open("wb") as stream:
-            try:
-                while True:
-                    stream.write(bytes(4096))
-                    stream.flush()
-            except OSError:
+        with ballast.open("wb", buffering=0) as stream, suppress(OSError):
+            while stream.write(bytes(4096)):
                 pass
         os.truncate(ballast, max(0, ballast.stat().st_size - room))
         _, status = os.waitpid(forked(lambda: work(run, place)), 0)
