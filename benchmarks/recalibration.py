@@ -3,14 +3,14 @@
 300 judgments a month with known probabilities; ECE is that of the published temperature against the
 truth, not against labels, on 4,000 fresh pairs a month, the mean of the year's twelve months. The
 first calibration has 300 judgments; blind refits and the gated job look at the same 180 days with
-the same half-life of 60. Drift sets in with the fifth month: scale (T × 1.25, 1.5, 2, 0.5, or a ramp
-to 2), an offset of the log-odds of what stands first, a bias for length; a control has none. In a
-corrupted year the ninth month's verdicts are coins (`inverted`: the other side's).
+the same half-life of 60. Drift sets in with the fifth month: scale (T × 1.25, 1.5, 2, 0.5, or a
+ramp to 2), an offset of the log-odds of what stands first, a bias for length; a control has none.
+In a corrupted year the ninth month's verdicts are coins (`inverted`: the other side's).
 
 The job's gate and its drift test are the library's. `ece_*` are medians over seeds of the mean over
 all drifts, control included; `ece_POLICY_DRIFT` are those of one drift. `delay_months_DRIFT`: from
 the onset until the test of a calibration that nobody replaces alarms (13 where it does not within
-the year; `detected_` is the share of years in which it does); `delay_months` is that of a doubled T.
+the year; `detected_` is the share of years in which it does); `delay_months` is that of T doubled.
 `followed_months_DRIFT`: until the gated job has gone half the way. `healthy_years_alarmed_upper` is
 the 95 % Clopper–Pearson upper bound of the share of control years in which the gated job raised an
 alarm; `_stated` is what its test promises a life.
@@ -32,6 +32,7 @@ from ensemble_rm.calibration.temperature import TemperatureFit
 POLICIES = ("none", "blind", "gated")
 STATED = DriftTest.start(TemperatureFit(1.0, 0.9, 1.1, 0.05, 0.6, 300, 300)).promise
 NEVER = MONTHS + 1
+FIRST_SEED = 100  # options were chosen while looking at lower ones
 PICTURE = Path(__file__).parent / "results" / "recalibration.png"
 
 
@@ -40,33 +41,25 @@ def upper_bound(events: int, n: int, level: float = 0.95) -> float:
     return 1.0 if events == n else float(beta.ppf(level, events + 1, n - events))
 
 
-def add_errors(
-    figures: Figures, years: dict[str, dict[str, list[Year]]], seeds: int
-) -> dict[str, float]:
-    """ECE of each policy in healthy and corrupted years; returns the medians."""
-    found = {}
+def add_errors(figures: Figures, years: dict[str, dict[str, list[Year]]], seeds: int) -> None:
+    """ECE of each policy in healthy and corrupted years."""
     for corrupted, by_drift in years.items():
         suffix = f"_{corrupted}" if corrupted else ""
-        for policy in POLICIES:
-            whole = []
-            for seed in range(seeds):
-                whole.append(float(np.mean([by_drift[d][seed].errors[policy] for d in by_drift])))
-            name = f"ece_{policy}{suffix}"
-            figures.add_repeats(name, whole)
-            found[name] = float(np.median(whole))
-        ratios = []
-        for seed in range(seeds):
-            sums = [
-                np.mean([by_drift[d][seed].errors[policy] for d in by_drift])
-                for policy in ("gated", "blind")
+        means = {
+            policy: [
+                float(np.mean([runs[seed].errors[policy] for runs in by_drift.values()]))
+                for seed in range(seeds)
             ]
-            ratios.append(float(sums[0] / sums[1]))
+            for policy in POLICIES
+        }
+        for policy, whole in means.items():
+            figures.add_repeats(f"ece_{policy}{suffix}", whole)
+        ratios = [g / b for g, b in zip(means["gated"], means["blind"], strict=True)]
         figures.add_repeats(f"gated_over_blind{suffix}", ratios)
         for drift, runs in by_drift.items():
             for policy in POLICIES:
                 errors = [float(np.mean(run.errors[policy])) for run in runs]
                 figures.add_repeats(f"ece_{policy}_{drift}{suffix}", errors)
-    return found
 
 
 def add_delays(figures: Figures, drift: str, years: list[Year]) -> None:
@@ -162,7 +155,9 @@ def main() -> None:
     years: dict[str, dict[str, list[Year]]] = {}
     for suffix, how in (("", ""), ("corrupted", "coins"), ("inverted", "inverted")):
         years[suffix] = {
-            name: [simulate(drift, seed=seed, corrupted=how) for seed in range(args.seeds)]
+            name: [
+                simulate(drift, seed=FIRST_SEED + seed, corrupted=how) for seed in range(args.seeds)
+            ]
             for name, drift in DRIFTS.items()
         }
     add_errors(figures, years, args.seeds)

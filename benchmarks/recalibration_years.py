@@ -39,10 +39,6 @@ class Truth(NamedTuple):
     bias: float = 0.0
 
 
-def constant(month: int) -> Truth:
-    return Truth()
-
-
 def step(**changed: float) -> Callable[[int], Truth]:
     return lambda month: Truth(**changed) if month >= ONSET else Truth()
 
@@ -53,7 +49,7 @@ def ramp(month: int) -> Truth:
 
 
 DRIFTS: dict[str, Callable[[int], Truth]] = {
-    "control": constant,
+    "control": lambda _: Truth(),
     "scale_1.25": step(temperature=1.25),
     "scale_1.5": step(temperature=1.5),
     "scale_2": step(temperature=2.0),
@@ -73,7 +69,7 @@ def draw(rng: np.random.Generator, truth: Truth, n: int) -> tuple[np.ndarray, np
 def month_of_judgments(
     rng: np.random.Generator, truth: Truth, month: int, corrupted: str
 ) -> DatedMargins:
-    """A month's judgments; those of a corrupted month are coins, or inverted."""
+    """Draw a month's judgments; those of a corrupted month are coins, or inverted."""
     margins, p = draw(rng, truth, JUDGMENTS)
     won = (rng.random(JUDGMENTS) < p).astype(np.float64)
     coins = (rng.random(JUDGMENTS) < 0.5).astype(np.float64)
@@ -92,9 +88,8 @@ def month_of_judgments(
 
 def joined(parts: list[DatedMargins]) -> DatedMargins:
     names = ("margins", "member_margins", "targets", "weights", "groups", "times", "subsets")
-    return DatedMargins(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in names)
-    )
+    found = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
+    return DatedMargins(*found)
 
 
 @dataclass
