@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
     from ensemble_rm.combining import combine
     from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.judgments.agreement import AgreementReport, agreement_report
+    from ensemble_rm.judgments.exporting import export_judgments, judgment_dataset
+    from ensemble_rm.judgments.importing import import_judgments
+    from ensemble_rm.judgments.judgment import Judgment
+    from ensemble_rm.judgments.rows import Imported, ImportOptions
+    from ensemble_rm.judgments.selection import Selection
+    from ensemble_rm.judgments.store import JudgmentStore
     from ensemble_rm.loading import load_preferences
     from ensemble_rm.members.adapters import LoraOptions
     from ensemble_rm.members.branches import BranchScorer
@@ -63,6 +70,13 @@ _HOMES = {
     "calibration.temperature": "TemperatureFit fit_temperature",
     "combining": "combine",
     "ensemble": "RewardEnsemble",
+    "judgments.agreement": "AgreementReport agreement_report",
+    "judgments.exporting": "export_judgments judgment_dataset",
+    "judgments.importing": "import_judgments",
+    "judgments.judgment": "Judgment",
+    "judgments.rows": "ImportOptions Imported",
+    "judgments.selection": "Selection",
+    "judgments.store": "JudgmentStore",
     "loading": "load_preferences",
     "members.adapters": "LoraOptions",
     "members.branches": "BranchScorer",
@@ -91,6 +105,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 __all__ = [
     "Aggregator",
+    "AgreementReport",
     "BranchScorer",
     "Calibration",
     "ClassifierScorer",
@@ -100,6 +115,10 @@ __all__ = [
     "FunctionScorer",
     "GateOptions",
     "HeadScorer",
+    "ImportOptions",
+    "Imported",
+    "Judgment",
+    "JudgmentStore",
     "LoraOptions",
     "LoraScorer",
     "Message",
@@ -116,18 +135,23 @@ __all__ = [
     "ScoredPairs",
     "Scorer",
     "Scores",
+    "Selection",
     "TemperatureFit",
     "TrunkOptions",
     "Version",
     "Versions",
     "View",
     "__version__",
+    "agreement_report",
     "combine",
     "cvar",
     "entropic",
     "evaluate",
+    "export_judgments",
     "fit_normaliser",
     "fit_temperature",
+    "import_judgments",
+    "judgment_dataset",
     "lcb",
     "load_preferences",
     "make_aggregator",
