@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
     from ensemble_rm.calibration.pairs import ScoredPairs
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
+    from ensemble_rm.calibration.ties import TieModel, fit_ties
     from ensemble_rm.combining import combine
+    from ensemble_rm.distance import FeatureSpace, fit_feature_space
     from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.judgments.agreement import AgreementReport, agreement_report
     from ensemble_rm.judgments.exporting import export_judgments, judgment_dataset
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from ensemble_rm.merging import merge
     from ensemble_rm.recalibration.decision import GateOptions
     from ensemble_rm.recalibration.drift.labelled import DriftTest
+    from ensemble_rm.recalibration.drift.reference import Reference
+    from ensemble_rm.recalibration.drift.unlabelled import UnlabelledDrift, unlabelled_drift
     from ensemble_rm.recalibration.job import recalibrate
     from ensemble_rm.recalibration.outcome import Recalibration
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
@@ -68,7 +72,9 @@ _HOMES = {
     "calibration.normaliser": "Normaliser fit_normaliser",
     "calibration.pairs": "ScoredPairs",
     "calibration.temperature": "TemperatureFit fit_temperature",
+    "calibration.ties": "TieModel fit_ties",
     "combining": "combine",
+    "distance": "FeatureSpace fit_feature_space",
     "ensemble": "RewardEnsemble",
     "judgments.agreement": "AgreementReport agreement_report",
     "judgments.exporting": "export_judgments judgment_dataset",
@@ -91,6 +97,8 @@ _HOMES = {
     "recalibration.drift.labelled": "DriftTest",
     "recalibration.job": "recalibrate",
     "recalibration.outcome": "Recalibration",
+    "recalibration.drift.reference": "Reference",
+    "recalibration.drift.unlabelled": "UnlabelledDrift unlabelled_drift",
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
@@ -112,6 +120,7 @@ __all__ = [
     "Comparison",
     "DriftTest",
     "Evaluation",
+    "FeatureSpace",
     "FunctionScorer",
     "GateOptions",
     "HeadScorer",
@@ -129,6 +138,7 @@ __all__ = [
     "Ranking",
     "Recalibration",
     "Recipe",
+    "Reference",
     "RewardEnsemble",
     "Sample",
     "ScoreCache",
@@ -137,7 +147,9 @@ __all__ = [
     "Scores",
     "Selection",
     "TemperatureFit",
+    "TieModel",
     "TrunkOptions",
+    "UnlabelledDrift",
     "Version",
     "Versions",
     "View",
@@ -148,8 +160,10 @@ __all__ = [
     "entropic",
     "evaluate",
     "export_judgments",
+    "fit_feature_space",
     "fit_normaliser",
     "fit_temperature",
+    "fit_ties",
     "import_judgments",
     "judgment_dataset",
     "lcb",
@@ -164,6 +178,7 @@ __all__ = [
     "recalibrate",
     "stream_scores",
     "train",
+    "unlabelled_drift",
     "uwo",
 ]
 
