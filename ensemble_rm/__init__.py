@@ -99,7 +99,6 @@ _HOMES = {
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
     "recalibration.decision": "GateOptions",
-    "recalibration.drift.labelled": "DriftTest",
     "recalibration.job": "recalibrate",
     "recalibration.outcome": "Recalibration",
     "recalibration.drift.labelled": "DriftTest LabelledDrift",
