@@ -14,6 +14,7 @@ from ensemble_rm.cli import (
     combine,
     compare,
     demo,
+    drift,
     evaluate,
     judgments,
     merge,
@@ -30,7 +31,7 @@ from ensemble_rm.cli import (
 
 COMMANDS = (
     *(train, combine, merge, calibrate, evaluate, score, compare, precision),
-    *(judgments, recalibrate, versions, show, rollback, pin, unpin, demo),
+    *(judgments, recalibrate, drift, versions, show, rollback, pin, unpin, demo),
 )
 
 EXIT_CODES = """\
