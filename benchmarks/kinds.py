@@ -266,6 +266,9 @@ def costs(studies: dict[str, Study], args: argparse.Namespace, figures: Figures)
 
 # The picture ---------------------------------------------------------------------------------
 
+COLOURS = {"minilm": "#2b6cb0", "smollm2": "#c05621"}
+LABELS = {"minilm": "MiniLM-L6", "smollm2": "SmolLM2-135M"}
+
 
 def cost_of(name: str, backbone: str, figures: dict[str, Any]) -> float | None:
     """Return the cost of scoring of a way."""
@@ -277,41 +280,37 @@ def cost_of(name: str, backbone: str, figures: dict[str, Any]) -> float | None:
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """Draw cost against pooling gain and NLL."""
+    """Draw cost against pooling gain and NLL; ways of one cost stand side by side."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
-    colours = {"minilm": "#2b6cb0", "smollm2": "#c05621"}
-    labels = {"minilm": "MiniLM-L6", "smollm2": "SmolLM2-135M"}
-    for backbone, colour in colours.items():
-        for way in WAYS[backbone]:
-            cost = cost_of(way.name, backbone, figures)
-            for axis, metric in zip(axes, ("pooling_gain", "nll"), strict=True):
-                found = figures.get(f"{metric}_{backbone}_{way.name}")
-                if cost is None or found is None:
-                    continue
-                plain = "_" not in way.name
-                axis.errorbar(
-                    cost,
-                    found["median"],
-                    [[found["median"] - found["low"]], [found["high"] - found["median"]]],
-                    fmt="o" if plain else ".",
-                    color=colour,
-                    alpha=1 if plain else 0.55,
-                    lw=0.8,
-                    label=labels[backbone] if way.name == "head" else None,
-                )
-                axis.annotate(
-                    way.name.replace("_", " "),
-                    (cost, found["median"]),
-                    xytext=(5, 3),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color=colour,
-                )
+    beside: dict[float, int] = {}
+    for backbone, way in ((b, way) for b in COLOURS for way in WAYS[b]):
+        cost = cost_of(way.name, backbone, figures)
+        if cost is None or f"nll_{backbone}_{way.name}" not in figures:
+            continue
+        beside[cost] = beside.get(cost, -1) + 1
+        x, plain = cost * 1.015 ** beside[cost], "_" not in way.name
+        for axis, metric in zip(axes, ("pooling_gain", "nll"), strict=True):
+            found = figures.get(f"{metric}_{backbone}_{way.name}")
+            if found is None:
+                continue
+            middle = found["median"]
+            axis.errorbar(
+                *(x, middle, [[middle - found["low"]], [found["high"] - middle]]),
+                fmt="o" if plain else ".",
+                color=COLOURS[backbone],
+                alpha=1 if plain else 0.4,
+                lw=0.8,
+                label=LABELS[backbone] if way.name == "head" else None,
+            )
+            if plain:
+                name = way.name.replace("branch", "m = ")
+                style = {"fontsize": 7, "color": COLOURS[backbone]}
+                axis.annotate(name, (x, middle), xytext=(5, 3), textcoords="offset points", **style)
     for axis, label in zip(
         axes, ("pooling gain, nats (higher is better)", "NLL, nats (lower is better)"), strict=True
     ):

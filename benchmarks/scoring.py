@@ -7,7 +7,8 @@ that file is absent. Peers: `one` Hugging Face model, batches of 16 padded in or
 `loop` over five of them; a `switch` of five peft adapters on one; transformers'
 text-classification `pipeline` at batch 32; and the `limit`, the backbone's forward pass on dense
 batches without padding, in tokens a second, against our real tokens a second without prefix
-sharing.
+sharing. A dense row is as long as the sample that an average token of ours stands in, so that a
+token attends to as many others on both sides.
 
 Branches are copies of the last blocks and heads are random vectors: what a weight is does not
 matter to time. Ratios are theirs/ours, above 1 is in our favour; `limit` is ours/theirs. Memory:
@@ -104,8 +105,10 @@ def compare_pairs(args: argparse.Namespace, folder: Path, figures: Figures) -> N
     texts = HuggingFace(folder, options, 0).texts(samples)
     pipe = pipeline(folder, options)
     encoder, model = alone._open()
-    tokens = sum(len(e.ids) for e in encoder.encode(samples))
-    ids = torch.randint(100, 40000, (32, 256))
+    lengths = np.array([len(e.ids) for e in encoder.encode(samples)])
+    tokens = int(lengths.sum())
+    width = round(float((lengths**2).sum()) / tokens)  # of the row that an average token stands in
+    ids = torch.randint(100, 40000, (8192 // width, width))
 
     @torch.inference_mode()
     def limit() -> None:

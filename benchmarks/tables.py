@@ -1,14 +1,17 @@
-"""The README's table of human preferences, from the figures that `human_preferences.py` wrote.
+"""The documents' tables of what is measured, from the figures in results/.
 
-``python benchmarks/tables.py`` prints it; a test holds the README against it.
+``python benchmarks/tables.py`` prints them; a test holds README.md and docs/measured.md against
+them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "human_preferences.json"
+RESULTS = Path(__file__).parent / "results"
 TRUNKS = {"": "SmolLM2-135M", "_minilm": "MiniLM-L6"}
 PARTS = ("harmless", "all", "tldr", "mtbench")
 KINDS = {
@@ -21,6 +24,76 @@ KINDS = {
 }
 HEADER = ("trunk", "pairs", "reward", "accuracy", "NLL", "ECE (chance)")
 HEADER += ("accuracy gain", "NLL gain, nats", "pooling gain, nats")
+# What is claimed, the script, its figure, and how the figure is shown.
+CLAIMS = (
+    (
+        "five branches, 16 completions a prompt, against a loop of five models: times as fast",
+        *("scoring", "group16_branch5_vs_loop", "{:.1f}"),
+    ),
+    ("the same against **one** model", "scoring", "group16_branch5_vs_one", "{:.1f}"),
+    (
+        "five heads with a view each, the default, against the loop",
+        *("scoring", "group16_default_vs_loop", "{:.1f}"),
+    ),
+    ("the same against **one** model", "scoring", "group16_views5_vs_one", "{:.1f}"),
+    (
+        "five LoRA members against peft's adapters, switched",
+        *("scoring", "group16_lora5_vs_switch", "{:.1f}"),
+    ),
+    (
+        "one member on pairs against transformers' pipeline",
+        *("scoring", "pairs_vs_pipeline", "{:.1f}"),
+    ),
+    (
+        "real tokens a second over those of dense forward passes, prompts not shared",
+        *("scoring", "pairs_vs_limit", "{:.2f}"),
+    ),
+    (
+        "weights of five branches, of the bound 1 + (k − 1)·m·block/total",
+        *("scoring", "weights_branch5_vs_bound", "{:.2f}"),
+    ),
+    (
+        "peak memory of scoring with five branches, of the pipeline's with one model",
+        *("scoring", "peak_branch5_vs_one", "{:.2f}"),
+    ),
+    (
+        "five heads, 1,000 to 100,000 short samples: slope of log time on log samples",
+        *("growth", "growth_exponent", "{:.2f}"),
+    ),
+    (
+        "peak memory above the imports at 100,000 samples, of that at 1,000",
+        *("growth", "peak_ratio", "{:.2f}"),
+    ),
+    (
+        "five heads and RewardUQ's on MiniLM-L6: calibrated NLL of ours",
+        *("vs_rewarduq", "nll_ours", "{:.3f}"),
+    ),
+    ("of theirs", "vs_rewarduq", "nll_rewarduq", "{:.3f}"),
+    ("accuracy of ours", "vs_rewarduq", "accuracy_ours", "{:.3f}"),
+    ("of theirs", "vs_rewarduq", "accuracy_rewarduq", "{:.3f}"),
+    ("texts to evaluated ensemble, their time over ours", "vs_rewarduq", "wall_ratio", "{:.1f}"),
+    ("new texts scored, their time over ours", "vs_rewarduq", "score_ratio", "{:.2f}"),
+    (
+        "temperature fit of 100,000 judgments, netcal's time over ours",
+        *("calibration_fit", "netcal_ratio", "{:.1f}"),
+    ),
+    ("its NLL less netcal's, nats", "calibration_fit", "nll_gap", "{:.0e}"),
+    (
+        "a million judgments checked and imported into SQLite, processor seconds",
+        *("judgments", "import_cpu_seconds_1000000", "{:.0f}"),
+    ),
+    (
+        "peak memory above the imports, MiB",
+        *("judgments", "import_peak_mib_1000000", "{:.0f}"),
+    ),
+)
+
+
+def figures_of(name: str) -> dict[str, dict[str, float]]:
+    """Return the figures of a committed result."""
+    said: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    figures: dict[str, dict[str, float]] = said["figures"]
+    return figures
 
 
 def gain(figures: dict[str, dict[str, float]], name: str, digits: int) -> str:
@@ -30,11 +103,11 @@ def gain(figures: dict[str, dict[str, float]], name: str, digits: int) -> str:
     return f"{f['median']:+.{digits}f} [{f['low']:+.{digits}f}, {f['high']:+.{digits}f}]"
 
 
-def rows(figures: dict[str, dict[str, float]]) -> list[list[str]]:
+def rows(figures: dict[str, dict[str, float]], kinds: Collection[str]) -> list[list[str]]:
     found = []
     for suffix, trunk in TRUNKS.items():
         for part in PARTS:
-            for kind, shown in KINDS.items():
+            for kind in kinds:
                 name = f"{kind}_{part}{suffix}"
                 if f"nll_{name}" not in figures:
                     continue
@@ -45,7 +118,7 @@ def rows(figures: dict[str, dict[str, float]]) -> list[list[str]]:
                 pooling = figures.get(f"pooling_gain_{name}", {}).get("median")
                 found.append(
                     [
-                        *(trunk, part, shown, f"{accuracy:.3f}", f"{nll:.3f}"),
+                        *(trunk, part, KINDS[kind], f"{accuracy:.3f}", f"{nll:.3f}"),
                         f"{ece:.3f} (≤ {null:.3f})",
                         gain(figures, f"accuracy_gain_{name}", 3),
                         gain(figures, f"nll_gain_{name}", 4),
@@ -55,10 +128,64 @@ def rows(figures: dict[str, dict[str, float]]) -> list[list[str]]:
     return found
 
 
-def table(figures: dict[str, dict[str, float]]) -> str:
-    lines = [list(HEADER), ["---"] * len(HEADER), *rows(figures)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def markdown(lines: list[list[str]]) -> str:
+    """Return lines as a table, the first its head."""
+    rule = ["---"] * len(lines[0])
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+
+
+def preferences(kinds: Collection[str] = tuple(KINDS)) -> str:
+    """Return the table of human preferences; the kind stands in it where there are several."""
+    lines = [list(HEADER), *rows(figures_of("human_preferences"), kinds)]
+    if len(kinds) == 1:
+        lines = [line[:2] + line[3:] for line in lines]
+    return markdown(lines)
+
+
+def kinds() -> str:
+    """Return the table of what each kind of member costs, and what diversity it buys."""
+    import kinds as benchmark
+
+    figures = figures_of("kinds")
+    shown = {
+        "correlation": ("correlation", 2),
+        "AUROC of std": ("error_auroc_std", 2),
+        "of −margin": ("error_auroc_margin", 2),
+        "disagree": ("disagreement", 2),
+        "on unlike texts": ("disagreement_unlike", 2),
+        "training, CPU s": ("train_seconds", 0),
+    }
+    head = ["trunk", "members", "seeds", "cost", "accuracy", "NLL", "NLL gain", "pooling gain"]
+    lines = [head + list(shown)]
+    for backbone, label in (*benchmark.LABELS.items(), ("both", "both")):
+        start = f"nll_{backbone}_"
+        for name in [f.removeprefix(start) for f in figures if f.startswith(start)]:
+            cost = benchmark.cost_of(name, backbone, figures)
+            line = [label, name.replace("_", ", "), str(figures[start + name]["n"])]
+            line.append("" if cost is None else f"{cost:.1f}")
+            line += [
+                f"{figures[f'{f}_{backbone}_{name}']['median']:.3f}" for f in ("accuracy", "nll")
+            ]
+            line.append("" if name == "head" else gain(figures, f"nll_gain_{backbone}_{name}", 3))
+            for figure, digits in (("pooling_gain", 4), *shown.values()):
+                found = figures.get(f"{figure}_{backbone}_{name}")
+                line.append("" if found is None else f"{found['median']:.{digits}f}")
+            lines.append(line)
+    return markdown(lines)
+
+
+def claims() -> str:
+    """Return the table of claims, each with its figure and its spread."""
+    lines, before = [["claim", "measured", "command"]], ""
+    for claim, script, name, shown in CLAIMS:
+        f = figures_of(script)[name]
+        middle, low, high = (shown.format(f[part]) for part in ("median", "low", "high"))
+        spread = "" if low == high else f" ({low} to {high})"
+        command = f"`python benchmarks/{script}.py`" if script != before else "the same"
+        lines.append([claim, middle + spread, command])
+        before = script
+    return markdown(lines)
 
 
 if __name__ == "__main__":
-    print(table(json.loads(RESULTS.read_text(encoding="utf-8"))["figures"]))
+    print(preferences(["views"]), preferences(), claims(), kinds(), sep="\n\n")

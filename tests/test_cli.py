@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ensemble_rm.cli import train
 from ensemble_rm.cli.main import exit_code, main
 from ensemble_rm.demo.data import FILE
 from ensemble_rm.errors import EnsembleRMError
 from ensemble_rm.loading import load_preferences
+from ensemble_rm.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,13 @@ def test_a_dry_run_makes_nothing(
     found = said(capsys)
     assert found["dry_run"] and found["tokens"] > 0 and len(found["views"]) == 2
     assert not (tmp_path / "never").exists()
+
+
+def test_every_part_of_a_recipe_can_be_given() -> None:
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    given = vars(parser.parse_args(["--data", "p", "--backbone", "b", "--out", "o"]))
+    assert not {field.name for field in fields(Recipe)} - set(given)
 
 
 @pytest.mark.parametrize("kind", ["branch", "lora", "full"])

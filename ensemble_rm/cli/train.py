@@ -136,6 +136,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--first-head", choices=["zero", "fitted"], help="where branch and lora heads start"
     )
+    how.add_argument(
+        "--head-rate",
+        type=float,
+        help="of branch and lora heads, over --learning-rate (default: 10)",
+    )
     how.add_argument("--dropout", type=float, help="of branch, lora and full members' layers")
     how.add_argument(
         "--reinitialise", type=int, metavar="N", help="topmost blocks of a branch that start afresh"

@@ -144,6 +144,9 @@ def own_tensors(blocks: ModuleList) -> dict[str, torch.Tensor]:
 def pour(blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tensor]) -> ModuleList:
     """Return the blocks with an adapter of these weights, frozen; no generator moves on.
 
+    The adapter takes the blocks' dtype: in float32 over bfloat16 blocks, its casts would cost as
+    much as the blocks.
+
     Raises
     ------
     RuntimeError
@@ -159,6 +162,10 @@ def pour(blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tens
         raise RuntimeError(f"adapters of other names or shapes: {odd}")
     for name, place in there.items():
         place.copy_(tensors[name])
+    dtype = next(blocks.parameters()).dtype
+    for name, p in own.named_parameters():
+        if f".{_ADAPTER}." in name:
+            p.data = p.data.to(dtype)
     return own.eval().requires_grad_(requires_grad=False)
 
 
