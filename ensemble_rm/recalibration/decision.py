@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
@@ -92,6 +93,8 @@ class Decision:
         Where it came to that.
     candidate, final : Fitted, optional
         Of the older judgments, and of the whole window.
+    changed : ndarray of bool, shape (n_judgments,), optional
+        Judgments of the window that were left out, because they contradict the newest.
     sizes : dict
         How many judgments, effective ones and prompts there are in window, fit and gate.
     metrics : dict
@@ -105,6 +108,7 @@ class Decision:
     confirmation: Confirmation | None = None
     candidate: Fitted | None = None
     final: Fitted | None = None
+    changed: NDArray[np.bool_] | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -148,26 +152,31 @@ def decide(
         )
     half_life = None if options.half_life is None else options.half_life * DAY
     data = replace(data, weights=data.weights * forgetting(data.times, half_life=half_life))
+    members, data = data, replace(data, member_margins=data.member_margins[:, :0])
     sizes: dict[str, Any] = {"window": _size(data)}
     said: dict[str, Any] = {"sizes": sizes}
     try:
         parts = split_by_time(data.groups, data.times, share=options.share)
         sizes["left_out"] = parts.left_out
-        return _gated(data, parts, aggregator, incumbent, options, digest, created, said)
+        found = _gated(data, parts, incumbent, options, said)
     except TooFewJudgmentsError as error:
         return Decision("too few", str(error), **said)
     except CalibrationError as error:
         return Decision("keep", f"no candidate can be fitted: {error}", **said)
+    final = found.final
+    if final is None:
+        return found
+    kept = members if found.changed is None else members.take(np.flatnonzero(~found.changed))
+    mixture = shrunk_mixture(kept, incumbent, final.shrunk.share)
+    calibration = Calibration(aggregator, final.fit, mixture, digest, created, slices=final.slices)
+    return replace(found, calibration=calibration)
 
 
 def _gated(
     data: DatedMargins,
     parts: TimeSplit,
-    aggregator: Aggregator,
     incumbent: Calibration | None,
     options: GateOptions,
-    digest: str,
-    created: str,
     said: dict[str, Any],
 ) -> Decision:
     how: dict[str, Any] = {"slices": options.slices, "minimum": options.min_judgments}
@@ -188,6 +197,7 @@ def _gated(
         changed = changed_since(data, fit, len(parts.gate))
         fit, kept = fit[~changed[fit]], data.take(np.flatnonzero(~changed))
         said["sizes"] |= {"changed": int(changed.sum()), "fit": _size(data.take(fit))}
+        said["changed"] = changed
     candidate = fit_shrunk(data.take(fit), incumbent, part="older part", **how)
     gate = _gate(newest, incumbent, candidate, options)
     said |= {"candidate": candidate, "gate": gate}
@@ -195,8 +205,6 @@ def _gated(
     if not gate.passed:
         return Decision("keep", gate.reason, **said)
     final = fit_shrunk(kept, incumbent, part="window", **how)
-    mixture = shrunk_mixture(kept, incumbent, final.shrunk.share)
-    calibration = Calibration(aggregator, final.fit, mixture, digest, created, slices=final.slices)
     before = losses(kept.margins, kept.targets, _temperatures(incumbent, kept))
     after = losses(
         kept.margins, kept.targets, row_temperatures(final.fit.temperature, final.slices, kept)
@@ -206,7 +214,7 @@ def _gated(
         "window_nll_before": float((kept.weights * before).sum()) / total,
         "window_nll_after": float((kept.weights * after).sum()) / total,
     }
-    return Decision("publish", gate.reason, calibration, final=final, **said)
+    return Decision("publish", gate.reason, final=final, **said)
 
 
 def _gate(

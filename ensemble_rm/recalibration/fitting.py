@@ -27,6 +27,8 @@ from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsErr
 from ensemble_rm.recalibration.judged import DatedMargins, effective_size
 from ensemble_rm.recalibration.shrinkage import Shrunk, shrink
 
+MIXTURE_LIMIT = 100_000
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -157,9 +159,14 @@ def row_temperatures(
 
 
 def shrunk_mixture(data: DatedMargins, incumbent: Calibration | None, share: float) -> float:
-    """Fit T_mix, and draw it towards the incumbent's by the share of the temperature."""
-    members: NDArray[Any] = data.member_margins
-    own = fit_mixture_temperature(members, data.targets, weights=data.weights)
+    """Fit T_mix, and draw it towards the incumbent's by the share of the temperature.
+
+    Beyond `MIXTURE_LIMIT` judgments every so many-th is read: memory stays flat, and T_mix is known
+    to a per cent.
+    """
+    some = slice(None, None, -(-len(data) // MIXTURE_LIMIT))
+    members: NDArray[Any] = data.member_margins[some]
+    own = fit_mixture_temperature(members, data.targets[some], weights=data.weights[some])
     if incumbent is None:
         return own
     old = incumbent.mixture_temperature
