@@ -47,12 +47,15 @@ if TYPE_CHECKING:
     from ensemble_rm.members.scorer import FeatureScorer, FunctionScorer, Scorer, scorer_features
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
+    from ensemble_rm.recalibration.decision import GateOptions
     from ensemble_rm.recalibration.drift.anchors import anchor_votes
     from ensemble_rm.recalibration.drift.labelled import DriftTest, LabelledDrift
     from ensemble_rm.recalibration.drift.raters import AnchorVote, RaterDrift, rater_drift
     from ensemble_rm.recalibration.drift.reference import Reference
     from ensemble_rm.recalibration.drift.report import DriftReport
     from ensemble_rm.recalibration.drift.unlabelled import UnlabelledDrift, unlabelled_drift
+    from ensemble_rm.recalibration.job import recalibrate
+    from ensemble_rm.recalibration.outcome import Recalibration
     from ensemble_rm.reports.drift import draw_drift, drift_text
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
@@ -61,6 +64,8 @@ if TYPE_CHECKING:
     from ensemble_rm.streaming import stream_scores
     from ensemble_rm.training.recipe import Recipe
     from ensemble_rm.training.train import train
+    from ensemble_rm.versions.repository import Versions
+    from ensemble_rm.versions.version import Version
 
 __version__ = "0.1.0"
 
@@ -95,6 +100,9 @@ _HOMES = {
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
     "recalibration.drift.anchors": "anchor_votes",
+    "recalibration.decision": "GateOptions",
+    "recalibration.job": "recalibrate",
+    "recalibration.outcome": "Recalibration",
     "recalibration.drift.labelled": "DriftTest LabelledDrift",
     "recalibration.drift.raters": "AnchorVote RaterDrift rater_drift",
     "recalibration.drift.reference": "Reference",
@@ -108,6 +116,8 @@ _HOMES = {
     "streaming": "stream_scores",
     "training.recipe": "Recipe",
     "training.train": "train",
+    "versions.repository": "Versions",
+    "versions.version": "Version",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -125,6 +135,7 @@ __all__ = [
     "FeatureScorer",
     "FeatureSpace",
     "FunctionScorer",
+    "GateOptions",
     "HeadScorer",
     "ImportOptions",
     "Imported",
@@ -140,6 +151,7 @@ __all__ = [
     "Preferences",
     "Ranking",
     "RaterDrift",
+    "Recalibration",
     "Recipe",
     "Reference",
     "Reliability",
@@ -154,6 +166,8 @@ __all__ = [
     "TieModel",
     "TrunkOptions",
     "UnlabelledDrift",
+    "Version",
+    "Versions",
     "View",
     "__version__",
     "agreement_report",
@@ -182,6 +196,7 @@ __all__ = [
     "precision_report",
     "quantile",
     "rater_drift",
+    "recalibrate",
     "scorer_features",
     "stream_scores",
     "train",

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ensemble_rm import storage
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import (
     Calibration,
@@ -24,7 +22,6 @@ from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.calibration.pairs import ScoredPairs
 from ensemble_rm.calibration.temperature import MIN_JUDGMENTS
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.backbone import DEFAULT_CACHE
 from ensemble_rm.members.baseline import score_with_references
 from ensemble_rm.members.model_pool import ModelPool
 from ensemble_rm.members.score_cache import ScoreCache
@@ -32,10 +29,11 @@ from ensemble_rm.members.scorer import Scorer, score_all, unloaded
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.results import Comparison, Ranking, Scores
 from ensemble_rm.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
+from ensemble_rm.stored import Origin, Stored
 
 
 @dataclass(frozen=True, eq=False)
-class RewardEnsemble:
+class RewardEnsemble(Stored):
     """Several reward models behind one aggregator, calibrated.
 
     Parameters
@@ -54,6 +52,8 @@ class RewardEnsemble:
         Where raw scores are kept; see `with_score_cache`.
     model_pool : ModelPool, optional
         How many members' models are in memory at once; see `with_max_loaded_models`.
+    origin : Origin, optional
+        Where it was read, and which version it is; see `refresh`.
     """
 
     scorers: tuple[Scorer, ...]
@@ -63,6 +63,7 @@ class RewardEnsemble:
     provenance: dict[str, Any] = field(default_factory=dict)
     score_cache: ScoreCache | None = None
     model_pool: ModelPool | None = None
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scorers", tuple(self.scorers))
@@ -324,75 +325,3 @@ class RewardEnsemble:
         if n is None:
             return replace(self, model_pool=None)
         return replace(self, scorers=unloaded(self.scorers), model_pool=ModelPool(n))
-
-    # Files -------------------------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the ensemble as safetensors and JSON.
-
-        Parameters
-        ----------
-        folder : str or Path
-            Replaced as a whole where it holds an ensemble already.
-
-        Returns
-        -------
-        Path
-            The folder.
-
-        Raises
-        ------
-        StorageError
-            If a member cannot be saved, or the folder holds something else.
-        """
-        return storage.save(
-            Path(folder).expanduser(),
-            scorers=self.scorers,
-            normaliser=self.normaliser,
-            aggregator=self.aggregator,
-            calibration=self.calibration,
-            provenance=self.provenance,
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        backbone: str | Path | None = None,
-        device: str | None = None,
-        cache_dir: str | Path | None = DEFAULT_CACHE,
-        max_loaded_models: int | None = None,
-    ) -> RewardEnsemble:
-        """Read what `save_pretrained` wrote; the scores are identical.
-
-        Parameters
-        ----------
-        folder : str or Path
-        backbone : str or Path, optional
-            Where the backbone lies now, if not where training found it.
-        device : str, optional
-            The best available where none is named.
-        cache_dir : str or Path, optional
-            For converted GGUF weights.
-        max_loaded_models : int, optional
-            Models in memory at once; see `with_max_loaded_models`.
-
-        Returns
-        -------
-        RewardEnsemble
-
-        Raises
-        ------
-        StorageError
-            If the folder holds no ensemble.
-        BackboneError
-            If the backbone's weights are not those of training.
-        """
-        parts = storage.load(
-            Path(folder).expanduser(),
-            backbone=backbone,
-            device=device,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-        )
-        return cls(**parts).with_max_loaded_models(max_loaded_models)

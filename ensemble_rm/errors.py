@@ -9,9 +9,9 @@
     │   ├── BadRowsError              some rows are bad; all of them are listed
     │   ├── EmptyDataError            nothing usable is left
     │   ├── SplitError                the data cannot be split as asked
-    │   ├── TooFewSamplesError        too few samples or prompts for a statistic of them
     │   ├── JudgmentConflictError     a judgment contradicts one that is stored
-    │   └── UnknownJudgmentError      a correction names a judgment that is not stored
+    │   ├── UnknownJudgmentError      a correction names a judgment that is not stored
+    │   └── TooFewSamplesError        too few samples or prompts for a statistic of them
     ├── ModelError                    a model cannot be loaded or used
     │   ├── BackboneError             the folder, hub id or digest is not what was expected
     │   ├── MissingHeadError          the reward head's weights are absent from the checkpoint
@@ -33,6 +33,8 @@
     │   └── ResumeError               a checkpoint belongs to another recipe or data set
     └── StorageError                  a saved directory or a cache cannot be read or written
         ├── CacheLimitError           a cache would outgrow its stated limit
+        ├── LockedError               another process works on the folder
+        ├── VersionError              a version is not there, or may not be moved or replaced
         └── SchemaVersionError        a store's schema is not the library's
 
 This module knows nothing of what the errors are about; messages are written where they are raised,
@@ -95,16 +97,16 @@ class SplitError(DataError):
     """The data cannot be split as asked."""
 
 
-class TooFewSamplesError(DataError):
-    """Too few samples or prompts for a statistic of them."""
-
-
 class JudgmentConflictError(DataError):
     """A judgment contradicts one that is stored: its name or its correction is taken."""
 
 
 class UnknownJudgmentError(DataError):
     """A correction names a judgment that is not stored."""
+
+
+class TooFewSamplesError(DataError):
+    """Too few samples or prompts for a statistic of them."""
 
 
 class ModelError(EnsembleRMError):
@@ -189,6 +191,14 @@ class StorageError(EnsembleRMError):
 
 class CacheLimitError(StorageError):
     """A cache would outgrow its stated limit."""
+
+
+class LockedError(StorageError):
+    """Another process works on the folder."""
+
+
+class VersionError(StorageError):
+    """A version is not there, or may not be moved or replaced."""
 
 
 class SchemaVersionError(StorageError):

@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.normaliser import Normaliser
-from ensemble_rm.calibration.pairs import ScoredPairs
-from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.errors import OptionError, StorageError, VersionError
 from ensemble_rm.members.branches import BranchScorer
 from ensemble_rm.members.classifier import ClassifierScorer
 from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.lora import LoraScorer
 from ensemble_rm.members.scorer import Scorer, StoredScorer
+from ensemble_rm.versions.reading import EVIDENCE, is_versioned, read_evidence
 
 FORMAT = 1
 FILE = "ensemble.json"
@@ -44,6 +44,11 @@ def save(
     provenance: dict[str, Any],
 ) -> Path:
     """Write an ensemble's directory."""
+    if is_versioned(folder):
+        raise VersionError(
+            f"{folder} holds versions, which a save would replace; save to another folder, or "
+            "publish with `ensemble-rm recalibrate`"
+        )
     if folder.exists() and not (folder / FILE).exists() and any(folder.iterdir()):
         raise StorageError(f"{folder} holds something else than an ensemble; name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +67,7 @@ def save(
             arrays = calibration.evidence.arrays()
             save_file(
                 {k: np.ascontiguousarray(v) for k, v in arrays.items()},
-                scratch / "calibration.safetensors",
+                scratch / EVIDENCE,
             )
         said = {
             "format": FORMAT,
@@ -126,9 +131,8 @@ def load(
                 )
             )
         evidence, stored = None, said["calibration"]
-        if stored and (folder / "calibration.safetensors").exists():
-            arrays = load_file(folder / "calibration.safetensors")
-            evidence = ScoredPairs.from_arrays(arrays, stored.get("subset_names", ()))
+        if stored:
+            evidence = read_evidence(folder / EVIDENCE, stored.get("subset_names", ()))
         return {
             "scorers": tuple(scorers),
             "normaliser": Normaliser.from_json(said["normaliser"]),

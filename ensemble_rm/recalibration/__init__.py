@@ -1,1 +1,1 @@
-"""Calibrations that stay true while judgments keep arriving."""
+"""Jobs that keep a published ensemble true, or say why they left it as it was."""

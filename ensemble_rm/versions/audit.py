@@ -1,0 +1,62 @@
+"""The audit log: one JSON line an event, appended and never changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FILE = "audit.jsonl"
+
+
+class AuditLog:
+    """Lines of JSON in ``audit.jsonl``; a reader passes over a line that was cut short.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the versions.
+    name : str
+        Of the file.
+    """
+
+    def __init__(self, folder: Path, name: str = FILE) -> None:
+        self.path = folder / name
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Write one line at the end, in one call, and wait until it is on the disk."""
+        line = (json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        opened = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.lseek(opened, 0, os.SEEK_END) > 0:
+                os.lseek(opened, -1, os.SEEK_END)
+                if os.read(opened, 1) != b"\n":
+                    line = b"\n" + line  # the last writer was stopped in its line
+            if os.write(opened, line) < len(line):
+                raise OSError(f"{self.path}: the line was cut short; the disk may be full")
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the events, oldest first."""
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                try:
+                    event = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(event, dict):
+                    yield event
+
+    def last(self, **fields: Any) -> dict[str, Any] | None:
+        """Return the last event whose fields have the given values."""
+        found = None
+        for event in self.read():
+            if all(event.get(name) == value for name, value in fields.items()):
+                found = event
+        return found

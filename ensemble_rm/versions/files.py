@@ -1,0 +1,102 @@
+"""Files that are there as a whole or not at all, also after a power cut.
+
+Knows bytes and folders; knows nothing of versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ensemble_rm.errors import StorageError
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file and wait until it is on the disk."""
+    with path.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a file in place of another in one step: a reader sees the old one or the new one.
+
+    The new one is written beside it, brought to the disk, and renamed over it.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        write_file(scratch, data)
+        scratch.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            scratch.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, where the system can."""
+    if os.name == "nt":
+        return  # no folder can be opened there
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring every file below a folder, and the folders themselves, to the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with (Path(parent) / name).open("rb") as stream:
+                os.fsync(stream.fileno())
+        sync_folder(Path(parent))
+
+
+def json_bytes(said: Any) -> bytes:
+    """Return a JSON object as the bytes of a readable file."""
+    return (json.dumps(said, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """Read a file of `json_bytes`.
+
+    Raises
+    ------
+    StorageError
+        If it is not there, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what was being done, and that all stays.
+
+    Parameters
+    ----------
+    doing : str
+        Such as ``"publishing in runs/hh"``.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        said = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            said = error.strerror + ("" if error.filename is None else f" ({error.filename})")
+        raise StorageError(
+            f"{doing}: {said}; what was current still is. Make room, or make the folder writable, "
+            "and run it again"
+        ) from error
