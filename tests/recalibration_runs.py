@@ -127,7 +127,7 @@ class Loader:
         return calibrated(1.0)
 
 
-def stored(place: Path, *parts: Sequence[Judgment]) -> JudgmentStore:
+def stored(place: str | Path, *parts: Sequence[Judgment]) -> JudgmentStore:
     """A store that holds judgments."""
     store = JudgmentStore.create(place)
     for part in parts:

@@ -339,3 +339,13 @@ def test_the_look_at_drift_says_three_things_and_its_exit_code(
     said = json.loads(capsys.readouterr().out)
     assert said["alarms"] == ["labelled"] and "anchor set" in said["unavailable"]["raters"]
     assert picture.stat().st_size > 1000
+
+
+def test_both_databases_are_read_alike(run: Path, store_place: str) -> None:
+    with stored(store_place, judged(3.0, 1500, seed=3)) as store:
+        found = job(run, store)
+        assert found.verdict == "published", found.reason
+        assert found.details["judgments"]["digest"] == store.digest()
+        first = min(one.judged_at for one in store.read())
+        assert found.details["judgments"]["first"] == first.isoformat(timespec="seconds")
+        assert store.newest() == max(one.judged_at for one in store.read())
