@@ -41,11 +41,19 @@ if TYPE_CHECKING:
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
+    from ensemble_rm.selection.select import SelectedPair, SelectedPairs, select_pairs
+    from ensemble_rm.selection.tasks import to_tasks
     from ensemble_rm.streaming import stream_scores
     from ensemble_rm.training.recipe import Recipe
     from ensemble_rm.training.train import train
     from ensemble_rm.versions.repository import Versions
     from ensemble_rm.versions.version import Version
+    from ensemble_rm.weighting import (
+        SampleWeights,
+        effective_size,
+        inclusion_weights,
+        thin_to_equal,
+    )
 
 __version__ = "0.1.0"
 
@@ -73,9 +81,12 @@ _HOMES = {
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
     "samples": "Message Preference Preferences Sample",
+    "selection.select": "SelectedPair SelectedPairs select_pairs",
+    "selection.tasks": "to_tasks",
     "streaming": "stream_scores",
     "training.recipe": "Recipe",
     "training.train": "train",
+    "weighting": "SampleWeights effective_size inclusion_weights thin_to_equal",
     "versions.repository": "Versions",
     "versions.version": "Version",
 }
@@ -101,10 +112,13 @@ __all__ = [
     "Recipe",
     "RewardEnsemble",
     "Sample",
+    "SampleWeights",
     "ScoreCache",
     "ScoredPairs",
     "Scorer",
     "Scores",
+    "SelectedPair",
+    "SelectedPairs",
     "TemperatureFit",
     "TrunkOptions",
     "Version",
@@ -113,10 +127,12 @@ __all__ = [
     "__version__",
     "combine",
     "cvar",
+    "effective_size",
     "entropic",
     "evaluate",
     "fit_normaliser",
     "fit_temperature",
+    "inclusion_weights",
     "lcb",
     "load_preferences",
     "make_aggregator",
@@ -126,7 +142,10 @@ __all__ = [
     "minimum",
     "precision_report",
     "quantile",
+    "select_pairs",
     "stream_scores",
+    "thin_to_equal",
+    "to_tasks",
     "train",
     "uwo",
 ]

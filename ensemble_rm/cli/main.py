@@ -18,10 +18,11 @@ from ensemble_rm.cli import (
     merge,
     precision,
     score,
+    select,
     train,
 )
 
-COMMANDS = (train, combine, merge, calibrate, evaluate, score, compare, precision, demo)
+COMMANDS = (train, combine, merge, calibrate, evaluate, score, compare, select, precision, demo)
 
 EXIT_CODES = """\
 exit codes:
