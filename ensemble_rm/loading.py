@@ -192,7 +192,7 @@ def _rows(source: str | Path | Iterable[Row], split: str) -> tuple[str, Iterator
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_file():
-            return str(source), _read_jsonl(path)
+            return str(source), read_jsonl(path)
         if path.exists() or path.suffix in {".jsonl", ".json", ".gz"} or _no_hub_id(str(source)):
             raise DataError(f"no such file: {source}")
         return str(source), enumerate(iter(_hub_rows(str(source), split)), start=1)
@@ -215,7 +215,8 @@ def _hub_rows(name: str, split: str) -> Iterable[Row]:
     return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Give the rows of a JSONL file, gzipped or not, numbered; a bad line as a DataError."""
     with path.open("rb") as probe:
         zipped = probe.read(2) == b"\x1f\x8b"
     opener: Any = gzip.open if zipped else open

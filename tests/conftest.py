@@ -72,16 +72,15 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def postgresql_socket() -> Iterator[Path]:
-    """A PostgreSQL server of the test run's own; its tests are skipped where none can be started."""
-    postgresql = pytest.importorskip("postgresql")
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
-    server = postgresql.server()
+    """The run's own PostgreSQL server; what needs it is skipped where none can be started."""
+    pytest.importorskip("psycopg")
+    from postgresql_server import NoServerError, server
+
     try:
-        socket_folder = server.__enter__()
-    except postgresql.NoServerError as error:
+        with server() as folder:
+            yield folder
+    except NoServerError as error:
         pytest.skip(f"no PostgreSQL: {error}")
-    yield socket_folder
-    server.__exit__(None, None, None)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -90,7 +89,7 @@ def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "judgments.db")
     socket_folder = request.getfixturevalue("postgresql_socket")
-    from postgresql import new_database
+    from postgresql_server import new_database
 
     return new_database(socket_folder)
 

@@ -15,6 +15,7 @@ from ensemble_rm.cli import (
     compare,
     demo,
     evaluate,
+    judgments,
     merge,
     precision,
     score,
@@ -22,7 +23,19 @@ from ensemble_rm.cli import (
     train,
 )
 
-COMMANDS = (train, combine, merge, calibrate, evaluate, score, compare, select, precision, demo)
+COMMANDS = (
+    train,
+    combine,
+    merge,
+    calibrate,
+    evaluate,
+    score,
+    compare,
+    precision,
+    select,
+    judgments,
+    demo,
+)
 
 EXIT_CODES = """\
 exit codes:
@@ -96,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.json or not sys.stderr.isatty():
         # Other libraries' bars; ours draws none off a terminal either.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Its warnings of heads that are new are what training asks for; what is wrong is an error here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

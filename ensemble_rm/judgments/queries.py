@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Select, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ensemble_rm.errors import StorageError
-from ensemble_rm.judgments.judgment import Judgment, text_body
+from ensemble_rm.judgments.judgment import Judgment, digest, text_body
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.tables import judgments, texts
 from ensemble_rm.samples import as_prompt
@@ -43,6 +45,34 @@ class Verdict(NamedTuple):
     flipped: bool
 
 
+class Held(NamedTuple):
+    """What is stored under an external id.
+
+    Attributes
+    ----------
+    first, latest : str
+        Id of the judgment that holds the external id, and of the end of its corrections.
+    verdict : bytes
+        What `verdict_of` says of the latest.
+    judged_at : datetime
+        Its time.
+    """
+
+    first: str
+    latest: str
+    verdict: bytes
+    judged_at: datetime
+
+
+def verdict_of(one: Judgment) -> bytes:
+    """Name what was judged how by whom, whatever else is said of it."""
+    return _verdict(one.text_digests, one.outcome, one.annotator)
+
+
+def _verdict(texts_: Sequence[bytes], outcome: str, annotator: str) -> bytes:
+    return digest([part.hex() for part in texts_], outcome, annotator)
+
+
 # Reading -------------------------------------------------------------------------------------
 
 
@@ -63,6 +93,12 @@ def conditions(where: Selection) -> list[ColumnElement[bool]]:
 def counting(where: Selection) -> Select[Any]:
     """How many."""
     return select(func.count()).select_from(judgments).where(*conditions(where))
+
+
+def conversations(where: Selection) -> Select[Any]:
+    """One whose prompt is no text but a list."""
+    query = select(judgments.c.id).join(texts, texts.c.digest == judgments.c.prompt)
+    return query.where(texts.c.body.startswith("["), *conditions(where)).limit(1)
 
 
 def names(where: Selection) -> Select[Any]:
@@ -90,21 +126,27 @@ def whole(where: Selection) -> Select[Any]:
     )
 
 
-def verdicts(connection: Connection, where: Selection) -> Iterator[Verdict]:
-    """Stream what agreement is counted from, by time and id."""
+def bare(where: Selection) -> Select[Any]:
+    """Their verdicts alone, by time and id."""
     c = judgments.c
-    query = (
+    return (
         select(c.pair_key, c.prompt_key, c.annotator, c.outcome, c.first, c.second)
         .where(*conditions(where))
         .order_by(c.judged_at, c.id)
     )
-    for pair, prompt, annotator, outcome, first, second in stream(connection, query):
-        yield Verdict(pair, prompt, annotator, outcome, first > second)
 
 
-def stream(connection: Connection, query: Select[Any]) -> Iterator[Any]:
+def read_verdict(row: Any) -> Verdict:
+    """Return the verdict of a row of `bare`."""
+    pair, prompt, annotator, outcome, first, second = row
+    return Verdict(pair, prompt, annotator, outcome, first > second)
+
+
+@contextmanager
+def stream(connection: Connection, query: Select[Any]) -> Iterator[Iterator[Any]]:
     """Fetch rows some at a time, by a cursor on the server where there is one."""
-    yield from connection.execution_options(yield_per=AT_ONCE).execute(query)
+    with connection.execute(query, execution_options={"yield_per": AT_ONCE}) as rows:
+        yield iter(rows)
 
 
 def read_row(row: Any, place: str) -> Judgment:
@@ -152,10 +194,9 @@ def insert(connection: Connection, rows: Collection[Judgment]) -> int:
         [{"digest": key, "body": text_body(bodies[key])} for key in sorted(bodies)],
     )
     ordered = sorted(rows, key=lambda one: (one.source, one.external_id))
-    done = connection.execute(
-        upsert(judgments).on_conflict_do_nothing(), [_written(one) for one in ordered]
-    )
-    return int(done.rowcount)
+    # The ids that come back, since drivers do not count the rows of many inserts alike.
+    new = upsert(judgments).on_conflict_do_nothing().returning(judgments.c.id)
+    return len(connection.execute(new, [_written(one) for one in ordered]).all())
 
 
 def _written(one: Judgment) -> dict[str, Any]:
@@ -191,11 +232,39 @@ def holders(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[st
     return found
 
 
-def correction_of(connection: Connection, old: str) -> str | None:
-    """Return the id of the judgment that corrects `old`."""
-    query = select(judgments.c.id).where(judgments.c.corrects == bytes.fromhex(old))
-    found = connection.execute(query).scalar()
-    return None if found is None else found.hex()
+def corrections(connection: Connection, ids: Collection[str]) -> dict[str, str]:
+    """Return the id of the judgment that corrects each of `ids`, where one does."""
+    found: dict[str, str] = {}
+    c = judgments.c
+    for some in _parts(ids):
+        query = select(c.corrects, c.id).where(c.corrects.in_([bytes.fromhex(i) for i in some]))
+        for row in connection.execute(query):
+            found[row.corrects.hex()] = row.id.hex()
+    return found
+
+
+def latest(connection: Connection, ids: Collection[str]) -> dict[str, str]:
+    """Return the end of each judgment's chain of corrections: itself where there is none."""
+    found = {one: one for one in ids}
+    open_ = set(ids)
+    while newer := corrections(connection, open_):
+        found = {one: newer.get(end, end) for one, end in found.items()}
+        open_ = set(newer.values())
+    return found
+
+
+def held(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[str, str], Held]:
+    """Return what holds each judgment's source and external id, where something does."""
+    holding = holders(connection, rows)
+    ends = latest(connection, set(holding.values()))
+    found: dict[str, tuple[bytes, datetime]] = {}
+    c = judgments.c
+    for some in _parts(set(ends.values())):
+        query = select(c.id, c.prompt, c.first, c.second, c.outcome, c.annotator, c.judged_at)
+        for row in connection.execute(query.where(c.id.in_([bytes.fromhex(i) for i in some]))):
+            verdict = _verdict((row.prompt, row.first, row.second), row.outcome, row.annotator)
+            found[row.id.hex()] = (verdict, row.judged_at)
+    return {key: Held(first, ends[first], *found[ends[first]]) for key, first in holding.items()}
 
 
 def _parts(values: Collection[str]) -> Iterator[list[str]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ensemble_rm.errors import MissingExtraError, StorageError
 from ensemble_rm.judgments.judgment import Judgment
@@ -18,10 +18,13 @@ from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Preferences
 
 if TYPE_CHECKING:
+    from sqlalchemy import Select
+
     from ensemble_rm.judgments.database import Database
-    from ensemble_rm.judgments.queries import Verdict
+    from ensemble_rm.judgments.queries import Held, Verdict
     from ensemble_rm.judgments.writing import Writer
 
+T = TypeVar("T")
 BATCH = 5000
 
 
@@ -151,8 +154,6 @@ class JudgmentStore:
         StorageError
             If the store cannot be written.
         """
-        from ensemble_rm.judgments.writing import in_batches
-
         added = already = done = 0
         waiting: list[Judgment] = []
         with self.writer() as writer:
@@ -207,8 +208,8 @@ class JudgmentStore:
         """
         from ensemble_rm.judgments import queries
 
-        with self._database.reading() as connection:
-            for row in queries.stream(connection, queries.whole(where)):
+        with self._streaming(queries.whole(where)) as rows:
+            for row in rows:
                 yield queries.read_row(row, self.name)
 
     def count(self, where: Selection = EVERYTHING) -> int:
@@ -224,17 +225,24 @@ class JudgmentStore:
         from ensemble_rm.judgments import queries
 
         found = hashlib.sha256()
-        with self._database.reading() as connection:
-            for row in queries.stream(connection, queries.names(where)):
+        with self._streaming(queries.names(where)) as rows:
+            for row in rows:
                 found.update(row.id)
         return found.hexdigest()
+
+    def has_conversations(self, where: Selection = EVERYTHING) -> bool:
+        """Return whether a selected judgment's prompt is a list of messages."""
+        from ensemble_rm.judgments import queries
+
+        with self._database.reading() as connection:
+            return connection.execute(queries.conversations(where)).first() is not None
 
     def verdicts(self, where: Selection = EVERYTHING) -> Iterator[Verdict]:
         """Stream judgments without their texts, by time and id."""
         from ensemble_rm.judgments import queries
 
-        with self._database.reading() as connection:
-            yield from queries.verdicts(connection, where)
+        with self._streaming(queries.bare(where)) as rows:
+            yield from map(queries.read_verdict, rows)
 
     def preferences(self, where: Selection = EVERYTHING) -> Preferences:
         """Join the judgments of each pair into votes; see `to_preferences`.
@@ -251,12 +259,51 @@ class JudgmentStore:
         """
         return to_preferences(self.read(where), source=self.name)
 
+    @contextmanager
+    def _streaming(self, query: Select[Any]) -> Iterator[Iterator[Any]]:
+        from ensemble_rm.judgments import queries
+
+        with self._database.reading() as connection, queries.stream(connection, query) as rows:
+            yield rows
+
     def known(self, judgments: Iterable[Judgment]) -> dict[tuple[str, str], str]:
         """Return the id that holds each judgment's source and external id, where one does."""
         from ensemble_rm.judgments import queries
 
         with self._database.reading() as connection:
             return queries.holders(connection, list(judgments))
+
+    def held(self, judgments: Iterable[Judgment]) -> dict[tuple[str, str], Held]:
+        """Return what holds each judgment's source and external id now, corrections followed."""
+        from ensemble_rm.judgments import queries
+
+        with self._database.reading() as connection:
+            return queries.held(connection, list(judgments))
+
+    def existing(self, ids: Collection[str]) -> set[str]:
+        """Return those of the ids that are stored."""
+        from ensemble_rm.judgments import queries
+
+        with self._database.reading() as connection:
+            return queries.existing(connection, ids)
+
+    def corrections(self, ids: Collection[str]) -> dict[str, str]:
+        """Return the id of the judgment that corrects each of the ids, where one does."""
+        from ensemble_rm.judgments import queries
+
+        with self._database.reading() as connection:
+            return queries.corrections(connection, ids)
+
+
+def in_batches(rows: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
+    """Cut rows into lists of `size`, each with whether it is the last; one list at least."""
+    held: list[T] = []
+    for row in rows:
+        if len(held) == size:
+            yield held, False
+            held = []
+        held.append(row)
+    yield held, True
 
 
 def _open(place: str | Path, **options: Any) -> Database:

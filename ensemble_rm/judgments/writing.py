@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
@@ -14,7 +13,6 @@ from ensemble_rm.errors import DataError, JudgmentConflictError, UnknownJudgment
 from ensemble_rm.judgments import queries
 from ensemble_rm.judgments.judgment import Judgment
 
-T = TypeVar("T")
 TRIES = 20
 DEADLOCKS = {"40P01", "40001"}
 
@@ -72,7 +70,7 @@ class Writer:
                 with self._connection.begin():
                     found = self._insert_all(batch)
                     if last:
-                        found.refused += [(one, _unknown(one)) for one in found.waiting]
+                        found.refused += [(one, unknown(one)) for one in found.waiting]
                         found.waiting = []
                     if strict and found.refused:
                         raise found.refused[0][1]
@@ -88,11 +86,11 @@ class Writer:
         while found.waiting:
             targets = {one.corrects for one in found.waiting if one.corrects is not None}
             there: set[str | None] = {None, *queries.existing(self._connection, targets)}
-            ready = [one for one in found.waiting if one.corrects in there]
+            ready, rest = _next_round(found.waiting, there)
             if not ready:
                 break
             self._insert(ready, found)
-            found.waiting = [one for one in found.waiting if one.corrects not in there]
+            found.waiting = rest
         return found
 
     def _insert(self, ready: Sequence[Judgment], found: Written) -> None:
@@ -109,15 +107,31 @@ class Writer:
     def _reasons(self, refused: Sequence[Judgment]) -> Iterator[DataError]:
         held = queries.holders(self._connection, refused)
         for one in refused:
-            yield conflict(one, held.get((one.source, one.external_id))) or _corrected_twice(
-                one, queries.correction_of(self._connection, one.corrects or "")
-            )
+            holder = held.get((one.source, one.external_id), one.id)
+            if holder != one.id:
+                yield holds_another(one, holder)
+            else:
+                by = queries.corrections(self._connection, {one.corrects or ""})
+                yield corrected_twice(one, by.get(one.corrects or "", "another"))
 
 
-def conflict(one: Judgment, holder: str | None) -> JudgmentConflictError | None:
+def _next_round(
+    waiting: Sequence[Judgment], there: set[str | None]
+) -> tuple[list[Judgment], list[Judgment]]:
+    """Split off those whose target is there; of rivals for one target the first alone."""
+    ready: list[Judgment] = []
+    rest: list[Judgment] = []
+    taken: set[str] = set()
+    for one in waiting:
+        free = one.corrects is None or one.corrects not in taken
+        (ready if free and one.corrects in there else rest).append(one)
+        if one.corrects is not None:
+            taken.add(one.corrects)
+    return ready, rest
+
+
+def holds_another(one: Judgment, holder: str) -> JudgmentConflictError:
     """Return the error of a judgment whose external id another one holds."""
-    if holder in (None, one.id):
-        return None
     return JudgmentConflictError(
         f"`external_id` {one.external_id!r} of source {one.source!r} is stored with other content "
         f"(id {holder}); if the verdict changed, add a correction with `corrects` and an external "
@@ -125,24 +139,15 @@ def conflict(one: Judgment, holder: str | None) -> JudgmentConflictError | None:
     )
 
 
-def _corrected_twice(one: Judgment, by: str | None) -> JudgmentConflictError:
+def corrected_twice(one: Judgment, by: str) -> JudgmentConflictError:
+    """Return the error of a second correction."""
     return JudgmentConflictError(
         f"`corrects` {one.corrects}: that judgment is corrected already, by {by}; correct that one"
     )
 
 
-def _unknown(one: Judgment) -> UnknownJudgmentError:
+def unknown(one: Judgment) -> UnknownJudgmentError:
+    """Return the error of a correction whose target is nowhere."""
     return UnknownJudgmentError(
         f"`corrects` {one.corrects}: no such judgment is stored; add it first, or mend the id"
     )
-
-
-def in_batches(rows: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
-    """Cut rows into lists of `size`, each with whether it is the last; one list at least."""
-    held: list[T] = []
-    for row in rows:
-        if len(held) == size:
-            yield held, False
-            held = []
-        held.append(row)
-    yield held, True
