@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from ensemble_rm.members.scorer import FunctionScorer, Scorer
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
+    from ensemble_rm.recalibration.decision import GateOptions
+    from ensemble_rm.recalibration.job import recalibrate
+    from ensemble_rm.recalibration.outcome import Recalibration
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
@@ -77,6 +80,9 @@ _HOMES = {
     "members.scorer": "FunctionScorer Scorer",
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
+    "recalibration.decision": "GateOptions",
+    "recalibration.job": "recalibrate",
+    "recalibration.outcome": "Recalibration",
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
@@ -100,6 +106,7 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "FunctionScorer",
+    "GateOptions",
     "HeadScorer",
     "LoraOptions",
     "LoraScorer",
@@ -109,6 +116,7 @@ __all__ = [
     "Preference",
     "Preferences",
     "Ranking",
+    "Recalibration",
     "Recipe",
     "RewardEnsemble",
     "Sample",
@@ -142,6 +150,7 @@ __all__ = [
     "minimum",
     "precision_report",
     "quantile",
+    "recalibrate",
     "select_pairs",
     "stream_scores",
     "thin_to_equal",

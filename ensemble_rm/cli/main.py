@@ -17,24 +17,21 @@ from ensemble_rm.cli import (
     evaluate,
     judgments,
     merge,
+    pin,
     precision,
+    recalibrate,
+    rollback,
     score,
     select,
+    show,
     train,
+    unpin,
+    versions,
 )
 
 COMMANDS = (
-    train,
-    combine,
-    merge,
-    calibrate,
-    evaluate,
-    score,
-    compare,
-    precision,
-    select,
-    judgments,
-    demo,
+    *(train, combine, merge, calibrate, evaluate, score, compare, precision),
+    *(select, judgments, recalibrate, versions, show, rollback, pin, unpin, demo),
 )
 
 EXIT_CODES = """\
@@ -45,12 +42,17 @@ exit codes:
   4    a model, a saved ensemble or a cache cannot be read or written
   5    the judgments do not allow a calibration, or it does not apply
   6    training, or scoring, met NaN or infinity, or cannot be resumed
+  10   a job kept what is published, and says why
+  11   a job has too few judgments
+  12   a job found drift that no publication answers
+  13   another job works on the folder
   130  interrupted
 """
 
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.DataError, 3),
     (errors.ModelError, 4),
+    (errors.LockedError, 13),
     (errors.StorageError, 4),
     (errors.MissingExtraError, 4),
     (errors.CalibrationError, 5),
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Its warnings of heads that are new are what training asks for; what is wrong is an error here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        args.run(args)
+        found: int | None = args.run(args)  # a job's verdict; None is done
     except KeyboardInterrupt:
         print("ensemble-rm: interrupted", file=sys.stderr)
         return 130
@@ -128,4 +130,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(said, ensure_ascii=False))
         print(f"ensemble-rm {args.command}: {error}", file=sys.stderr)
         return code
-    return 0
+    return found or 0

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Select
 
     from ensemble_rm.judgments.database import Database
+    from ensemble_rm.judgments.observations import Observation
     from ensemble_rm.judgments.queries import Held, Verdict
     from ensemble_rm.judgments.writing import Writer
 
@@ -243,6 +245,21 @@ class JudgmentStore:
 
         with self._streaming(queries.bare(where)) as rows:
             yield from map(queries.read_verdict, rows)
+
+    def observations(self, where: Selection = EVERYTHING) -> Iterator[Observation]:
+        """Stream judgments as recalibration reads them: dated, and without their texts."""
+        from ensemble_rm.judgments import observations
+
+        with self._streaming(observations.dated(where)) as rows:
+            yield from map(observations.read_observation, rows)
+
+    def newest(self, where: Selection = EVERYTHING) -> datetime | None:
+        """Return when the last selected judgment was given; None where none is selected."""
+        from ensemble_rm.judgments import observations
+
+        with self._database.reading() as connection:
+            found: datetime | None = connection.execute(observations.latest(where)).scalar()
+            return found
 
     def preferences(self, where: Selection = EVERYTHING) -> Preferences:
         """Join the judgments of each pair into votes; see `to_preferences`.

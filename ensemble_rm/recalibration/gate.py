@@ -1,0 +1,154 @@
+"""Whether a candidate may take the incumbent's place, by judgments that it was not fitted on.
+
+Both predict the same judgments; the difference of their losses, prompt by prompt, is what counts.
+Where a job runs more often than its gate is long, the incumbent has seen some of them, which
+speaks for the incumbent.
+Knows probabilities and losses; knows nothing of how a candidate was fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student
+
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.errors import OptionError
+from ensemble_rm.recalibration.judged import Ints, effective_size
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What the gate found.
+
+    Attributes
+    ----------
+    passed : bool
+        Whether the candidate may be published.
+    reason : str
+        Why, in words.
+    nll_before, nll_after : float
+        Of the incumbent and the candidate, nats a judgment.
+    difference : float
+        The candidate's NLL minus the incumbent's; below 0 it is better.
+    se : float
+        Standard error of the difference, over prompts.
+    upper : float
+        One-sided upper bound of the difference.
+    delta, level : float
+        The loss that has to be excluded, nats, and at which confidence.
+    judgments, prompts : int
+        How many were looked at.
+    effective : float
+        Kish's effective number of judgments.
+    """
+
+    passed: bool
+    reason: str
+    nll_before: float
+    nll_after: float
+    difference: float
+    se: float
+    upper: float
+    delta: float
+    level: float
+    judgments: int
+    prompts: int
+    effective: float
+
+
+def losses(margins: Floats, targets: Floats, temperatures: ArrayLike) -> Floats:
+    """Return −y log σ(Δ/T) − (1 − y) log σ(−Δ/T) of each judgment, exact at any margin.
+
+    Parameters
+    ----------
+    margins, targets : ndarray, shape (n_judgments,)
+    temperatures : array_like, shape (n_judgments,) or ()
+        Infinity, for which every probability is ½, is allowed.
+    """
+    x = margins / np.asarray(temperatures, dtype=np.float64)
+    return np.asarray(np.logaddexp(0.0, -x) + (1 - targets) * x, dtype=np.float64)
+
+
+def clustered_mean(
+    values: Floats, weights: Floats, groups: NDArray[np.int64]
+) -> tuple[float, float, int]:
+    """Return the weighted mean, its standard error over groups, and how many groups there are.
+
+    The linearised variance of a ratio of sums over clusters, with the usual G/(G − 1).
+    """
+    labels = np.unique(groups, return_inverse=True)[1]
+    total = float(weights.sum())
+    mean = float((weights * values).sum()) / total
+    sums = np.bincount(labels, weights * (values - mean))
+    g = len(sums)
+    if g < 2:
+        return mean, math.inf, g
+    return mean, math.sqrt(float((sums**2).sum()) * g / (g - 1)) / total, g
+
+
+def judge_candidate(
+    before: Floats,
+    after: Floats,
+    *,
+    weights: Floats,
+    groups: Ints,
+    delta: float,
+    level: float = 0.95,
+) -> Gate:
+    """Compare two predictors' losses on the same judgments.
+
+    The candidate passes if its mean loss is lower, and a mean loss that is higher by more than
+    `delta` can be excluded. The first asks for the better point estimate and not for a proven
+    gain, which from a month's judgments hardly any recalibration could show; the second keeps out
+    a candidate of which the judgments say too little.
+
+    Parameters
+    ----------
+    before, after : ndarray, shape (n_judgments,)
+        Losses of the incumbent and the candidate, nats.
+    weights : ndarray, shape (n_judgments,)
+    groups : ndarray of int, shape (n_judgments,)
+        Prompt of each; judgments of one prompt are not independent.
+    delta : float
+        Nats a judgment, > 0.
+    level : float
+        Of the one-sided bound.
+
+    Returns
+    -------
+    Gate
+    """
+    if not delta > 0:
+        raise OptionError(f"delta must be > 0 nats, not {delta}")
+    difference, se, prompts = clustered_mean(after - before, weights, groups)
+    reach = float(student.ppf(level, max(prompts - 1, 1))) * se if se > 0 else 0.0
+    upper = difference + reach
+    passed = difference < 0 and upper <= delta
+    if passed:
+        reason = f"NLL falls by {-difference:.5f} nats; a rise above {upper:+.5f} is excluded"
+    elif difference >= 0:
+        reason = f"the candidate is no better on the newest judgments ({difference:+.5f} nats)"
+    else:
+        reason = (
+            f"NLL falls by {-difference:.5f} nats, and a rise of {upper:.5f} is not excluded "
+            f"(delta {delta}); more judgments would tell"
+        )
+    weighted = float(weights.sum())
+    return Gate(
+        passed,
+        reason,
+        float((weights * before).sum()) / weighted,
+        float((weights * after).sum()) / weighted,
+        difference,
+        se,
+        upper,
+        delta,
+        level,
+        len(before),
+        prompts,
+        effective_size(weights),
+    )

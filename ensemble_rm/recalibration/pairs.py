@@ -1,0 +1,145 @@
+"""The margins of a window's pairs: from stored scores, and by scoring the pairs that have none.
+
+Texts are read only for pairs without scores, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.calibration.pairs import ScoredPairs
+from ensemble_rm.errors import DataError
+from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.judgments.store import JudgmentStore
+from ensemble_rm.progress import Progress
+from ensemble_rm.recalibration.judged import Ints
+from ensemble_rm.recalibration.scores import KEY, PairMargins, ScoreTable, read_margins
+from ensemble_rm.recalibration.window import Window
+from ensemble_rm.samples import Sample
+
+if TYPE_CHECKING:
+    from ensemble_rm.ensemble import RewardEnsemble
+
+CHUNK = 2048  # pairs that are scored at once
+EVIDENCE_LIMIT = 50_000  # judgments whose scores go with a version; their table holds them all
+
+
+def window_margins(
+    window: Window,
+    store: JudgmentStore,
+    table: ScoreTable,
+    aggregator: Aggregator,
+    members: int,
+    load: Callable[[], RewardEnsemble],
+    *,
+    progress: Progress,
+) -> PairMargins:
+    """Return the margins of a window's pairs; score and keep those that are not stored.
+
+    Parameters
+    ----------
+    window : Window
+    store : JudgmentStore
+        Where the texts are.
+    table : ScoreTable
+        Stored scores; a read-only one is not added to.
+    aggregator : Aggregator
+    members : int
+        How many there are.
+    load : callable
+        Loads the ensemble; called only where something has to be scored.
+    progress : callable
+        Called with (stage, done, total).
+
+    Returns
+    -------
+    PairMargins
+        Of the window's `keys`.
+
+    Raises
+    ------
+    DataError
+        If the texts of a pair are not in the store any more.
+    """
+    found = read_margins(table, window.keys, aggregator, members, progress=progress)
+    missing = int(found.missing.sum())
+    if not missing:
+        return found
+    ensemble, done = load(), 0
+    for chunk in _unscored(window, store, found.missing):
+        names = list(chunk)
+        sides = _score(ensemble, list(chunk.values()))
+        found.fill(_places(window, names), sides, aggregator)
+        if not table.read_only:
+            table.put(names, sides)
+        done += len(names)
+        progress("scoring pairs", done, missing)
+    if found.missing.any():
+        raise DataError(
+            f"{int(found.missing.sum())} pairs of the window have no texts in {store.name} any "
+            "more; restore it from a copy"
+        )
+    return found
+
+
+def _unscored(
+    window: Window, store: JudgmentStore, missing: NDArray[np.bool_]
+) -> Iterator[dict[bytes, Judgment]]:
+    left = {bytes(name) for name in _names(window, np.flatnonzero(missing))}
+    chunk: dict[bytes, Judgment] = {}
+    for one in store.read(window.where):
+        if one.pair_digest in left:
+            left.discard(one.pair_digest)
+            chunk[one.pair_digest] = one
+            if len(chunk) == CHUNK:
+                yield chunk
+                chunk = {}
+    if chunk:
+        yield chunk
+
+
+def _names(window: Window, places: Ints) -> list[bytes]:
+    raw = window.keys[places].tobytes()
+    return [raw[i : i + KEY] for i in range(0, len(raw), KEY)]
+
+
+def _places(window: Window, names: list[bytes]) -> Ints:
+    return np.searchsorted(window.keys, np.frombuffer(b"".join(names), f"S{KEY}"))
+
+
+def _score(ensemble: RewardEnsemble, judged: list[Judgment]) -> NDArray[np.float64]:
+    """Return (n_pairs, 2, n_members) normalised scores, the pair's own first side first."""
+    samples = []
+    for one in judged:
+        _, first, second = one.text_digests
+        sides = (one.first, one.second) if first <= second else (one.second, one.first)
+        samples += [Sample(one.prompt, side) for side in sides]
+    scores = ensemble.score(samples).members
+    return scores.reshape(len(judged), 2, -1)
+
+
+def evidence_of(window: Window, table: ScoreTable) -> ScoredPairs | None:
+    """Return the window's judgments with both sides' scores; None where they are too many."""
+    if len(window) > EVIDENCE_LIMIT:
+        return None
+    whole: NDArray[np.float64] | None = None
+    for places, sides in table.blocks(window.keys):
+        if whole is None:
+            whole = np.zeros((len(window.keys), *sides.shape[1:]))
+        whole[places] = sides
+    if whole is None:
+        return None
+    names = [None if code < 0 else window.subset_names[code] for code in window.subsets]
+    return ScoredPairs(
+        whole[window.pairs, 0],
+        whole[window.pairs, 1],
+        window.targets,
+        window.weights,
+        np.unique(window.groups, return_inverse=True)[1],
+        tuple(names),
+    )
