@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from ensemble_rm.recalibration.decision import GateOptions
     from ensemble_rm.recalibration.job import recalibrate
     from ensemble_rm.recalibration.outcome import Recalibration
+    from ensemble_rm.recalibration.retraining import Retraining, RetrainingOptions, retrain
+    from ensemble_rm.recalibration.retraining_job import RetrainingRun, retrain_run
+    from ensemble_rm.recalibration.units import same_units
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
@@ -83,6 +86,9 @@ _HOMES = {
     "recalibration.decision": "GateOptions",
     "recalibration.job": "recalibrate",
     "recalibration.outcome": "Recalibration",
+    "recalibration.retraining": "Retraining RetrainingOptions retrain",
+    "recalibration.retraining_job": "RetrainingRun retrain_run",
+    "recalibration.units": "same_units",
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
@@ -118,6 +124,9 @@ __all__ = [
     "Ranking",
     "Recalibration",
     "Recipe",
+    "Retraining",
+    "RetrainingOptions",
+    "RetrainingRun",
     "RewardEnsemble",
     "Sample",
     "SampleWeights",
@@ -151,6 +160,9 @@ __all__ = [
     "precision_report",
     "quantile",
     "recalibrate",
+    "retrain",
+    "retrain_run",
+    "same_units",
     "select_pairs",
     "stream_scores",
     "thin_to_equal",

@@ -20,6 +20,7 @@ from ensemble_rm.cli import (
     pin,
     precision,
     recalibrate,
+    retrain,
     rollback,
     score,
     select,
@@ -31,7 +32,7 @@ from ensemble_rm.cli import (
 
 COMMANDS = (
     *(train, combine, merge, calibrate, evaluate, score, compare, precision),
-    *(select, judgments, recalibrate, versions, show, rollback, pin, unpin, demo),
+    *(select, judgments, recalibrate, retrain, versions, show, rollback, pin, unpin, demo),
 )
 
 EXIT_CODES = """\
