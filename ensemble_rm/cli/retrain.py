@@ -1,7 +1,7 @@
 """Train the published ensemble's members on, on new judgments, and publish them if they are better.
 
-RUN is a saved ensemble's folder; its first version is the ensemble as it is. The members go on from
-their weights on the old pairs and the new judgments; the newest prompts decide, in NLL and accuracy.
+RUN is a saved ensemble's folder; its first version is the ensemble as it is. Members go on from
+their weights on the old pairs and the new judgments; the newest prompts decide by NLL and accuracy.
 The reward keeps the spread that it had on the reference completions. Where the gate says no, the
 current version stays, and the reason is said: exit codes 10, 11 and 13 are for that. `ensemble-rm
 rollback RUN` goes back. Every run is a line in RUN/audit.jsonl.
