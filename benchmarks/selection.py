@@ -129,7 +129,7 @@ class Trial:
     def value(
         self, heads: HeadWeights, held: np.ndarray, left: np.ndarray, strategy: str
     ) -> np.ndarray | None:
-        """What the pairs that are left are worth, by the library's own formulas."""
+        """Return what the pairs that are left are worth, by the library's own formulas."""
         (asked,) = self.margins(heads, left)
         mixture = fit_mixture_temperature(held, np.ones(len(held)))
         return utility(PoolMargins(asked.mean(axis=1), asked, mixture), strategy)

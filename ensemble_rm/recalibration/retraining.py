@@ -18,6 +18,8 @@ from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.members.backbone import DEFAULT_CACHE
+from ensemble_rm.members.cache import FeatureCache
+from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.recalibration.retraining_gate import Answer, RetrainingGate, gate_members
 from ensemble_rm.recalibration.retraining_parts import RetrainingParts, part_judgments
@@ -179,9 +181,22 @@ def retrain(
         progress=progress,
     )
     fixed = old if reference is None else reference
-    candidate = same_units(trained, ensemble, fixed, progress=progress)
+    cache = None if cache_dir is None else FeatureCache(Path(cache_dir).expanduser())
+    both = [_reading(one, cache) for one in (ensemble, trained)]
+    candidate = same_units(both[1], both[0], fixed, progress=progress)
     details["units"] = _units(candidate, fixed)
-    return _judge(ensemble, candidate, parts, chosen, details, progress)
+    found = _judge(both[0], candidate, parts, chosen, details, progress)
+    return replace(
+        found,
+        ensemble=found.ensemble and replace(found.ensemble, scorers=trained.scorers),
+        candidate=found.candidate and replace(found.candidate, scorers=trained.scorers),
+    )
+
+
+def _reading(ensemble: RewardEnsemble, cache: FeatureCache | None) -> RewardEnsemble:
+    """Let heads read features that training has read, and each other's: one trunk, two ensembles."""
+    scorers = (s.with_cache(cache) if isinstance(s, HeadScorer) else s for s in ensemble.scorers)
+    return replace(ensemble, scorers=tuple(scorers))
 
 
 def deal(
