@@ -27,7 +27,7 @@ prompts on the reference set, at most.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from ensemble_rm.errors import CalibrationError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.votes import to_preferences
 from ensemble_rm.members.backbone import locate
+from ensemble_rm.members.cache import FeatureCache
 from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.recalibration.retraining import RetrainingOptions
 from ensemble_rm.recalibration.units import reward_units
@@ -184,14 +185,9 @@ class World:
 
 
 def hard(judgments: list[Judgment]) -> Preferences:
-    """The same as pairs with a chosen side, for training afresh."""
-    pairs = (
-        Preference(
-            j.prompt, *((j.first, j.second) if j.outcome == "first" else (j.second, j.first))
-        )
-        for j in judgments
-    )
-    return Preferences(tuple(pairs), "old")
+    """Return the same as pairs with a chosen side, for training afresh."""
+    sides = {"first": lambda j: (j.first, j.second), "second": lambda j: (j.second, j.first)}
+    return Preferences(tuple(Preference(j.prompt, *sides[j.outcome](j)) for j in judgments), "old")
 
 
 class Trial:
@@ -202,8 +198,8 @@ class Trial:
         self.rng = np.random.default_rng(seed)
         order = self.rng.permutation(len(world.pairs))
         ends = np.cumsum([s.fit, s.held, *[s.pool] * s.rounds, s.evaluated])
-        fit, held, *self.pools, self.evaluated, _ = np.split(order, ends)
-        self.old = hard(world.judged(fit, 0, self.rng))
+        self.fit, held, *self.pools, self.evaluated, _ = np.split(order, ends)
+        self.old = hard(world.judged(self.fit, 0, self.rng))
         self.reference = self.old[:150]
         first = train(
             *self.old.split(0.85, 0.15, seed=seed),
@@ -219,10 +215,6 @@ class Trial:
             self.measure(arm)
 
     def calibrated(self, ensemble: RewardEnsemble, judgments: list[Judgment]) -> RewardEnsemble:
-        from dataclasses import replace
-
-        from ensemble_rm.members.cache import FeatureCache
-
         (scorer,) = ensemble.scorers
         assert isinstance(scorer, HeadScorer)
         reading = replace(ensemble, scorers=(scorer.with_cache(FeatureCache(self.world.cache)),))
@@ -244,8 +236,12 @@ class Trial:
         q = expit(x[sure] / (np.inf if calibration is None else calibration.temperature))
         p = w.p[self.evaluated][sure]
         arm.nll.append(float((p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()))
-        reward = _reference_reward(w, arm.ensemble, self.reference)
-        arm.spreads.append(reward)
+        arm.spreads.append(self.spread(arm.ensemble))
+
+    def spread(self, ensemble: RewardEnsemble) -> float:
+        """Return the reward's RMS within the reference prompts; of two completions it is |Δ|/√2."""
+        x = self.world.margins(ensemble, self.fit[: len(self.reference)])
+        return float(np.sqrt((x**2).mean() / 2))
 
     def winners(self, ensemble: RewardEnsemble, pool: np.ndarray) -> np.ndarray:
         """Prompts of the completions that best-of-n picks, one after another."""
@@ -294,24 +290,6 @@ class Trial:
             arm.ensemble = self.calibrated(found.candidate, arm.judgments)
 
 
-def _reference_reward(world: World, ensemble: RewardEnsemble, reference: Preferences) -> float:
-    """RMS of the reward within the reference prompts, from the features that were read."""
-    place = {(p.prompt, p.chosen): i for i, p in enumerate(world.pairs)}
-    n = len(world.pairs)
-    rows = []
-    for pair in reference:
-        i = place.get((pair.prompt, pair.chosen))
-        j = place.get((pair.prompt, pair.rejected))
-        rows.append((i, n + i) if i is not None else (n + j, j))  # type: ignore[operator]
-    both = np.array(rows).T.reshape(-1)
-    (scorer,) = ensemble.scorers
-    assert isinstance(scorer, HeadScorer)
-    raw = scorer.apply(world.proxy.read[both], world.proxy.views)
-    return reward_units(
-        ensemble.aggregator(ensemble.normaliser(raw)), reference.sample_groups()
-    ).scale[0]
-
-
 def report(trials: list[Trial], figures: Figures) -> None:
     gold = {arm: np.array([t.arms[arm].gold for t in trials]) for arm in ARMS}
     for arm in ARMS:
@@ -328,14 +306,9 @@ def report(trials: list[Trial], figures: Figures) -> None:
     for arm in ARMS[1:]:
         gain = gold[arm][:, -1] - gold["frozen"][:, -1]
         figures.add_repeats(f"gain_{arm}", gain.tolist())
-        error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
-        figures.add(
-            f"mean_gain_{arm}",
-            gain.mean(),
-            gain.mean() - 2 * error,
-            gain.mean() + 2 * error,
-            len(gain),
-        )
+        reach = 2 * gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
+        middle = float(gain.mean())
+        figures.add(f"mean_gain_{arm}", middle, middle - reach, middle + reach, len(gain))
     for arm in ("retrained", "retrained_random"):
         share = [float(np.mean(t.arms[arm].published)) for t in trials]
         figures.add_repeats(f"published_share_{arm}", share)

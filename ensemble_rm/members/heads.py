@@ -79,7 +79,7 @@ class HeadScorer(ModelScorer):
             return self._trunk
 
     def with_cache(self, cache: FeatureCache | None) -> HeadScorer:
-        """Return the same heads over the same trunk, reading features from a cache, or from none."""
+        """Return the same heads over the same trunk, with a cache of features or without."""
         return HeadScorer(
             self.backbone,
             self.options,

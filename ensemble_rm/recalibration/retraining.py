@@ -194,7 +194,7 @@ def retrain(
 
 
 def _reading(ensemble: RewardEnsemble, cache: FeatureCache | None) -> RewardEnsemble:
-    """Let heads read features that training has read, and each other's: one trunk, two ensembles."""
+    """Let heads find the features that training has read, and each other's."""
     scorers = (s.with_cache(cache) if isinstance(s, HeadScorer) else s for s in ensemble.scorers)
     return replace(ensemble, scorers=tuple(scorers))
 
