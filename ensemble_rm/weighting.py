@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -77,7 +78,8 @@ def effective_size(weights: ArrayLike) -> float:
 
 
 def inclusion_weights(
-    inclusion: Sequence[float | None] | ArrayLike, designs: Sequence[object] | None = None
+    inclusion: Sequence[float | None] | ArrayLike,
+    designs: Sequence[object] | NDArray[Any] | None = None,
 ) -> SampleWeights:
     """Turn inclusion probabilities into weights 1/π [1]_, of mean 1 in every design [2]_.
 
@@ -89,7 +91,7 @@ def inclusion_weights(
     inclusion : sequence of (float or None), shape (n,)
         Probability π in (0, 1] with which each was drawn; None (or NaN) where all of its design
         were as probable as one another.
-    designs : sequence, optional
+    designs : sequence or ndarray, optional
         Which draw each belongs to: its batch, its strategy. One for all where not given.
 
     Returns
@@ -101,29 +103,35 @@ def inclusion_weights(
     OptionError
         If a probability is not in (0, 1], or a design has some with and some without.
     """
-    given = [np.nan if p is None else p for p in np.asarray(inclusion, dtype=object).ravel()]
-    pi = np.array(given, dtype=np.float64)
+    pi = np.array(inclusion, dtype=np.float64)  # None becomes NaN
     known = ~np.isnan(pi)
     if not ((pi[known] > 0) & (pi[known] <= 1)).all():
         bad = pi[known][~((pi[known] > 0) & (pi[known] <= 1))][0]
         raise OptionError(f"an inclusion probability must lie in (0, 1], not {bad!r}")
-    names = [None] * len(pi) if designs is None else list(designs)
-    if len(names) != len(pi):
-        raise OptionError(f"{len(names)} designs for {len(pi)} inclusion probabilities")
-    numbers: dict[object, int] = {}
-    places = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
-    counts = np.bincount(places, minlength=len(numbers))
-    told = np.bincount(places[known], minlength=len(numbers))
-    for name, place in numbers.items():
-        if 0 < told[place] < counts[place]:
-            raise OptionError(
-                f"{told[place]} of the {counts[place]} of design {name!r} name an inclusion "
-                "probability; the others would count as drawn alike: name the designs apart"
-            )
-    weights = np.where(known, 1.0 / np.where(known, pi, 1.0), 1.0)
-    sums = np.bincount(places, weights, minlength=len(numbers))
-    weights = weights * (counts / np.maximum(sums, 1e-300))[places]
+    places = _numbered([None] * len(pi) if designs is None else designs)
+    if len(places) != len(pi):
+        raise OptionError(f"{len(places)} designs for {len(pi)} inclusion probabilities")
+    counts = np.bincount(places)
+    told = np.bincount(places[known], minlength=len(counts))
+    mixed = np.flatnonzero((told > 0) & (told < counts))
+    if len(mixed):
+        first = int(np.flatnonzero(places == mixed[0])[0])
+        name = None if designs is None else designs[first]
+        raise OptionError(
+            f"{told[mixed[0]]} of the {counts[mixed[0]]} of design {name!r} name an inclusion "
+            "probability; the others would count as drawn alike: name the designs apart"
+        )
+    weights = 1.0 / np.where(known, pi, 1.0)
+    weights *= (counts / np.bincount(places, weights, minlength=len(counts)))[places]
     return SampleWeights(weights, effective_size(weights))
+
+
+def _numbered(names: Sequence[object] | NDArray[Any]) -> NDArray[np.int64]:
+    """Number equal names alike, from 0."""
+    if isinstance(names, np.ndarray):
+        return np.asarray(np.unique(names, return_inverse=True)[1], dtype=np.int64)
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
 
 def thin_to_equal(inclusion: ArrayLike, *, floor: float, seed: int) -> NDArray[np.bool_]:

@@ -42,6 +42,8 @@ def test_each_design_counts_as_often_as_it_was_asked(pi: list[float]) -> None:
 def test_what_was_drawn_alike_has_weight_one() -> None:
     found = inclusion_weights([None, None, 0.5, 0.25], ["old", "old", "new", "new"])
     np.testing.assert_allclose(found.weights, [1, 1, 2 / 3, 4 / 3])
+    again = inclusion_weights([0.5, 0.25, 1.0], np.array([3, 3, 1]))
+    np.testing.assert_allclose(again.weights, [2 / 3, 4 / 3, 1])
     assert "count as" in found.remark
     assert "equal weights" in inclusion_weights([0.1, 0.1]).remark
     assert inclusion_weights([]).effective == 0
