@@ -127,7 +127,7 @@ def inclusion_weights(
 
 
 def _numbered(names: Sequence[object] | NDArray[Any]) -> NDArray[np.int64]:
-    """Number equal names alike, from 0."""
+    """Return a number from 0 for each, the same for equal names."""
     if isinstance(names, np.ndarray):
         return np.asarray(np.unique(names, return_inverse=True)[1], dtype=np.int64)
     numbers: dict[object, int] = {}

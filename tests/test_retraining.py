@@ -296,3 +296,31 @@ def test_what_cannot_be_retrained_is_refused(ensemble: RewardEnsemble, cache: Pa
     found = retrain(ensemble, OLD, NEW, recipe=adam, options=OPTIONS, cache_dir=cache)
     assert found.candidate is not None
     assert found.candidate.provenance["recipe"]["solver"] == "adam"
+
+
+@pytest.mark.parametrize("kind", ["branch", "full"])
+def test_other_kinds_are_published_whole(
+    kind: str, small_folder: Path, store: Path, tmp_path: Path
+) -> None:
+    """Their weights leave the job's work folder with the version."""
+    recipe = Recipe.of(kind, epochs=3, learning_rate=5e-3)
+    run = tmp_path / "run"
+    first = train(
+        *OLD.split(0.75, 0.25, seed=0),
+        backbone=small_folder,
+        kind=kind,  # type: ignore[arg-type]
+        members=2,
+        recipe=recipe,
+        options=TrunkOptions(max_length=32, device="cpu"),
+        out=run,
+        cache_dir=tmp_path / "cache",
+    )
+    with JudgmentStore.open(store, read_only=True) as judgments:
+        found = retrain_run(run, OLD, judgments, options=OPTIONS, cache_dir=tmp_path / "cache")
+    assert found.verdict == "published", found.reason
+    after = RewardEnsemble.from_pretrained(run, device="cpu")
+    assert after.names == first.names
+    iron = pairs_of(STALE, RIPE, 60, at=777)
+    assert hits(after, iron) > hits(first, iron) + 0.2
+    np.testing.assert_allclose(spread(after, OLD), spread(first, OLD), rtol=1e-5)
+    assert not list(run.glob(".retraining-*"))
