@@ -54,7 +54,7 @@ from ensemble_rm.judgments.votes import to_preferences
 from ensemble_rm.members.backbone import locate
 from ensemble_rm.members.cache import FeatureCache
 from ensemble_rm.members.heads import HeadScorer
-from ensemble_rm.recalibration.retraining import RetrainingOptions
+from ensemble_rm.recalibration.retraining import RetrainingOptions, deal
 from ensemble_rm.recalibration.units import reward_units
 from ensemble_rm.training.convex import solve_heads
 from ensemble_rm.training.seeds import member_seeds
@@ -209,17 +209,17 @@ class Trial:
             options=world.options,
             cache_dir=world.cache,
         )
-        first = self.calibrated(first, world.judged(held, 0, self.rng))
+        first = self.calibrated(first, to_preferences(world.judged(held, 0, self.rng)))
         self.arms = {name: Arm(first) for name in ARMS}
         for arm in self.arms.values():
             self.measure(arm)
 
-    def calibrated(self, ensemble: RewardEnsemble, judgments: list[Judgment]) -> RewardEnsemble:
+    def calibrated(self, ensemble: RewardEnsemble, held: Preferences) -> RewardEnsemble:
         (scorer,) = ensemble.scorers
         assert isinstance(scorer, HeadScorer)
         reading = replace(ensemble, scorers=(scorer.with_cache(FeatureCache(self.world.cache)),))
         try:
-            found = reading.calibrate(to_preferences(judgments), min_judgments=40)
+            found = reading.calibrate(held, min_judgments=40)
         except CalibrationError as error:
             print(f"not calibrated: {error}", flush=True)
             return ensemble
@@ -269,25 +269,28 @@ class Trial:
             )
             arm.judgments += self.world.judged(asked, number + 1, self.rng)
             if name == "recalibrated":
-                arm.ensemble = self.calibrated(arm.ensemble, arm.judgments)
+                arm.ensemble = self.calibrated(arm.ensemble, to_preferences(arm.judgments))
             else:
                 self.retrained(arm, blind=name == "blind")
             self.measure(arm)
 
     def retrained(self, arm: Arm, *, blind: bool) -> None:
+        options = RetrainingOptions(seed=self.seed, min_judgments=30)
         found = retrain(
             arm.ensemble,
             self.old,
             arm.judgments,
             reference=self.reference,
-            options=RetrainingOptions(seed=self.seed),
+            options=options,
             cache_dir=self.world.cache,
         )
         arm.published.append(found.answer == "publish")
         if found.ensemble is not None:
             arm.ensemble = found.ensemble
         elif blind and found.candidate is not None:
-            arm.ensemble = self.calibrated(found.candidate, arm.judgments)
+            parts = deal(arm.judgments, self.old, options)
+            held = Preferences((*parts.calibration, *parts.gate))
+            arm.ensemble = self.calibrated(found.candidate, held)
 
 
 def report(trials: list[Trial], figures: Figures) -> None:

@@ -147,6 +147,21 @@ def test_no_prompt_is_in_two_parts_and_known_ones_are_trained_on() -> None:
     assert newest <= {pair.prompt for pair in parts.gate}
 
 
+def test_what_calibrates_is_never_trained_on_later() -> None:
+    """Month by month with all judgments so far: an incumbent knows no calibration prompt."""
+    judgments = judged(600, prompts=300)
+    trained: set[str] = set()
+    calibrating: set[str] = set()
+    for end in (200, 350, 600):
+        parts = parts_of(judgments[:end])
+        assert not parts.calibration.prompt_keys & trained
+        assert not parts.train.prompt_keys & calibrating
+        trained |= parts.train.prompt_keys
+        calibrating |= parts.calibration.prompt_keys
+    other = parts_of(judgments, seed=1)
+    assert other.calibration.prompt_keys != parts_of(judgments).calibration.prompt_keys
+
+
 def test_each_design_counts_as_many_as_its_judgments() -> None:
     judgments = judged(300, prompts=100)
     parts = parts_of(judgments)

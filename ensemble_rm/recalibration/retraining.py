@@ -53,7 +53,8 @@ class RetrainingOptions:
     min_judgments : int
         The fewest effective judgments to calibrate on, and to gate on.
     seed : int
-        Of the deals and of training.
+        Of the deals and of training; keep it from one retraining to the next, and no incumbent has
+        been trained on what calibrates.
     """
 
     gate_share: float = 0.25

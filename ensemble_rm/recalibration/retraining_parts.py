@@ -5,11 +5,11 @@ Knows judgments and the prompts that members were trained on; knows nothing of m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ensemble_rm.errors import OptionError, TooFewJudgmentsError
 from ensemble_rm.judgments.judgment import Judgment
@@ -54,7 +54,9 @@ def part_judgments(
 ) -> RetrainingParts:
     """Deal judgments: the newest prompts to the gate, others at random to calibration or training.
 
-    What is judged on a prompt of `old` goes to training: the members know that prompt.
+    What is judged on a prompt of `old` goes to training: the members know that prompt. A prompt
+    goes to calibration by a digest of its own text, so that under one seed it does so each time:
+    members that were retrained on older judgments have seen no calibration prompt.
 
     Parameters
     ----------
@@ -67,7 +69,7 @@ def part_judgments(
     weighted : bool
         Whether training counts 1/π, too; calibration and gate always do.
     seed : int
-        Deals the prompts between calibration and training.
+        Deals the prompts between calibration and training; the same for every retraining.
 
     Returns
     -------
@@ -98,7 +100,8 @@ def part_judgments(
     prompts = np.array([int.from_bytes(one.prompt_digest[:7]) for one in new])
     split = split_by_time(prompts, times, share=gate_share)
     older = fresh[split.fit]
-    held = _some_prompts(prompts[split.fit], round(calibration_share * len(fresh)), seed=seed)
+    share = calibration_share / (1 - gate_share)
+    held = np.array([_held(new[int(i)], share, seed=seed) for i in split.fit], dtype=bool)
     rows = {
         "train": np.sort(np.concatenate([older[~held], np.flatnonzero(knows)])),
         "calibration": older[held],
@@ -125,15 +128,10 @@ def part_judgments(
     )
 
 
-def _some_prompts(prompts: NDArray[np.int64], least: int, *, seed: int) -> NDArray[np.bool_]:
-    """Mark judgments of random prompts until there are `least`."""
-    labels = np.unique(prompts, return_inverse=True)[1]
-    sizes = np.bincount(labels)
-    order = np.random.default_rng([seed, 3]).permutation(len(sizes))
-    before = np.cumsum(sizes[order]) - sizes[order]
-    marked = np.zeros(len(sizes), dtype=bool)
-    marked[order[before < least]] = True
-    return marked[labels]
+def _held(one: Judgment, share: float, *, seed: int) -> bool:
+    """Say whether a prompt's older judgments calibrate: its own name decides, nothing else."""
+    mark = hashlib.sha256(f"{seed}|calibration|".encode() + one.prompt_digest).digest()
+    return int.from_bytes(mark[:8]) < share * 2**64
 
 
 Design = tuple[str, str | None, str | None]
