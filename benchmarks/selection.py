@@ -40,7 +40,7 @@ from ensemble_rm.selection.strategies import PoolMargins, utility
 from ensemble_rm.training.convex import solve_heads
 from ensemble_rm.training.heads import PairFeatures
 from ensemble_rm.training.seeds import member_seeds
-from ensemble_rm.weighting import effective_size, inclusion_weights
+from ensemble_rm.weighting import effective_sample_size, inclusion_weights
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf.jsonl"
 STRATEGIES = ("bald", "margin", "disagreement")
@@ -213,7 +213,9 @@ def report(name: str, sizes: Sizes, arms: dict[str, list[Arm]], figures: Figures
         low, high = np.quantile(own, [0.05, 0.95])
         figures.add(f"ratio_{arm}_{name}", ratio(counts, nll[arm], nll["random"]), low, high, seeds)
     for arm in ARMS[4:]:
-        sizes_of = [effective_size(one.weights(weighted=True)) / len(one.rows) for one in arms[arm]]
+        sizes_of = [
+            effective_sample_size(one.weights(weighted=True)) / len(one.rows) for one in arms[arm]
+        ]
         figures.add_repeats(f"effective_{arm}_{name}", sizes_of)
 
 

@@ -25,8 +25,17 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
     from ensemble_rm.calibration.pairs import ScoredPairs
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
+    from ensemble_rm.calibration.ties import TieModel, fit_ties
     from ensemble_rm.combining import combine
+    from ensemble_rm.distance import FeatureSpace, fit_feature_space
     from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.judgments.agreement import AgreementReport, agreement_report
+    from ensemble_rm.judgments.exporting import export_judgments, judgment_dataset
+    from ensemble_rm.judgments.importing import import_judgments
+    from ensemble_rm.judgments.judgment import Judgment
+    from ensemble_rm.judgments.rows import Imported, ImportOptions
+    from ensemble_rm.judgments.selection import Selection
+    from ensemble_rm.judgments.store import JudgmentStore
     from ensemble_rm.loading import load_preferences
     from ensemble_rm.members.adapters import LoraOptions
     from ensemble_rm.members.branches import BranchScorer
@@ -38,6 +47,9 @@ if TYPE_CHECKING:
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
     from ensemble_rm.recalibration.decision import GateOptions
+    from ensemble_rm.recalibration.drift.labelled import DriftTest
+    from ensemble_rm.recalibration.drift.reference import Reference
+    from ensemble_rm.recalibration.drift.unlabelled import UnlabelledDrift, unlabelled_drift
     from ensemble_rm.recalibration.job import recalibrate
     from ensemble_rm.recalibration.outcome import Recalibration
     from ensemble_rm.recalibration.retraining import Retraining, RetrainingOptions, retrain
@@ -56,7 +68,7 @@ if TYPE_CHECKING:
     from ensemble_rm.versions.version import Version
     from ensemble_rm.weighting import (
         SampleWeights,
-        effective_size,
+        effective_sample_size,
         inclusion_weights,
         thin_to_equal,
     )
@@ -71,8 +83,17 @@ _HOMES = {
     "calibration.normaliser": "Normaliser fit_normaliser",
     "calibration.pairs": "ScoredPairs",
     "calibration.temperature": "TemperatureFit fit_temperature",
+    "calibration.ties": "TieModel fit_ties",
     "combining": "combine",
+    "distance": "FeatureSpace fit_feature_space",
     "ensemble": "RewardEnsemble",
+    "judgments.agreement": "AgreementReport agreement_report",
+    "judgments.exporting": "export_judgments judgment_dataset",
+    "judgments.importing": "import_judgments",
+    "judgments.judgment": "Judgment",
+    "judgments.rows": "ImportOptions Imported",
+    "judgments.selection": "Selection",
+    "judgments.store": "JudgmentStore",
     "loading": "load_preferences",
     "members.adapters": "LoraOptions",
     "members.branches": "BranchScorer",
@@ -84,8 +105,11 @@ _HOMES = {
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
     "recalibration.decision": "GateOptions",
+    "recalibration.drift.labelled": "DriftTest",
     "recalibration.job": "recalibrate",
     "recalibration.outcome": "Recalibration",
+    "recalibration.drift.reference": "Reference",
+    "recalibration.drift.unlabelled": "UnlabelledDrift unlabelled_drift",
     "recalibration.retraining": "Retraining RetrainingOptions retrain",
     "recalibration.retraining_job": "RetrainingRun retrain_run",
     "recalibration.units": "same_units",
@@ -98,22 +122,29 @@ _HOMES = {
     "streaming": "stream_scores",
     "training.recipe": "Recipe",
     "training.train": "train",
-    "weighting": "SampleWeights effective_size inclusion_weights thin_to_equal",
     "versions.repository": "Versions",
     "versions.version": "Version",
+    "weighting": "SampleWeights effective_sample_size inclusion_weights thin_to_equal",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Aggregator",
+    "AgreementReport",
     "BranchScorer",
     "Calibration",
     "ClassifierScorer",
     "Comparison",
+    "DriftTest",
     "Evaluation",
+    "FeatureSpace",
     "FunctionScorer",
     "GateOptions",
     "HeadScorer",
+    "ImportOptions",
+    "Imported",
+    "Judgment",
+    "JudgmentStore",
     "LoraOptions",
     "LoraScorer",
     "Message",
@@ -124,6 +155,7 @@ __all__ = [
     "Ranking",
     "Recalibration",
     "Recipe",
+    "Reference",
     "Retraining",
     "RetrainingOptions",
     "RetrainingRun",
@@ -136,20 +168,29 @@ __all__ = [
     "Scores",
     "SelectedPair",
     "SelectedPairs",
+    "Selection",
     "TemperatureFit",
+    "TieModel",
     "TrunkOptions",
+    "UnlabelledDrift",
     "Version",
     "Versions",
     "View",
     "__version__",
+    "agreement_report",
     "combine",
     "cvar",
-    "effective_size",
+    "effective_sample_size",
     "entropic",
     "evaluate",
+    "export_judgments",
+    "fit_feature_space",
     "fit_normaliser",
     "fit_temperature",
+    "fit_ties",
+    "import_judgments",
     "inclusion_weights",
+    "judgment_dataset",
     "lcb",
     "load_preferences",
     "make_aggregator",
@@ -168,6 +209,7 @@ __all__ = [
     "thin_to_equal",
     "to_tasks",
     "train",
+    "unlabelled_drift",
     "uwo",
 ]
 

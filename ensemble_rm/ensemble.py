@@ -168,6 +168,7 @@ class RewardEnsemble(Stored):
             margin,
             scores.members[::2] - scores.members[1::2],
             calibration.mixture_temperature,
+            calibration.outcomes(margin),
         )
 
     def rank(
@@ -219,9 +220,8 @@ class RewardEnsemble(Stored):
         """
         scores = self.score(pairs.samples(), progress=progress).members
         n = len(pairs)
-        return ScoredPairs(
-            scores[:n], scores[n:], pairs.targets, pairs.weights, pairs.groups, pairs.subsets
-        )
+        verdicts = (pairs.targets, pairs.weights, pairs.groups, pairs.subsets, pairs.tie_shares)
+        return ScoredPairs(scores[:n], scores[n:], *verdicts)
 
     def calibrate(
         self,
@@ -230,6 +230,7 @@ class RewardEnsemble(Stored):
         aggregator: Aggregator | None = None,
         method: str = "temperature",
         slices: bool = False,
+        ties: str | None = None,
         min_judgments: int = MIN_JUDGMENTS,
         progress: Progress = silent,
     ) -> RewardEnsemble:
@@ -248,6 +249,8 @@ class RewardEnsemble(Stored):
             three make ties, and are never for an RL reward.
         slices : bool
             Whether each subset gets a temperature of its own, shrunk towards the global one.
+        ties : str, optional
+            Model the ties beside it: ``"davidson"`` or ``"rao-kupper"``.
         min_judgments : int
             The fewest that suffice.
         progress : callable
@@ -260,8 +263,8 @@ class RewardEnsemble(Stored):
 
         Raises
         ------
-        TooFewJudgmentsError, SeparableError, NoPositiveTemperatureError
-            Where no temperature can be fitted; see `fit_temperature`.
+        TooFewJudgmentsError, SeparableError, NoPositiveTemperatureError, NoTiesError
+            Where no temperature or tie model can be fitted; see `fit_temperature`.
         OptionError
             If the method is unknown, cannot take these votes and weights, or is asked for slices.
         """
@@ -272,6 +275,7 @@ class RewardEnsemble(Stored):
             chosen,
             method=method,
             slices=slices,
+            ties=ties,
             digest=held.digest,
             min_judgments=min_judgments,
         )

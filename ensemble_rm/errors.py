@@ -10,7 +10,8 @@
     │   ├── EmptyDataError            nothing usable is left
     │   ├── SplitError                the data cannot be split as asked
     │   ├── JudgmentConflictError     a judgment contradicts one that is stored
-    │   └── UnknownJudgmentError      a correction names a judgment that is not stored
+    │   ├── UnknownJudgmentError      a correction names a judgment that is not stored
+    │   └── TooFewSamplesError        too few samples or prompts for a statistic of them
     ├── ModelError                    a model cannot be loaded or used
     │   ├── BackboneError             the folder, hub id or digest is not what was expected
     │   ├── MissingHeadError          the reward head's weights are absent from the checkpoint
@@ -25,7 +26,8 @@
     │   ├── AggregatorMismatchError   the calibration belongs to another aggregator
     │   ├── TooFewJudgmentsError      the judgments do not suffice
     │   ├── SeparableError            every judgment agrees with its margin: T would go to 0
-    │   └── NoPositiveTemperatureError   the margins point the wrong way: no finite positive T
+    │   ├── NoPositiveTemperatureError   the margins point the wrong way: no finite positive T
+    │   └── NoTiesError               a tie model needs judgments with ties, and others
     ├── TrainingError                 a training run cannot go on
     │   ├── NonFiniteLossError        the loss became NaN or infinite
     │   └── ResumeError               a checkpoint belongs to another recipe or data set
@@ -103,6 +105,10 @@ class UnknownJudgmentError(DataError):
     """A correction names a judgment that is not stored."""
 
 
+class TooFewSamplesError(DataError):
+    """Too few samples or prompts for a statistic of them."""
+
+
 class ModelError(EnsembleRMError):
     """A model cannot be loaded or used."""
 
@@ -161,6 +167,10 @@ class SeparableError(CalibrationError):
 
 class NoPositiveTemperatureError(CalibrationError):
     """The margins point the wrong way or are all zero: no finite positive T fits."""
+
+
+class NoTiesError(CalibrationError):
+    """No judgment is a tie, or every one is: no tie model can be fitted."""
 
 
 class TrainingError(EnsembleRMError):

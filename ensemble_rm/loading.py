@@ -261,17 +261,19 @@ def _preference(raw: object) -> Preference:
     if not prompt:
         raise DataError("the prompt is empty")
     subset, identity = row.get("subset"), row.get("id")
+    votes, ties = _votes(row)
     return Preference(
         prompt,
         chosen,
         rejected,
         margin=_number(row, "margin", 0.0),
         weight=_number(row, "weight", 1.0, positive=True),
-        votes=_votes(row),
+        votes=votes,
         tie=_flag(row, "tie"),
         subset=None if subset is None else str(subset),
         id=None if identity is None else str(identity),
         reference=_reference(row),
+        tie_votes=ties,
     )
 
 
@@ -347,22 +349,27 @@ def _flag(row: Row, key: str) -> bool:
     return value
 
 
-def _votes(row: Row) -> tuple[float, float] | None:
-    """Read ``{"chosen": 3, "rejected": 1, "tie": 1}`` or ``[3, 1]``."""
+def _votes(row: Row) -> tuple[tuple[float, float] | None, float]:
+    """Read ``{"chosen": 3, "rejected": 1, "tie": 1}`` or ``[3, 1]``: votes, and ties among them."""
     value = row.get("votes")
-    if value is None:
-        return None
+    ties = _number(row, "tie_votes", 0.0)
     if isinstance(value, Mapping):
         unknown = set(value) - {"chosen", "rejected", "tie"}
         if unknown:
             raise DataError(f"`votes` knows chosen, rejected and tie, not {sorted(unknown)}")
-        half = 0.5 * _number(value, "tie", 0.0)
-        pair = (_number(value, "chosen", 0.0) + half, _number(value, "rejected", 0.0) + half)
+        ties = _number(value, "tie", 0.0)
+        pair = tuple(_number(value, side, 0.0) + 0.5 * ties for side in ("chosen", "rejected"))
     elif isinstance(value, (list, tuple)) and len(value) == 2:
         numbered = {"chosen": value[0], "rejected": value[1]}
-        pair = (_number(numbered, "chosen", 0.0), _number(numbered, "rejected", 0.0))
+        pair = tuple(_number(numbered, side, 0.0) for side in ("chosen", "rejected"))
+    elif value is None:
+        if ties:
+            raise DataError(f"`tie_votes` {ties!r} needs `votes`, of which they are part")
+        return None, 0.0
     else:
         raise DataError(f"`votes` must be an object or two numbers, not {value!r}")
     if min(pair) < 0 or sum(pair) <= 0:
         raise DataError(f"`votes` must be non-negative with at least one vote, not {value!r}")
-    return pair
+    if not 0 <= ties <= 2 * min(pair):
+        raise DataError(f"{ties!r} tied votes do not lie in `votes` {value!r}, half on each side")
+    return (pair[0], pair[1]), ties

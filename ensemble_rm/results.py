@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.ties import TIE
 from ensemble_rm.members.text import Truncation
 from ensemble_rm.uncertainty import PairUncertainty, member_std, split_uncertainty
 
@@ -58,12 +59,21 @@ class Comparison:
         Each member's.
     mixture_temperature : float
         T_mix of the members' mixture.
+    outcomes : ndarray, shape (n_pairs, 3), optional
+        P(first), P(tie), P(second) by the calibration's tie model, where it has one; `probability`
+        stays what it is without: a tie counts half for each side.
     """
 
     probability: Floats
     margin: Floats
     member_margins: Floats
     mixture_temperature: float
+    outcomes: Floats | None = None
+
+    @property
+    def tie_probability(self) -> Floats | None:
+        """P(tie), shape (n_pairs,); None where the calibration models no ties."""
+        return None if self.outcomes is None else self.outcomes[:, TIE]
 
     @cached_property
     def uncertainty(self) -> PairUncertainty:

@@ -122,6 +122,8 @@ class Preference:
         The user's own name of the pair.
     reference : str, optional
         The prompt's reference completion, which a baseline subtracts.
+    tie_votes : float
+        How many of the votes were ties, which count half in each of `votes` already.
     """
 
     prompt: Prompt
@@ -134,6 +136,7 @@ class Preference:
     subset: str | None = None
     id: str | None = None
     reference: str | None = None
+    tie_votes: float = 0.0
 
     @property
     def target(self) -> float:
@@ -141,6 +144,13 @@ class Preference:
         if self.votes is not None:
             return self.votes[0] / (self.votes[0] + self.votes[1])
         return 0.5 if self.tie else 1.0
+
+    @property
+    def tie_share(self) -> float:
+        """Share of the verdict that is a tie: 1, 0, or that of the votes."""
+        if self.votes is not None:
+            return self.tie_votes / (self.votes[0] + self.votes[1])
+        return 1.0 if self.tie else 0.0
 
     def swap(self) -> Preference:
         """Return the same verdict with the sides exchanged; its target is 1 − target.
@@ -154,6 +164,7 @@ class Preference:
             rejected=self.chosen,
             votes=(second, first),
             margin=-self.margin,
+            tie_votes=self.tie_share * (first + second),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -171,6 +182,7 @@ class Preference:
             "subset": (self.subset, None),
             "id": (self.id, None),
             "reference": (self.reference, None),
+            "tie_votes": (self.tie_votes, 0.0),
         }
         row.update({k: value for k, (value, default) in optional.items() if value != default})
         return row
@@ -216,6 +228,11 @@ class Preferences(Sequence[Preference]):
     def targets(self) -> NDArray[np.float64]:
         """P(chosen is preferred) of each pair, shape (n_pairs,)."""
         return np.array([pair.target for pair in self.pairs], dtype=np.float64)
+
+    @property
+    def tie_shares(self) -> NDArray[np.float64]:
+        """Share of each pair's verdict that is a tie, shape (n_pairs,)."""
+        return np.array([pair.tie_share for pair in self.pairs], dtype=np.float64)
 
     @property
     def weights(self) -> NDArray[np.float64]:

@@ -50,7 +50,7 @@ class SampleWeights:
         )
 
 
-def effective_size(weights: ArrayLike) -> float:
+def effective_sample_size(weights: ArrayLike) -> float:
     """Return Kish's effective sample size, (Σw)²/Σw² [3]_.
 
     Parameters
@@ -123,7 +123,7 @@ def inclusion_weights(
         )
     weights = 1.0 / np.where(known, pi, 1.0)
     weights *= (counts / np.bincount(places, weights, minlength=len(counts)))[places]
-    return SampleWeights(weights, effective_size(weights))
+    return SampleWeights(weights, effective_sample_size(weights))
 
 
 def _numbered(names: Sequence[object] | NDArray[Any]) -> NDArray[np.int64]:

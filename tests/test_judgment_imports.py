@@ -1,4 +1,4 @@
-"""Files into the store and out of it: bad rows named, good ones kept, a repeated import harmless."""
+"""Files into the store and out again: bad rows named, good ones kept, repeats harmless."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from judgment_rows import CHAT, NEW_YEAR, judged, many, write
 
 from ensemble_rm.errors import BadRowsError, DataError, OptionError
-from ensemble_rm.judgments.exporting import export_dataset, export_rows
-from ensemble_rm.judgments.importing import Imported, import_judgments
+from ensemble_rm.judgments.exporting import export_judgments, judgment_dataset
+from ensemble_rm.judgments.importing import import_judgments
 from ensemble_rm.judgments.judgment import Judgment
-from ensemble_rm.judgments.rows import ImportOptions
+from ensemble_rm.judgments.rows import Imported, ImportOptions
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.store import JudgmentStore
 
@@ -35,7 +35,7 @@ def test_what_is_exported_is_imported_whole(
     late = rows[3].corrected("tie", judged_at=NEW_YEAR)  # before what it corrects, in time
     store.add([*rows, late])
     everything = Selection(with_corrected=True)
-    path = write(tmp_path / "all.jsonl", list(export_rows(store, everything)))
+    path = write(tmp_path / "all.jsonl", list(export_judgments(store, everything)))
     if zipped:
         path.write_bytes(gzip.compress(path.read_bytes()))
     other = JudgmentStore.create(tmp_path / "other.db")
@@ -106,6 +106,18 @@ def test_bad_rows_can_be_skipped_and_are_still_named(store: JudgmentStore, bad_f
     assert store.count(Selection(with_corrected=True)) == 12
 
 
+@pytest.mark.parametrize("change", [{"batch": "b"}, {"inclusion": 0.5}, {"outcome": "tie"}])
+def test_a_row_that_changed_is_no_repeat(
+    store: JudgmentStore, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Whatever it is that changed, and whether or not corrections are wanted."""
+    store.add([judged(0, external_id="7")])
+    path = write(tmp_path / "rows.jsonl", [judged(0, external_id="7", **change).to_json()])
+    for correct in (False, True):
+        with pytest.raises(BadRowsError, match="is stored with other content"):
+            import_judgments(store, path, correct=correct)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_batches_change_nothing(
     store: JudgmentStore, bad_file: Path, monkeypatch: pytest.MonkeyPatch, size: int
@@ -157,7 +169,7 @@ def test_a_data_set_reads_back(store: JudgmentStore, *, chat: bool) -> None:
     if chat:
         rows += many(3, start=30, prompt=CHAT)
     store.add(rows)
-    found = export_dataset(store)
+    found = judgment_dataset(store)
     assert len(found) == store.count()
     again = [Judgment.from_json({**row, "id": None, "external_id": "x"}) for row in found]
     for one, stored in zip(again, store.read(), strict=True):
@@ -170,6 +182,6 @@ def test_a_data_set_reads_back(store: JudgmentStore, *, chat: bool) -> None:
 
 
 def test_an_empty_selection_is_an_empty_data_set(store: JudgmentStore) -> None:
-    found = export_dataset(store)
+    found = judgment_dataset(store)
     assert len(found) == 0
     assert "judged_at" in found.column_names

@@ -14,8 +14,8 @@ import pytest
 from judgment_rows import write
 
 from ensemble_rm.errors import BadRowsError, OptionError
-from ensemble_rm.judgments.importing import Imported, import_judgments
-from ensemble_rm.judgments.rows import ImportOptions
+from ensemble_rm.judgments.importing import import_judgments
+from ensemble_rm.judgments.rows import Imported, ImportOptions
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.store import JudgmentStore
 
@@ -180,7 +180,7 @@ def test_bad_annotations_are_named_and_the_others_kept(
 
 def test_an_export_needs_the_name_of_its_source(store: JudgmentStore, tmp_path: Path) -> None:
     path = write(tmp_path / "full.json", TASKS, array=True)
-    with pytest.raises(OptionError, match="name it with `source`"):
+    with pytest.raises(OptionError, match="name it with"):
         import_judgments(store, path, format="label-studio")
 
 
@@ -231,3 +231,18 @@ def test_a_dry_run_sees_corrections_too(store: JudgmentStore, tmp_path: Path) ->
     assert (dry.added, dry.corrections) == (2, 2)
     assert import_judgments(store, path, **options) == dry
     assert [one.outcome for one in store.read()] == ["first"]
+
+
+def test_a_changed_probability_is_no_repeat(store: JudgmentStore, tmp_path: Path) -> None:
+    """The same verdict with another weight would count otherwise: it is refused, or corrected."""
+    path = tmp_path / "export.json"
+    for inclusion in (0.5, 0.25):
+        one = task(1, annotation(1, {"selected": "left"}), strategy="bald", inclusion=inclusion)
+        write(path, [one], array=True)
+        options: dict[str, Any] = {"format": "label-studio", "options": STUDIO}
+        if inclusion == 0.25:
+            with pytest.raises(BadRowsError, match="is stored with other content"):
+                import_judgments(store, path, **options)
+            options["correct"] = True
+        import_judgments(store, path, **options)
+    assert [one.inclusion for one in store.read()] == [0.25]

@@ -20,6 +20,7 @@ FLOORS = {
     "loading": 0,
     "aggregation": 1,
     "uncertainty": 1,
+    "distance": 1,
     "metrics": 1,
     "weighting": 1,
     "calibration": 2,

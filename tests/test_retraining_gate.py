@@ -18,7 +18,7 @@ from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.metrics import accuracy, nll
 from ensemble_rm.recalibration.retraining_gate import RetrainingGate, gate_members
 from ensemble_rm.recalibration.retraining_parts import RetrainingParts, part_judgments
-from ensemble_rm.weighting import effective_size
+from ensemble_rm.weighting import effective_sample_size
 
 
 def scored(margins: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> ScoredPairs:
@@ -173,7 +173,9 @@ def test_each_design_counts_as_many_as_its_judgments() -> None:
         for j in gate[:3:2]  # of one batch
     )
     assert one / two == pytest.approx((gate[2].inclusion or 0) / (gate[0].inclusion or 0))
-    assert parts.effective["gate"] == pytest.approx(effective_size(parts.gate.weights), rel=0.2)
+    assert parts.effective["gate"] == pytest.approx(
+        effective_sample_size(parts.gate.weights), rel=0.2
+    )
 
 
 def test_without_weights_each_judgment_trains_as_one() -> None:

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 
 from ensemble_rm.errors import OptionError
 from ensemble_rm.selection.design import plan_draw
-from ensemble_rm.weighting import effective_size, inclusion_weights, thin_to_equal
+from ensemble_rm.weighting import effective_sample_size, inclusion_weights, thin_to_equal
 
 weights = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30)
 
 
 @given(weights, st.floats(1e-3, 1e3))
 def test_the_effective_size_has_its_bounds(w: list[float], scale: float) -> None:
-    size = effective_size(w)
+    size = effective_sample_size(w)
     assert 1 - 1e-9 <= size <= len(w) + 1e-9
-    assert effective_size(scale * np.array(w)) == pytest.approx(size)
-    assert effective_size(np.ones(len(w))) == pytest.approx(len(w))
+    assert effective_sample_size(scale * np.array(w)) == pytest.approx(size)
+    assert effective_sample_size(np.ones(len(w))) == pytest.approx(len(w))
 
 
 def test_the_effective_size_is_that_of_the_means_variance() -> None:
@@ -27,7 +27,7 @@ def test_the_effective_size_is_that_of_the_means_variance() -> None:
     rng = np.random.default_rng(0)
     w = rng.gamma(1.0, size=40) + 0.05
     means = (rng.normal(size=(40_000, 40)) * w).sum(1) / w.sum()
-    assert 1 / means.var() == pytest.approx(effective_size(w), rel=0.04)
+    assert 1 / means.var() == pytest.approx(effective_sample_size(w), rel=0.04)
 
 
 @given(st.lists(st.floats(0.001, 1), min_size=2, max_size=20))
@@ -56,7 +56,7 @@ def test_mixtures_and_impossible_probabilities_are_refused() -> None:
         with pytest.raises(OptionError, match=r"\(0, 1\]"):
             inclusion_weights([bad])
     with pytest.raises(OptionError, match="> 0"):
-        effective_size([1.0, 0.0])
+        effective_sample_size([1.0, 0.0])
     with pytest.raises(OptionError, match="floor"):
         thin_to_equal([0.1, 0.5], floor=0.2, seed=0)
 

@@ -23,6 +23,7 @@ from ensemble_rm.calibration.temperature import (
     fit_mixture_temperature,
     fit_temperature,
 )
+from ensemble_rm.calibration.ties import TieModel, fit_ties
 from ensemble_rm.errors import AggregatorMismatchError, NotCalibratedError, OptionError
 
 
@@ -52,10 +53,13 @@ class Calibration:
     ties : int
         How many distinct margins of the judgments the curve no longer tells apart; 0 where it
         rises strictly. A curve that makes ties is for reading probabilities, never for an RL
-        reward: between the ties a policy would learn nothing.
+        reward: between the ties a policy would learn nothing. (Verdicts that are ties are
+        another thing: `tie_model`.)
     evidence : ScoredPairs, optional
         The judgments' scores, so that another aggregator's temperature can be fitted on the same
         judgments without scoring them again.
+    tie_model : TieModel, optional
+        P(first), P(tie), P(second) of a margin, with a temperature of its own.
     """
 
     aggregator: Aggregator
@@ -68,6 +72,7 @@ class Calibration:
     slices: tuple[SliceFit, ...] = ()
     ties: int = 0
     evidence: ScoredPairs | None = field(default=None, compare=False, repr=False)
+    tie_model: TieModel | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS or (self.curve is None) != (self.method == "temperature"):
@@ -111,6 +116,10 @@ class Calibration:
         divisors = np.array([known[name] for name in subsets])
         return np.asarray(expit(x / divisors), dtype=np.float64)
 
+    def outcomes(self, margins: ArrayLike) -> Floats | None:
+        """Return P(first), P(tie), P(second), shape (n_pairs, 3); None without a tie model."""
+        return None if self.tie_model is None else self.tie_model.outcomes(margins)
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that `from_json` reads; the evidence is stored apart."""
         return {
@@ -123,12 +132,13 @@ class Calibration:
             "curve": None if self.curve is None else curve_json(self.curve),
             "slices": [one.to_json() for one in self.slices],
             "ties": self.ties,
+            "tie_model": None if self.tie_model is None else self.tie_model.to_json(),
         }
 
     @classmethod
     def from_json(cls, d: Any, *, evidence: ScoredPairs | None = None) -> Calibration:
-        """Read what `to_json` wrote, or wrote before there were methods and slices."""
-        curve = d.get("curve")
+        """Read what `to_json` wrote, or wrote before there were methods, slices and tie models."""
+        curve, tie_model = d.get("curve"), d.get("tie_model")
         return cls(
             Aggregator.from_json(d["aggregator"]),
             TemperatureFit(**d["fit"]),
@@ -140,6 +150,7 @@ class Calibration:
             tuple(SliceFit.from_json(one) for one in d.get("slices", ())),
             int(d.get("ties", 0)),
             evidence,
+            None if tie_model is None else TieModel.from_json(tie_model),
         )
 
 
@@ -149,6 +160,7 @@ def fit_calibration(
     *,
     method: str = "temperature",
     slices: bool = False,
+    ties: str | None = None,
     digest: str = "",
     min_judgments: int = MIN_JUDGMENTS,
 ) -> Calibration:
@@ -164,6 +176,8 @@ def fit_calibration(
         The calibrator: ``"temperature"``, ``"power"``, ``"isotonic"``, ``"histogram"``, ``"bbq"``.
     slices : bool
         Whether each subset of the judgments gets a temperature of its own, shrunk.
+    ties : str, optional
+        A tie model that is fitted beside the method: ``"davidson"`` or ``"rao-kupper"``.
     digest : str
         Of the judgments.
     min_judgments : int
@@ -172,7 +186,7 @@ def fit_calibration(
     Returns
     -------
     Calibration
-        Refusals as in `fit_temperature`, which is fitted under every method.
+        Refusals as in `fit_temperature`, which is fitted under every method, and in `fit_ties`.
 
     Raises
     ------
@@ -202,6 +216,19 @@ def fit_calibration(
         fit_slices(pairs, aggregator, overall=fit) if slices else (),
         0 if curve is None or method == "power" else count_ties(curve, margins),
         pairs,
+        None if ties is None else _fit_ties(pairs, margins, ties, min_judgments),
+    )
+
+
+def _fit_ties(pairs: ScoredPairs, margins: Floats, model: str, fewest: int) -> TieModel:
+    return fit_ties(
+        margins,
+        pairs.targets,
+        pairs.ties,
+        model=model,
+        weights=pairs.weights,
+        groups=pairs.groups,
+        min_judgments=fewest,
     )
 
 
@@ -220,6 +247,7 @@ def refit_calibration(old: Calibration | None, aggregator: Aggregator) -> Calibr
         aggregator,
         method=old.method,
         slices=bool(old.slices),
+        ties=None if old.tie_model is None else old.tie_model.model,
         digest=old.digest,
         min_judgments=2,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class ScoredPairs:
         Prompt of each pair.
     subsets : tuple of (str or None)
         Slice of each pair; where not given, no pair names one.
+    ties : ndarray, shape (n_pairs,)
+        Share of each verdict that is a tie, which counts half in its target; 0 where not given.
     """
 
     first: Floats
@@ -36,11 +38,13 @@ class ScoredPairs:
     weights: Floats
     groups: NDArray[np.int64]
     subsets: tuple[str | None, ...] = ()
+    ties: Floats = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         n = len(self.targets)
+        object.__setattr__(self, "ties", self.ties if len(self.ties) else np.zeros(n))
         object.__setattr__(self, "subsets", tuple(self.subsets) or (None,) * n)
-        for name in ("first", "second", "weights", "groups", "subsets"):
+        for name in ("first", "second", "weights", "groups", "subsets", "ties"):
             if len(getattr(self, name)) != n:
                 raise OptionError(f"{len(getattr(self, name))} {name} for {n} targets")
         if self.first.shape != self.second.shape or self.first.ndim != 2:

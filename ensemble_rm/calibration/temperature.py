@@ -116,38 +116,20 @@ def fit_temperature(
     NoPositiveTemperatureError
         If the margins point the wrong way.
     """
-    x = np.asarray(margins, dtype=np.float64)
-    if x.ndim != 1:
-        raise OptionError(f"margins must be a vector, not an array of shape {x.shape}")
-    y = _vector(targets, len(x), 0.5)
-    w = _vector(weights, len(x), 1.0)
-    if not (np.isfinite(x).all() and np.isfinite(w).all()):
-        raise NonFiniteScoreError("margins or weights hold NaN or infinity")
-    if not ((y >= 0) & (y <= 1)).all() or not (w > 0).all():
-        raise OptionError("targets must lie in [0, 1] and weights must be > 0")
-    informative = int((x != 0).sum())
-    if informative < max(min_judgments, 2):
-        raise TooFewJudgmentsError(
-            f"{informative} judgments have a margin; a temperature needs {max(min_judgments, 2)}"
-        )
+    x, y, w = read_judgments(margins, targets, weights, min_judgments=min_judgments)
     scale = float(np.sqrt(np.mean(x**2)))
     x = x / scale
-    pull = float((w * (2 * y - 1) * x).sum())
-    if pull <= 0:
-        raise NoPositiveTemperatureError(
-            f"the judgments contradict the margins (Σ(2y − 1)Δ = {pull:.4g} ≤ 0): "
-            "no positive temperature fits; check the pairs' orientation or retrain the members"
-        )
+    require_pull(x, y, w)
     if not ((x > 0) & (y < 1) | (x < 0) & (y > 0)).any():
         raise SeparableError(
-            f"all {informative} judgments agree with their margins, so the likelihood pulls T to "
-            "0; use judgments that the members were not trained on, or more of them"
+            f"all {int((x != 0).sum())} judgments agree with their margins, so the likelihood "
+            "pulls T to 0; use judgments that the members were not trained on, or more of them"
         )
     beta = fit_inverse(x, y, w)
     p = np.asarray(expit(beta * x))
     score = w * (y - p) * x
     curvature = float((w * p * (1 - p) * x**2).sum())
-    clusters = score if groups is None else _add_up(score, groups)
+    clusters = score if groups is None else add_up(score, groups)
     count = len(clusters)
     meat = float((clusters**2).sum()) * count / max(count - 1, 1)
     log_se = math.sqrt(meat) / curvature / beta
@@ -164,7 +146,39 @@ def fit_temperature(
     )
 
 
-def _add_up(score: Floats, groups: ArrayLike) -> Floats:
+def read_judgments(
+    margins: ArrayLike, targets: ArrayLike, weights: ArrayLike | None, *, min_judgments: int
+) -> tuple[Floats, Floats, Floats]:
+    """Return margins, targets and weights as vectors; every fit refuses the same ones."""
+    x = np.asarray(margins, dtype=np.float64)
+    if x.ndim != 1:
+        raise OptionError(f"margins must be a vector, not an array of shape {x.shape}")
+    y = _vector(targets, len(x), 0.5)
+    w = _vector(weights, len(x), 1.0)
+    if not (np.isfinite(x).all() and np.isfinite(w).all()):
+        raise NonFiniteScoreError("margins or weights hold NaN or infinity")
+    if not ((y >= 0) & (y <= 1)).all() or not (w > 0).all():
+        raise OptionError("targets must lie in [0, 1] and weights must be > 0")
+    informative = int((x != 0).sum())
+    if informative < max(min_judgments, 2):
+        raise TooFewJudgmentsError(
+            f"{informative} judgments have a margin; a temperature needs {max(min_judgments, 2)}"
+        )
+    return x, y, w
+
+
+def require_pull(x: Floats, y: Floats, w: Floats) -> None:
+    """Refuse judgments that contradict their margins."""
+    pull = float((w * (2 * y - 1) * x).sum())
+    if pull <= 0:
+        raise NoPositiveTemperatureError(
+            f"the judgments contradict the margins (Σ(2y − 1)Δ = {pull:.4g} ≤ 0): "
+            "no positive temperature fits; check the pairs' orientation or retrain the members"
+        )
+
+
+def add_up(score: Floats, groups: ArrayLike) -> Floats:
+    """Return the sum of each group's scores, shape (n_groups,)."""
     labels = np.unique(np.asarray(groups), return_inverse=True)[1]
     if labels.shape != score.shape:
         raise OptionError(f"{labels.size} groups for {len(score)} pairs")

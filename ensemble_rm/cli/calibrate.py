@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slices", action="store_true", help="one temperature a subset, shrunk to the global one"
     )
+    parser.add_argument(
+        "--ties", metavar="NAME", help="model ties as an outcome: davidson or rao-kupper"
+    )
     parser.add_argument("--min-judgments", type=int, default=50, metavar="N")
     add_aggregator(parser)
     add_dry_run(parser, "fit and show, save nothing")
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
             aggregator=aggregator,
             method=args.method,
             slices=args.slices,
+            ties=args.ties,
             min_judgments=args.min_judgments,
             progress=bars,
         )
@@ -81,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         "out": str(out),
         "method": calibration.method,
         "ties": calibration.ties,
+        "tie_model": None if calibration.tie_model is None else calibration.tie_model.to_json(),
         "slices": [one.to_json() for one in calibration.slices],
     }
     line = (
@@ -96,6 +101,11 @@ def _details(calibration: Calibration) -> list[str]:
         lines.append(
             f"  probabilities by {calibration.method}; it makes {calibration.ties} ties among the "
             "judgments' margins" + (": not for an RL reward" if calibration.ties else "")
+        )
+    if (ties := calibration.tie_model) is not None:
+        lines.append(
+            f"  ties by {ties.model}: ν = {ties.nu:.3f} [{ties.nu_low:.3f}, {ties.nu_high:.3f}], "
+            f"T = {ties.temperature:.3f}; {ties.tie_share:.1%} of the judgments are ties"
         )
     for one in calibration.slices:
         own = f"no own fit: {one.refusal}"

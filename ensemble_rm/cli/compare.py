@@ -64,6 +64,8 @@ def _rows(verdict: Comparison, *, several: bool) -> Iterator[dict[str, float]]:
             "probability": float(verdict.probability[i]),
             "margin": float(verdict.margin[i]),
         }
+        if verdict.tie_probability is not None:
+            row["tie_probability"] = float(verdict.tie_probability[i])
         if several:
             row |= {
                 "mixture_probability": float(verdict.mixture_probability[i]),

@@ -20,10 +20,11 @@ from ensemble_rm.errors import OptionError
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from ensemble_rm.judgments.importing import Imported
-    from ensemble_rm.judgments.rows import ImportOptions
+    from ensemble_rm.judgments.agreement import AgreementReport
+    from ensemble_rm.judgments.rows import Imported, ImportOptions
     from ensemble_rm.judgments.selection import Selection
     from ensemble_rm.judgments.store import JudgmentStore
+    from ensemble_rm.metrics import Interval
 
 HELP = "import, export and report on human judgments"
 EXAMPLE = """\
@@ -32,6 +33,7 @@ EXAMPLE = """\
   ensemble-rm judgments export judgments.db --since 2026-11-01 --out november.jsonl
   ensemble-rm judgments report judgments.db"""
 FORMATS = ("jsonl", "label-studio", "label-studio-min", "argilla")
+COUPLES_SHOWN = 20
 NAMED = ("source", "batch", "policy", "subset", "annotator", "strategy")
 
 
@@ -190,7 +192,7 @@ def _read_options(args: argparse.Namespace) -> ImportOptions:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from ensemble_rm.judgments.exporting import export_dataset, export_rows
+    from ensemble_rm.judgments.exporting import export_judgments, judgment_dataset
     from ensemble_rm.judgments.store import JudgmentStore
 
     if args.out is None and (args.kind == "dataset" or args.json):
@@ -198,9 +200,9 @@ def _export(args: argparse.Namespace) -> None:
     where = _read_selection(args)
     with JudgmentStore.open(args.store, read_only=True) as store, Bars(quiet=args.json) as bars:
         if args.kind == "dataset":
-            export_dataset(store, where, progress=bars).save_to_disk(args.out)
+            judgment_dataset(store, where, progress=bars).save_to_disk(args.out)
         else:
-            write_jsonl(args.out, export_rows(store, where, progress=bars))
+            write_jsonl(args.out, export_judgments(store, where, progress=bars))
         said = {"judgments": store.count(where), "digest": store.digest(where)}
     if args.out is not None:
         said |= {"store": store.name, "out": str(args.out), "as": args.kind}
@@ -241,4 +243,44 @@ def _report(args: argparse.Namespace) -> None:
 
     with JudgmentStore.open(args.store, read_only=True) as store, Bars(quiet=args.json) as bars:
         found = agreement_report(store, _read_selection(args), progress=bars)
-    say(args, found.to_json(), found.text())
+    say(args, found.to_json(), "\n".join(_report_lines(found)))
+
+
+def _report_lines(found: AgreementReport) -> Iterator[str]:
+    yield (
+        f"{found.judgments} judgments of {found.pairs} pairs ({found.prompts} prompts) by "
+        f"{len(found.raters)} annotators; {found.shared} pairs have several"
+    )
+    if found.equal_sides:
+        yield f"{found.equal_sides} judgments lie between two equal texts and count in nothing else"
+    yield f"ties                         {_shown(found.ties)}"
+    yield f"first side, of no ties       {_shown(found.first_side)}  (.5 where dealt evenly)"
+    swapped = f"{found.swapped} pairs judged in both orders"
+    yield f"first side, either order     {_shown(found.first_side_swapped)}  ({swapped})"
+    yield f"agreement of two annotators  {_shown(found.agreement)}"
+    yield f"Fleiss' kappa                {_shown(found.fleiss_kappa)}"
+    yield ""
+    width = max([len("annotator"), *(len(rater.annotator) for rater in found.raters)])
+    yield (
+        f"{'annotator':{width}s} judged  ties  first  shared  agreement with the rest   "
+        "kappa                      repeats (same)"
+    )
+    for rater in found.raters:
+        again = f"{rater.repeats}" + (f" ({rater.self_agreement:.2f})" if rater.repeats else "")
+        yield (
+            f"{rater.annotator:{width}s} {rater.judgments:6d}  {rater.ties.estimate:4.2f}  "
+            f"{rater.first_side.estimate:5.2f}  {rater.shared:6d}  {_shown(rater.agreement):24s}  "
+            f"{_shown(rater.kappa):25s}  {again}"
+        )
+    if found.couples:
+        yield ""
+        yield "couples                        shared  agreement  kappa"
+    for couple in sorted(found.couples, key=lambda couple: -couple.shared)[:COUPLES_SHOWN]:
+        names = " – ".join(couple.annotators)
+        yield f"{names:30s} {couple.shared:6d}  {couple.agreement:9.2f}  {couple.kappa:5.2f}"
+    if len(found.couples) > COUPLES_SHOWN:
+        yield f"… and {len(found.couples) - COUPLES_SHOWN} more; --json has all"
+
+
+def _shown(figure: Interval) -> str:
+    return f"{figure.estimate:.3f} [{figure.low:.3f}, {figure.high:.3f}]"

@@ -19,6 +19,8 @@ from ensemble_rm.errors import OptionError
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from ensemble_rm.ensemble import RewardEnsemble
+
 HELP = "fit on fresh judgments, publish if better"
 EXAMPLE = "  ensemble-rm recalibrate runs/hh --judgments judgments.db --window 180d --half-life 60d"
 CODES = {"published": 0, "kept": 10, "too few": 11, "drift alarm": 12}
@@ -111,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _load(folder: Path, **options: object) -> object:
+def _load(
+    folder: Path, *, version: int | None = None, backbone: str | None, device: str | None
+) -> RewardEnsemble:
     from ensemble_rm.ensemble import RewardEnsemble
 
-    return RewardEnsemble.from_pretrained(folder, **options)  # type: ignore[arg-type]
+    return RewardEnsemble.from_pretrained(folder, version=version, backbone=backbone, device=device)

@@ -83,7 +83,7 @@ def _read_response(
         outcome=_outcome(response.get("value"), texts),  # type: ignore[arg-type]
         annotator=str(response["user_id"]),
         judged_at=judged_at,
-        source=require_source(options, "Argilla"),
+        source=require_source(options, "argilla"),
         external_id=f"{record['id']}:{response['user_id']}",
     )
     return Row(line, judgment, judged_at)

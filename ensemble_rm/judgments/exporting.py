@@ -6,7 +6,7 @@ Knows nothing of where rows are written.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ensemble_rm.errors import MissingExtraError
 from ensemble_rm.judgments.judgment import FIELDS, Judgment
@@ -15,11 +15,8 @@ from ensemble_rm.judgments.store import BATCH, JudgmentStore, in_batches
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Message, prompt_json
 
-if TYPE_CHECKING:
-    import datasets
 
-
-def export_rows(
+def export_judgments(
     store: JudgmentStore, where: Selection = EVERYTHING, *, progress: Progress = silent
 ) -> Iterator[dict[str, Any]]:
     """Stream judgments as the rows of our JSONL.
@@ -44,9 +41,9 @@ def export_rows(
             progress("exporting", done, total)
 
 
-def export_dataset(
+def judgment_dataset(
     store: JudgmentStore, where: Selection = EVERYTHING, *, progress: Progress = silent
-) -> datasets.Dataset:
+) -> Any:
     """Return judgments as a data set, held in memory as Arrow's columns.
 
     Parameters

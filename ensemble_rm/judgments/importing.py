@@ -9,14 +9,20 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble_rm.errors import BadRowsError, DataError, OptionError, RowProblem
 from ensemble_rm.judgments.argilla import read_record
 from ensemble_rm.judgments.label_studio import read_min, read_task
-from ensemble_rm.judgments.rows import ImportOptions, Row, numbered, read_own
+from ensemble_rm.judgments.rows import (
+    Imported,
+    ImportOptions,
+    Row,
+    numbered,
+    read_own,
+    require_source,
+)
 from ensemble_rm.judgments.store import BATCH, JudgmentStore
 from ensemble_rm.loading import read_jsonl
 from ensemble_rm.progress import Progress, silent
@@ -34,34 +40,6 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[tuple[int, Any]]], Reader]] =
 PLAIN = ImportOptions()
 
 
-@dataclass
-class Imported:
-    """What `import_judgments` found.
-
-    Attributes
-    ----------
-    verdicts : int
-        Rows, annotations or responses that were read.
-    added : int
-        Judgments that are new, `corrections` among them; in a dry run, that would be.
-    already : int
-        Judgments that were there, or came twice.
-    corrections : int
-        Verdicts that had changed since an earlier import.
-    left_out : dict of str to int
-        How many gave no judgment, by reason.
-    problems : list of RowProblem
-        Every bad row; none but where they were to be skipped.
-    """
-
-    verdicts: int = 0
-    added: int = 0
-    already: int = 0
-    corrections: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
-    problems: list[RowProblem] = field(default_factory=list)
-
-
 def import_judgments(
     store: JudgmentStore,
     path: str | Path,
@@ -76,8 +54,8 @@ def import_judgments(
     """Add a file's judgments to the store; those that are there already are left alone.
 
     By default the whole file is read before anything is written, and refused where a row is bad.
-    A repeated import adds nothing: a row whose external id is stored with the same verdict counts
-    as there already, even where its time or batch differs.
+    A repeated import adds nothing. A row whose external id is stored with other content is bad;
+    what Label Studio and Argilla export is there already where only its time differs.
 
     Parameters
     ----------
@@ -91,8 +69,9 @@ def import_judgments(
     skip_bad : bool
         Add the good rows and report the bad ones, instead of refusing the file.
     correct : bool
-        Where an annotator changed a verdict since an earlier import, add a correction that names
-        the old one, instead of calling the row bad. JSONL rows name what they correct themselves.
+        Where a tool's export holds a verdict that changed since an earlier import, add a
+        correction that names the old one, instead of calling the row bad. JSONL rows name what
+        they correct themselves.
     dry_run : bool
         Write nothing.
     progress : callable
@@ -116,6 +95,8 @@ def import_judgments(
     """
     if format not in READERS:
         raise OptionError(f"format must be one of {', '.join(READERS)}, not {format!r}")
+    if format != "jsonl":
+        require_source(options, format)
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no such file: {path}")

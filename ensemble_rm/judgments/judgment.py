@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from ensemble_rm.errors import DataError
 from ensemble_rm.samples import Message, Prompt, as_prompt, prompt_json, prompt_key
@@ -25,14 +25,18 @@ FIELDS = (
 )
 
 
+# One encoder for all: json.dumps makes a new one for each text.
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+
+
 def text_body(text: Prompt) -> str:
     """Return a prompt or completion as one JSON text, as the store keeps it."""
-    return json.dumps(prompt_json(text), ensure_ascii=False, sort_keys=True)
+    return _encode(prompt_json(text))
 
 
 def digest(*parts: object) -> bytes:
     """Return 16 bytes that name the parts."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()[:16]
+    return hashlib.sha256(_encode(parts).encode()).digest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +193,30 @@ class Judgment:
                 "changed; write a correction with `corrects`, or leave `id` out"
             )
         return found
+
+
+class Verdict(NamedTuple):
+    """A judgment without its texts, for counting.
+
+    Attributes
+    ----------
+    pair, prompt : bytes
+        Names of the pair, whichever side stood first, and of its prompt.
+    annotator : str
+    outcome : str
+        As the sides stood.
+    flipped : bool
+        Whether the sides stood against the pair's own order, that of the completions' digests.
+    equal : bool
+        Whether the two completions are the same text.
+    """
+
+    pair: bytes
+    prompt: bytes
+    annotator: str
+    outcome: str
+    flipped: bool
+    equal: bool = False
 
 
 def _set(judgment: Judgment, name: str, value: object) -> None:

@@ -87,7 +87,7 @@ def _row(
         outcome=outcome,  # type: ignore[arg-type]
         annotator=_name(annotator),
         judged_at=judged_at,
-        source=require_source(options, "Label Studio"),
+        source=require_source(options, "label-studio"),
         external_id=f"annotation:{annotation['id']}",
     )
     if annotation.get("updated_at") is None:

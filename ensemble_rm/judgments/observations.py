@@ -43,7 +43,7 @@ class Observation(NamedTuple):
 
 
 def dated(where: Selection) -> Select[Any]:
-    """What an observation is read from, by time and id."""
+    """Select what an observation is read from, by time and id."""
     c = judgments.c
     return (
         select(
@@ -65,5 +65,5 @@ def read_observation(row: Any) -> Observation:
 
 
 def latest(where: Selection) -> Select[Any]:
-    """When the last of the selected judgments was given."""
+    """Select when the last of the selected judgments was given."""
     return select(func.max(judgments.c.judged_at)).where(*conditions(where))

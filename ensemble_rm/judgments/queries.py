@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ensemble_rm.errors import StorageError
-from ensemble_rm.judgments.judgment import Judgment, digest, text_body
+from ensemble_rm.judgments.judgment import Judgment, Verdict, digest, text_body
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.tables import judgments, texts
 from ensemble_rm.samples import as_prompt
@@ -21,28 +21,8 @@ PLAIN: tuple[str, ...] = (
     *("outcome", "annotator", "judged_at", "source", "external_id"),
     *("batch", "policy", "subset", "strategy", "inclusion"),
 )
+SAID = ("outcome", "annotator", "batch", "policy", "subset", "strategy", "inclusion")
 AT_ONCE = 1000  # values in one IN, rows in one fetch
-
-
-class Verdict(NamedTuple):
-    """A judgment without its texts, for counting.
-
-    Attributes
-    ----------
-    pair, prompt : bytes
-        Names of the pair, whichever side stood first, and of its prompt.
-    annotator : str
-    outcome : str
-        As the sides stood.
-    flipped : bool
-        Whether the sides stood against the pair's own order, that of the completions' digests.
-    """
-
-    pair: bytes
-    prompt: bytes
-    annotator: str
-    outcome: str
-    flipped: bool
 
 
 class Held(NamedTuple):
@@ -52,25 +32,25 @@ class Held(NamedTuple):
     ----------
     first, latest : str
         Id of the judgment that holds the external id, and of the end of its corrections.
-    verdict : bytes
-        What `verdict_of` says of the latest.
+    content : bytes
+        What `content_of` says of the latest.
     judged_at : datetime
         Its time.
     """
 
     first: str
     latest: str
-    verdict: bytes
+    content: bytes
     judged_at: datetime
 
 
-def verdict_of(one: Judgment) -> bytes:
-    """Name what was judged how by whom, whatever else is said of it."""
-    return _verdict(one.text_digests, one.outcome, one.annotator)
+def content_of(one: Judgment) -> bytes:
+    """Name what a judgment says but for its time, its external id and what it corrects."""
+    return _content(one.text_digests, [getattr(one, name) for name in SAID])
 
 
-def _verdict(texts_: Sequence[bytes], outcome: str, annotator: str) -> bytes:
-    return digest([part.hex() for part in texts_], outcome, annotator)
+def _content(sides: Sequence[bytes], said: Sequence[object]) -> bytes:
+    return digest([part.hex() for part in sides], list(said))
 
 
 # Reading -------------------------------------------------------------------------------------
@@ -126,20 +106,21 @@ def whole(where: Selection) -> Select[Any]:
     )
 
 
-def bare(where: Selection) -> Select[Any]:
-    """Their verdicts alone, by time and id."""
+def bare(where: Selection, *, by_pair: bool = False) -> Select[Any]:
+    """Their verdicts alone: by time and id, or by prompt and pair first."""
     c = judgments.c
+    groups = (c.prompt_key, c.pair_key) if by_pair else ()
     return (
         select(c.pair_key, c.prompt_key, c.annotator, c.outcome, c.first, c.second)
         .where(*conditions(where))
-        .order_by(c.judged_at, c.id)
+        .order_by(*groups, c.judged_at, c.id)
     )
 
 
 def read_verdict(row: Any) -> Verdict:
     """Return the verdict of a row of `bare`."""
     pair, prompt, annotator, outcome, first, second = row
-    return Verdict(pair, prompt, annotator, outcome, first > second)
+    return Verdict(pair, prompt, annotator, outcome, first > second, first == second)
 
 
 @contextmanager
@@ -260,10 +241,9 @@ def held(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[str, 
     found: dict[str, tuple[bytes, datetime]] = {}
     c = judgments.c
     for some in _parts(set(ends.values())):
-        query = select(c.id, c.prompt, c.first, c.second, c.outcome, c.annotator, c.judged_at)
+        query = select(c.id, c.judged_at, c.prompt, c.first, c.second, *(c[name] for name in SAID))
         for row in connection.execute(query.where(c.id.in_([bytes.fromhex(i) for i in some]))):
-            verdict = _verdict((row.prompt, row.first, row.second), row.outcome, row.annotator)
-            found[row.id.hex()] = (verdict, row.judged_at)
+            found[row.id.hex()] = (_content(row[2:5], row[5:]), row.judged_at)
     return {key: Held(first, ends[first], *found[ends[first]]) for key, first in holding.items()}
 
 

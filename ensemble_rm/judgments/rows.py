@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ensemble_rm.errors import DataError, OptionError
+from ensemble_rm.errors import DataError, OptionError, RowProblem
 from ensemble_rm.judgments.judgment import OPTIONAL, OUTCOMES, Judgment
 from ensemble_rm.loading import read_jsonl
 from ensemble_rm.samples import as_prompt
@@ -87,6 +87,34 @@ class ImportOptions:
                 raise OptionError(f"label {label!r} must mean first, second or tie: {outcome!r}")
 
 
+@dataclass
+class Imported:
+    """What `import_judgments` found.
+
+    Attributes
+    ----------
+    verdicts : int
+        Rows, annotations or responses that were read.
+    added : int
+        Judgments that are new, `corrections` among them; in a dry run, that would be.
+    already : int
+        Judgments that were there, or came twice.
+    corrections : int
+        Verdicts that had changed since an earlier import.
+    left_out : dict of str to int
+        How many gave no judgment, by reason.
+    problems : list of RowProblem
+        Every bad row; none but where they were to be skipped.
+    """
+
+    verdicts: int = 0
+    added: int = 0
+    already: int = 0
+    corrections: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    problems: list[RowProblem] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Texts:
     """Where prompt and completions stand, and what a label says of them.
@@ -156,7 +184,7 @@ def read_optional(*places: object) -> dict[str, Any]:
     return found
 
 
-def require_source(options: ImportOptions, tool: str) -> str:
+def require_source(options: ImportOptions, format_: str) -> str:
     """Return the source asked for.
 
     Raises
@@ -166,8 +194,8 @@ def require_source(options: ImportOptions, tool: str) -> str:
     """
     if options.source is None:
         raise OptionError(
-            f"an export of {tool} does not say where it comes from: name it with `source` "
-            "(--source), the same name each time, so that a repeated import changes nothing"
+            f"an export in the format {format_} does not say where it comes from: name it with "
+            "`source` (--source), the same each time, so that a repeated import changes nothing"
         )
     return options.source
 

@@ -6,6 +6,7 @@ kept in a scratch database on disk, so that memory stays flat. Knows nothing of 
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,12 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TypeAlias
 
 from ensemble_rm.errors import DataError, RowProblem
-from ensemble_rm.judgments.judgment import Judgment, digest
-from ensemble_rm.judgments.queries import Held, verdict_of
+from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.judgments.queries import Held, content_of
+from ensemble_rm.judgments.rows import Imported
 from ensemble_rm.judgments.writing import Writer, corrected_twice, holds_another, unknown
 
 if TYPE_CHECKING:
-    from ensemble_rm.judgments.importing import Imported
     from ensemble_rm.judgments.store import JudgmentStore
 
 Key: TypeAlias = tuple[str, str]
@@ -87,7 +88,7 @@ class Settler:
             later.append(new)
             self._lines[new.id] = entry.line
             first = new.id if old is None else old.first
-            held[entry.key] = Held(first, new.id, verdict_of(new), new.judged_at)
+            held[entry.key] = Held(first, new.id, content_of(new), new.judged_at)
             fresh[entry.key] = new
         if self._scratch is None:
             self._write(later, found, last=False)
@@ -113,20 +114,23 @@ class Settler:
         one, revised = entry.judgment, entry.revised_at
         if old is None:
             return one
-        if old.verdict == verdict_of(one) or (one.id == old.first and revised is None):
+        if revised is None:
+            if one.id != old.first:
+                raise holds_another(one, old.first)
             return None
-        if old.first != old.latest and revised is not None and revised <= old.judged_at:
+        if old.content == content_of(one):
+            return None
+        if old.first != old.latest and revised <= old.judged_at:
             return None  # an older state of what has been corrected since
-        if not self._correct or revised is None:
+        if not self._correct:
             raise holds_another(one, old.first)
         name = f"{one.external_id}@{revised.isoformat()}"
         return replace(one, external_id=name, judged_at=revised, corrects=old.latest)
 
     def _write(self, fresh: list[Judgment], found: Imported, *, last: bool) -> None:
         assert self._writer is not None
-        written = self._writer.put(
-            [*fresh, *self._waiting] if last else fresh, strict=False, last=last
-        )
+        batch = [*fresh, *self._waiting] if last else fresh
+        written = self._writer.put(batch, strict=False, last=last)
         found.added += written.added
         found.already += written.already
         for one, error in written.refused:
@@ -158,7 +162,7 @@ class _Scratch:
         self._database = sqlite3.connect("", isolation_level=None)
         self._database.execute("PRAGMA journal_mode=OFF")
         self._database.execute(
-            "CREATE TABLE held (key BLOB PRIMARY KEY, first TEXT, latest TEXT, verdict BLOB, "
+            "CREATE TABLE held (key BLOB PRIMARY KEY, first TEXT, latest TEXT, content BLOB, "
             "judged_at TEXT) WITHOUT ROWID"
         )
 
@@ -168,7 +172,7 @@ class _Scratch:
 
     def keep(self, held: Mapping[Key, Held]) -> None:
         """Keep what holds these names now."""
-        rows = [(digest(*key), *one[:3], one.judged_at.isoformat()) for key, one in held.items()]
+        rows = [(_name(key), *one[:3], one.judged_at.isoformat()) for key, one in held.items()]
         self._database.execute("BEGIN")
         self._database.executemany("INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?, ?)", rows)
         self._database.execute("COMMIT")
@@ -176,15 +180,20 @@ class _Scratch:
     def held(self, keys: Iterable[Key]) -> dict[Key, Held]:
         """Return what holds these names, where something does."""
         found = {}
-        query = "SELECT first, latest, verdict, judged_at FROM held WHERE key = ?"
+        query = "SELECT first, latest, content, judged_at FROM held WHERE key = ?"
         for key in keys:
-            row = self._database.execute(query, (digest(*key),)).fetchone()
+            row = self._database.execute(query, (_name(key),)).fetchone()
             if row is not None:
-                first, latest, verdict, judged_at = row
-                found[key] = Held(first, latest, verdict, datetime.fromisoformat(judged_at))
+                first, latest, content, judged_at = row
+                found[key] = Held(first, latest, content, datetime.fromisoformat(judged_at))
         return found
 
     def among(self, ids: set[str]) -> set[str]:
         """Return those of the ids that the file holds."""
         rows = self._database.execute("SELECT latest FROM held") if ids else ()
         return {one for (one,) in rows if one in ids}
+
+
+def _name(key: Key) -> bytes:
+    """Name a source and an external id, neither of which holds NUL, in 16 bytes."""
+    return hashlib.sha256("\0".join(key).encode()).digest()[:16]

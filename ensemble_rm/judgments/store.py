@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ensemble_rm.errors import MissingExtraError, StorageError
-from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.judgments.judgment import Judgment, Verdict
 from ensemble_rm.judgments.selection import EVERYTHING, Selection
 from ensemble_rm.judgments.votes import to_preferences
 from ensemble_rm.progress import Progress, silent
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ensemble_rm.judgments.database import Database
     from ensemble_rm.judgments.observations import Observation
-    from ensemble_rm.judgments.queries import Held, Verdict
+    from ensemble_rm.judgments.queries import Held
     from ensemble_rm.judgments.writing import Writer
 
 T = TypeVar("T")
@@ -261,6 +261,13 @@ class JudgmentStore:
             found: datetime | None = connection.execute(observations.latest(where)).scalar()
             return found
 
+    def verdicts_by_pair(self, where: Selection = EVERYTHING) -> Iterator[Verdict]:
+        """Stream judgments without their texts, by prompt and pair, in these by time and id."""
+        from ensemble_rm.judgments import queries
+
+        with self._streaming(queries.bare(where, by_pair=True)) as rows:
+            yield from map(queries.read_verdict, rows)
+
     def preferences(self, where: Selection = EVERYTHING) -> Preferences:
         """Join the judgments of each pair into votes; see `to_preferences`.
 
@@ -326,9 +333,12 @@ def in_batches(rows: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
 def _open(place: str | Path, **options: Any) -> Database:
     try:
         from ensemble_rm.judgments.database import Database
+
+        return Database(place, **options)
+    except MissingExtraError:
+        raise
     except ImportError as error:
         raise MissingExtraError(
             f"a judgment store needs SQLAlchemy and Alembic ({error}): "
             "pip install 'ensemble-rm[judgments]'"
         ) from error
-    return Database(place, **options)

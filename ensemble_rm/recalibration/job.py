@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
+from ensemble_rm.calibration.pairs import ScoredPairs
 from ensemble_rm.errors import EnsembleRMError
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.recalibration.decision import Decision, GateOptions, decide
+from ensemble_rm.recalibration.judged import DatedMargins
+from ensemble_rm.recalibration.monitor import DriftOptions, summarise, watch, write_state
 from ensemble_rm.recalibration.outcome import Recalibration, Verdict, explain, key_of
 from ensemble_rm.recalibration.pairs import evidence_of, window_margins
 from ensemble_rm.recalibration.scores import ScoreTable
@@ -42,6 +45,7 @@ def recalibrate(
     until: datetime | None = None,
     window: float | None = None,
     options: GateOptions | None = None,
+    alarms: DriftOptions | None = DriftOptions(),  # noqa: B008
     dry_run: bool = False,
     wait: bool = False,
     load: Callable[..., RewardEnsemble] | None = None,
@@ -62,6 +66,8 @@ def recalibrate(
         Days, counted back from the newest judgment; instead of `since`.
     options : GateOptions, optional
         Forgetting, gate, refusals.
+    alarms : DriftOptions, optional
+        Of the sequential test that watches the incumbent; None for no test.
     dry_run : bool
         Say everything, and write nothing.
     wait : bool
@@ -92,6 +98,7 @@ def recalibrate(
         Versions(folder, clock=clock),
         store,
         options or GateOptions(),
+        alarms,
         {"since": since, "until": until, "days": window},
         dry_run,
         load,
@@ -113,10 +120,21 @@ def recalibrate(
 
 
 @dataclass(frozen=True)
+class _Case:
+    """What a run is about: the incumbent, its calibration, and what is known of the run so far."""
+
+    incumbent: Version
+    old: Calibration | None
+    details: dict[str, Any]
+    alarm: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class _Job:
     versions: Versions
     store: JudgmentStore
     options: GateOptions
+    alarms: DriftOptions | None
     bounds: dict[str, Any]
     dry_run: bool
     load: Callable[..., RewardEnsemble] | None
@@ -132,86 +150,97 @@ class _Job:
             require_calibration(old, aggregator)
         where, future = choose(self.store, latest=self._latest(incumbent), **self.bounds)
         window = read_window(self.store, where, future=future, progress=self.progress)
+        options = self.options.to_json()
+        key = key_of(window.digest, incumbent.members, said["aggregator"], options)
         details: dict[str, Any] = {
             "judgments": {"store": self.store.name} | window.describe(),
             "members": incumbent.members,
-            "options": self.options.to_json(),
+            "options": options,
+            "key": key,
         }
-        key = key_of(window.digest, incumbent.members, said["aggregator"], self.options.to_json())
-        details["key"] = key
+        case = _Case(incumbent, old, details)
         known = self._known(incumbent, key)
         if known is not None:
-            return self._end(incumbent, old, known[0], known[1], details | {"same_as": known[2]})
+            case.details["same_as"] = known[2]
+            return self._end(case, known[0], known[1])
         table = ScoreTable(self.versions.folder, incumbent.members, read_only=self.dry_run)
+        members = len(said["normaliser"]["offset"])
         margins = window_margins(
-            window,
-            self.store,
-            table,
-            aggregator,
-            len(said["normaliser"]["offset"]),
-            lambda: self._load(incumbent),
+            *(window, self.store, table, aggregator, members, lambda: self._load(incumbent)),
             progress=self.progress,
         )
-        decision = decide(
-            window.with_margins(margins),
-            aggregator,
-            old,
-            options=self.options,
-            digest=window.digest,
-            created=self.versions.clock().isoformat(timespec="seconds"),
+        data = window.with_margins(margins)
+        case = replace(case, alarm=self._watch(case, data, window))
+        now = self.versions.clock().isoformat(timespec="seconds")
+        how: dict[str, Any] = {"options": self.options, "digest": window.digest, "created": now}
+        decision = decide(data, aggregator, old, **how)
+        case.details.update(explain(decision, old))
+        return self._act(case, decision, lambda: evidence_of(window, table))
+
+    def _watch(self, case: _Case, data: DatedMargins, window: Window) -> dict[str, Any] | None:
+        if self.alarms is None or case.old is None:
+            return None
+        state = watch(
+            self.versions.folder,
+            case.incumbent,
+            case.old,
+            data,
+            inclusion=window.inclusion,
+            options=self.alarms,
+            at=self.versions.clock().isoformat(timespec="seconds"),
         )
-        return self._act(incumbent, old, decision, window, table, details)
+        if not self.dry_run:
+            write_state(self.versions.folder, case.incumbent, state)
+        return summarise(state)
 
     def _act(
-        self,
-        incumbent: Version,
-        old: Calibration | None,
-        decision: Decision,
-        window: Window,
-        table: ScoreTable,
-        details: dict[str, Any],
+        self, case: _Case, decision: Decision, evidence: Callable[[], ScoredPairs | None]
     ) -> Recalibration:
-        details = details | explain(decision, old)
         if decision.answer != "publish" or decision.calibration is None:
-            verdict: Verdict = "too few" if decision.answer == "too few" else "kept"
-            return self._end(incumbent, old, verdict, decision.reason, details)
-        if self.versions.versioned and self.versions.pointer.pinned:
-            reason = f"version {incumbent.number} is pinned; unpinned: {decision.reason}"
-            return self._end(incumbent, old, "kept", reason, details | {"pinned": True})
-        number = self.versions.pointer.newest + 1 if self.versions.versioned else 2
-        after = decision.calibration.temperature
+            too_few = decision.answer == "too few"
+            return self._end(case, "too few" if too_few else "kept", decision.reason)
+        versioned = self.versions.versioned
+        if versioned and self.versions.pointer.pinned:
+            case.details["pinned"] = True
+            number = case.incumbent.number
+            return self._end(
+                case, "kept", f"version {number} is pinned; unpinned: {decision.reason}"
+            )
+        number = self.versions.pointer.newest + 1 if versioned else 2
         if not self.dry_run:
-            calibration = replace(decision.calibration, evidence=evidence_of(window, table))
-            provenance = {"reason": decision.reason} | details
+            provenance = {"reason": decision.reason, "alarm": case.alarm} | case.details
             number = self.versions.publish_calibration(
-                calibration, provenance=provenance, run=self.name
+                replace(decision.calibration, evidence=evidence()),
+                provenance=provenance,
+                run=self.name,
             ).number
-        return self._end(
-            incumbent, old, "published", decision.reason, details, version=number, after=after
-        )
+        after = decision.calibration.temperature
+        return self._end(case, "published", decision.reason, version=number, after=after)
 
     def _end(
         self,
-        incumbent: Version,
-        old: Calibration | None,
+        case: _Case,
         verdict: Verdict,
         reason: str,
-        details: dict[str, Any],
         *,
         version: int | None = None,
         after: float | None = None,
     ) -> Recalibration:
+        if case.alarm is not None and case.alarm["alarm"] and verdict != "published":
+            at, way = case.alarm["alarmed_at"], case.alarm["direction"]
+            reason = f"{way} since {at}, and nothing better to publish ({verdict}: {reason})"
+            verdict = "drift alarm"
         found = Recalibration(
             verdict,
             reason,
             self.name,
-            incumbent.number,
+            case.incumbent.number,
             version,
             self.dry_run,
-            None if old is None else old.temperature,
+            None if case.old is None else case.old.temperature,
             after,
-            None,
-            details,
+            case.alarm,
+            case.details,
         )
         if not self.dry_run:
             self.log(found.to_json())

@@ -16,7 +16,7 @@ from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.votes import to_preferences
 from ensemble_rm.recalibration.split import split_by_time
 from ensemble_rm.samples import Preference, Preferences
-from ensemble_rm.weighting import effective_size, inclusion_weights
+from ensemble_rm.weighting import effective_sample_size, inclusion_weights
 
 NAME = "new judgments"
 
@@ -154,7 +154,7 @@ def _scales(judgments: Sequence[Judgment]) -> dict[Design, float]:
 
 def _effective(judgments: Iterable[Judgment], scales: dict[Design, float]) -> float:
     weights = [scales[_design(one)] / (one.inclusion or 1.0) for one in judgments]
-    return effective_size(weights)
+    return effective_sample_size(weights)
 
 
 def weighted_votes(

@@ -38,8 +38,8 @@ class Window:
         Names of the pairs, sorted, each once.
     pairs : ndarray of int32, shape (n_judgments,)
         Place of each judgment's pair in `keys`.
-    targets, weights : ndarray, shape (n_judgments,)
-        Vote for the pair's own first side; 1/π within its batch.
+    targets, inclusion, weights : ndarray, shape (n_judgments,)
+        Vote for the pair's own first side; π, 1 for random draws; 1/π within its batch.
     groups : ndarray of int, shape (n_judgments,)
         Name of the prompt.
     times : ndarray, shape (n_judgments,)
@@ -58,6 +58,7 @@ class Window:
     keys: Keys
     pairs: NDArray[np.int32]
     targets: Floats
+    inclusion: Floats
     weights: Floats
     groups: Ints
     times: Floats
@@ -177,6 +178,7 @@ def read_window(
         if len(targets) % 10_000 == 0:
             progress("reading judgments", len(targets), 0)
     keys, places = np.unique(np.frombuffer(bytes(pairs), f"S{KEY}"), return_inverse=True)
+    chances = np.frombuffer(inclusion).copy()
     names = sorted(name for name in subset_of if name is not None)
     order = np.array([names.index(n) if n is not None else -1 for n in subset_of], np.int32)
     codes = np.frombuffer(subsets, np.int32)
@@ -185,7 +187,8 @@ def read_window(
         keys,
         places.astype(np.int32),
         np.frombuffer(targets, np.float32).astype(np.float64),
-        _weights(np.frombuffer(inclusion), np.frombuffer(batches, np.int32)),
+        chances,
+        _weights(chances, np.frombuffer(batches, np.int32)),
         np.frombuffer(bytes(prompts), ">i8").astype(np.int64),
         np.frombuffer(times).copy(),
         order[codes + 1],

@@ -1,0 +1,1 @@
+"""Drift of three kinds, told apart: labelled, unlabelled, raters."""

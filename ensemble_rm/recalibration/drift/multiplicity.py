@@ -1,0 +1,44 @@
+"""Many tests, one promise: Holm's correction, and permutations that suffice for it.
+
+References
+----------
+.. [1] Holm 1979, Scandinavian J. Statistics 6: a simple sequentially rejective procedure.
+.. [2] Phipson & Smyth 2010: permutation p-values are never 0, (1 + b)/(1 + B).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.errors import OptionError
+
+
+def holm(p: ArrayLike) -> Floats:
+    """Return adjusted p-values [1]_, shape (n,): P(any below α) ≤ α under every dependence."""
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    raised = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.minimum(raised, 1.0)
+    return adjusted
+
+
+def level_of(alpha: float, looks: int) -> float:
+    """Return the level of one look, such that any alarm in all of them has at most P = alpha."""
+    if not 0 < alpha < 1 or looks < 1:
+        raise OptionError(f"alpha must lie in (0, 1) and looks be ≥ 1, not {alpha} and {looks}")
+    return alpha / looks
+
+
+def permutations_for(level: float, tests: int) -> int:
+    """Return how many permutations can resolve `level` after Holm's correction."""
+    return max(999, math.ceil(4 * max(tests, 1) / level))
+
+
+def permutation_p(seen: float, redrawn: Floats) -> float:
+    """Return the p-value of a statistic that is large under change [2]_; ties count against it."""
+    return float((1 + (redrawn >= seen - 1e-12).sum()) / (1 + len(redrawn)))
