@@ -20,7 +20,9 @@ measured numbers; low and high are 90 % of a bootstrap over seeds. A ratio of 2 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +164,21 @@ class Trial:
         raise AssertionError
 
 
+def kept(trial: Trial, arm: str, args: argparse.Namespace, name: str) -> Arm:
+    """Return an arm's run from the work folder, or run it and keep it: a cut run goes on."""
+    said = [trial.part.pairs.digest, trial.part.backbone.digest, name, asdict(trial.sizes)]
+    said += [trial.seed, arm, args.random_share, args.sharpness]
+    place = trial.part.work / f"{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:24]}.json"
+    if not place.exists():
+        found = trial.run(arm, args.random_share, args.sharpness)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = place.with_suffix(".new")
+        scratch.write_text(json.dumps({**vars(found), "rows": found.rows.tolist()}))
+        scratch.replace(place)
+    stored = json.loads(place.read_text())
+    return Arm(**{**stored, "rows": np.array(stored["rows"])})
+
+
 def _nll(held: np.ndarray, test: np.ndarray) -> float:
     """Test NLL at the temperature of the calibration pairs; a coin's where there is none."""
     try:
@@ -293,7 +310,7 @@ def main() -> None:
         for seed in range(args.seeds):
             trial = Trial(part, rows, sizes[name], seed)
             for arm in ARMS:
-                arms[arm].append(trial.run(arm, args.random_share, args.sharpness))
+                arms[arm].append(kept(trial, arm, args, name))
             ends = {arm: round(found[-1].nll[-1], 4) for arm, found in arms.items()}
             print(f"{name} seed {seed}: {ends}", flush=True)
         report(name, sizes[name], arms, figures)

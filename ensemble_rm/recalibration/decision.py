@@ -19,10 +19,10 @@ from ensemble_rm.recalibration.gate import Gate, judge_candidate, losses
 from ensemble_rm.recalibration.judged import (
     DAY,
     DatedMargins,
-    effective_size,
     forgetting,
 )
 from ensemble_rm.recalibration.split import TimeSplit, split_by_time
+from ensemble_rm.weighting import effective_sample_size
 
 Answer: TypeAlias = Literal["publish", "keep", "too few"]
 
@@ -160,11 +160,11 @@ def _gated(
     how: dict[str, Any] = {"slices": options.slices, "minimum": options.min_judgments}
     older, newest = data.take(parts.fit), data.take(parts.gate)
     said["sizes"] |= {"fit": _size(older), "gate": _size(newest)}
-    if effective_size(newest.weights) < options.min_judgments:
+    if effective_sample_size(newest.weights) < options.min_judgments:
         raise TooFewJudgmentsError(
             f"the newest part has {len(newest)} judgments, which weigh as "
-            f"{effective_size(newest.weights):.0f}; a gate needs {options.min_judgments}: collect "
-            "more, or widen the window or the gate's share"
+            f"{effective_sample_size(newest.weights):.0f}; a gate needs {options.min_judgments}: "
+            "collect more, or widen the window or the gate's share"
         )
     candidate = fit_shrunk(older, incumbent, part="older part", **how)
     gate = _gate(newest, incumbent, candidate, options)
@@ -215,6 +215,6 @@ def _temperatures(incumbent: Calibration | None, data: DatedMargins) -> Any:
 def _size(data: DatedMargins) -> dict[str, Any]:
     return {
         "judgments": len(data),
-        "effective": round(effective_size(data.weights), 1),
+        "effective": round(effective_sample_size(data.weights), 1),
         "prompts": data.prompts,
     }
