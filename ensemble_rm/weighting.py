@@ -42,12 +42,34 @@ class SampleWeights:
     def remark(self) -> str:
         """One line for a person: what the weights cost."""
         n = len(self.weights)
-        if n == 0 or np.ptp(self.weights) == 0:
+        if n == 0 or np.ptp(self.weights) <= 1e-9:
             return f"{n} with equal weights"
         return (
             f"{n} with weights {self.weights.min():.2g} to {self.weights.max():.2g} count as "
             f"{self.effective:.1f} drawn with equal probabilities"
         )
+
+
+def sample_weights(weights: ArrayLike) -> SampleWeights:
+    """Return weights that are known already, such as `Preferences.weights`, scaled to mean 1.
+
+    Parameters
+    ----------
+    weights : array_like, shape (n,)
+        All > 0.
+
+    Returns
+    -------
+    SampleWeights
+
+    Raises
+    ------
+    OptionError
+        If a weight is not a finite number > 0.
+    """
+    effective = effective_sample_size(weights)
+    w = np.asarray(weights, dtype=np.float64)
+    return SampleWeights(w / w.mean() if len(w) else w, effective)
 
 
 def effective_sample_size(weights: ArrayLike) -> float:

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 
 from ensemble_rm.errors import OptionError
 from ensemble_rm.selection.design import plan_draw
-from ensemble_rm.weighting import effective_sample_size, inclusion_weights, thin_to_equal
+from ensemble_rm.weighting import (
+    effective_sample_size,
+    inclusion_weights,
+    sample_weights,
+    thin_to_equal,
+)
 
 weights = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30)
 
@@ -47,6 +52,13 @@ def test_what_was_drawn_alike_has_weight_one() -> None:
     assert "count as" in found.remark
     assert "equal weights" in inclusion_weights([0.1, 0.1]).remark
     assert inclusion_weights([]).effective == 0
+
+
+def test_known_weights_are_scaled() -> None:
+    found = sample_weights([2.0, 6.0])
+    np.testing.assert_allclose(found.weights, [0.5, 1.5])
+    assert found.effective == effective_sample_size([1.0, 3.0])
+    assert sample_weights([]).effective == 0
 
 
 def test_mixtures_and_impossible_probabilities_are_refused() -> None:
