@@ -32,7 +32,7 @@ from ensemble_rm.calibration.temperature import TemperatureFit
 POLICIES = ("none", "blind", "gated")
 STATED = DriftTest.start(TemperatureFit(1.0, 0.9, 1.1, 0.05, 0.6, 300, 300)).promise
 NEVER = MONTHS + 1
-FIRST_SEED = 100  # options were chosen while looking at lower ones
+FIRST_SEED = 200  # options were chosen while looking at lower ones
 PICTURE = Path(__file__).parent / "results" / "recalibration.png"
 
 

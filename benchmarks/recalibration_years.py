@@ -18,7 +18,7 @@ from ensemble_rm import Calibration, DriftTest, GateOptions, fit_temperature, me
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.metrics import ece
 from ensemble_rm.recalibration.decision import decide
-from ensemble_rm.recalibration.judged import DAY, DatedMargins, forgetting
+from ensemble_rm.recalibration.judged import DAY, DatedMargins, forgetting, joined
 
 JUDGMENTS = 300
 MONTH = 30 * DAY
@@ -84,12 +84,6 @@ def month_of_judgments(
         (month + np.sort(rng.random(JUDGMENTS))) * MONTH,
         np.full(JUDGMENTS, -1, np.int32),
     )
-
-
-def joined(parts: list[DatedMargins]) -> DatedMargins:
-    names = ("margins", "member_margins", "targets", "weights", "groups", "times", "subsets")
-    found = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
-    return DatedMargins(*found)
 
 
 @dataclass

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ensemble_rm.calibration.calibration import Calibration
     from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
     from ensemble_rm.calibration.pairs import ScoredPairs
+    from ensemble_rm.calibration.reliability import Reliability, fit_reliability
     from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
     from ensemble_rm.calibration.ties import TieModel, fit_ties
     from ensemble_rm.combining import combine
@@ -43,18 +44,21 @@ if TYPE_CHECKING:
     from ensemble_rm.members.heads import HeadScorer
     from ensemble_rm.members.lora import LoraScorer
     from ensemble_rm.members.score_cache import ScoreCache
-    from ensemble_rm.members.scorer import FunctionScorer, Scorer
+    from ensemble_rm.members.scorer import FeatureScorer, FunctionScorer, Scorer, scorer_features
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
     from ensemble_rm.recalibration.decision import GateOptions
-    from ensemble_rm.recalibration.drift.labelled import DriftTest
+    from ensemble_rm.recalibration.drift.labelled import DriftTest, LabelledDrift
+    from ensemble_rm.recalibration.drift.raters import AnchorVote, RaterDrift, rater_drift
     from ensemble_rm.recalibration.drift.reference import Reference
+    from ensemble_rm.recalibration.drift.report import DriftReport
     from ensemble_rm.recalibration.drift.unlabelled import UnlabelledDrift, unlabelled_drift
     from ensemble_rm.recalibration.job import recalibrate
     from ensemble_rm.recalibration.outcome import Recalibration
     from ensemble_rm.recalibration.retraining import Retraining, RetrainingOptions, retrain
     from ensemble_rm.recalibration.retraining_job import RetrainingRun, retrain_run
     from ensemble_rm.recalibration.units import same_units
+    from ensemble_rm.reports.drift import draw_drift, drift_text
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
@@ -82,6 +86,7 @@ _HOMES = {
     "calibration.calibration": "Calibration",
     "calibration.normaliser": "Normaliser fit_normaliser",
     "calibration.pairs": "ScoredPairs",
+    "calibration.reliability": "Reliability fit_reliability",
     "calibration.temperature": "TemperatureFit fit_temperature",
     "calibration.ties": "TieModel fit_ties",
     "combining": "combine",
@@ -101,15 +106,18 @@ _HOMES = {
     "members.heads": "HeadScorer",
     "members.lora": "LoraScorer",
     "members.score_cache": "ScoreCache",
-    "members.scorer": "FunctionScorer Scorer",
+    "members.scorer": "FeatureScorer FunctionScorer Scorer scorer_features",
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
     "recalibration.decision": "GateOptions",
-    "recalibration.drift.labelled": "DriftTest",
     "recalibration.job": "recalibrate",
     "recalibration.outcome": "Recalibration",
+    "recalibration.drift.labelled": "DriftTest LabelledDrift",
+    "recalibration.drift.raters": "AnchorVote RaterDrift rater_drift",
     "recalibration.drift.reference": "Reference",
+    "recalibration.drift.report": "DriftReport",
     "recalibration.drift.unlabelled": "UnlabelledDrift unlabelled_drift",
+    "reports.drift": "draw_drift drift_text",
     "recalibration.retraining": "Retraining RetrainingOptions retrain",
     "recalibration.retraining_job": "RetrainingRun retrain_run",
     "recalibration.units": "same_units",
@@ -131,12 +139,15 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 __all__ = [
     "Aggregator",
     "AgreementReport",
+    "AnchorVote",
     "BranchScorer",
     "Calibration",
     "ClassifierScorer",
     "Comparison",
+    "DriftReport",
     "DriftTest",
     "Evaluation",
+    "FeatureScorer",
     "FeatureSpace",
     "FunctionScorer",
     "GateOptions",
@@ -145,6 +156,7 @@ __all__ = [
     "Imported",
     "Judgment",
     "JudgmentStore",
+    "LabelledDrift",
     "LoraOptions",
     "LoraScorer",
     "Message",
@@ -153,9 +165,11 @@ __all__ = [
     "Preference",
     "Preferences",
     "Ranking",
+    "RaterDrift",
     "Recalibration",
     "Recipe",
     "Reference",
+    "Reliability",
     "Retraining",
     "RetrainingOptions",
     "RetrainingRun",
@@ -180,12 +194,15 @@ __all__ = [
     "agreement_report",
     "combine",
     "cvar",
+    "draw_drift",
+    "drift_text",
     "effective_sample_size",
     "entropic",
     "evaluate",
     "export_judgments",
     "fit_feature_space",
     "fit_normaliser",
+    "fit_reliability",
     "fit_temperature",
     "fit_ties",
     "import_judgments",
@@ -200,10 +217,12 @@ __all__ = [
     "minimum",
     "precision_report",
     "quantile",
+    "rater_drift",
     "recalibrate",
     "retrain",
     "retrain_run",
     "same_units",
+    "scorer_features",
     "select_pairs",
     "stream_scores",
     "thin_to_equal",

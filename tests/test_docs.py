@@ -22,10 +22,17 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
 
 
+def runnable(page: Path) -> list[str]:
+    """Python blocks, but for those that stand below a reason why they cannot run."""
+    text = page.read_text(encoding="utf-8")
+    skipped = re.findall(r"^<!-- snippet: skip \S.* -->\n```python\n(.*?)^```", text, re.S | re.M)
+    return [code for code in blocks(page, "python") if code not in skipped]
+
+
 PYTHON = [
     pytest.param(code, id=f"{page.name}-{i}")
     for page in PAGES
-    for i, code in enumerate(blocks(page, "python"))
+    for i, code in enumerate(runnable(page))
 ]
 COMMANDS = [
     line

@@ -20,7 +20,7 @@ from ensemble_rm.members.backbone import load_tokenizer, locate, torch_dtype
 from ensemble_rm.members.batching import plan
 from ensemble_rm.members.cache import FeatureCache, features, features_in_parts
 from ensemble_rm.members.pooling import Rule, pool
-from ensemble_rm.members.scorer import checked_scores
+from ensemble_rm.members.scorer import FeatureScorer, checked_scores, scorer_features
 from ensemble_rm.members.text import TextEncoder, count_truncation
 from ensemble_rm.members.trunk import Trunk, default_views
 
@@ -297,6 +297,31 @@ def test_a_function_is_a_scorer() -> None:
         checked_scores(scorer, found.T, 3)
     with pytest.raises(NonFiniteScoreError, match="brevity"):
         checked_scores(scorer, np.full((3, 1), np.inf), 3)
+
+
+def test_heads_show_the_features_that_they_score(two_heads: Callable[..., HeadScorer]) -> None:
+    """The heads' weights on the features are the scores; other scorers have none."""
+    scorer = two_heads()
+    samples = [Sample(f"prompt {i % 3}", "word " * (1 + i % 5)) for i in range(9)]
+    features = scorer.features(samples)
+    assert features.shape == (9, 2 * 16)
+    own = [scorer.weights(i, features[:, 16 * i : 16 * i + 16]) for i in range(2)]
+    assert np.stack(own, axis=1) == pytest.approx(scorer.score(samples))
+    rule = FunctionScorer("length", lambda sample: float(len(sample.completion)))
+    both = scorer_features([rule, scorer, two_heads(seed=1)], samples)
+    assert both is not None
+    assert (both == np.concatenate([features, features], axis=1)).all()
+    assert scorer_features([rule], samples) is None
+    assert not isinstance(rule, FeatureScorer)
+
+
+def test_a_feature_of_several_samples_is_refused() -> None:
+    class Short(FunctionScorer):
+        def features(self, samples: object) -> np.ndarray:
+            return np.zeros((1, 3))
+
+    with pytest.raises(OptionError, match="Short returned features"):
+        scorer_features([Short("a", lambda sample: 0.0)], [Sample("p", "a"), Sample("p", "b")])
 
 
 def test_heads_with_a_cache_are_the_same_heads(

@@ -20,6 +20,7 @@ from ensemble_rm.cli.main import main
 from ensemble_rm.errors import LockedError, StorageError
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.store import JudgmentStore
+from ensemble_rm.recalibration.looks import LookOptions, look, past_looks
 from ensemble_rm.recalibration.scores import ScoreTable
 from ensemble_rm.recalibration.window import choose, read_window
 
@@ -297,3 +298,44 @@ def test_the_commands_of_versions(
     assert main(["unpin", str(run)]) == 0
     assert main(["rollback", str(run), "--to", "9"]) == 4
     assert "versions 1 to 2, and no 9" in capsys.readouterr().err
+
+
+def test_drift_that_the_gate_cannot_answer_is_an_alarm_until_something_better_is_published(
+    run: Path, store: JudgmentStore
+) -> None:
+    assert job(run, store).version == 2
+    # Verdicts turn to coins: no temperature answers that, and the next batch does not confirm it.
+    store.add(judged(40.0, 400, seed=11, start=181, days=6))
+    found = job(run, store)
+    assert found.verdict == "drift alarm" and "overconfident" in found.reason
+    assert found.alarm is not None and found.alarm["alarm"]
+    assert Versions(run).current().number == 2
+    again = job(run, store, options=GateOptions(delta=0.004))
+    assert again.verdict == "drift alarm"
+    assert again.alarm is not None and again.alarm["prompts"] == found.alarm["prompts"]
+
+
+def test_the_look_at_drift_says_three_things_and_its_exit_code(
+    run: Path, store: JudgmentStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job(run, store)
+    for month in range(3):
+        anchors = judged(2.0, 30, seed=50, start=60 * month, days=20, batch="anchors")
+        store.add(replace(one, annotator="ann", external_id="") for one in anchors)
+    store.add(judged(2.0, 200, seed=12, start=181, days=5))
+    scored: dict[str, Any] = {"load": Loader(), "clock": lambda: NOW}
+    assert look(run, store, dry_run=True, **scored).alarms == ()
+    assert not past_looks(run)
+    report = look(run, store, options=LookOptions(anchors=("anchors",)), **scored)
+    assert report.alarms == () and not report.unavailable
+    assert report.labelled is not None and 150 < report.labelled.prompts <= 200
+    assert report.unlabelled is not None and report.raters is not None
+    assert past_looks(run) == [report]
+    store.add(judged(40.0, 600, seed=13, start=187, days=3))
+    assert look(run, store, **scored).alarms == ("labelled",)
+    picture = tmp_path / "drift.png"
+    command = ["drift", str(run), "--judgments", str(tmp_path / "judgments.db"), "--json"]
+    assert main([*command, f"--report={picture}"]) == 12
+    said = json.loads(capsys.readouterr().out)
+    assert said["alarms"] == ["labelled"] and "anchor set" in said["unavailable"]["raters"]
+    assert picture.stat().st_size > 1000

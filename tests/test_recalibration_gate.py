@@ -15,7 +15,7 @@ from recalibration_runs import calibrated, margins, together
 from ensemble_rm import Calibration, GateOptions, mean
 from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
 from ensemble_rm.errors import OptionError, TooFewJudgmentsError
-from ensemble_rm.recalibration.confirmation import compare_newest
+from ensemble_rm.recalibration.confirmation import changed_since, compare_newest
 from ensemble_rm.recalibration.decision import decide
 from ensemble_rm.recalibration.gate import clustered_mean, judge_candidate, losses
 from ensemble_rm.recalibration.judged import (
@@ -207,6 +207,31 @@ def test_coins_and_inverted_verdicts_are_told_from_what_was_before() -> None:
     inverted = replace(coins, targets=1 - margins(1.0, 300, seed=1, start=180.0).targets)
     assert z_of(before, coins) < -4
     assert z_of(margins(0.8, 900, seed=0), inverted) < -4 or np.isnan(z_of(before, inverted))
+
+
+def test_what_was_judged_before_a_change_is_left_out_and_no_more() -> None:
+    before = margins(1.0, 600, seed=0, days=60)
+    odd = margins(1.0, 300, seed=1, days=30, start=90, coins=True)
+    parts = [
+        *(before, margins(3.0, 300, seed=2, days=30, start=60), odd),
+        *(margins(3.0, 300, seed=3 + i, days=30, start=120 + 30 * i) for i in range(2)),
+    ]
+    data = together(*parts)
+    split = split_by_time(data.groups, data.times, share=1 / 6)
+    changed = changed_since(data, split.fit, len(split.gate))
+    month = (data.times / (30 * DAY)).astype(int)
+    assert changed[month < 2].mean() > 0.9  # T was another one
+    assert changed[month == 3].mean() > 0.9  # coins
+    assert not changed[(month == 2) | (month >= 4)].any()
+
+
+def test_where_nothing_changed_hardly_anything_is_left_out() -> None:
+    shares = []
+    for seed in range(60):
+        data = margins(1.5, 900, seed=seed)
+        split = split_by_time(data.groups, data.times, share=1 / 6)
+        shares.append(changed_since(data, split.fit, len(split.gate)).mean())
+    assert np.mean(shares) < 0.03
 
 
 # The whole decision ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ensemble_rm.cli import (
     combine,
     compare,
     demo,
+    drift,
     evaluate,
     judgments,
     merge,
@@ -32,7 +33,8 @@ from ensemble_rm.cli import (
 
 COMMANDS = (
     *(train, combine, merge, calibrate, evaluate, score, compare, precision),
-    *(select, judgments, recalibrate, retrain, versions, show, rollback, pin, unpin, demo),
+    *(select, judgments, recalibrate, retrain, drift, versions),
+    *(show, rollback, pin, unpin, demo),
 )
 
 EXIT_CODES = """\

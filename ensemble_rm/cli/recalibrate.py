@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             options=options,
             dry_run=args.dry_run,
             wait=args.wait,
-            load=partial(_load, backbone=args.backbone, device=args.device),
+            load=partial(load_version, backbone=args.backbone, device=args.device),
             progress=bars,
         )
     code = CODES[found.verdict]
@@ -113,9 +113,10 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _load(
+def load_version(
     folder: Path, *, version: int | None = None, backbone: str | None, device: str | None
 ) -> RewardEnsemble:
+    """Load an ensemble whose pairs have to be scored."""
     from ensemble_rm.ensemble import RewardEnsemble
 
     return RewardEnsemble.from_pretrained(folder, version=version, backbone=backbone, device=device)

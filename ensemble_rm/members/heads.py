@@ -115,6 +115,18 @@ class HeadScorer(ModelScorer):
             out[:, member] = self.weights(member, read[:, place[view]])
         return out
 
+    @in_turn
+    def features(self, samples: Sequence[Sample]) -> Floats:
+        """Return what all views read, (n_samples, n_features): each layer and pooling once."""
+        trunk = self.trunk
+        encoded = trunk.encoder.encode(samples)
+        parts = dict.fromkeys(part for view in self.views for part in view.parts())
+        views = tuple(View(layer, rule) for layer, rule in parts)
+        out = np.empty((len(encoded), len(views) * trunk.width))
+        for rows, read in features_in_parts(trunk, encoded, views, cache=self.cache):
+            out[rows] = read.reshape(len(rows), -1)
+        return out
+
     def _parts(self) -> dict[str, Any]:
         return {
             "views": self.views,

@@ -89,6 +89,15 @@ class StoredScorer(Scorer, Protocol):
         ...
 
 
+@runtime_checkable
+class FeatureScorer(Scorer, Protocol):
+    """A scorer that shows what it reads, so that distances to the training inputs can be taken."""
+
+    def features(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
+        """Return (n_samples, n_features) features, in the order of the samples."""
+        ...
+
+
 class FunctionScorer:
     """A Python function as a member: a rule, a verifier, a length penalty.
 
@@ -132,6 +141,40 @@ def checked_scores(scorer: Scorer, scores: NDArray[np.float64], n: int) -> NDArr
         culprit = scorer.names[int(np.flatnonzero(infinite)[0])]
         raise NonFiniteScoreError(f"member {culprit!r} scored infinity")
     return matrix
+
+
+def scorer_features(
+    scorers: Sequence[Scorer], samples: Sequence[Sample]
+) -> NDArray[np.float64] | None:
+    """Return the features of all scorers that have some, side by side; None where none has.
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+        Of an ensemble.
+    samples : sequence of Sample
+
+    Returns
+    -------
+    ndarray, shape (n_samples, n_features), optional
+        In the order of the samples.
+
+    Raises
+    ------
+    OptionError
+        If a scorer returns another number of rows.
+    """
+    found = []
+    for scorer in scorers:
+        if isinstance(scorer, FeatureScorer):
+            read = np.asarray(scorer.features(samples), dtype=np.float64)
+            if read.ndim != 2 or len(read) != len(samples):
+                raise OptionError(
+                    f"{type(scorer).__name__} returned features of shape {read.shape} for "
+                    f"{len(samples)} samples; they are (n_samples, n_features)"
+                )
+            found.append(read)
+    return np.concatenate(found, axis=1) if found else None
 
 
 def unloaded(scorers: Sequence[Scorer]) -> tuple[Scorer, ...]:

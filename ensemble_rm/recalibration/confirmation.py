@@ -1,4 +1,4 @@
-"""Whether the two newest parts of the judgments tell the same: one bad batch is not followed.
+"""Which parts of the judgments tell the same: one bad batch is not followed, nor a past regime.
 
 A month of corrupted judgments and a true, sudden change look alike while they are the newest; the
 gate, which looks at that month, may prefer whatever leans its way, and the refit would take the
@@ -6,6 +6,10 @@ month in. What tells them apart is the next batch. So the newest part and the on
 many judgments, must agree: both slopes 1/T are compared by one step of Newton's method from their
 common fit, with a variance over prompts (a score test [1]_, made robust [2]_). Slopes and not
 temperatures: they stay finite, and may be negative, where labels are noise or inverted.
+
+Once they agree, older parts of the same length that contradict the one before the newest are left
+out: what was judged before a change, and what was corrupted, belong to no fit of today. The newest
+part has no say in that, so that the gate stays a test on judgments that nothing was chosen by.
 
 References
 ----------
@@ -19,12 +23,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import norm
 
 from ensemble_rm.calibration.temperature import fit_temperature
 from ensemble_rm.errors import CalibrationError
-from ensemble_rm.recalibration.judged import DatedMargins, Ints
+from ensemble_rm.recalibration.judged import DatedMargins, Ints, joined
 
 LEVEL = 0.99
 
@@ -72,8 +77,49 @@ def compare_newest(
     -------
     Confirmation
     """
-    previous = fit[np.argsort(data.times[fit], kind="stable")][-len(gate) :]
-    both = data.take(np.concatenate([previous, gate]))
+    previous = _by_time(data, fit)[-len(gate) :]
+    return _compare(data.take(gate), data.take(previous), level)
+
+
+def changed_since(
+    data: DatedMargins, fit: Ints, size: int, *, level: float = LEVEL
+) -> NDArray[np.bool_]:
+    """Say which judgments fall into times that contradict the newest ones of the older part.
+
+    Parameters
+    ----------
+    data : DatedMargins
+    fit : ndarray of int
+        Rows of the older part.
+    size : int
+        Of a block, judgments; the oldest block takes the remainder, too.
+    level : float
+        Two-sided, of each comparison.
+
+    Returns
+    -------
+    ndarray of bool, shape (n_judgments,)
+        Of all rows of `data`; never of the newest block.
+    """
+    rows = _by_time(data, fit)
+    ends = list(range(len(rows), size - 1, -size)) or [len(rows)]
+    blocks = [rows[max(end - size, 0) : end] for end in ends]
+    blocks[-1] = rows[: ends[-1]]
+    newest = data.take(blocks[0])
+    changed = np.zeros(len(data), dtype=bool)
+    for block in blocks[1:]:
+        if not _compare(newest, data.take(block), level).agrees:
+            first, last = data.times[block[0]], data.times[block[-1]]
+            changed |= (data.times >= first) & (data.times <= last)
+    return np.asarray(changed & (data.times < newest.times.min()))
+
+
+def _by_time(data: DatedMargins, rows: Ints) -> Ints:
+    return rows[np.argsort(data.times[rows], kind="stable")]
+
+
+def _compare(newer: DatedMargins, older: DatedMargins, level: float) -> Confirmation:
+    both = joined([older, newer])
     try:
         common = fit_temperature(
             both.margins, both.targets, weights=both.weights, groups=both.groups, min_judgments=2
@@ -84,8 +130,8 @@ def compare_newest(
             agrees=False, reason=str(error), z=nan, newest=nan, previous=nan, level=level
         )
     beta = 1.0 / common.temperature
-    new, new_variance = _step(data.take(gate), beta)
-    old, old_variance = _step(data.take(previous), beta)
+    new, new_variance = _step(newer, beta)
+    old, old_variance = _step(older, beta)
     spread = math.sqrt(new_variance + old_variance)
     z = (new - old) / spread if spread > 0 else 0.0
     limit = float(norm.ppf(0.5 + level / 2))

@@ -9,12 +9,24 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.temperature import MIN_JUDGMENTS
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
-from ensemble_rm.recalibration.confirmation import Confirmation, compare_newest
-from ensemble_rm.recalibration.fitting import Fitted, fit_shrunk, row_temperatures, shrunk_mixture
+from ensemble_rm.recalibration.confirmation import (
+    Confirmation,
+    changed_since,
+    compare_newest,
+)
+from ensemble_rm.recalibration.fitting import (
+    Fitted,
+    fit_shrunk,
+    require_enough,
+    row_temperatures,
+    shrunk_mixture,
+)
 from ensemble_rm.recalibration.gate import Gate, judge_candidate, losses
 from ensemble_rm.recalibration.judged import (
     DAY,
@@ -46,7 +58,8 @@ class GateOptions:
     slices : bool
         Whether each subset gets a temperature of its own.
     confirm : bool
-        Whether a sudden change waits for the next batch; see `compare_newest`.
+        Whether a sudden change waits for the next batch, and what was judged before it, or
+        contradicts the newest otherwise, is left out; see `compare_newest`, `changed_since`.
     """
 
     half_life: float | None = None
@@ -158,36 +171,40 @@ def _gated(
     said: dict[str, Any],
 ) -> Decision:
     how: dict[str, Any] = {"slices": options.slices, "minimum": options.min_judgments}
-    older, newest = data.take(parts.fit), data.take(parts.gate)
-    said["sizes"] |= {"fit": _size(older), "gate": _size(newest)}
+    newest, fit, kept = data.take(parts.gate), parts.fit, data
+    said["sizes"] |= {"gate": _size(newest), "fit": _size(data.take(fit))}
     if effective_sample_size(newest.weights) < options.min_judgments:
         raise TooFewJudgmentsError(
             f"the newest part has {len(newest)} judgments, which weigh as "
             f"{effective_sample_size(newest.weights):.0f}; a gate needs {options.min_judgments}: "
             "collect more, or widen the window or the gate's share"
         )
-    candidate = fit_shrunk(older, incumbent, part="older part", **how)
-    gate = _gate(newest, incumbent, candidate, options)
-    said |= {"candidate": candidate, "gate": gate}
-    said["metrics"] = {"gate_nll_before": gate.nll_before, "gate_nll_after": gate.nll_after}
+    require_enough(data.take(fit), options.min_judgments, "older part")
     if options.confirm:
-        found = compare_newest(data, parts.fit, parts.gate)
+        found = compare_newest(data, fit, parts.gate)
         said["confirmation"] = found
         if not found.agrees:
             return Decision("keep", f"unconfirmed: {found.reason}", **said)
+        changed = changed_since(data, fit, len(parts.gate))
+        fit, kept = fit[~changed[fit]], data.take(np.flatnonzero(~changed))
+        said["sizes"] |= {"changed": int(changed.sum()), "fit": _size(data.take(fit))}
+    candidate = fit_shrunk(data.take(fit), incumbent, part="older part", **how)
+    gate = _gate(newest, incumbent, candidate, options)
+    said |= {"candidate": candidate, "gate": gate}
+    said["metrics"] = {"gate_nll_before": gate.nll_before, "gate_nll_after": gate.nll_after}
     if not gate.passed:
         return Decision("keep", gate.reason, **said)
-    final = fit_shrunk(data, incumbent, part="window", **how)
-    mixture = shrunk_mixture(data, incumbent, final.shrunk.share)
+    final = fit_shrunk(kept, incumbent, part="window", **how)
+    mixture = shrunk_mixture(kept, incumbent, final.shrunk.share)
     calibration = Calibration(aggregator, final.fit, mixture, digest, created, slices=final.slices)
-    before = losses(data.margins, data.targets, _temperatures(incumbent, data))
+    before = losses(kept.margins, kept.targets, _temperatures(incumbent, kept))
     after = losses(
-        data.margins, data.targets, row_temperatures(final.fit.temperature, final.slices, data)
+        kept.margins, kept.targets, row_temperatures(final.fit.temperature, final.slices, kept)
     )
-    total = float(data.weights.sum())
+    total = float(kept.weights.sum())
     said["metrics"] |= {
-        "window_nll_before": float((data.weights * before).sum()) / total,
-        "window_nll_after": float((data.weights * after).sum()) / total,
+        "window_nll_before": float((kept.weights * before).sum()) / total,
+        "window_nll_after": float((kept.weights * after).sum()) / total,
     }
     return Decision("publish", gate.reason, calibration, final=final, **said)
 

@@ -24,7 +24,7 @@ from ensemble_rm.recalibration.decision import Decision, GateOptions, decide
 from ensemble_rm.recalibration.judged import DatedMargins
 from ensemble_rm.recalibration.monitor import DriftOptions, summarise, watch, write_state
 from ensemble_rm.recalibration.outcome import Recalibration, Verdict, explain, key_of
-from ensemble_rm.recalibration.pairs import evidence_of, window_margins
+from ensemble_rm.recalibration.pairs import evidence_of, load_members, window_margins
 from ensemble_rm.recalibration.scores import ScoreTable
 from ensemble_rm.recalibration.window import Window, choose, read_window
 from ensemble_rm.versions.adoption import describe_ensemble
@@ -166,7 +166,14 @@ class _Job:
         table = ScoreTable(self.versions.folder, incumbent.members, read_only=self.dry_run)
         members = len(said["normaliser"]["offset"])
         margins = window_margins(
-            *(window, self.store, table, aggregator, members, lambda: self._load(incumbent)),
+            *(
+                window,
+                self.store,
+                table,
+                aggregator,
+                members,
+                lambda: load_members(self.versions, incumbent, self.load),
+            ),
             progress=self.progress,
         )
         data = window.with_margins(margins)
@@ -262,16 +269,6 @@ class _Job:
         first = f"the same judgments, members and options as of {run}"
         said = last["reason"] if "same_as" in details else f"{first}: {last['reason']}"
         return verdict, said, run
-
-    def _load(self, incumbent: Version) -> RewardEnsemble:
-        load = self.load
-        if load is None:
-            from ensemble_rm.ensemble import RewardEnsemble
-
-            load = RewardEnsemble.from_pretrained
-        if self.versions.versioned:
-            return load(self.versions.folder, version=incumbent.ensemble)
-        return load(self.versions.folder)
 
     def _latest(self, incumbent: Version) -> datetime:
         """Return the clock's time, or the last run's where the clock went back since."""

@@ -5,6 +5,7 @@ Knows numbers; knows nothing of texts, databases, models or files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -73,6 +74,13 @@ class DatedMargins:
     def prompts(self) -> int:
         """How many prompts there are."""
         return len(np.unique(self.groups))
+
+
+def joined(parts: Sequence[DatedMargins]) -> DatedMargins:
+    """Return the judgments of all parts, whose subsets have the same names."""
+    names = [f.name for f in fields(DatedMargins) if f.name != "subset_names"]
+    found = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return DatedMargins(**found, subset_names=parts[0].subset_names)
 
 
 def forgetting(times: Floats, *, half_life: float | None) -> Floats:

@@ -21,6 +21,8 @@ from ensemble_rm.recalibration.judged import Ints
 from ensemble_rm.recalibration.scores import KEY, PairMargins, ScoreTable, read_margins
 from ensemble_rm.recalibration.window import Window
 from ensemble_rm.samples import Sample
+from ensemble_rm.versions.repository import Versions
+from ensemble_rm.versions.version import Version
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
@@ -143,3 +145,16 @@ def evidence_of(window: Window, table: ScoreTable) -> ScoredPairs | None:
         np.unique(window.groups, return_inverse=True)[1],
         tuple(names),
     )
+
+
+def load_members(
+    versions: Versions, version: Version, load: Callable[..., RewardEnsemble] | None
+) -> RewardEnsemble:
+    """Load the ensemble that a version's members lie in; by `from_pretrained` where not given."""
+    if load is None:
+        from ensemble_rm.ensemble import RewardEnsemble
+
+        load = RewardEnsemble.from_pretrained
+    if versions.versioned:
+        return load(versions.folder, version=version.ensemble)
+    return load(versions.folder)

@@ -18,10 +18,12 @@ class AuditLog:
     ----------
     folder : Path
         Of the versions.
+    name : str
+        Of the file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+    def __init__(self, folder: Path, name: str = FILE) -> None:
+        self.path = folder / name
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Write one line at the end, in one call, and wait until it is on the disk."""

@@ -33,26 +33,24 @@ References
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
 from scipy.stats import t as student
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.temperature import TemperatureFit
-from ensemble_rm.errors import NonFiniteScoreError, OptionError
+from ensemble_rm.errors import OptionError
 from ensemble_rm.recalibration.drift.bets import Bets
+from ensemble_rm.recalibration.drift.payoffs import JudgedRows, prompt_digest
 
 TOLERANCE = 0.1
 _OVER = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # < 1/max u·σ(−u) = 3.59
-_UNDER = (0.03, 0.06, 0.12, 0.24)  # < 1/_REACH
-_REACH = 4.0  # temperatures: beyond it a margin's verdict is certain in any case
+_UNDER = (0.03, 0.06, 0.12, 0.24)  # < 1/REACH
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,57 @@ class DriftPoint:
     log_under: float
     again: int = 0
     selected: int = 0
+
+
+@dataclass(frozen=True)
+class LabelledDrift:
+    """What a `DriftTest` says, without the state that it goes on from.
+
+    Attributes
+    ----------
+    low, high : float
+        The null: T lies between them.
+    alpha, promise : float
+        See `DriftTest`.
+    prompts : int
+        That have paid.
+    log_e, peak : float
+        Log e-value now, and at its largest.
+    alarmed_at : str, optional
+        The batch in which the alarm was raised.
+    alarmed_after : int
+        Prompts that had paid then.
+    direction : str
+        ``"overconfident"``, ``"underconfident"``, or empty.
+    history : tuple of DriftPoint
+        One a batch.
+    """
+
+    low: float
+    high: float
+    alpha: float
+    promise: float
+    prompts: int
+    log_e: float
+    peak: float
+    alarmed_at: str | None
+    alarmed_after: int
+    direction: str
+    history: tuple[DriftPoint, ...]
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the e-value ever reached 1/alpha."""
+        return self.alarmed_at is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, d: Any) -> LabelledDrift:
+        """Read what `to_json` wrote."""
+        return cls(**{**d, "history": tuple(DriftPoint(**point) for point in d["history"])})
 
 
 @dataclass(frozen=True)
@@ -177,7 +226,7 @@ class DriftTest:
         reach = max(quantile * fit.log_se, math.log1p(tolerance))
         low = min(fit.low, fit.temperature * math.exp(-min(reach, 700.0)))
         high = max(fit.high, fit.temperature * math.exp(min(reach, 700.0)))
-        seen = frozenset(map(_digest, known))
+        seen = frozenset(map(prompt_digest, known))
         return cls(low, high, promise / 2, promise, min_inclusion, seen=seen)
 
     @property
@@ -234,7 +283,7 @@ class DriftTest:
         NonFiniteScoreError
             If a margin is not finite.
         """
-        rows = _Rows.read(margins, targets, prompts, counts, inclusion)
+        rows = JudgedRows.read(margins, targets, prompts, counts, inclusion)
         fresh = np.array([key not in self.seen for key in rows.keys], dtype=bool)
         wanted = rows.inclusion >= self.min_inclusion
         taken = rows.take(fresh & wanted)
@@ -273,6 +322,10 @@ class DriftTest:
             return said
         return said | {"alarmed_at": at, "alarmed_after": self.over.taken + place + 1}
 
+    def result(self) -> LabelledDrift:
+        """Return what it says, for a report."""
+        return LabelledDrift(**{f.name: getattr(self, f.name) for f in fields(LabelledDrift)})
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that `from_json` reads."""
         return asdict(self) | {"seen": sorted(self.seen)}
@@ -287,61 +340,3 @@ class DriftTest:
         said["seen"] = frozenset(said["seen"])
         said["history"] = tuple(DriftPoint(**point) for point in said["history"])
         return cls(**said)
-
-
-def _digest(prompt: str | int) -> str:
-    return hashlib.sha256(str(prompt).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Judgments seen from the side of the higher reward: sizes ≥ 0, and verdicts for that side."""
-
-    sizes: Floats
-    verdicts: Floats
-    keys: tuple[str, ...]
-    counts: Floats
-    inclusion: Floats
-
-    @classmethod
-    def read(
-        cls,
-        margins: ArrayLike,
-        targets: ArrayLike,
-        prompts: Sequence[str | int] | NDArray[np.int64],
-        counts: ArrayLike | None,
-        inclusion: ArrayLike | None,
-    ) -> _Rows:
-        x = np.asarray(margins, dtype=np.float64)
-        y = np.asarray(targets, dtype=np.float64)
-        c = np.ones(x.shape) if counts is None else np.asarray(counts, dtype=np.float64)
-        pi = np.ones(x.shape) if inclusion is None else np.asarray(inclusion, dtype=np.float64)
-        shapes = {x.shape, y.shape, c.shape, pi.shape, (len(prompts),)}
-        if len(shapes) > 1:
-            raise OptionError(f"margins, targets, prompts and weights differ in shape: {shapes}")
-        if not np.isfinite(x).all():
-            raise NonFiniteScoreError("a margin is NaN or infinite; drop that pair, or score anew")
-        if not ((y >= 0) & (y <= 1)).all():
-            raise OptionError("targets must lie in [0, 1]")
-        if not ((c > 0) & np.isfinite(c)).all():
-            raise OptionError("counts must be finite and > 0")
-        if not ((pi > 0) & (pi <= 1)).all():
-            raise OptionError("inclusion probabilities must lie in (0, 1]")
-        keys = tuple(_digest(p) for p in prompts)
-        return cls(np.abs(x), np.where(x >= 0, y, 1 - y), keys, c, pi)
-
-    def take(self, chosen: NDArray[np.bool_]) -> _Rows:
-        keys = tuple(key for key, one in zip(self.keys, chosen, strict=True) if one)
-        arrays = (self.sizes, self.verdicts, self.counts, self.inclusion)
-        a, v, c, pi = (array[chosen] for array in arrays)
-        return _Rows(a, v, keys, c, pi)
-
-    def payoffs(self, edge: float, min_inclusion: float, *, over: bool) -> Floats:
-        """Return one payoff a prompt, in the order of their first judgments."""
-        u = self.sizes / edge
-        p = np.asarray(expit(u))
-        z = u * (p - self.verdicts) if over else np.minimum(u, _REACH) * (self.verdicts - p)
-        number: dict[str, int] = {}
-        place = np.array([number.setdefault(key, len(number)) for key in self.keys])
-        paid = np.bincount(place, self.counts * z * (min_inclusion / self.inclusion))
-        return np.asarray(paid / np.bincount(place, self.counts), dtype=np.float64)

@@ -1,0 +1,94 @@
+"""Look whether the published ensemble has drifted: by judgments, by scores, by its raters.
+
+Three answers, never one number: whether the temperature still fits fresh judgments (a sequential
+test of the version's life), whether scores look as they did when it was published, whether an
+anchor set is still judged as it was. Exit code 12 where any of them alarms.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from ensemble_rm.cli.common import Bars, add_dry_run, add_json, say
+from ensemble_rm.cli.recalibrate import CODES, load_version, read_days, read_time
+
+HELP = "look for drift since the current version"
+EXAMPLE = (
+    "  ensemble-rm drift runs/hh --judgments judgments.db --anchors anchors --report drift.png"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a saved ensemble's folder")
+    parser.add_argument(
+        "--judgments",
+        required=True,
+        metavar="STORE",
+        help="a file, or postgresql://user@host/name",
+    )
+    window = parser.add_mutually_exclusive_group()
+    window.add_argument("--since", metavar="TIME", help="judged at or after; ISO 8601, UTC")
+    window.add_argument(
+        "--window", type=read_days, metavar="DAYS", help="such as 180d, back from the newest"
+    )
+    parser.add_argument("--until", metavar="TIME", help="judged before")
+    parser.add_argument(
+        "--alpha", type=float, default=0.05, metavar="P", help="any alarm, where nothing drifts"
+    )
+    parser.add_argument(
+        "--looks", type=int, default=12, metavar="N", help="at one version, which share alpha"
+    )
+    parser.add_argument(
+        "--anchors",
+        action="append",
+        default=[],
+        metavar="BATCH",
+        help="a batch of judgments of the anchor set; as often as needed",
+    )
+    parser.add_argument("--report", type=Path, metavar="PNG", help="draw every look so far")
+    parser.add_argument("--backbone", metavar="NAME", help="where it lies now, if not where it was")
+    parser.add_argument("--device", help="cuda, mps or cpu; the best available by default")
+    parser.add_argument("--wait", action="store_true", help="for a job on RUN to end")
+    add_dry_run(parser, "keep neither the test's state nor the look")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return 12 on an alarm."""
+    from ensemble_rm.judgments.store import JudgmentStore
+    from ensemble_rm.recalibration.looks import LookOptions, look, past_looks
+    from ensemble_rm.recalibration.monitor import DriftOptions
+    from ensemble_rm.reports.drift import draw_drift, drift_text
+
+    bounds = {name: read_time(getattr(args, name), f"--{name}") for name in ("since", "until")}
+    with (
+        JudgmentStore.open(args.judgments, read_only=True) as store,
+        Bars(quiet=args.json) as bars,
+    ):
+        report = look(
+            args.folder,
+            store,
+            since=bounds["since"],
+            until=bounds["until"],
+            window=args.window,
+            options=LookOptions(
+                labelled=DriftOptions(promise=args.alpha),
+                alpha=args.alpha,
+                looks=args.looks,
+                anchors=tuple(args.anchors),
+            ),
+            dry_run=args.dry_run,
+            wait=args.wait,
+            load=partial(load_version, backbone=args.backbone, device=args.device),
+            progress=bars,
+        )
+    if args.report is not None:
+        past = past_looks(args.folder)
+        draw_drift([*past, report] if args.dry_run else past, args.report)
+    code = CODES["drift alarm"] if report.alarms else 0
+    said = report.to_json() | {"alarms": list(report.alarms), "exit_code": code}
+    say(args, said, drift_text(report))
+    return code
