@@ -56,16 +56,27 @@ if TYPE_CHECKING:
     from ensemble_rm.recalibration.drift.unlabelled import UnlabelledDrift, unlabelled_drift
     from ensemble_rm.recalibration.job import recalibrate
     from ensemble_rm.recalibration.outcome import Recalibration
+    from ensemble_rm.recalibration.retraining import Retraining, RetrainingOptions, retrain
+    from ensemble_rm.recalibration.retraining_job import RetrainingRun, retrain_run
+    from ensemble_rm.recalibration.units import same_units
     from ensemble_rm.reports.drift import draw_drift, drift_text
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
+    from ensemble_rm.selection.select import SelectedPair, SelectedPairs, select_pairs
+    from ensemble_rm.selection.tasks import to_tasks
     from ensemble_rm.streaming import stream_scores
     from ensemble_rm.training.recipe import Recipe
     from ensemble_rm.training.train import train
     from ensemble_rm.versions.repository import Versions
     from ensemble_rm.versions.version import Version
+    from ensemble_rm.weighting import (
+        SampleWeights,
+        effective_sample_size,
+        inclusion_weights,
+        thin_to_equal,
+    )
 
 __version__ = "0.1.0"
 
@@ -109,15 +120,21 @@ _HOMES = {
     "recalibration.drift.report": "DriftReport",
     "recalibration.drift.unlabelled": "UnlabelledDrift unlabelled_drift",
     "reports.drift": "draw_drift drift_text",
+    "recalibration.retraining": "Retraining RetrainingOptions retrain",
+    "recalibration.retraining_job": "RetrainingRun retrain_run",
+    "recalibration.units": "same_units",
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
     "samples": "Message Preference Preferences Sample",
+    "selection.select": "SelectedPair SelectedPairs select_pairs",
+    "selection.tasks": "to_tasks",
     "streaming": "stream_scores",
     "training.recipe": "Recipe",
     "training.train": "train",
     "versions.repository": "Versions",
     "versions.version": "Version",
+    "weighting": "SampleWeights effective_sample_size inclusion_weights thin_to_equal",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -155,12 +172,18 @@ __all__ = [
     "Recipe",
     "Reference",
     "Reliability",
+    "Retraining",
+    "RetrainingOptions",
+    "RetrainingRun",
     "RewardEnsemble",
     "Sample",
+    "SampleWeights",
     "ScoreCache",
     "ScoredPairs",
     "Scorer",
     "Scores",
+    "SelectedPair",
+    "SelectedPairs",
     "Selection",
     "TemperatureFit",
     "TieModel",
@@ -176,6 +199,7 @@ __all__ = [
     "cvar",
     "draw_drift",
     "drift_text",
+    "effective_sample_size",
     "entropic",
     "evaluate",
     "export_judgments",
@@ -185,6 +209,7 @@ __all__ = [
     "fit_temperature",
     "fit_ties",
     "import_judgments",
+    "inclusion_weights",
     "judgment_dataset",
     "lcb",
     "load_preferences",
@@ -197,8 +222,14 @@ __all__ = [
     "quantile",
     "rater_drift",
     "recalibrate",
+    "retrain",
+    "retrain_run",
+    "same_units",
     "scorer_features",
+    "select_pairs",
     "stream_scores",
+    "thin_to_equal",
+    "to_tasks",
     "train",
     "unlabelled_drift",
     "uwo",

@@ -322,3 +322,19 @@ def test_a_feature_of_several_samples_is_refused() -> None:
 
     with pytest.raises(OptionError, match="Short returned features"):
         scorer_features([Short("a", lambda sample: 0.0)], [Sample("p", "a"), Sample("p", "b")])
+
+
+def test_heads_with_a_cache_are_the_same_heads(
+    two_heads: Callable[..., HeadScorer], tmp_path: Path
+) -> None:
+    """And what one reads the next need not: a cache that is full asks nothing of the trunk."""
+    samples = [Sample("Who?", "A fox " * n) for n in (1, 4, 2)]
+    one, two = two_heads(seed=1), two_heads(seed=2)
+    cache = FeatureCache(tmp_path)
+    wanted = [one.score(samples), two.score(samples)]
+    reading = [scorer.with_cache(cache) for scorer in (one, two)]
+    np.testing.assert_allclose(reading[0].score(samples), wanted[0], atol=1e-6)
+    reading[1].trunk.pool_batch = None  # type: ignore[assignment,method-assign]
+    np.testing.assert_allclose(reading[1].score(samples), wanted[1], atol=1e-6)
+    assert reading[1].names == two.names and reading[1].digest == two.digest
+    assert reading[0].with_cache(None).cache is None and one.cache is None

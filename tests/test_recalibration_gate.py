@@ -20,12 +20,11 @@ from ensemble_rm.recalibration.decision import decide
 from ensemble_rm.recalibration.gate import clustered_mean, judge_candidate, losses
 from ensemble_rm.recalibration.judged import (
     DAY,
-    effective_size,
     forgetting,
-    inclusion_weights,
 )
 from ensemble_rm.recalibration.shrinkage import shrink
 from ensemble_rm.recalibration.split import split_by_time
+from ensemble_rm.weighting import effective_sample_size, inclusion_weights
 
 OPTIONS = GateOptions()
 
@@ -82,15 +81,15 @@ def test_a_judgment_counts_half_after_each_half_life() -> None:
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=20), st.floats(0.001, 1000.0))
 def test_the_effective_size_is_kishs(w: list[float], scale: float) -> None:
-    size = effective_size(np.array(w) * scale)
-    assert size == pytest.approx(effective_size(w))
+    size = effective_sample_size(np.array(w) * scale)
+    assert size == pytest.approx(effective_sample_size(w))
     assert 1 - 1e-9 <= size <= len(w) + 1e-9
-    assert effective_size(np.ones(7)) == 7
+    assert effective_sample_size(np.ones(7)) == 7
 
 
 def test_a_batch_counts_as_many_judgments_as_it_has() -> None:
     inclusion = np.array([0.1, 0.2, 0.1, 0.001, 0.002, 1.0])
-    weights = inclusion_weights(inclusion, np.array([0, 0, 0, 1, 1, 2]))
+    weights = inclusion_weights(inclusion, np.array([0, 0, 0, 1, 1, 2])).weights
     np.testing.assert_allclose([weights[:3].sum(), weights[3:5].sum(), weights[5]], [3, 2, 1])
     assert weights[0] == pytest.approx(2 * weights[1])
 

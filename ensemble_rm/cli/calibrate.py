@@ -58,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from ensemble_rm.weighting import sample_weights
+
     aggregator = read_aggregator(args)
     judgments = read_pairs(args.data, skip_bad=args.skip_bad)
     with Bars(quiet=args.json) as bars:
@@ -77,8 +79,10 @@ def run(args: argparse.Namespace) -> None:
     if not args.dry_run:
         ensemble.save_pretrained(out)
     saved = "nothing saved (--dry-run)" if args.dry_run else f"saved in {out}"
+    weights = sample_weights(judgments.weights)
     found = {
         "aggregator": str(ensemble.aggregator),
+        "effective_judgments": weights.effective,
         "fit": asdict(fit),
         "dry_run": args.dry_run,
         "mixture_temperature": calibration.mixture_temperature,
@@ -92,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
         f"{ensemble.aggregator}: T = {fit.temperature:.3f} [{fit.low:.3f}, {fit.high:.3f}] from "
         f"{fit.judgments} judgments of {fit.prompts} prompts, NLL {fit.nll:.4f}; {saved}"
     )
+    if weights.effective < len(judgments) - 0.05:
+        line += f"\n  {weights.remark}"
     say(args, found, "\n".join([line, *_details(calibration)]))
 
 

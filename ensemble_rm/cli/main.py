@@ -21,8 +21,10 @@ from ensemble_rm.cli import (
     pin,
     precision,
     recalibrate,
+    retrain,
     rollback,
     score,
+    select,
     show,
     train,
     unpin,
@@ -31,7 +33,8 @@ from ensemble_rm.cli import (
 
 COMMANDS = (
     *(train, combine, merge, calibrate, evaluate, score, compare, precision),
-    *(judgments, recalibrate, drift, versions, show, rollback, pin, unpin, demo),
+    *(select, judgments, recalibrate, retrain, drift, versions),
+    *(show, rollback, pin, unpin, demo),
 )
 
 EXIT_CODES = """\

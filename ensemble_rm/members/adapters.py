@@ -141,6 +141,11 @@ def own_tensors(blocks: ModuleList) -> dict[str, torch.Tensor]:
     }
 
 
+def own_parameters(blocks: ModuleList) -> list[torch.nn.Parameter]:
+    """Return what an adapter alone has to train."""
+    return [p for name, p in blocks.named_parameters() if f".{_ADAPTER}." in name]
+
+
 def pour(blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tensor]) -> ModuleList:
     """Return the blocks with an adapter of these weights, frozen; no generator moves on.
 

@@ -78,6 +78,18 @@ class HeadScorer(ModelScorer):
                 self._trunk = Trunk(self.backbone, self.options, top=top).forget_rest()
             return self._trunk
 
+    def with_cache(self, cache: FeatureCache | None) -> HeadScorer:
+        """Return the same heads over the same trunk, with a cache of features or without."""
+        return HeadScorer(
+            self.backbone,
+            self.options,
+            self.views,
+            self.weights,
+            names=self.names,
+            cache=cache,
+            trunk=self._trunk,
+        )
+
     def _forget(self) -> None:
         self._trunk = None
 

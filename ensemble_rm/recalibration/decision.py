@@ -32,10 +32,10 @@ from ensemble_rm.recalibration.gate import Gate, judge_candidate, losses
 from ensemble_rm.recalibration.judged import (
     DAY,
     DatedMargins,
-    effective_size,
     forgetting,
 )
 from ensemble_rm.recalibration.split import TimeSplit, split_by_time
+from ensemble_rm.weighting import effective_sample_size
 
 Answer: TypeAlias = Literal["publish", "keep", "too few"]
 
@@ -182,11 +182,11 @@ def _gated(
     how: dict[str, Any] = {"slices": options.slices, "minimum": options.min_judgments}
     newest, fit, kept = data.take(parts.gate), parts.fit, data
     said["sizes"] |= {"gate": _size(newest), "fit": _size(data.take(fit))}
-    if effective_size(newest.weights) < options.min_judgments:
+    if effective_sample_size(newest.weights) < options.min_judgments:
         raise TooFewJudgmentsError(
             f"the newest part has {len(newest)} judgments, which weigh as "
-            f"{effective_size(newest.weights):.0f}; a gate needs {options.min_judgments}: collect "
-            "more, or widen the window or the gate's share"
+            f"{effective_sample_size(newest.weights):.0f}; a gate needs {options.min_judgments}: "
+            "collect more, or widen the window or the gate's share"
         )
     require_enough(data.take(fit), options.min_judgments, "older part")
     if options.confirm:
@@ -240,6 +240,6 @@ def _temperatures(incumbent: Calibration | None, data: DatedMargins) -> Any:
 def _size(data: DatedMargins) -> dict[str, Any]:
     return {
         "judgments": len(data),
-        "effective": round(effective_size(data.weights), 1),
+        "effective": round(effective_sample_size(data.weights), 1),
         "prompts": data.prompts,
     }

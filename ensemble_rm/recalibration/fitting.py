@@ -24,8 +24,9 @@ from ensemble_rm.calibration.temperature import (
     margin_nll,
 )
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
-from ensemble_rm.recalibration.judged import DatedMargins, effective_size
+from ensemble_rm.recalibration.judged import DatedMargins
 from ensemble_rm.recalibration.shrinkage import Shrunk, shrink
+from ensemble_rm.weighting import effective_sample_size
 
 MIXTURE_LIMIT = 100_000
 
@@ -64,7 +65,7 @@ def require_enough(data: DatedMargins, minimum: int, part: str) -> float:
         If it is below `minimum`.
     """
     informative = data.margins != 0
-    found = effective_size(data.weights[informative])
+    found = effective_sample_size(data.weights[informative])
     if found < minimum:
         raise TooFewJudgmentsError(
             f"the {part} has {int(informative.sum())} judgments with a margin, which weigh as "

@@ -17,7 +17,8 @@ from scipy.stats import t as student
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import OptionError
-from ensemble_rm.recalibration.judged import Ints, effective_size
+from ensemble_rm.recalibration.judged import Ints
+from ensemble_rm.weighting import effective_sample_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,5 +151,5 @@ def judge_candidate(
         level,
         len(before),
         prompts,
-        effective_size(weights),
+        effective_sample_size(weights),
     )

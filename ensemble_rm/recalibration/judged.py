@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import OptionError
@@ -83,12 +83,6 @@ def joined(parts: Sequence[DatedMargins]) -> DatedMargins:
     return DatedMargins(**found, subset_names=parts[0].subset_names)
 
 
-def effective_size(weights: ArrayLike) -> float:
-    """Return Kish's (1965) effective sample size (Σw)²/Σw²: n where all weights are equal."""
-    w = np.asarray(weights, dtype=np.float64)
-    return float(w.sum() ** 2 / (w**2).sum()) if len(w) else 0.0
-
-
 def forgetting(times: Floats, *, half_life: float | None) -> Floats:
     """Return 2^(−age/half_life), age counted back from the newest judgment, in seconds.
 
@@ -110,26 +104,3 @@ def forgetting(times: Floats, *, half_life: float | None) -> Floats:
     if not half_life > 0:
         raise OptionError(f"half_life must be > 0, not {half_life}")
     return np.asarray(np.exp2(np.maximum((times - times.max()) / half_life, -500.0)))
-
-
-def inclusion_weights(inclusion: Floats, batches: NDArray[Any]) -> Floats:
-    """Return 1/π, divided by its mean within each batch (Hájek 1971).
-
-    A batch then counts as many judgments as it has, however large the pool that it was drawn from:
-    π of two pools are on different scales.
-
-    Parameters
-    ----------
-    inclusion : ndarray, shape (n_judgments,)
-        Probability π with which the pair was selected; 1 for a plain random draw.
-    batches : ndarray of int, shape (n_judgments,)
-        The batch of annotation of each.
-
-    Returns
-    -------
-    ndarray, shape (n_judgments,)
-    """
-    w = 1.0 / inclusion
-    labels = np.unique(batches, return_inverse=True)[1]
-    means = np.bincount(labels, w) / np.bincount(labels)
-    return np.asarray(w / means[labels], dtype=np.float64)

@@ -19,8 +19,9 @@ from ensemble_rm.errors import OptionError
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress
-from ensemble_rm.recalibration.judged import DatedMargins, Ints, inclusion_weights
+from ensemble_rm.recalibration.judged import DatedMargins, Ints
 from ensemble_rm.recalibration.scores import KEY, Keys, PairMargins
+from ensemble_rm.weighting import inclusion_weights
 
 AHEAD = timedelta(days=1)  # a judgment may be dated this much after the clock: time zones, skew
 FIRST_NAMES = 8  # bytes of a prompt's name that tell it apart: one in 10⁷ clashes among a million
@@ -199,7 +200,7 @@ def read_window(
 
 
 def _weights(inclusion: Floats, batches: NDArray[np.int32]) -> Floats:
-    return inclusion_weights(inclusion, batches) if len(inclusion) else np.ones(0)
+    return inclusion_weights(inclusion, batches).weights
 
 
 def _digest(ids: bytes) -> str:

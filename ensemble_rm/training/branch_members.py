@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from ensemble_rm.training.heads import HeadTrainer, PairFeatures
 from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.recipe import Recipe
 from ensemble_rm.training.seeds import global_seed
+from ensemble_rm.training.start import only
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ def train_branches(job: Job) -> Trained:
 def grow_branches(found: Ground) -> tuple[HeadWeights, BranchesResult]:
     """Train the members on token states: where their heads started, and what became of them."""
     job = found.job
+    start = only(job.start, BranchScorer)
+    if start is not None:
+        own = [_continued(found, tensors) for tensors in start.tensors]
+        return start.heads, fit_branches(found, start.heads, own, checkpoint=job.checkpoint)
     blocks = [_trainable(found, seeds["init"]) for seeds in job.seeds]
     alike = [found.branching.trunk.rest]
     heads = first_heads(found, blocks if job.recipe.reinitialise else alike)
@@ -90,6 +95,13 @@ def _trainable(found: Ground, seed: int) -> torch.nn.ModuleList:
         with global_seed(seed):
             initialise(trunk.model, list(own)[-fresh:])
     return own
+
+
+def _continued(found: Ground, tensors: Mapping[str, torch.Tensor]) -> torch.nn.ModuleList:
+    """Copy the upper blocks as float32, with the weights that a member goes on from."""
+    own = copy.deepcopy(found.branching.trunk.rest).float()
+    own.load_state_dict(dict(tensors))
+    return own.requires_grad_(requires_grad=True)
 
 
 def initialise(model: Any, blocks: Sequence[torch.nn.Module]) -> None:
@@ -149,6 +161,7 @@ def fit_branches(
         seeds=job.seeds if seeds is None else seeds,
         checkpoint=checkpoint,
         digest=job.digest,
+        may_stay=job.recipe.first_head == "fitted" or bool(job.start),
     )
     return trainer.run(progress=job.progress)
 

@@ -88,6 +88,9 @@ class BranchTrainer:
         Folder to resume from and to write to.
     digest : str
         Of all that the run depends on; a checkpoint of another digest is refused.
+    may_stay : bool
+        Whether a member that training cannot better remains what it started as; else its head is
+        nothing yet.
     """
 
     checkpoint_seconds = 1.0  # least time between two checkpoints, written between epochs
@@ -103,10 +106,12 @@ class BranchTrainer:
         seeds: list[dict[str, int]],
         checkpoint: Path | None = None,
         digest: str = "",
+        may_stay: bool = False,
     ) -> None:
         self.branching, self.fit, self.validation = branching, fit, validation
         self.recipe, self.seeds = recipe, seeds
         self.checkpoint, self.digest = checkpoint, digest
+        self.may_stay = may_stay
         self.device = branching.trunk.device
         self.branches = [branch.to(self.device) for branch in branches]
         counts = resample_counts(fit.pairs.groups, seeds, bootstrap=recipe.bootstrap)
@@ -206,8 +211,7 @@ class BranchTrainer:
         k, patience = len(self.branches), self.recipe.patience
         reached = _Progress(
             [branch.copied() for branch in self.branches],
-            # Where a member may stay, unless its head is nothing yet.
-            self._validate(list(range(k)) if self.recipe.first_head == "fitted" else []),
+            self._validate(list(range(k)) if self.may_stay else []),
             torch.zeros(k, dtype=torch.long),
         )
         self._resume(reached)

@@ -284,12 +284,22 @@ def _last_checkpoint(folder: Path) -> str | None:
     return None if latest is None else str(latest)
 
 
+def _start_folder(job: Job, member: int) -> Path:
+    """Return the folder of the model that a member goes on from: its own, or the pretrained."""
+    if not job.start:
+        return job.backbone.folder
+    scorer = job.start[member]
+    assert isinstance(scorer, ClassifierScorer)
+    return scorer.backbone.folder
+
+
 def _train_one(
     job: Job, member: int, folder: Path, sets: tuple[_Rows, _Rows], tokenizer: Any
 ) -> None:
     seeds = job.seeds[member]
     with global_seed(seeds["init"]):
-        model = bb.load_classifier(job.backbone.folder, dtype="float32", new_head=True)
+        source = _start_folder(job, member)
+        model = bb.load_classifier(source, dtype="float32", new_head=not job.start)
         set_pad_token(model, tokenizer)
         set_dropout(model, job.recipe.dropout)
         pooling = trained_pooling(model)

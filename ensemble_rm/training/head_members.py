@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ensemble_rm.members.cache import FeatureCache, features
+from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Trunk, View
@@ -18,6 +19,7 @@ from ensemble_rm.training.convex import solve_heads
 from ensemble_rm.training.heads import HeadsResult, HeadTrainer, PairFeatures
 from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.recipe import Recipe
+from ensemble_rm.training.start import only
 
 
 def train_heads(job: Job) -> Trained:
@@ -27,6 +29,7 @@ def train_heads(job: Job) -> Trained:
     distinct = tuple(dict.fromkeys(job.views))
     fit, cut = _read(trunk, job.fit, distinct, cache, job.named("fit"))
     validation, _ = _read(trunk, job.validation, distinct, cache, job.named("validation"))
+    start = only(job.start, HeadScorer)
     result = fit_heads(
         fit,
         validation,
@@ -36,6 +39,7 @@ def train_heads(job: Job) -> Trained:
         device=trunk.device,
         checkpoint=job.checkpoint,
         digest=job.digest,
+        start=None if start is None else start.weights,
         progress=job.progress,
     )
     scorer = HeadScorer(job.backbone, job.options, job.views, result.weights, trunk=trunk)
@@ -57,14 +61,16 @@ def fit_heads(
     device: torch.device,
     checkpoint: Path | None = None,
     digest: str = "",
+    start: HeadWeights | None = None,
     progress: Progress = silent,
 ) -> HeadsResult:
-    """Fit heads as the recipe says: solved, or by Adam, which can resume."""
+    """Fit heads as the recipe says: solved, which has no start, or by Adam, which can resume."""
     data: dict[str, Any] = {"view_of": view_of, "recipe": recipe, "seeds": seeds}
     if recipe.is_convex:
         return solve_heads(fit, validation, **data, progress=progress)
     resume: dict[str, Any] = {"checkpoint": checkpoint, "digest": digest}
-    return HeadTrainer(fit, validation, **data, **resume, device=device).run(progress=progress)
+    trainer = HeadTrainer(fit, validation, **data, **resume, device=device, start=start)
+    return trainer.run(progress=progress)
 
 
 def _read(

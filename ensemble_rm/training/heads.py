@@ -100,6 +100,8 @@ class HeadTrainer:
     seeds : list of dict
         Each member's, by purpose: `member_seeds`.
     device : torch.device
+    start : HeadWeights, optional
+        Where the heads go on from, their standardisation and subspaces included.
     checkpoint : Path, optional
         Folder to resume from and to write to.
     digest : str
@@ -117,6 +119,7 @@ class HeadTrainer:
         recipe: Recipe,
         seeds: list[dict[str, int]],
         device: torch.device,
+        start: HeadWeights | None = None,
         checkpoint: Path | None = None,
         digest: str = "",
         checkpoint_seconds: float = 5.0,
@@ -132,18 +135,35 @@ class HeadTrainer:
         spread = used.std(axis=0)
         self.offset = used.mean(axis=0)  # (n_views, width)
         self.gain = np.where(spread > 1e-8 * (1 + np.abs(self.offset)), 1 / (spread + 1e-12), 0.0)
+        masks = subspace_masks(self.width, seeds, share=recipe.subspace)
+        self.start = start
+        if start is not None:
+            masks = self._take_scaling(start)
         offset, gain = (torch.from_numpy(a).float().to(device) for a in (self.offset, self.gain))
         self.fit = _Side(fit, offset, gain, device)
         self.validation = _Side(validation, offset, gain, device)
-        masks = subspace_masks(self.width, seeds, share=recipe.subspace)
         self.mask = torch.from_numpy(masks).float().to(device)  # (k, width)
         counts = resample_counts(fit.groups, self.seeds, bootstrap=recipe.bootstrap)
         self.counts = torch.from_numpy(counts).float().to(device)  # (k, n)
         self.decay = torch.tensor(recipe.weight_decay, device=device)
         self.parameters = self._initial()
 
+    def _take_scaling(self, start: HeadWeights) -> NDArray[np.float64]:
+        """Standardise as the heads did that these go on from; return their subspaces."""
+        for member, view in enumerate(self.view_of):
+            gain = start.gain[member]
+            self.offset[view] = start.offset[member]
+            # Heads of one view have one gain, but for the features that each leaves out.
+            self.gain[view] = np.where(gain != 0, gain, self.gain[view])
+        masks: NDArray[np.float64] = (start.gain != 0).astype(np.float64)
+        return masks
+
     def _initial(self) -> dict[str, torch.Tensor]:
-        """Draw each member's weights; its lanes start alike."""
+        """Draw each member's weights, or take those that it goes on from; its lanes start alike."""
+        if self.start is not None:
+            kept = ("weight", "bias", "inner", "inner_bias")
+            tensors = self.start.tensors()
+            return {name: self._lanes(tensors[name]) for name in kept if name in tensors}
         hidden = self.recipe.hidden
         drawn: dict[str, list[NDArray[np.float64]]] = {}
         for seeds in self.seeds:
@@ -158,12 +178,11 @@ class HeadTrainer:
             own["bias"] = np.zeros(())
             for name, value in own.items():
                 drawn.setdefault(name, []).append(value)
-        found = {}
-        for name, values in drawn.items():
-            one = torch.from_numpy(np.stack(values)).float().to(self.device)
-            lanes = one[:, None].expand(self.k, self.g, *one.shape[1:]).clone()
-            found[name] = lanes.requires_grad_()
-        return found
+        return {name: self._lanes(np.stack(values)) for name, values in drawn.items()}
+
+    def _lanes(self, values: NDArray[np.float64]) -> torch.Tensor:
+        one = torch.from_numpy(values).float().to(self.device)
+        return one[:, None].expand(self.k, self.g, *one.shape[1:]).clone().requires_grad_()
 
     # Arithmetic --------------------------------------------------------------------------------
 
@@ -238,6 +257,9 @@ class HeadTrainer:
         optimiser = torch.optim.Adam(list(self.parameters.values()), lr=recipe.learning_rate)
         best = {name: p.detach().clone() for name, p in self.parameters.items()}
         lowest = torch.full((self.k, self.g), float("inf"), device=self.device)
+        if self.start is not None:  # where a member may stay
+            with torch.no_grad():
+                lowest = self._losses(self.validation, None, plain=True)
         since = torch.zeros(self.k, self.g, dtype=torch.long, device=self.device)
         history: list[dict[str, Any]] = []
         start = self._resume(optimiser, best, lowest, since, history)

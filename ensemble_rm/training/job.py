@@ -49,6 +49,8 @@ class Job:
         What an adapter is.
     warm_start : bool
         Whether adapters start from blocks that one adapter of all has fitted to the task.
+    start : tuple of Scorer
+        Whose weights the members go on from; empty where they start afresh.
     trainer_args : mapping
         More of transformers' TrainingArguments.
     callbacks : sequence
@@ -70,6 +72,7 @@ class Job:
     states_limit: int = DEFAULT_MAX_BYTES
     lora: LoraOptions = field(default_factory=LoraOptions)
     warm_start: bool = False
+    start: tuple[Scorer, ...] = ()
     trainer_args: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Any] = ()
     progress: Progress = silent

@@ -16,7 +16,15 @@ from dataclasses import replace
 from torch.nn import ModuleList
 
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.adapters import LoraOptions, adapt, merged, own_tensors, require_peft
+from ensemble_rm.members.adapters import (
+    LoraOptions,
+    adapt,
+    merged,
+    own_parameters,
+    own_tensors,
+    pour,
+    require_peft,
+)
 from ensemble_rm.members.branched import Tensors
 from ensemble_rm.members.head_weights import HeadWeights
 from ensemble_rm.members.lora import LoraScorer
@@ -32,6 +40,7 @@ from ensemble_rm.training.branches import BranchesResult
 from ensemble_rm.training.checkpoint import load_checkpoint, save_checkpoint
 from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.seeds import global_seed, member_seeds
+from ensemble_rm.training.start import only
 
 
 def train_lora(job: Job) -> Trained:
@@ -69,6 +78,13 @@ def train_lora(job: Job) -> Trained:
 def grow_adapters(found: Ground) -> tuple[HeadWeights, BranchesResult, Tensors | None]:
     """Train the members on token states: first heads, members, and the adapter all start from."""
     job, blocks = found.job, found.branching.trunk.rest
+    start = only(job.start, LoraScorer)
+    if start is not None:
+        if start.shared is not None:
+            blocks = merged(blocks, job.lora, start.shared)
+        grown = [_continued(blocks, job.lora, tensors) for tensors in start.tensors]
+        result = fit_branches(found, start.heads, grown, checkpoint=job.checkpoint)
+        return start.heads, result, start.shared
     shared = _shared(found) if job.warm_start else None
     if shared is not None:
         blocks = merged(blocks, job.lora, shared)
@@ -80,6 +96,14 @@ def grow_adapters(found: Ground) -> tuple[HeadWeights, BranchesResult, Tensors |
 def _adapted(blocks: ModuleList, lora: LoraOptions, seed: int) -> ModuleList:
     with global_seed(seed):
         return adapt(blocks, lora)
+
+
+def _continued(blocks: ModuleList, lora: LoraOptions, tensors: Tensors) -> ModuleList:
+    """Put an adapter around the blocks that has a member's weights, and can be trained."""
+    own = pour(blocks, lora, tensors).train()
+    for p in own_parameters(own):
+        p.requires_grad = True
+    return own
 
 
 def _on_cpu(tensors: Tensors) -> Tensors:

@@ -23,6 +23,7 @@ from ensemble_rm.errors import OptionError
 from ensemble_rm.members.adapters import LoraOptions
 from ensemble_rm.members.backbone import DEFAULT_CACHE, load_tokenizer, locate
 from ensemble_rm.members.baseline import baseline_scores, reference_samples
+from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.members.states import DEFAULT_MAX_BYTES, states_bytes
 from ensemble_rm.members.text import TextEncoder, count_truncation
 from ensemble_rm.members.trunk import TrunkOptions, View
@@ -34,6 +35,7 @@ from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.lora_members import train_lora
 from ensemble_rm.training.recipe import Recipe
 from ensemble_rm.training.seeds import member_seeds
+from ensemble_rm.training.start import check_start, digest_of
 from ensemble_rm.training.views import read_shape, resolve_views
 
 Kind = Literal["head", "branch", "lora", "full"]
@@ -52,6 +54,7 @@ def train(
     blocks: int | None = None,
     lora: LoraOptions | None = None,
     warm_start: bool = False,
+    start: RewardEnsemble | None = None,
     options: TrunkOptions | None = None,
     recipe: Recipe | None = None,
     baseline: bool = False,
@@ -91,6 +94,11 @@ def train(
     warm_start : bool
         Whether one adapter is fitted first and merged, and the members' start from there; for kind
         ``"lora"``.
+    start : RewardEnsemble, optional
+        Members of the same kind, backbone, views, blocks and adapters, whose weights these go on
+        from, each from its own. Linear heads that are solved have one optimum wherever they start.
+        A member that training cannot better on the validation pairs stays what it was, but for
+        full members.
     options : TrunkOptions, optional
         Template, truncation, dtype, device.
     recipe : Recipe, optional
@@ -122,7 +130,8 @@ def train(
     EmptyDataError
         If a part has no pairs.
     OptionError
-        If an option cannot be used, or fit and validation share a prompt.
+        If an option cannot be used, fit and validation share a prompt, or `start` is of another
+        kind than what is to be trained.
     BackboneError
         If the backbone cannot be found or read.
     NonFiniteLossError
@@ -147,6 +156,7 @@ def train(
         blocks=blocks,
         lora=lora,
         warm_start=warm_start,
+        start=start,
         options=options or TrunkOptions(),
         recipe=recipe or Recipe.of(kind),
         out=None if out is None else Path(out).expanduser(),
@@ -209,6 +219,7 @@ def _prepare(
     blocks: int | None,
     lora: LoraOptions | None,
     warm_start: bool,
+    start: RewardEnsemble | None = None,
     options: TrunkOptions,
     recipe: Recipe,
     out: Path | None,
@@ -242,6 +253,10 @@ def _prepare(
         said["blocks"] = count
     if kind == "lora":
         said |= {"lora": asdict(lora or LoraOptions()), "warm_start": warm_start}
+    scorers: tuple[Scorer, ...] = ()
+    if start is not None:
+        scorers = check_start(start, kind=kind, said=said, backbone=found.digest)
+        said["start"] = digest_of(scorers)
     job = Job(
         fit,
         validation,
@@ -256,6 +271,7 @@ def _prepare(
         cache_dir,
         lora=lora or LoraOptions(),
         warm_start=warm_start,
+        start=scorers,
     )
     return job, said
 

@@ -1,0 +1,1 @@
+"""What to ask next: pairs chosen for judgment, each with a known probability."""

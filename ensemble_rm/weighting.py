@@ -1,0 +1,186 @@
+"""What a sample that was drawn with unequal probabilities tells of all that it was drawn from.
+
+Knows probabilities and weights; knows nothing of how pairs are chosen, of judgments or of fits.
+
+References
+----------
+.. [1] Horvitz & Thompson 1952: each one drawn stands for 1/π of its kind.
+.. [2] Hájek 1971: weights scaled to a known sum.
+.. [3] Kish 1965: the effective sample size of unequal weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ensemble_rm.errors import OptionError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleWeights:
+    """What each of a sample's members counts, and what they are worth together.
+
+    Attributes
+    ----------
+    weights : ndarray, shape (n,)
+        Of mean 1 in every design.
+    effective : float
+        Kish's effective size [3]_: how many draws with equal probabilities tell as much.
+    """
+
+    weights: Floats
+    effective: float
+
+    @property
+    def remark(self) -> str:
+        """One line for a person: what the weights cost."""
+        n = len(self.weights)
+        if n == 0 or np.ptp(self.weights) <= 1e-9:
+            return f"{n} with equal weights"
+        return (
+            f"{n} with weights {self.weights.min():.2g} to {self.weights.max():.2g} count as "
+            f"{self.effective:.1f} drawn with equal probabilities"
+        )
+
+
+def sample_weights(weights: ArrayLike) -> SampleWeights:
+    """Return weights that are known already, such as `Preferences.weights`, scaled to mean 1.
+
+    Parameters
+    ----------
+    weights : array_like, shape (n,)
+        All > 0.
+
+    Returns
+    -------
+    SampleWeights
+
+    Raises
+    ------
+    OptionError
+        If a weight is not a finite number > 0.
+    """
+    effective = effective_sample_size(weights)
+    w = np.asarray(weights, dtype=np.float64)
+    return SampleWeights(w / w.mean() if len(w) else w, effective)
+
+
+def effective_sample_size(weights: ArrayLike) -> float:
+    """Return Kish's effective sample size, (Σw)²/Σw² [3]_.
+
+    Parameters
+    ----------
+    weights : array_like, shape (n,)
+        All > 0.
+
+    Returns
+    -------
+    float
+        Between 1 and n; n where the weights are equal, 0 of none.
+
+    Raises
+    ------
+    OptionError
+        If a weight is not a finite number > 0.
+    """
+    w = np.asarray(weights, dtype=np.float64)
+    if w.ndim != 1 or not (np.isfinite(w).all() and (w > 0).all()):
+        raise OptionError(f"weights must be a vector of finite numbers > 0, not {weights!r}")
+    if len(w) == 0:
+        return 0.0
+    w = w / w.max()
+    return float(w.sum() ** 2 / (w**2).sum())
+
+
+def inclusion_weights(
+    inclusion: Sequence[float | None] | ArrayLike,
+    designs: Sequence[object] | NDArray[Any] | None = None,
+) -> SampleWeights:
+    """Turn inclusion probabilities into weights 1/π [1]_, of mean 1 in every design [2]_.
+
+    Under 1/π alone a pair from a pool of a million would outweigh all those from a pool of a
+    thousand; scaled, each design counts as often as it was asked.
+
+    Parameters
+    ----------
+    inclusion : sequence of (float or None), shape (n,)
+        Probability π in (0, 1] with which each was drawn; None (or NaN) where all of its design
+        were as probable as one another.
+    designs : sequence or ndarray, optional
+        Which draw each belongs to: its batch, its strategy. One for all where not given.
+
+    Returns
+    -------
+    SampleWeights
+
+    Raises
+    ------
+    OptionError
+        If a probability is not in (0, 1], or a design has some with and some without.
+    """
+    pi = np.array(inclusion, dtype=np.float64)  # None becomes NaN
+    known = ~np.isnan(pi)
+    if not ((pi[known] > 0) & (pi[known] <= 1)).all():
+        bad = pi[known][~((pi[known] > 0) & (pi[known] <= 1))][0]
+        raise OptionError(f"an inclusion probability must lie in (0, 1], not {bad!r}")
+    places = _numbered([None] * len(pi) if designs is None else designs)
+    if len(places) != len(pi):
+        raise OptionError(f"{len(places)} designs for {len(pi)} inclusion probabilities")
+    counts = np.bincount(places)
+    told = np.bincount(places[known], minlength=len(counts))
+    mixed = np.flatnonzero((told > 0) & (told < counts))
+    if len(mixed):
+        first = int(np.flatnonzero(places == mixed[0])[0])
+        name = None if designs is None else designs[first]
+        raise OptionError(
+            f"{told[mixed[0]]} of the {counts[mixed[0]]} of design {name!r} name an inclusion "
+            "probability; the others would count as drawn alike: name the designs apart"
+        )
+    weights = 1.0 / np.where(known, pi, 1.0)
+    weights *= (counts / np.bincount(places, weights, minlength=len(counts)))[places]
+    return SampleWeights(weights, effective_sample_size(weights))
+
+
+def _numbered(names: Sequence[object] | NDArray[Any]) -> NDArray[np.int64]:
+    """Return a number from 0 for each, the same for equal names."""
+    if isinstance(names, np.ndarray):
+        return np.asarray(np.unique(names, return_inverse=True)[1], dtype=np.int64)
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
+
+
+def thin_to_equal(inclusion: ArrayLike, *, floor: float, seed: int) -> NDArray[np.bool_]:
+    """Keep each one drawn with probability floor/π: what is left was drawn with one probability.
+
+    For a test or a gate that shall have no weights. Of a draw with a share of random ones that
+    share is left in expectation, and more where many are as improbable as can be.
+
+    Parameters
+    ----------
+    inclusion : array_like, shape (n,)
+        Probability with which each was drawn.
+    floor : float
+        The smallest π of the whole population, also of what was not drawn: the new probability.
+    seed : int
+
+    Returns
+    -------
+    ndarray of bool, shape (n,)
+        Which are kept.
+
+    Raises
+    ------
+    OptionError
+        If a probability lies below the floor, or one is not in (0, 1].
+    """
+    pi = np.asarray(inclusion, dtype=np.float64)
+    if not 0 < floor <= 1 or not ((pi >= floor) & (pi <= 1)).all():
+        raise OptionError(f"probabilities must lie in [floor, 1], and floor={floor!r} in (0, 1]")
+    return np.asarray(np.random.default_rng([seed, 2]).random(len(pi)) * pi < floor)
