@@ -21,6 +21,13 @@ if TYPE_CHECKING:
         quantile,
         uwo,
     )
+    from ensemble_rm.bestofn import (
+        CurveFit,
+        best_of_n_curve,
+        best_of_n_kl,
+        best_of_n_weights,
+        fit_curve,
+    )
     from ensemble_rm.calibration.calibration import Calibration
     from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
     from ensemble_rm.calibration.pairs import ScoredPairs
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
+    from ensemble_rm.sampling import Best, best_of_n
     from ensemble_rm.streaming import stream_scores
     from ensemble_rm.training.recipe import Recipe
     from ensemble_rm.training.train import train
@@ -51,6 +59,7 @@ _HOMES = {
     "aggregation.aggregator": (
         "Aggregator cvar entropic lcb make_aggregator mean median minimum quantile uwo"
     ),
+    "bestofn": "CurveFit best_of_n_curve best_of_n_kl best_of_n_weights fit_curve",
     "calibration.calibration": "Calibration",
     "calibration.normaliser": "Normaliser fit_normaliser",
     "calibration.pairs": "ScoredPairs",
@@ -71,6 +80,7 @@ _HOMES = {
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
     "samples": "Message Preference Preferences Sample",
+    "sampling": "Best best_of_n",
     "streaming": "stream_scores",
     "training.recipe": "Recipe",
     "training.train": "train",
@@ -79,10 +89,12 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 __all__ = [
     "Aggregator",
+    "Best",
     "BranchScorer",
     "Calibration",
     "ClassifierScorer",
     "Comparison",
+    "CurveFit",
     "Evaluation",
     "FunctionScorer",
     "HeadScorer",
@@ -105,10 +117,15 @@ __all__ = [
     "TrunkOptions",
     "View",
     "__version__",
+    "best_of_n",
+    "best_of_n_curve",
+    "best_of_n_kl",
+    "best_of_n_weights",
     "combine",
     "cvar",
     "entropic",
     "evaluate",
+    "fit_curve",
     "fit_normaliser",
     "fit_temperature",
     "lcb",
