@@ -308,7 +308,7 @@ def _fieller(a: float, b: float, covariance: Floats, t: float) -> tuple[float, f
             return math.inf, math.inf
         root = math.sqrt(max(inside, 0.0))
         return (cross - root) / square, (cross + root) / square
-    if inside <= 0 or square == 0 or a <= 0:
+    if a <= 0 or rest <= 0 or square == 0:  # a itself is not told from 0, or is below
         return -math.inf, math.inf
-    # What is left out lies between the roots; a > 0 has its peaks above them.
+    # Only what lies between a negative and a positive root is left out: rest/square < 0.
     return (cross - math.sqrt(inside)) / square, math.inf

@@ -199,6 +199,16 @@ def test_a_curve_that_bends_upwards_has_no_peak() -> None:
     assert (fit.peak, fit.peak_interval) == (inf, (inf, inf))
 
 
+@given(st.integers(0, 2**32), st.floats(-1, 1), st.floats(-1, 1), st.integers(1, 4))
+def test_the_peak_lies_in_its_interval(seed: int, alpha: float, beta: float, curves: int) -> None:
+    d = np.linspace(0.2, 3, 5)
+    noise = np.random.default_rng(seed).normal(0, 0.5, size=(curves, 5))
+    for form in ("best_of_n", "rl"):
+        fit = fit_curve(d, d * (alpha - beta * d) + noise, form=form)  # type: ignore[arg-type]
+        low, high = fit.peak_interval
+        assert 0 <= low <= fit.peak * (1 + 1e-9) and fit.peak <= high * (1 + 1e-9)
+
+
 def test_a_peak_that_cannot_be_told_has_no_end() -> None:
     d = np.linspace(0.1, 1, 6)
     fit = fit_curve(d, d + np.random.default_rng(0).normal(0, 0.1, 6))
