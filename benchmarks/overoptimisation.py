@@ -45,9 +45,9 @@ CASES = {"clean": 0.0, "noise": 0.25}
 KINDS = ("mlp", "heads", "views")
 TUNING = 10_000  # seeds from here on tune, those below are measured
 GRID = {
-    "uwo": [uwo(x) for x in (0.25, 0.5, 1.0, 2.0, 4.0)],
-    "lcb": [lcb(x) for x in (0.5, 1.0, 2.0, 3.0, 4.0)],
-    "entropic": [entropic(x) for x in (2.0, 1.0, 0.5, 0.2, 0.1)],
+    "uwo": [uwo(x) for x in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)],
+    "lcb": [lcb(x) for x in (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)],
+    "entropic": [entropic(x) for x in (2.0, 1.0, 0.5, 0.2, 0.1, 0.05)],
 }
 FIXED = {"mean": mean(), "minimum": minimum(), "uwo_paper": uwo(0.5), "lcb_paper": lcb(1.0)}
 SHOWN = ("single", "mean", "minimum", "uwo", "lcb", "entropic")

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
+    from ensemble_rm.rl.trl import reward_function
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
     from ensemble_rm.sampling import Best, best_of_n
     from ensemble_rm.streaming import stream_scores
@@ -79,6 +80,7 @@ _HOMES = {
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
+    "rl.trl": "reward_function",
     "samples": "Message Preference Preferences Sample",
     "sampling": "Best best_of_n",
     "streaming": "stream_scores",
@@ -137,6 +139,7 @@ __all__ = [
     "minimum",
     "precision_report",
     "quantile",
+    "reward_function",
     "stream_scores",
     "train",
     "uwo",
