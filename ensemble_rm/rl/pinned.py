@@ -64,6 +64,9 @@ class PinnedEnsemble:
         Where the backbone lies now, if not where training found it.
     max_loaded_models : int, optional
         Models in memory at once; all by default.
+    digest : str, optional
+        What a saved ensemble must be, as `folder_digest` says it; what it is now by default. Give
+        it where processes that start at different times share a version.
 
     Raises
     ------
@@ -71,6 +74,8 @@ class PinnedEnsemble:
         If a folder comes without a device, or a live ensemble with a folder's options.
     StorageError
         If the folder holds no ensemble.
+    PinnedVersionError
+        If it is not the one of that digest.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class PinnedEnsemble:
         device: str | None = None,
         backbone: str | Path | None = None,
         max_loaded_models: int | None = None,
+        digest: str | None = None,
     ) -> None:
         self.aggregator = aggregator
         self._options = {
@@ -100,8 +106,10 @@ class PinnedEnsemble:
                 )
             # Absolute: the process that loads it may stand elsewhere.
             self.folder = Path(source).expanduser().absolute()
-            self.digest = folder_digest(self.folder)
+            self.digest = self._checked(digest)
             return
+        if digest is not None:
+            raise OptionError("digest is for a saved ensemble; this one is loaded already")
         if given := [name for name, value in self._options.items() if value is not None]:
             raise OptionError(f"{given[0]} is for a saved ensemble; this one is loaded already")
         self._ensemble = self._with_aggregator(source)
@@ -124,15 +132,21 @@ class PinnedEnsemble:
                 self._ensemble = self._load()
             return self._ensemble
 
+    def _checked(self, wanted: str | None) -> str:
+        assert self.folder is not None
+        found = folder_digest(self.folder)
+        if wanted is not None and found != wanted:
+            raise PinnedVersionError(
+                f"{self.folder} has changed since this run began (digest {found[:12]}, was "
+                f"{wanted[:12]}); keep a run's version in a folder of its own, or start anew"
+            )
+        return found
+
     def _load(self) -> RewardEnsemble:
         from ensemble_rm.ensemble import RewardEnsemble
 
         assert self.folder is not None
-        if (found := folder_digest(self.folder)) != self.digest:
-            raise PinnedVersionError(
-                f"{self.folder} has changed since this run began (digest {found[:12]}, was "
-                f"{self.digest[:12]}); keep a run's version in a folder of its own, or start anew"
-            )
+        self._checked(self.digest)
         options: dict[str, Any] = self._options
         return self._with_aggregator(RewardEnsemble.from_pretrained(self.folder, **options))
 

@@ -36,23 +36,28 @@ class LoopRewards:
         Normalised scores; NaN where a sample failed.
     reference_reward : ndarray, shape (n_samples,)
         Of the prompt's reference completion; NaN where there is none or it failed.
-    failures : tuple of (str or None)
+    errors : tuple of (Exception or None)
         Why a sample has no reward.
     """
 
     reward: Floats
     members: Floats
     reference_reward: Floats
-    failures: tuple[str | None, ...]
+    errors: tuple[Exception | None, ...]
 
     def __len__(self) -> int:
         return len(self.reward)
 
+    @property
+    def failures(self) -> tuple[str | None, ...]:
+        """The errors in words; None where a sample has a reward."""
+        return tuple(None if e is None else f"{type(e).__name__}: {e}" for e in self.errors)
+
     def listed(self) -> list[float | None]:
         """Return the rewards as loops take them: floats, and None for failed samples."""
         return [
-            None if reason is not None else float(value)
-            for value, reason in zip(self.reward, self.failures, strict=True)
+            float(value) if error is None else None
+            for value, error in zip(self.reward, self.errors, strict=True)
         ]
 
 
@@ -92,31 +97,37 @@ def score_for_loop(
         that is a broken reward, not a broken sample.
     """
     check_policy(on_failure)
+    rewards = score_each(ensemble, samples, with_references=with_references)
+    errors = [error for error in rewards.errors if error is not None]
+    if errors and (on_failure == "raise" or len(errors) == len(rewards)):
+        raise errors[0]
+    return rewards
+
+
+def score_each(
+    ensemble: RewardEnsemble,
+    samples: Sequence[Sample | Exception],
+    *,
+    with_references: bool = False,
+) -> LoopRewards:
+    """Score samples as `score_for_loop` does, and leave every failure to the caller."""
     n, k = len(samples), len(ensemble.names)
     asked = [(i, s) for i, s in enumerate(samples) if isinstance(s, Sample)]
-    errors: dict[int, Exception] = {
-        i: s for i, s in enumerate(samples) if not isinstance(s, Sample)
+    # A baseline is subtracted from the reference's score as from any other.
+    below = {
+        i: Sample(s.prompt, s.reference, s.reference)
+        for i, s in asked
+        if with_references and s.reference is not None
     }
-    references: dict[Sample, int] = {}
-    if with_references:
-        for _, s in asked:
-            if s.reference is not None:
-                # A baseline is subtracted from the reference's score as from any other.
-                references.setdefault(Sample(s.prompt, s.reference, s.reference), len(references))
-    found = _Found(n + len(references), k)
-    _score(ensemble, [*asked, *((n + j, s) for s, j in references.items())], found)
-    errors.update({i: error for i, error in found.errors.items() if i < n})
-    if errors and (on_failure == "raise" or len(errors) == n):
-        raise errors[min(errors)]
+    places = {reference: n + j for j, reference in enumerate(dict.fromkeys(below.values()))}
+    found = _Found(n + len(places), k)
+    found.errors.update({i: s for i, s in enumerate(samples) if not isinstance(s, Sample)})
+    _score(ensemble, [*asked, *((place, s) for s, place in places.items())], found)
     reference_reward = np.full(n, np.nan)
-    for i, s in asked:
-        if with_references and s.reference is not None:
-            place = references[Sample(s.prompt, s.reference, s.reference)]
-            reference_reward[i] = found.reward[n + place]
-    failures = tuple(
-        f"{type(errors[i]).__name__}: {errors[i]}" if i in errors else None for i in range(n)
-    )
-    return LoopRewards(found.reward[:n], found.members[:n], reference_reward, failures)
+    for i, reference in below.items():
+        reference_reward[i] = found.reward[places[reference]]
+    errors = tuple(found.errors.get(i) for i in range(n))
+    return LoopRewards(found.reward[:n], found.members[:n], reference_reward, errors)
 
 
 class _Found:

@@ -161,7 +161,7 @@ class TRLReward:
     def _metrics(
         self, samples: list[Sample | Exception], rewards: LoopRewards, beats: Floats
     ) -> dict[str, float]:
-        failed = np.array([reason is not None for reason in rewards.failures], dtype=np.bool_)
+        failed = np.array([error is not None for error in rewards.errors], dtype=np.bool_)
         kept = [s.prompt for s in samples if isinstance(s, Sample)]
         read = np.array([isinstance(s, Sample) for s in samples], dtype=np.bool_)
         groups = prompt_groups(kept)[~failed[read]]
@@ -244,6 +244,7 @@ def reward_function(
     device: str | None = None,
     backbone: str | Path | None = None,
     max_loaded_models: int | None = None,
+    digest: str | None = None,
 ) -> TRLReward:
     """Make the callable that TRL's GRPOTrainer and RLOOTrainer take as `reward_funcs`.
 
@@ -273,6 +274,8 @@ def reward_function(
         Where the backbone lies now, if not where training found it.
     max_loaded_models : int, optional
         Models in memory at once; all by default.
+    digest : str, optional
+        What a saved ensemble must be; see `PinnedEnsemble`.
 
     Returns
     -------
@@ -286,6 +289,8 @@ def reward_function(
         If an option has no meaning for this ensemble, or a folder comes without a device.
     StorageError
         If the folder holds no ensemble.
+    PinnedVersionError
+        If it is not the one of that digest.
     """
     pinned = PinnedEnsemble(
         ensemble,
@@ -293,6 +298,7 @@ def reward_function(
         device=device,
         backbone=backbone,
         max_loaded_models=max_loaded_models,
+        digest=digest,
     )
     kind = AsyncTRLReward if asynchronous else TRLReward
     return kind(pinned, name=name, on_failure=on_failure, reference_column=reference_column)
