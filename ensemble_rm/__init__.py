@@ -47,7 +47,10 @@ if TYPE_CHECKING:
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
+    from ensemble_rm.rl.kl import AdaptiveKL, FixedKL, sequence_kl, shape_rewards
+    from ensemble_rm.rl.openrlhf import openrlhf_reward
     from ensemble_rm.rl.trl import reward_function
+    from ensemble_rm.rl.verl import verl_reward
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
     from ensemble_rm.sampling import Best, best_of_n
     from ensemble_rm.streaming import stream_scores
@@ -80,7 +83,10 @@ _HOMES = {
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
+    "rl.kl": "AdaptiveKL FixedKL sequence_kl shape_rewards",
+    "rl.openrlhf": "openrlhf_reward",
     "rl.trl": "reward_function",
+    "rl.verl": "verl_reward",
     "samples": "Message Preference Preferences Sample",
     "sampling": "Best best_of_n",
     "streaming": "stream_scores",
@@ -90,6 +96,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "AdaptiveKL",
     "Aggregator",
     "Best",
     "BranchScorer",
@@ -98,6 +105,7 @@ __all__ = [
     "Comparison",
     "CurveFit",
     "Evaluation",
+    "FixedKL",
     "FunctionScorer",
     "HeadScorer",
     "LoraOptions",
@@ -137,12 +145,16 @@ __all__ = [
     "median",
     "merge",
     "minimum",
+    "openrlhf_reward",
     "precision_report",
     "quantile",
     "reward_function",
+    "sequence_kl",
+    "shape_rewards",
     "stream_scores",
     "train",
     "uwo",
+    "verl_reward",
 ]
 
 

@@ -15,13 +15,25 @@ from ensemble_rm.cli import (
     compare,
     demo,
     evaluate,
+    init_reward,
     merge,
     precision,
     score,
     train,
 )
 
-COMMANDS = (train, combine, merge, calibrate, evaluate, score, compare, precision, demo)
+COMMANDS = (
+    train,
+    combine,
+    merge,
+    calibrate,
+    evaluate,
+    score,
+    compare,
+    precision,
+    init_reward,
+    demo,
+)
 
 EXIT_CODES = """\
 exit codes:
@@ -60,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ensemble-rm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:
-        name = module.__name__.rsplit(".", 1)[1]
+        name = module.__name__.rsplit(".", 1)[1].replace("_", "-")
         sub = commands.add_parser(
             name,
             help=module.HELP,
