@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from ensemble_rm.rl.trl import reward_function
     from ensemble_rm.rl.verl import verl_reward
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
-    from ensemble_rm.sampling import Best, best_of_n
+    from ensemble_rm.sampling import Best, MadePair, best_of_n, make_pairs
     from ensemble_rm.streaming import stream_scores
     from ensemble_rm.training.recipe import Recipe
     from ensemble_rm.training.train import train
@@ -88,7 +88,7 @@ _HOMES = {
     "rl.trl": "reward_function",
     "rl.verl": "verl_reward",
     "samples": "Message Preference Preferences Sample",
-    "sampling": "Best best_of_n",
+    "sampling": "Best MadePair best_of_n make_pairs",
     "streaming": "stream_scores",
     "training.recipe": "Recipe",
     "training.train": "train",
@@ -110,6 +110,7 @@ __all__ = [
     "HeadScorer",
     "LoraOptions",
     "LoraScorer",
+    "MadePair",
     "Message",
     "Normaliser",
     "PrecisionReport",
@@ -141,6 +142,7 @@ __all__ = [
     "lcb",
     "load_preferences",
     "make_aggregator",
+    "make_pairs",
     "mean",
     "median",
     "merge",

@@ -16,6 +16,7 @@ from ensemble_rm.cli import (
     demo,
     evaluate,
     init_reward,
+    make_pairs,
     merge,
     precision,
     score,
@@ -31,6 +32,7 @@ COMMANDS = (
     score,
     compare,
     precision,
+    make_pairs,
     init_reward,
     demo,
 )
