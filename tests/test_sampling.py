@@ -121,7 +121,10 @@ def test_the_command(
     raw = RewardEnsemble(raw.scorers, Normaliser((0.0, 0.0), (scale, scale)), mean())
     margin = raw.judge(pairs).margins(mean())
     wins = rng.random(200) < 1 / (1 + np.exp(-margin))
-    held = [pair if won else pair.swap() for pair, won in zip(pairs, wins, strict=True)]
+    held = [
+        pair if won else Preference(pair.prompt, pair.rejected, pair.chosen)
+        for pair, won in zip(pairs, wins, strict=True)
+    ]
     folder = raw.calibrate(Preferences(tuple(held))).save_pretrained(tmp_path / "run")
     data, out = tmp_path / "samples.jsonl", tmp_path / "pairs.jsonl"
     lines = [{"prompt": f"Ask {i}", "completion": word} for word in words for i in range(5)]
