@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ensemble_rm.members.branches import BranchScorer
     from ensemble_rm.members.classifier import ClassifierScorer
     from ensemble_rm.members.heads import HeadScorer
+    from ensemble_rm.members.implicit import ImplicitScorer
     from ensemble_rm.members.lora import LoraScorer
     from ensemble_rm.members.score_cache import ScoreCache
     from ensemble_rm.members.scorer import FunctionScorer, Scorer
@@ -75,6 +76,7 @@ _HOMES = {
     "members.branches": "BranchScorer",
     "members.classifier": "ClassifierScorer",
     "members.heads": "HeadScorer",
+    "members.implicit": "ImplicitScorer",
     "members.lora": "LoraScorer",
     "members.score_cache": "ScoreCache",
     "members.scorer": "FunctionScorer Scorer",
@@ -108,6 +110,7 @@ __all__ = [
     "FixedKL",
     "FunctionScorer",
     "HeadScorer",
+    "ImplicitScorer",
     "LoraOptions",
     "LoraScorer",
     "MadePair",
