@@ -49,9 +49,11 @@ if TYPE_CHECKING:
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
     from ensemble_rm.rl.kl import AdaptiveKL, FixedKL, sequence_kl, shape_rewards
+    from ensemble_rm.rl.monitor import OverOptimisationMonitor
     from ensemble_rm.rl.openrlhf import openrlhf_reward
     from ensemble_rm.rl.trl import reward_function
     from ensemble_rm.rl.verl import verl_reward
+    from ensemble_rm.rl.watching import Alarm, AlarmRule, StepRecord
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
     from ensemble_rm.sampling import Best, MadePair, best_of_n, make_pairs
     from ensemble_rm.streaming import stream_scores
@@ -86,9 +88,11 @@ _HOMES = {
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
     "rl.kl": "AdaptiveKL FixedKL sequence_kl shape_rewards",
+    "rl.monitor": "OverOptimisationMonitor",
     "rl.openrlhf": "openrlhf_reward",
     "rl.trl": "reward_function",
     "rl.verl": "verl_reward",
+    "rl.watching": "Alarm AlarmRule StepRecord",
     "samples": "Message Preference Preferences Sample",
     "sampling": "Best MadePair best_of_n make_pairs",
     "streaming": "stream_scores",
@@ -100,6 +104,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 __all__ = [
     "AdaptiveKL",
     "Aggregator",
+    "Alarm",
+    "AlarmRule",
     "Best",
     "BranchScorer",
     "Calibration",
@@ -116,6 +122,7 @@ __all__ = [
     "MadePair",
     "Message",
     "Normaliser",
+    "OverOptimisationMonitor",
     "PrecisionReport",
     "Preference",
     "Preferences",
@@ -127,6 +134,7 @@ __all__ = [
     "ScoredPairs",
     "Scorer",
     "Scores",
+    "StepRecord",
     "TemperatureFit",
     "TrunkOptions",
     "View",

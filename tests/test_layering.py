@@ -41,9 +41,9 @@ FLOORS = {
 
 # Third party -> the rooms that may import it.
 HOMES = {
-    "torch": {"members", "training", "demo.make_data"},
-    "transformers": {"members", "training", "demo.make_data"},
-    "accelerate": {"members", "training", "demo.make_data"},
+    "torch": {"members", "training", "demo.make_data", "rl.trl_monitor"},
+    "transformers": {"members", "training", "demo.make_data", "rl.trl_monitor"},
+    "accelerate": {"members", "training", "demo.make_data", "rl.trl_monitor"},
     "sklearn": {"calibration", "metrics"},
     "netcal": {"calibration", "metrics"},
     "matplotlib": {"reports"},

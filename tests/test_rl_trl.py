@@ -179,7 +179,9 @@ def test_it_crosses_to_another_process_and_groups_split_alike(folder: Path) -> N
         np.testing.assert_allclose(part, whole[i::3], rtol=0, atol=1e-5)
 
 
-def grpo(folder: Path, reward: Any, tmp_path: Path, data: Any, **options: Any) -> Any:
+def grpo(
+    folder: Path, reward: Any, tmp_path: Path, data: Any, *, lora: Any = None, **options: Any
+) -> Any:
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
@@ -206,31 +208,14 @@ def grpo(folder: Path, reward: Any, tmp_path: Path, data: Any, **options: Any) -
         args=config,
         train_dataset=data,
         processing_class=tokenizer,
+        peft_config=lora,
     )
-
-
-@pytest.fixture
-def policy(minilm_folder: Path, tmp_path: Path) -> Path:
-    """A random Llama of a few thousand weights."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
-    tokenizer.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
-    shape: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 16}
-    shape |= {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0, eos_token_id=102))
-    model.save_pretrained(tmp_path / "policy")
-    tokenizer.save_pretrained(tmp_path / "policy")
-    return tmp_path / "policy"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_grpo_learns_from_it_and_logs_it(
-    policy: Path, folder: Path, tmp_path: Path, asynchronous: bool
+    tiny_policy: Path, folder: Path, tmp_path: Path, asynchronous: bool
 ) -> None:
     pytest.importorskip("trl")
     from datasets import Dataset
@@ -241,7 +226,7 @@ def test_grpo_learns_from_it_and_logs_it(
     data = Dataset.from_dict(
         {"prompt": ["Say hello", "Say no", "Why"] * 2, "reference": ["hi"] * 6}
     )
-    trainer = grpo(policy, reward, tmp_path, data)
+    trainer = grpo(tiny_policy, reward, tmp_path, data)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     history = [row for row in trainer.state.log_history if "reward" in row]
@@ -258,13 +243,12 @@ def test_grpo_learns_from_it_and_logs_it(
 
 
 @pytest.mark.slow
-def test_trls_own_calculation_of_rewards(policy: Path, tmp_path: Path, ensemble: Any) -> None:
+def test_trls_own_calculation_of_rewards(tiny_policy: Path, tmp_path: Path, ensemble: Any) -> None:
     pytest.importorskip("trl")
     from datasets import Dataset
 
-    trainer = grpo(
-        policy, reward_function(ensemble), tmp_path, Dataset.from_dict({"prompt": ["p"]})
-    )
+    data = Dataset.from_dict({"prompt": ["p"]})
+    trainer = grpo(tiny_policy, reward_function(ensemble), tmp_path, data)
     user, said = {"role": "user", "content": "p"}, ["a a", "bad", "x"]
     turns = [[{"role": "assistant", "content": text}] for text in said]
     for prompt, completions in (("p", said), ([user], turns)):

@@ -206,8 +206,8 @@ class ImplicitScorer(ModelScorer):
         return str(said["backbone"])
 
 
-def completion_log_probs(model: Any, batch: Batch) -> torch.Tensor:
-    """Sum each completion's log-probabilities, given all that comes before.
+def token_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each token, given all before it, from the first completion's begin on.
 
     Parameters
     ----------
@@ -217,8 +217,9 @@ def completion_log_probs(model: Any, batch: Batch) -> torch.Tensor:
 
     Returns
     -------
-    torch.Tensor
-        (B,) float64, nats. A sequence's very first token has no probability, and is left out.
+    tuple of torch.Tensor
+        (B, W) float64 log-probabilities in nats, and (B, W) bool: the completion's tokens. A
+        sequence's very first token has no probability, and is left out.
     """
     width = batch.ids.shape[1]
     begin = int(batch.starts.min().clamp(min=1))  # nothing before it is read
@@ -226,9 +227,14 @@ def completion_log_probs(model: Any, batch: Batch) -> torch.Tensor:
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = width - begin + 1
     logits = model(**batch.model_inputs(), **options).logits[:, -(width - begin + 1) : -1]
-    log_probs = logits.float().log_softmax(dim=-1)  # of the tokens from `begin` on
-    tokens = batch.ids[:, begin:]
-    taken = log_probs.gather(-1, tokens[..., None])[..., 0].double()
+    log_probs = logits.float().log_softmax(dim=-1)
+    taken = log_probs.gather(-1, batch.ids[:, begin:, None])[..., 0].double()
     place = torch.arange(begin, width, device=batch.ids.device)
     inside = (place >= batch.starts[:, None]) & (place < batch.lengths[:, None])
+    return taken, inside
+
+
+def completion_log_probs(model: Any, batch: Batch) -> torch.Tensor:
+    """Sum each completion's log-probabilities; (B,) float64, nats."""
+    taken, inside = token_log_probs(model, batch)
     return torch.where(inside, taken, 0.0).sum(dim=1)

@@ -27,7 +27,8 @@ def _figure(title: str, x: str, y: str, *, size: tuple[float, float]) -> tuple[A
     return figure, axes
 
 
-def _write(figure: Any, path: Path) -> Path:
+def write_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG; where the disk refuses, a `StorageError` says so."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
@@ -75,7 +76,7 @@ def draw_reliability(
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.legend(frameon=False, loc="upper left")
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def draw_risk_coverage(evaluation: Evaluation, path: Path) -> Path:
@@ -107,7 +108,7 @@ def draw_risk_coverage(evaluation: Evaluation, path: Path) -> Path:
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def draw_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
