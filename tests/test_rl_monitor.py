@@ -241,7 +241,7 @@ def watched(folder: Path, monitor_options: dict[str, Any], **options: Any) -> An
 
 def run(policy: Path, reward: Any, tmp_path: Path, **options: Any) -> Any:
     from datasets import Dataset
-    from test_rl_trl import grpo
+    from trl_runs import grpo
 
     data = Dataset.from_dict({"prompt": ["Say hello", "Say no", "Why"] * 2})
     return grpo(policy, reward, tmp_path, data, **options)

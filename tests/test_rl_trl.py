@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from trl_runs import grpo
 
 from ensemble_rm import (
     FunctionScorer,
@@ -177,39 +178,6 @@ def test_it_crosses_to_another_process_and_groups_split_alike(folder: Path) -> N
     ranks = [Logs().call(other, prompts[i::3], texts[i::3]) for i in range(3)]
     for i, part in enumerate(ranks):
         np.testing.assert_allclose(part, whole[i::3], rtol=0, atol=1e-5)
-
-
-def grpo(
-    folder: Path, reward: Any, tmp_path: Path, data: Any, *, lora: Any = None, **options: Any
-) -> Any:
-    from transformers import AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
-
-    config = GRPOConfig(
-        output_dir=str(tmp_path / "run"),
-        per_device_train_batch_size=4,
-        num_generations=4,
-        max_completion_length=6,
-        max_steps=3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        activation_checkpointing=False,
-        bf16=False,
-        disable_tqdm=True,
-        seed=1,
-        **options,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return GRPOTrainer(
-        model=str(folder),
-        reward_funcs=reward,
-        args=config,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
 
 
 @pytest.mark.slow
