@@ -241,10 +241,10 @@ def watched(folder: Path, monitor_options: dict[str, Any], **options: Any) -> An
 
 def run(policy: Path, reward: Any, tmp_path: Path, **options: Any) -> Any:
     from datasets import Dataset
-    from trl_runs import grpo
+    from trl_runs import tiny_run
 
     data = Dataset.from_dict({"prompt": ["Say hello", "Say no", "Why"] * 2})
-    return grpo(policy, reward, tmp_path, data, **options)
+    return tiny_run(policy, reward, tmp_path, data, **options)
 
 
 @pytest.mark.slow

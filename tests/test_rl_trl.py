@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trl_runs import grpo
+from trl_runs import tiny_run
 
 from ensemble_rm import (
     FunctionScorer,
@@ -181,9 +181,11 @@ def test_it_crosses_to_another_process_and_groups_split_alike(folder: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_grpo_learns_from_it_and_logs_it(
-    tiny_policy: Path, folder: Path, tmp_path: Path, asynchronous: bool
+@pytest.mark.parametrize(
+    ("kind", "asynchronous"), [("GRPO", False), ("GRPO", True), ("RLOO", False)]
+)
+def test_a_trainer_learns_from_it_and_logs_it(
+    tiny_policy: Path, folder: Path, tmp_path: Path, kind: str, asynchronous: bool
 ) -> None:
     pytest.importorskip("trl")
     from datasets import Dataset
@@ -194,7 +196,7 @@ def test_grpo_learns_from_it_and_logs_it(
     data = Dataset.from_dict(
         {"prompt": ["Say hello", "Say no", "Why"] * 2, "reference": ["hi"] * 6}
     )
-    trainer = grpo(tiny_policy, reward, tmp_path, data)
+    trainer = tiny_run(tiny_policy, reward, tmp_path, data, kind=kind)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     history = [row for row in trainer.state.log_history if "reward" in row]
@@ -216,7 +218,7 @@ def test_trls_own_calculation_of_rewards(tiny_policy: Path, tmp_path: Path, ense
     from datasets import Dataset
 
     data = Dataset.from_dict({"prompt": ["p"]})
-    trainer = grpo(tiny_policy, reward_function(ensemble), tmp_path, data)
+    trainer = tiny_run(tiny_policy, reward_function(ensemble), tmp_path, data)
     user, said = {"role": "user", "content": "p"}, ["a a", "bad", "x"]
     turns = [[{"role": "assistant", "content": text}] for text in said]
     for prompt, completions in (("p", said), ([user], turns)):

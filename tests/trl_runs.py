@@ -1,4 +1,4 @@
-"""A tiny run of TRL's GRPOTrainer, for the tests of what hangs on it."""
+"""A tiny run of TRL's GRPOTrainer, or RLOOTrainer, for the tests of what hangs on it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 
-def grpo(
-    folder: Path, reward: Any, tmp_path: Path, data: Any, *, lora: Any = None, **options: Any
+def tiny_run(
+    folder: Path,
+    reward: Any,
+    tmp_path: Path,
+    data: Any,
+    *,
+    kind: str = "GRPO",
+    lora: Any = None,
+    **options: Any,
 ) -> Any:
+    """Return a trainer of three steps of four completions of at most six tokens."""
+    import trl
     from transformers import AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
 
-    config = GRPOConfig(
+    config = getattr(trl, f"{kind}Config")(
         output_dir=str(tmp_path / "run"),
         per_device_train_batch_size=4,
         num_generations=4,
@@ -29,7 +37,7 @@ def grpo(
         **options,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return GRPOTrainer(
+    return getattr(trl, f"{kind}Trainer")(
         model=str(folder),
         reward_funcs=reward,
         args=config,
