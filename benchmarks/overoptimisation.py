@@ -157,7 +157,7 @@ def picture(found: Mapping[tuple[str, str], dict[str, np.ndarray]], path: Path) 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=60)
     args = parser.parse_args()
     torch.set_num_threads(1)
     repeats, tuning = (3, 2) if args.quick else (args.repeats, 20)
