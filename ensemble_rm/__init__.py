@@ -21,6 +21,13 @@ if TYPE_CHECKING:
         quantile,
         uwo,
     )
+    from ensemble_rm.bestofn import (
+        CurveFit,
+        best_of_n_curve,
+        best_of_n_kl,
+        best_of_n_weights,
+        fit_curve,
+    )
     from ensemble_rm.calibration.calibration import Calibration
     from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
     from ensemble_rm.calibration.pairs import ScoredPairs
@@ -42,6 +49,7 @@ if TYPE_CHECKING:
     from ensemble_rm.members.branches import BranchScorer
     from ensemble_rm.members.classifier import ClassifierScorer
     from ensemble_rm.members.heads import HeadScorer
+    from ensemble_rm.members.implicit import ImplicitScorer
     from ensemble_rm.members.lora import LoraScorer
     from ensemble_rm.members.score_cache import ScoreCache
     from ensemble_rm.members.scorer import FeatureScorer, FunctionScorer, Scorer, scorer_features
@@ -63,7 +71,14 @@ if TYPE_CHECKING:
     from ensemble_rm.reports.evaluation import Evaluation, evaluate
     from ensemble_rm.reports.precision import PrecisionReport, precision_report
     from ensemble_rm.results import Comparison, Ranking, Scores
+    from ensemble_rm.rl.kl import AdaptiveKL, FixedKL, sequence_kl, shape_rewards
+    from ensemble_rm.rl.monitor import OverOptimisationMonitor
+    from ensemble_rm.rl.openrlhf import openrlhf_reward
+    from ensemble_rm.rl.trl import reward_function
+    from ensemble_rm.rl.verl import verl_reward
+    from ensemble_rm.rl.watching import Alarm, AlarmRule, StepRecord
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
+    from ensemble_rm.sampling import Best, MadePair, best_of_n, make_pairs
     from ensemble_rm.selection.select import SelectedPair, SelectedPairs, select_pairs
     from ensemble_rm.selection.tasks import to_tasks
     from ensemble_rm.streaming import stream_scores
@@ -84,6 +99,7 @@ _HOMES = {
     "aggregation.aggregator": (
         "Aggregator cvar entropic lcb make_aggregator mean median minimum quantile uwo"
     ),
+    "bestofn": "CurveFit best_of_n_curve best_of_n_kl best_of_n_weights fit_curve",
     "calibration.calibration": "Calibration",
     "calibration.normaliser": "Normaliser fit_normaliser",
     "calibration.pairs": "ScoredPairs",
@@ -105,6 +121,7 @@ _HOMES = {
     "members.branches": "BranchScorer",
     "members.classifier": "ClassifierScorer",
     "members.heads": "HeadScorer",
+    "members.implicit": "ImplicitScorer",
     "members.lora": "LoraScorer",
     "members.score_cache": "ScoreCache",
     "members.scorer": "FeatureScorer FunctionScorer Scorer scorer_features",
@@ -126,9 +143,16 @@ _HOMES = {
     "reports.evaluation": "Evaluation evaluate",
     "reports.precision": "PrecisionReport precision_report",
     "results": "Comparison Ranking Scores",
+    "rl.kl": "AdaptiveKL FixedKL sequence_kl shape_rewards",
+    "rl.monitor": "OverOptimisationMonitor",
+    "rl.openrlhf": "openrlhf_reward",
+    "rl.trl": "reward_function",
+    "rl.verl": "verl_reward",
+    "rl.watching": "Alarm AlarmRule StepRecord",
     "samples": "Message Preference Preferences Sample",
     "selection.select": "SelectedPair SelectedPairs select_pairs",
     "selection.tasks": "to_tasks",
+    "sampling": "Best MadePair best_of_n make_pairs",
     "streaming": "stream_scores",
     "training.recipe": "Recipe",
     "training.train": "train",
@@ -139,21 +163,28 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "AdaptiveKL",
     "Aggregator",
     "AgreementReport",
+    "Alarm",
+    "AlarmRule",
     "AnchorVote",
+    "Best",
     "BranchScorer",
     "Calibration",
     "ClassifierScorer",
     "Comparison",
+    "CurveFit",
     "DriftReport",
     "DriftTest",
     "Evaluation",
     "FeatureScorer",
     "FeatureSpace",
+    "FixedKL",
     "FunctionScorer",
     "GateOptions",
     "HeadScorer",
+    "ImplicitScorer",
     "ImportOptions",
     "Imported",
     "Judgment",
@@ -161,8 +192,10 @@ __all__ = [
     "LabelledDrift",
     "LoraOptions",
     "LoraScorer",
+    "MadePair",
     "Message",
     "Normaliser",
+    "OverOptimisationMonitor",
     "PrecisionReport",
     "Preference",
     "Preferences",
@@ -185,6 +218,7 @@ __all__ = [
     "SelectedPair",
     "SelectedPairs",
     "Selection",
+    "StepRecord",
     "TemperatureFit",
     "TieModel",
     "TrunkOptions",
@@ -195,6 +229,10 @@ __all__ = [
     "__version__",
     "agreement_report",
     "anchor_votes",
+    "best_of_n",
+    "best_of_n_curve",
+    "best_of_n_kl",
+    "best_of_n_weights",
     "combine",
     "cvar",
     "draw_drift",
@@ -203,6 +241,7 @@ __all__ = [
     "entropic",
     "evaluate",
     "export_judgments",
+    "fit_curve",
     "fit_feature_space",
     "fit_normaliser",
     "fit_reliability",
@@ -214,25 +253,31 @@ __all__ = [
     "lcb",
     "load_preferences",
     "make_aggregator",
+    "make_pairs",
     "mean",
     "median",
     "merge",
     "minimum",
+    "openrlhf_reward",
     "precision_report",
     "quantile",
     "rater_drift",
     "recalibrate",
     "retrain",
     "retrain_run",
+    "reward_function",
     "same_units",
     "scorer_features",
     "select_pairs",
+    "sequence_kl",
+    "shape_rewards",
     "stream_scores",
     "thin_to_equal",
     "to_tasks",
     "train",
     "unlabelled_drift",
     "uwo",
+    "verl_reward",
 ]
 
 

@@ -31,6 +31,10 @@
     ├── TrainingError                 a training run cannot go on
     │   ├── NonFiniteLossError        the loss became NaN or infinite
     │   └── ResumeError               a checkpoint belongs to another recipe or data set
+    ├── LoopError                     an RL loop and the ensemble do not fit together
+    │   ├── PinnedVersionError        a saved ensemble changed under the run that uses it
+    │   ├── RawTextError              a member cannot use text in the policy's template
+    │   └── NoPenaltyError            a KL penalty was to be raised in a run that has none
     └── StorageError                  a saved directory or a cache cannot be read or written
         ├── CacheLimitError           a cache would outgrow its stated limit
         ├── LockedError               another process works on the folder
@@ -183,6 +187,22 @@ class NonFiniteLossError(TrainingError):
 
 class ResumeError(TrainingError):
     """A checkpoint belongs to another recipe or data set."""
+
+
+class LoopError(EnsembleRMError):
+    """An RL loop and the ensemble do not fit together."""
+
+
+class PinnedVersionError(LoopError):
+    """A saved ensemble changed under the run that uses it."""
+
+
+class RawTextError(LoopError):
+    """A member cannot use text that is in the policy's own template already."""
+
+
+class NoPenaltyError(LoopError):
+    """A KL penalty was to be raised in a run that has none."""
 
 
 class StorageError(EnsembleRMError):

@@ -23,6 +23,7 @@ from ensemble_rm.errors import OptionError, StorageError, VersionError
 from ensemble_rm.members.branches import BranchScorer
 from ensemble_rm.members.classifier import ClassifierScorer
 from ensemble_rm.members.heads import HeadScorer
+from ensemble_rm.members.implicit import ImplicitScorer
 from ensemble_rm.members.lora import LoraScorer
 from ensemble_rm.members.scorer import Scorer, StoredScorer
 from ensemble_rm.versions.reading import EVIDENCE, is_versioned, read_evidence
@@ -30,7 +31,8 @@ from ensemble_rm.versions.reading import EVIDENCE, is_versioned, read_evidence
 FORMAT = 1
 FILE = "ensemble.json"
 KINDS: dict[str, Any] = {
-    kind.kind: kind for kind in (HeadScorer, BranchScorer, LoraScorer, ClassifierScorer)
+    kind.kind: kind
+    for kind in (HeadScorer, BranchScorer, LoraScorer, ClassifierScorer, ImplicitScorer)
 }
 
 

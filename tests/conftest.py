@@ -132,6 +132,24 @@ def small_folder(
     return folder
 
 
+@pytest.fixture
+def tiny_policy(minilm_folder: Path, tmp_path: Path) -> Path:
+    """A random Llama of a few thousand weights."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder)
+    tokenizer.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
+    shape: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 16}
+    shape |= {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0, eos_token_id=102))
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
 @pytest.fixture(scope="session")
 def two_heads(small_folder: Path) -> Callable[..., HeadScorer]:
     """Make two heads over a small backbone, their weights drawn from a seed."""

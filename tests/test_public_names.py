@@ -36,7 +36,19 @@ def test_importing_loads_nothing_heavy() -> None:
     assert modules_after("import ensemble_rm").isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["score"], ["judgments", "import"], ["demo"]])
+COMMANDS = [
+    [],
+    ["train"],
+    ["score"],
+    ["precision"],
+    ["init-reward"],
+    ["make-pairs"],
+    ["judgments", "import"],
+    ["demo"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     code = (
         "import contextlib\nfrom ensemble_rm.cli.main import main\n"

@@ -16,7 +16,9 @@ from ensemble_rm.cli import (
     demo,
     drift,
     evaluate,
+    init_reward,
     judgments,
+    make_pairs,
     merge,
     pin,
     precision,
@@ -34,7 +36,7 @@ from ensemble_rm.cli import (
 COMMANDS = (
     *(train, combine, merge, calibrate, evaluate, score, compare, precision),
     *(select, judgments, recalibrate, retrain, drift, versions),
-    *(show, rollback, pin, unpin, demo),
+    *(show, rollback, pin, unpin, make_pairs, init_reward, demo),
 )
 
 EXIT_CODES = """\
@@ -79,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ensemble-rm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:
-        name = module.__name__.rsplit(".", 1)[1]
+        name = module.__name__.rsplit(".", 1)[1].replace("_", "-")
         sub = commands.add_parser(
             name,
             help=module.HELP,

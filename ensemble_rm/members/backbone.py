@@ -235,6 +235,29 @@ def load_trunk(folder: Path, *, dtype: str) -> torch.nn.Module:
     return model.eval().requires_grad_(requires_grad=False)
 
 
+def load_causal(folder: Path, *, dtype: str) -> Any:
+    """Load a causal language model, in evaluation mode, on the CPU.
+
+    Raises
+    ------
+    MissingHeadError
+        If the checkpoint lacks weights that transformers would initialise at random.
+    OptionError
+        If the model is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch_dtype(dtype), "output_loading_info": True}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    except ValueError as error:
+        raise OptionError(f"{folder} holds no causal language model: {error}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise MissingHeadError(f"{folder} lacks the weights {missing}; name a trained policy")
+    return model.eval().requires_grad_(requires_grad=False)
+
+
 def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
     """Load a sequence-classification model of one output.
 

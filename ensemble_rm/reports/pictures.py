@@ -28,7 +28,7 @@ def _figure(title: str, x: str, y: str, *, size: tuple[float, float]) -> tuple[A
 
 
 def write_figure(figure: Any, path: Path) -> Path:
-    """Write a figure as PNG; a path that cannot be written raises `StorageError`."""
+    """Write a figure as PNG; where the disk refuses, a `StorageError` says so."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)

@@ -1,0 +1,240 @@
+"""DPO's implicit reward as a member: β·log[π(y|x)/π_ref(y|x)], from any policy and its reference.
+
+Sums over the completion's tokens alone, those that end its turn included, as DPO's loss does.
+
+References
+----------
+.. [1] Rafailov et al. 2023, arXiv 2305.18290: the reward that a policy is optimal for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ensemble_rm.errors import BackboneError, OptionError
+from ensemble_rm.members import backbone as bb
+from ensemble_rm.members.batching import Batch, batches
+from ensemble_rm.members.budget import pick_token_budget
+from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.model_scorer import ModelScorer, in_turn
+from ensemble_rm.members.text import TextEncoder, Truncation, count_truncation
+from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
+from ensemble_rm.samples import Sample
+
+_LOGITS = 64 * 2**20  # bytes of a batch's float32 logits, where nobody says a budget
+
+
+class ImplicitScorer(ModelScorer):
+    """A policy and its reference as one member: β·log[π(y|x)/π_ref(y|x)] [1]_.
+
+    The reward is fixed up to a function of the prompt, as a Bradley–Terry score is. Both models
+    read the same tokens, in the policy's template. A completion that is longer has more terms: look
+    at its length.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The policy, a causal language model; see `from_names`.
+    options : TrunkOptions, optional
+        Template, truncation, dtype, device; there is one pooling, and no prompt is shared.
+    reference : Backbone
+        What the policy was trained from, with the same vocabulary.
+    beta : float
+        > 0; the one of its training. Scale alone, which normalisation takes out.
+    name : str, optional
+        The column's; the policy's folder's where not given.
+    """
+
+    kind = "implicit"
+
+    def __init__(
+        self,
+        backbone: bb.Backbone,
+        options: TrunkOptions | None = None,
+        *,
+        reference: bb.Backbone,
+        beta: float = 0.1,
+        name: str | None = None,
+    ) -> None:
+        if not (np.isfinite(beta) and beta > 0):
+            raise OptionError(f"beta must be a finite number > 0, not {beta!r}")
+        super().__init__(backbone, options or TrunkOptions(), [name or Path(backbone.name).name])
+        self.reference, self.beta = reference, float(beta)
+        self.device = bb.pick_device(self.options.device)
+        self._encoder: TextEncoder | None = None
+        self._models: tuple[Any, Any] | None = None
+        self._budget = 0
+
+    @classmethod
+    def from_names(
+        cls,
+        policy: str | Path,
+        reference: str | Path,
+        options: TrunkOptions | None = None,
+        *,
+        beta: float = 0.1,
+        name: str | None = None,
+        cache_dir: Path | None = bb.DEFAULT_CACHE,
+    ) -> ImplicitScorer:
+        """Open hub ids or local folders; the weights are read at once.
+
+        Raises
+        ------
+        BackboneError
+            If there is no such model, or the two have different vocabularies.
+        OptionError
+            If a model is no causal language model, or β is not > 0.
+        """
+        found = (bb.locate(model, cache_dir=cache_dir) for model in (policy, reference))
+        first, second = found
+        scorer = cls(first, options, reference=second, beta=beta, name=name)
+        scorer._open()
+        return scorer
+
+    def _open(self) -> tuple[TextEncoder, tuple[Any, Any]]:
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = self._make_encoder()
+            if self._models is None:
+                policy, reference = (
+                    bb.load_causal(model.folder, dtype=self.options.dtype).to(self.device)
+                    for model in (self.backbone, self.reference)
+                )
+                self._models = policy, reference
+                self._budget = self._pick_budget(policy)
+            return self._encoder, self._models
+
+    def _make_encoder(self) -> TextEncoder:
+        tokenizer, other = (
+            bb.load_tokenizer(model.folder) for model in (self.backbone, self.reference)
+        )
+        if tokenizer.get_vocab() != other.get_vocab():
+            raise BackboneError(
+                f"{self.backbone.name} and {self.reference.name} have different vocabularies; the "
+                "reference of a policy is the model that it was trained from"
+            )
+        encoder = TextEncoder(
+            tokenizer, template=self.options.template, max_length=self.options.max_length
+        )
+        if encoder.template == "pair":
+            raise OptionError("template 'pair' is an encoder's; a policy reads 'chat' or 'plain'")
+        return encoder
+
+    def _pick_budget(self, policy: Any) -> int:
+        config = policy.config.get_text_config()
+        found = pick_token_budget(
+            self.options.token_budget,
+            policy,
+            width=config.hidden_size,
+            depth=config.num_hidden_layers,
+            device=self.device,
+        )
+        if self.options.token_budget is not None:
+            return found
+        return max(min(found, _LOGITS // (4 * int(config.vocab_size))), 1)
+
+    def _forget(self) -> None:
+        self._models = None  # the tokenizer is small, and stays
+
+    @in_turn
+    @torch.inference_mode()
+    def score_counted(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
+    ) -> tuple[NDArray[np.float64], Truncation]:
+        """Return the scores, and how many samples were cut."""
+        encoder, models = self._open()
+        encoded = encoder.encode(samples)
+        # An empty text has no token: its probability is 1 under both. In a chat its end has one.
+        empty = [encoder.template == "plain" and not sample.completion for sample in samples]
+        out, done = np.zeros((len(encoded), 1)), 0
+        for batch in batches(encoded, token_budget=self._budget, device=self.device):
+            policy, reference = (completion_log_probs(model, batch) for model in models)
+            out[batch.rows, 0] = self.beta * (policy - reference).cpu().numpy()
+            done += len(batch.rows)
+            progress("scoring", done, len(encoded))
+        out[np.array(empty, dtype=np.bool_)] = 0.0
+        return out, count_truncation(encoded)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"reference": self.reference, "beta": self.beta, "name": self.names[0]}
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the scores of equal samples are."""
+        said = {
+            "beta": self.beta,
+            "reference": self.reference.digest,
+            "reference_reads": bb.reading_digest(self.reference.folder),
+        }
+        return member_digest(self.kind, self.backbone, self.options, said, {})
+
+    def _said(self) -> dict[str, Any]:
+        return {
+            "name": self.names[0],
+            "beta": self.beta,
+            "reference": self.reference.name,
+            "reference_digest": self.reference.digest,
+        }
+
+    def _write(self, folder: Path) -> dict[str, Any]:  # noqa: ARG002 - both models lie elsewhere
+        return {}
+
+    @classmethod
+    def _read(
+        cls,
+        folder: Path,  # noqa: ARG003 - both models lie elsewhere
+        said: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        reference = bb.locate_same(said["reference"], said["reference_digest"])
+        return {"reference": reference, "beta": float(said["beta"]), "name": said["name"]}
+
+    @classmethod
+    def _place(
+        cls,
+        folder: Path,  # noqa: ARG003 - both models lie elsewhere
+        said: Mapping[str, Any],
+        backbone: str | Path | None,  # noqa: ARG003 - others have one, a policy is its own
+    ) -> str | Path:
+        return str(said["backbone"])
+
+
+def token_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each token, given all before it, from the first completion's begin on.
+
+    Parameters
+    ----------
+    model : transformers causal language model
+    batch : Batch
+        Padded on the right.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        (B, W) float64 log-probabilities in nats, and (B, W) bool: the completion's tokens. A
+        sequence's very first token has no probability, and is left out.
+    """
+    width = batch.ids.shape[1]
+    begin = int(batch.starts.min().clamp(min=1))  # nothing before it is read
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = width - begin + 1
+    logits = model(**batch.model_inputs(), **options).logits[:, -(width - begin + 1) : -1]
+    log_probs = logits.float().log_softmax(dim=-1)
+    taken = log_probs.gather(-1, batch.ids[:, begin:, None])[..., 0].double()
+    place = torch.arange(begin, width, device=batch.ids.device)
+    inside = (place >= batch.starts[:, None]) & (place < batch.lengths[:, None])
+    return taken, inside
+
+
+def completion_log_probs(model: Any, batch: Batch) -> torch.Tensor:
+    """Sum each completion's log-probabilities; (B,) float64, nats."""
+    taken, inside = token_log_probs(model, batch)
+    return torch.where(inside, taken, 0.0).sum(dim=1)

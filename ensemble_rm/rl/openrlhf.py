@@ -1,0 +1,170 @@
+"""The ensemble as OpenRLHF's ``reward_func(queries, prompts, labels)`` (0.11).
+
+OpenRLHF sends text that is in the policy's template already, which in general cannot be undone:
+members have templates of their own. So the messages travel in `labels`, and of the query only the
+completion is read. Imports no OpenRLHF.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ensemble_rm.errors import DataError, OptionError, RawTextError
+from ensemble_rm.rl.gathering import GatheredScores
+from ensemble_rm.rl.pinned import PinnedEnsemble
+from ensemble_rm.rl.scoring import LoopRewards
+from ensemble_rm.samples import Prompt, Sample, as_prompt
+
+if TYPE_CHECKING:
+    from ensemble_rm.aggregation.aggregator import Aggregator
+    from ensemble_rm.ensemble import RewardEnsemble
+
+OpenRLHFReward: TypeAlias = Callable[
+    [Sequence[str], Sequence[str], Sequence[object]], dict[str, Any]
+]
+
+
+def openrlhf_reward(
+    ensemble: RewardEnsemble | str | Path,
+    *,
+    stop: Sequence[str],
+    raw_text_members: Sequence[str] = (),
+    aggregator: Aggregator | None = None,
+    device: str | None = None,
+    backbone: str | Path | None = None,
+    max_loaded_models: int | None = None,
+    digest: str | None = None,
+) -> OpenRLHFReward:
+    """Make the function that OpenRLHF's ``--reward.remote_url FILE.py`` looks for.
+
+    It is called in a thread with one sample; calls that come together are scored together.
+
+    Parameters
+    ----------
+    ensemble : RewardEnsemble, str or Path
+    stop : sequence of str
+        What ends a turn in the policy's template, such as ``<|im_end|>``: OpenRLHF keeps special
+        tokens, and no member should read them. Cut from the completion's end.
+    raw_text_members : sequence of str
+        Members that may score a prompt in the policy's own template, where a label holds no
+        messages: all of the ensemble's, or the sample is refused.
+    aggregator, device, backbone, max_loaded_models, digest : optional
+        As of `PinnedEnsemble`.
+
+    Returns
+    -------
+    callable
+        ``reward_func(queries, prompts, labels)``. A label is JSON: a list of messages, or an object
+        with ``"prompt"`` (text or messages) and, for a baseline, ``"reference"``.
+
+    Raises
+    ------
+    OptionError
+        If `raw_text_members` are not the ensemble's; at the first call.
+    """
+    gathered = GatheredScores(
+        PinnedEnsemble(
+            ensemble,
+            aggregator=aggregator,
+            device=device,
+            backbone=backbone,
+            max_loaded_models=max_loaded_models,
+            digest=digest,
+        )
+    )
+
+    def reward_func(
+        queries: Sequence[str], prompts: Sequence[str], labels: Sequence[object]
+    ) -> dict[str, Any]:
+        """Return the rewards; a sample that cannot be scored is an error by its own name.
+
+        OpenRLHF logs it, and ends the step: it has no missing rewards, and 0.0 would be a lie.
+        """
+        if not len(queries) == len(prompts) == len(labels):
+            raise OptionError(
+                f"{len(queries)} queries, {len(prompts)} prompts and {len(labels)} labels"
+            )
+        names = gathered.pinned.ensemble.names
+        if unknown := sorted(set(raw_text_members) - set(names)):
+            raise OptionError(f"no member {unknown[0]!r}; there are {', '.join(names)}")
+        refusing = [name for name in names if name not in raw_text_members]
+        samples = [
+            read_query(query, prompt, label, stop=stop, refusing=refusing)
+            for query, prompt, label in zip(queries, prompts, labels, strict=True)
+        ]
+        rewards = gathered(samples)
+        for error in rewards.errors:
+            if error is not None:
+                raise error
+        return answer(rewards)
+
+    return reward_func
+
+
+def answer(rewards: LoopRewards) -> dict[str, Any]:
+    """Return what OpenRLHF reads: a number for one sample, lists for several; all are numeric."""
+    logs = {"member_mean": rewards.members.mean(axis=1)}
+    if rewards.members.shape[1] > 1:
+        logs["member_std"] = rewards.members.std(axis=1, ddof=1)
+    found: dict[str, Any] = {"rewards": rewards.reward, "scores": rewards.reward}
+    alone = len(rewards) == 1  # it makes a tensor of [value]: a list would be one axis too many
+
+    def plain(values: Any) -> Any:
+        return float(values[0]) if alone else [float(v) for v in values]
+
+    said = {name: plain(values) for name, values in found.items()}
+    return said | {"extra_logs": {name: plain(values) for name, values in logs.items()}}
+
+
+def read_query(
+    query: str, prompt: str, label: object, *, stop: Sequence[str], refusing: Sequence[str]
+) -> Sample:
+    """Return the sample of one query.
+
+    Raises
+    ------
+    RawTextError
+        If the label holds no messages and a member does not take raw text.
+    DataError
+        If the query does not begin with its prompt, or the label's prompt cannot be read.
+    """
+    if not query.startswith(prompt):
+        raise DataError(
+            "a query does not begin with its prompt, so that the completion cannot be told; "
+            "OpenRLHF cuts prompts over its length: allow for longer ones. The query begins with "
+            f"{query[:60]!r}, the prompt with {prompt[:60]!r}"
+        )
+    completion = query[len(prompt) :]
+    while ends := [word for word in stop if word and completion.rstrip().endswith(word)]:
+        completion = completion.rstrip().removesuffix(max(ends, key=len))
+    asked, reference = read_label(label)
+    if asked is None:
+        if refusing:
+            raise RawTextError(
+                f"a label holds no messages, and members {', '.join(refusing)} cannot read text in "
+                "the policy's template; put the messages into `labels` as JSON, or declare the "
+                "members that take raw text"
+            )
+        asked = prompt
+    return Sample(asked, completion.strip(), reference)
+
+
+def read_label(label: object) -> tuple[Prompt | None, str | None]:
+    """Return the prompt and the reference that a label holds; None for what it does not."""
+    said = label
+    if isinstance(label, str):
+        try:
+            said = json.loads(label)
+        except ValueError:
+            return None, None
+    if isinstance(said, list) and said:
+        return as_prompt(said), None
+    if not isinstance(said, dict) or "prompt" not in said:
+        return None, None
+    reference = said.get("reference")
+    if reference is not None and not isinstance(reference, str):
+        raise DataError(f"a label's reference must be text, not {reference!r}")
+    return as_prompt(said["prompt"]), reference

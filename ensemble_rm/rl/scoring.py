@@ -1,0 +1,158 @@
+"""Samples → rewards for a loop, with a stated policy for those that fail.
+
+A failed sample has no reward: None, never 0.0, on which a policy would be trained. Knows ensembles
+and samples; knows nothing of any trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.errors import DataError, OptionError, ScoringError, TemplateError
+from ensemble_rm.samples import Sample
+
+if TYPE_CHECKING:
+    from ensemble_rm.ensemble import RewardEnsemble
+
+FailurePolicy: TypeAlias = Literal["none", "raise"]
+FAILURES = (ScoringError, DataError, TemplateError)
+"""What makes one sample fail; anything else is a broken loop and passes through."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoopRewards:
+    """Rewards of a call's samples, in their order.
+
+    Attributes
+    ----------
+    reward : ndarray, shape (n_samples,)
+        In normalised units; NaN where a sample failed.
+    members : ndarray, shape (n_samples, n_members)
+        Normalised scores; NaN where a sample failed.
+    reference_reward : ndarray, shape (n_samples,)
+        Of the prompt's reference completion; NaN where there is none or it failed.
+    errors : tuple of (Exception or None)
+        Why a sample has no reward.
+    """
+
+    reward: Floats
+    members: Floats
+    reference_reward: Floats
+    errors: tuple[Exception | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    @property
+    def failures(self) -> tuple[str | None, ...]:
+        """The errors in words; None where a sample has a reward."""
+        return tuple(None if e is None else f"{type(e).__name__}: {e}" for e in self.errors)
+
+    def listed(self) -> list[float | None]:
+        """Return the rewards as loops take them: floats, and None for failed samples."""
+        return [
+            float(value) if error is None else None
+            for value, error in zip(self.reward, self.errors, strict=True)
+        ]
+
+
+def check_policy(on_failure: str) -> None:
+    """Raise `OptionError` where no policy for failed samples has that name."""
+    if on_failure not in ("none", "raise"):
+        raise OptionError(f"on_failure must be 'none' or 'raise', not {on_failure!r}")
+
+
+def score_for_loop(
+    ensemble: RewardEnsemble,
+    samples: Sequence[Sample | Exception],
+    *,
+    on_failure: FailurePolicy = "none",
+    with_references: bool = False,
+) -> LoopRewards:
+    """Score a call's samples; each one that cannot be scored fails alone.
+
+    Parameters
+    ----------
+    ensemble : RewardEnsemble
+    samples : sequence of Sample or Exception
+        An exception stands for a sample that could not be read.
+    on_failure : {"none", "raise"}
+        Whether a failed sample has no reward, or ends the run.
+    with_references : bool
+        Whether the samples' reference completions are scored, too: each once.
+
+    Returns
+    -------
+    LoopRewards
+
+    Raises
+    ------
+    EnsembleRMError
+        The first sample's own error, under ``"raise"``, and where every sample of the call fails:
+        that is a broken reward, not a broken sample.
+    """
+    check_policy(on_failure)
+    rewards = score_each(ensemble, samples, with_references=with_references)
+    errors = [error for error in rewards.errors if error is not None]
+    if errors and (on_failure == "raise" or len(errors) == len(rewards)):
+        raise errors[0]
+    return rewards
+
+
+def score_each(
+    ensemble: RewardEnsemble,
+    samples: Sequence[Sample | Exception],
+    *,
+    with_references: bool = False,
+) -> LoopRewards:
+    """Score samples as `score_for_loop` does, and leave every failure to the caller."""
+    n, k = len(samples), len(ensemble.names)
+    asked = [(i, s) for i, s in enumerate(samples) if isinstance(s, Sample)]
+    # A baseline is subtracted from the reference's score as from any other.
+    below = {
+        i: Sample(s.prompt, s.reference, s.reference)
+        for i, s in asked
+        if with_references and s.reference is not None
+    }
+    places = {reference: n + j for j, reference in enumerate(dict.fromkeys(below.values()))}
+    found = _Found(n + len(places), k)
+    found.errors.update({i: s for i, s in enumerate(samples) if not isinstance(s, Sample)})
+    _score(ensemble, [*asked, *((place, s) for s, place in places.items())], found)
+    reference_reward = np.full(n, np.nan)
+    for i, reference in below.items():
+        reference_reward[i] = found.reward[places[reference]]
+    errors = tuple(found.errors.get(i) for i in range(n))
+    return LoopRewards(found.reward[:n], found.members[:n], reference_reward, errors)
+
+
+class _Found:
+    """Rewards as they come in."""
+
+    def __init__(self, n: int, k: int) -> None:
+        self.reward = np.full(n, np.nan)
+        self.members = np.full((n, k), np.nan)
+        self.errors: dict[int, Exception] = {}
+
+
+def _score(ensemble: RewardEnsemble, asked: Sequence[tuple[int, Sample]], found: _Found) -> None:
+    """Score all at once; where that fails, halve until the culprits stand alone."""
+    if not asked:
+        return
+    try:
+        scores = ensemble.score([sample for _, sample in asked])
+    except FAILURES as error:
+        if len(asked) == 1:
+            found.errors[asked[0][0]] = error
+            return
+        middle = len(asked) // 2
+        _score(ensemble, asked[:middle], found)
+        _score(ensemble, asked[middle:], found)
+        return
+    rows = [i for i, _ in asked]
+    found.reward[rows] = scores.reward
+    found.members[rows] = scores.members
