@@ -13,7 +13,7 @@ import numpy as np
 
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.errors import EmptyDataError, OptionError
-from ensemble_rm.members.trunk import Progress, silent
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.results import Ranking
 from ensemble_rm.samples import Prompt, Sample, prompt_json, prompt_key
 

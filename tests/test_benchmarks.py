@@ -57,6 +57,7 @@ def test_the_documents_tables_are_those_of_the_figures(monkeypatch: pytest.Monke
     assert tables.preferences(["views"]) in readme, "put the output of benchmarks/tables.py there"
     assert tables.claims() in readme, "put the output of benchmarks/tables.py there"
     assert tables.preferences() in whole, "put the output of benchmarks/tables.py there"
+    assert tables.kinds() in whole, "put the output of benchmarks/tables.py there"
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ from ensemble_rm.members.budget import pick_token_budget
 from ensemble_rm.members.identity import member_digest
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.text import TextEncoder, Truncation, count_truncation
-from ensemble_rm.members.trunk import Progress, TrunkOptions, silent
+from ensemble_rm.members.trunk import TrunkOptions
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Sample
 
 _LOGITS = 64 * 2**20  # bytes of a batch's float32 logits, where nobody says a budget
