@@ -123,7 +123,7 @@ def judged(n: int, *, prompts: int, pi: bool = True, seed: int = 0) -> list[Judg
 
 
 OLD = Preferences((Preference("prompt 3", "a", "b"), Preference("elsewhere", "a", "b")))
-SHARES: dict[str, Any] = {"gate_share": 0.25, "calibration_share": 0.25}
+SHARES: dict[str, Any] = {"gate_share": 0.25, "calibration_share": 0.25, "weighted": True}
 
 
 def parts_of(judgments: list[Judgment], **options: Any) -> RetrainingParts:

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("training (as the members were trained, where not given)")
     how.add_argument("--validation-share", type=float, default=0.15, metavar="X", help="0.15")
     how.add_argument(
-        "--unweighted", action="store_true", help="train without the weights 1/π of selected pairs"
+        "--weighted", action="store_true", help="train with the weights 1/π of selected pairs, too"
     )
     how.add_argument("--epochs", type=int)
     how.add_argument("--patience", type=int)
@@ -116,7 +116,7 @@ def _options(args: argparse.Namespace) -> RetrainingOptions:
         gate_share=args.gate_share,
         calibration_share=args.calibration_share,
         validation_share=args.validation_share,
-        weighted=not args.unweighted,
+        weighted=args.weighted,
         delta=args.delta,
         delta_accuracy=args.delta_accuracy,
         min_judgments=args.min_judgments,

@@ -43,7 +43,9 @@ class RetrainingOptions:
     validation_share : float
         Of what is trained on, by prompt, that stops training early.
     weighted : bool
-        Whether training counts judgments 1/π, too.
+        Whether training counts judgments 1/π, too. Calibration and gate, which say something of
+        all pairs, always do; members learn what depends on the pair itself, and there the weights
+        cost more than they mend (``benchmarks/selection.py``).
     delta : float
         Rise of NLL that has to be excluded, nats a judgment.
     delta_accuracy : float
@@ -60,7 +62,7 @@ class RetrainingOptions:
     gate_share: float = 0.25
     calibration_share: float = 0.25
     validation_share: float = 0.15
-    weighted: bool = True
+    weighted: bool = False
     delta: float = 0.02
     delta_accuracy: float = 0.05
     level: float = 0.95

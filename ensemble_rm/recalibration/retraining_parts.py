@@ -49,7 +49,7 @@ def part_judgments(
     *,
     gate_share: float,
     calibration_share: float,
-    weighted: bool = True,
+    weighted: bool,
     seed: int = 0,
 ) -> RetrainingParts:
     """Deal judgments: the newest prompts to the gate, others at random to calibration or training.
