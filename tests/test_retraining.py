@@ -212,8 +212,10 @@ def test_the_job_publishes_once_and_goes_back(run: Path, store: Path, cache: Pat
 
 
 def test_a_killed_job_leaves_the_incumbent_and_the_next_completes(
-    run: Path, store: Path, cache: Path
+    run: Path, store: Path, tmp_path: Path
 ) -> None:
+    cache = tmp_path / "cache"  # of its own: what follows training has something to read
+
     class Stop(Exception):
         pass
 
