@@ -25,7 +25,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def runnable(page: Path) -> list[str]:
     """Python blocks, but for those that stand below a reason why they cannot run."""
     text = page.read_text(encoding="utf-8")
-    skipped = re.findall(r"^<!-- snippet: skip \S.* -->\n```python\n(.*?)^```", text, re.S | re.M)
+    reason = r"^<!-- snippet: skip \S[^\n]* -->\n"
+    skipped = re.findall(reason + r"```python\n(.*?)^```", text, re.S | re.M)
     return [code for code in blocks(page, "python") if code not in skipped]
 
 
