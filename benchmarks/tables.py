@@ -87,6 +87,29 @@ CLAIMS = (
         *("judgments", "import_peak_mib_1000000", "{:.0f}"),
     ),
     (
+        "simulated years of recalibration: ECE against the truth, gated over blind refits",
+        *("recalibration", "gated_over_blind", "{:.2f}"),
+    ),
+    ("with a month of corrupted votes", "recalibration", "gated_over_blind_corrupted", "{:.2f}"),
+    (
+        "healthy years with a drift alarm, upper bound; 0.05 is promised",
+        *("recalibration", "healthy_years_alarmed_upper", "{:.4f}"),
+    ),
+    ("months until a doubled T is alarmed", "recalibration", "delay_months", "{:.0f}"),
+    (
+        "gold after four rounds of best-of-n against the reward: frozen",
+        *("retraining", "gold_frozen", "{:.2f}"),
+    ),
+    ("retrained on the policy's judgments", "retraining", "gold_retrained", "{:.2f}"),
+    (
+        "judgments that disagreement needs, of random draws', to the same NLL",
+        *("selection", "ratio_disagreement_all", "{:.2f}"),
+    ),
+    (
+        "real votes that contradict the margins: gain of the gated job over a frozen T, nats",
+        *("real_votes", "gain_gated_contradicted", "{:.3f}"),
+    ),
+    (
         "synthetic gold, 25 % of labels flipped: over-optimisation removed by five MLPs, UWO at ½",
         *("overoptimisation", "removed_noise_uwo_paper", "{:.2f}"),
     ),

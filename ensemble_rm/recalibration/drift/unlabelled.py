@@ -39,7 +39,7 @@ from ensemble_rm.results import Scores
 from ensemble_rm.uncertainty import member_std
 
 _CHUNK = 2_000_000  # entries of a block of permutations
-NO_FEATURES = "no scorer exposes features (FeatureScorer)"
+NO_FEATURES = "no reference of features: no scorer exposes any (FeatureScorer), or none was kept"
 
 
 @dataclass(frozen=True)
