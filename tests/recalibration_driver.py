@@ -76,15 +76,24 @@ def prepare(folder: Path) -> tuple[Path, list[Path]]:
     return run, places
 
 
+def wait_for_half(run: Path, *, at_most: float) -> None:
+    """Return when a version begins to be written, or none has in that many seconds."""
+    end = time.perf_counter() + at_most
+    while time.perf_counter() < end and not any((run / "versions").glob(".new-*")):
+        time.sleep(0.0002)
+
+
 def kills(folder: Path, count: int, seed: int) -> dict[str, int]:
     """Kill jobs at random moments; after each kill, read, and let the next run complete."""
     rng = random.Random(seed)
     run, places = prepare(folder)
     lengths = []
     for place in (*places[::-1], *places[::-1]):
-        began = time.perf_counter()
-        assert work(run, place).verdict == "published"
+        before, began = check(run), time.perf_counter()
+        # In a child, as those that are killed: there it takes longer.
+        assert os.waitpid(forked(lambda place=place: work(run, place)), 0)[1] == 0
         lengths.append(time.perf_counter() - began)
+        assert check(run) == before + 1
     usual = max(lengths[2:])  # the first two score their pairs
     killed, attempts, published_before_death, leftovers = 0, 0, 0, 0
     while killed < count:
@@ -95,8 +104,12 @@ def kills(folder: Path, count: int, seed: int) -> dict[str, int]:
             shutil.rmtree(run / "scores")  # this one is killed while it scores
         before = check(run)
         child = forked(lambda place=place: work(run, place))
-        # Every other kill aims at the end, where what is there is moved.
-        time.sleep(usual * (rng.random() if attempts % 4 < 2 else 0.6 + 0.6 * rng.random()))
+        # Half of the moments are random, a quarter lies near the end, where what is there is moved,
+        # and a quarter waits for half a version, whatever the machine's pace.
+        if attempts % 4 == 3:
+            wait_for_half(run, at_most=3 * usual)
+        else:
+            time.sleep(usual * (rng.random() if attempts % 4 < 2 else 0.6 + 0.6 * rng.random()))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status)
