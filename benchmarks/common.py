@@ -54,6 +54,15 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def resident(field: str) -> float:
+    """Read what this process holds (VmRSS), or has held at most (VmHWM), in MiB.
+
+    getrusage would count what its parent held.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+
+
 class Figures:
     """Named figures, printed as they come and written at the end."""
 

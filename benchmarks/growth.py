@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Figures, make_parser, seconds
+from common import Figures, make_parser, resident, seconds
 from preference_runs import package_folder
-from scoring import resident
 from scoring_sides import random_heads
 
 from ensemble_rm import HeadScorer, Normaliser, RewardEnsemble, TrunkOptions, mean
@@ -63,7 +62,7 @@ def one_run(folder: Path, n: int, chunk: int) -> None:
     """Score a file in this process; print its seconds and its peak above the imports, MiB."""
     import transformers.models.bert.modeling_bert  # noqa: F401
 
-    began = resident()
+    began = resident("VmHWM")
     ensemble = RewardEnsemble.from_pretrained(folder / "run", device="cpu")
     ensemble.score(list(read_samples([{"prompt": "Hello", "completion": "you"}])))
     data, out = folder / f"{n}.jsonl", folder / f"{n}.out"
@@ -72,7 +71,7 @@ def one_run(folder: Path, n: int, chunk: int) -> None:
         rows = score_rows(ensemble, read_samples(data), chunk, bars, count)
         took = seconds(lambda: write_jsonl(out, rows))
     assert count["rows"] == n
-    print(f"found {took} {resident() - began}")
+    print(f"found {took} {resident('VmHWM') - began}")
 
 
 def main() -> None:

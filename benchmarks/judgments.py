@@ -26,7 +26,7 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
-from common import Figures, make_parser, seconds
+from common import Figures, make_parser, resident, seconds
 
 from ensemble_rm.judgments.agreement import agreement_report
 from ensemble_rm.judgments.importing import import_judgments
@@ -94,12 +94,6 @@ def work(step: str, folder: Path) -> Callable[[JudgmentStore], int]:
         "report": lambda store: agreement_report(store).judgments,
     }
     return steps[step]
-
-
-def resident(field: str) -> float:
-    """Read what this process holds (VmRSS), or has held at most (VmHWM), in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def run_step(step: str, folder: Path) -> None:

@@ -24,8 +24,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 
 import numpy as np
-from common import Figures, make_parser
-from judgments import resident
+from common import Figures, make_parser, resident
 
 from ensemble_rm import (
     FunctionScorer,

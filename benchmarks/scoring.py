@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Figures, make_parser, seconds
+from common import Figures, make_parser, resident, seconds
 from preference_runs import package_folder
 from scoring_sides import (
     HuggingFace,
@@ -139,17 +139,11 @@ def compare_weights(backbone: Backbone, figures: Figures) -> None:
     figures.add("weights_branch5_vs_bound", ratio, ratio, ratio, 1)
 
 
-def resident() -> float:
-    """Return this process's peak resident memory, MiB; getrusage would count its parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-
-
 def peak(side: str, args: argparse.Namespace, folder: Path) -> None:
     """Print this process's peak memory above its imports, in MiB."""
     import transformers.pipelines  # noqa: F401
 
-    began = resident()
+    began = resident("VmHWM")
     options = TrunkOptions(max_length=512, dtype="bfloat16", device="cpu")
     samples = pairs_in_order(args)
     if side == "ours":
@@ -157,7 +151,7 @@ def peak(side: str, args: argparse.Namespace, folder: Path) -> None:
         branches(backbone, options, 2).score(samples)
     else:
         pipeline(folder, options)(HuggingFace(folder, options, 0).texts(samples))
-    print(f"peak {resident() - began}")
+    print(f"peak {resident('VmHWM') - began}")
 
 
 def compare_peaks(args: argparse.Namespace, folder: Path, figures: Figures) -> None:

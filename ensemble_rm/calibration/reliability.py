@@ -29,7 +29,12 @@ from scipy.optimize import minimize
 from scipy.special import expit, logsumexp
 
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.calibration.temperature import MIN_JUDGMENTS, fit_temperature, read_judgments
+from ensemble_rm.calibration.temperature import (
+    MIN_JUDGMENTS,
+    fit_temperature,
+    margin_losses,
+    read_judgments,
+)
 from ensemble_rm.errors import OptionError
 
 _REACH, _STEP = 5.0, 0.05  # of the grid of log T, about that of all judgments
@@ -178,8 +183,7 @@ def _likelihoods(x: Floats, y: Floats, w: Floats, place: Any, grid: Floats) -> F
     """Return each annotator's log-likelihood at each log T."""
     columns = []
     for log_t in grid:
-        z = x * math.exp(-log_t)
-        loss = w * (np.logaddexp(0.0, -z) + (1 - y) * z)
+        loss = w * margin_losses(x * math.exp(-log_t), y)
         columns.append(-np.bincount(place, loss))
     return np.asarray(np.stack(columns, axis=1), dtype=np.float64)
 

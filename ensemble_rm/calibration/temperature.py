@@ -69,10 +69,14 @@ def _vector(values: ArrayLike | None, n: int, default: float) -> Floats:
     return vector
 
 
+def margin_losses(margins: Floats, targets: Floats) -> Floats:
+    """Return −y log σ(Δ) − (1 − y) log σ(−Δ) of each judgment, exact at any margin."""
+    return np.asarray(np.logaddexp(0.0, -margins) + (1 - targets) * margins, dtype=np.float64)
+
+
 def margin_nll(margins: Floats, targets: Floats, weights: Floats, inverse: float) -> float:
-    """Weighted mean of −y log σ(βΔ) − (1 − y) log σ(−βΔ), exact at any margin."""
-    x = inverse * margins
-    loss = np.logaddexp(0.0, -x) + (1 - targets) * x
+    """Weighted mean of −y log σ(βΔ) − (1 − y) log σ(−βΔ)."""
+    loss = margin_losses(inverse * margins, targets)
     return float((weights * loss).sum() / weights.sum())
 
 

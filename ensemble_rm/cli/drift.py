@@ -12,7 +12,15 @@ from functools import partial
 from pathlib import Path
 
 from ensemble_rm.cli.common import Bars, add_dry_run, add_json, say
-from ensemble_rm.cli.recalibrate import CODES, load_version, read_days, read_time
+from ensemble_rm.cli.jobs import (
+    CODES,
+    add_loading,
+    add_run,
+    add_store,
+    add_times,
+    load_version,
+    read_time,
+)
 
 HELP = "look for drift since the current version"
 EXAMPLE = (
@@ -22,19 +30,9 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a saved ensemble's folder")
-    parser.add_argument(
-        "--judgments",
-        required=True,
-        metavar="STORE",
-        help="a file, or postgresql://user@host/name",
-    )
-    window = parser.add_mutually_exclusive_group()
-    window.add_argument("--since", metavar="TIME", help="judged at or after; ISO 8601, UTC")
-    window.add_argument(
-        "--window", type=read_days, metavar="DAYS", help="such as 180d, back from the newest"
-    )
-    parser.add_argument("--until", metavar="TIME", help="judged before")
+    add_run(parser)
+    add_store(parser)
+    add_times(parser, window=True)
     parser.add_argument(
         "--alpha", type=float, default=0.05, metavar="P", help="any alarm, where nothing drifts"
     )
@@ -49,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a batch of judgments of the anchor set; as often as needed",
     )
     parser.add_argument("--report", type=Path, metavar="PNG", help="draw every look so far")
-    parser.add_argument("--backbone", metavar="NAME", help="where it lies now, if not where it was")
-    parser.add_argument("--device", help="cuda, mps or cpu; the best available by default")
-    parser.add_argument("--wait", action="store_true", help="for a job on RUN to end")
+    add_loading(parser)
     add_dry_run(parser, "keep neither the test's state nor the look")
     add_json(parser)
 
@@ -63,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     from ensemble_rm.recalibration.monitor import DriftOptions
     from ensemble_rm.reports.drift import draw_drift, drift_text
 
-    bounds = {name: read_time(getattr(args, name), f"--{name}") for name in ("since", "until")}
     with (
         JudgmentStore.open(args.judgments, read_only=True) as store,
         Bars(quiet=args.json) as bars,
@@ -71,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
         report = look(
             args.folder,
             store,
-            since=bounds["since"],
-            until=bounds["until"],
+            since=read_time(args.since, "--since"),
+            until=read_time(args.until, "--until"),
             window=args.window,
             options=LookOptions(
                 labelled=DriftOptions(promise=args.alpha),

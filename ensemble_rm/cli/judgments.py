@@ -15,11 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ensemble_rm.cli.common import Bars, add_dry_run, add_json, add_skip_bad, say, write_jsonl
+from ensemble_rm.cli.jobs import add_times, read_time
 from ensemble_rm.errors import OptionError
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from ensemble_rm.judgments.agreement import AgreementReport
     from ensemble_rm.judgments.rows import Imported, ImportOptions
     from ensemble_rm.judgments.selection import Selection
@@ -94,8 +93,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which judgments")
-    group.add_argument("--since", metavar="TIME", help="judged at or after; ISO 8601, UTC")
-    group.add_argument("--until", metavar="TIME", help="judged before")
+    add_times(group)
     for name in NAMED:
         group.add_argument(
             f"--{name}", action="append", metavar="NAME", help="only these; as often as needed"
@@ -183,7 +181,7 @@ def _read_options(args: argparse.Namespace) -> ImportOptions:
     named = ("source", "prompt", "first", "second", "question", "empty_is_tie", "assume_utc")
     return ImportOptions(
         labels=labels,
-        judged_at=_time(args.judged_at, "judged-at"),
+        judged_at=read_time(args.judged_at, "--judged-at"),
         **{name: getattr(args, name) for name in named},
     )
 
@@ -214,24 +212,11 @@ def _read_selection(args: argparse.Namespace) -> Selection:
 
     given: Mapping[str, list[str] | None] = {name: getattr(args, name) for name in NAMED}
     return Selection(
-        since=_time(args.since, "since"),
-        until=_time(args.until, "until"),
+        since=read_time(args.since, "--since"),
+        until=read_time(args.until, "--until"),
         with_corrected=args.with_corrected,
         **{name: tuple(values) for name, values in given.items() if values is not None},
     )
-
-
-def _time(text: str | None, option: str) -> datetime | None:
-    """Read a day or a time; without an offset it is UTC."""
-    from ensemble_rm.errors import DataError
-    from ensemble_rm.judgments.judgment import parse_time
-
-    if text is None:
-        return None
-    try:
-        return parse_time(text, assume_utc=True)
-    except DataError as error:
-        raise OptionError(f"--{option}: {error}") from None
 
 
 # Report ---------------------------------------------------------------------------------------

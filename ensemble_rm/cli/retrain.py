@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ensemble_rm.cli.common import Bars, add_dry_run, add_json, add_pairs, read_pairs, say
-from ensemble_rm.cli.recalibrate import CODES, read_time
+from ensemble_rm.cli.jobs import (
+    CODES,
+    add_loading,
+    add_run,
+    add_store,
+    add_times,
+    load_version,
+    read_time,
+)
 
 if TYPE_CHECKING:
     from ensemble_rm.recalibration.retraining import RetrainingOptions
@@ -30,16 +38,10 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a saved ensemble's folder")
+    add_run(parser)
     add_pairs(parser, "the members' old")
-    parser.add_argument(
-        "--judgments",
-        required=True,
-        metavar="STORE",
-        help="a file, or postgresql://user@host/name",
-    )
-    parser.add_argument("--since", metavar="TIME", help="judged at or after; ISO 8601, UTC")
-    parser.add_argument("--until", metavar="TIME", help="judged before")
+    add_store(parser)
+    add_times(parser)
     parser.add_argument(
         "--reference",
         metavar="FILE",
@@ -65,16 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--learning-rate", type=float)
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="of features and states")
-    parser.add_argument("--backbone", metavar="NAME", help="where it lies now, if not where it was")
-    parser.add_argument("--device", help="cuda, mps or cpu; the best available by default")
-    parser.add_argument("--wait", action="store_true", help="for another job on RUN to end")
+    add_loading(parser)
     add_dry_run(parser, "deal the judgments and say so; train and write nothing")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the verdict's exit code."""
-    from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.judgments.store import JudgmentStore
     from ensemble_rm.members.backbone import DEFAULT_CACHE
     from ensemble_rm.recalibration.retraining_job import retrain_run
@@ -98,9 +97,7 @@ def run(args: argparse.Namespace) -> int:
             options=_options(args),
             dry_run=args.dry_run,
             wait=args.wait,
-            load=partial(
-                RewardEnsemble.from_pretrained, backbone=args.backbone, device=args.device
-            ),
+            load=partial(load_version, backbone=args.backbone, device=args.device),
             cache_dir=args.cache_dir or DEFAULT_CACHE,
             progress=bars,
         )
@@ -135,12 +132,9 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
         return None
     from dataclasses import replace
 
-    from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.training.start import training_arguments
 
-    ensemble = RewardEnsemble.from_pretrained(
-        args.folder, backbone=args.backbone, device=args.device
-    )
+    ensemble = load_version(args.folder, backbone=args.backbone, device=args.device)
     said = training_arguments(ensemble)
     recipe: Recipe = replace(said["recipe"], **given)
     recipe.check(said["kind"])

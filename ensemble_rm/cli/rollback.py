@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ensemble_rm.cli.common import add_json, say
+from ensemble_rm.cli.jobs import add_run
 from ensemble_rm.cli.versions import describe
 
 HELP = "go back to an earlier version"
@@ -14,7 +14,7 @@ EXAMPLE = "  ensemble-rm rollback runs/hh\n  ensemble-rm rollback runs/hh --to 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a saved ensemble's folder")
+    add_run(parser)
     parser.add_argument("--to", type=int, metavar="N", help="the current one's parent by default")
     add_json(parser)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from ensemble_rm.cli.common import add_json, say
+from ensemble_rm.cli.jobs import add_run
 from ensemble_rm.cli.versions import describe
 
 HELP = "show a version and what it rests on"
@@ -15,7 +15,7 @@ EXAMPLE = "  ensemble-rm show runs/hh 3"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a saved ensemble's folder")
+    add_run(parser)
     parser.add_argument("number", type=int, nargs="?", metavar="N", help="the current by default")
     add_json(parser)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble_rm.cli.common import add_json, say
+from ensemble_rm.cli.jobs import add_run
 
 if TYPE_CHECKING:
     from ensemble_rm.versions.version import Version
@@ -17,7 +17,7 @@ EXAMPLE = "  ensemble-rm versions runs/hh"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a saved ensemble's folder")
+    add_run(parser)
     add_json(parser)
 
 

@@ -17,6 +17,7 @@ from ensemble_rm.samples import Message, Prompt, as_prompt, prompt_json, prompt_
 
 Outcome: TypeAlias = Literal["first", "second", "tie"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
+SHARES: dict[str, float] = {"first": 1.0, "second": 0.0, "tie": 0.5}  # of the vote, the first's
 LABEL_BYTES = 1000  # an index entry of PostgreSQL holds two of them
 OPTIONAL = ("batch", "policy", "subset", "strategy", "corrects")
 FIELDS = (

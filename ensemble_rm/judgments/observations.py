@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Select, func, select
 
+from ensemble_rm.judgments.judgment import SHARES
 from ensemble_rm.judgments.queries import conditions
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.tables import judgments
-
-SHARES = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
 class Observation(NamedTuple):

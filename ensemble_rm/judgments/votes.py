@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.judgments.judgment import SHARES, Judgment
 from ensemble_rm.samples import Preference, Preferences
 
 
@@ -44,7 +44,7 @@ def to_preferences(judgments: Iterable[Judgment], *, source: str = "judgments") 
     for one in judgments:
         count = counts.setdefault((one.pair_digest, one.subset), _Count(one))
         weight = 1.0 if one.inclusion is None else 1.0 / one.inclusion
-        share = {"first": 1.0, "second": 0.0, "tie": 0.5}[one.outcome]
+        share = SHARES[one.outcome]
         if one.text_digests[1] != count.seen.text_digests[1]:
             share = 1.0 - share
         count.first += weight * share

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.temperature import margin_losses
 from ensemble_rm.errors import OptionError
 from ensemble_rm.recalibration.judged import Ints
 from ensemble_rm.weighting import effective_sample_size
@@ -70,8 +71,7 @@ def losses(margins: Floats, targets: Floats, temperatures: ArrayLike) -> Floats:
     temperatures : array_like, shape (n_judgments,) or ()
         Infinity, for which every probability is ½, is allowed.
     """
-    x = margins / np.asarray(temperatures, dtype=np.float64)
-    return np.asarray(np.logaddexp(0.0, -x) + (1 - targets) * x, dtype=np.float64)
+    return margin_losses(margins / np.asarray(temperatures, dtype=np.float64), targets)
 
 
 def clustered_mean(

@@ -6,18 +6,16 @@ When it runs is left to cron or a scheduler.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.calibration.pairs import ScoredPairs
-from ensemble_rm.errors import EnsembleRMError
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.recalibration.decision import Decision, GateOptions, decide
@@ -25,6 +23,7 @@ from ensemble_rm.recalibration.judged import DatedMargins
 from ensemble_rm.recalibration.monitor import DriftOptions, summarise, watch, write_state
 from ensemble_rm.recalibration.outcome import Recalibration, Verdict, explain, key_of
 from ensemble_rm.recalibration.pairs import evidence_of, load_members, window_margins
+from ensemble_rm.recalibration.running import RunLog, working
 from ensemble_rm.recalibration.scores import ScoreTable
 from ensemble_rm.recalibration.window import Window, choose, read_window
 from ensemble_rm.versions.adoption import describe_ensemble
@@ -94,29 +93,12 @@ def recalibrate(
     AggregatorMismatchError
         If the ensemble's calibration belongs to another aggregator than its reward.
     """
-    job = _Job(
-        Versions(folder, clock=clock),
-        store,
-        options or GateOptions(),
-        alarms,
-        {"since": since, "until": until, "days": window},
-        dry_run,
-        load,
-        progress,
-        uuid.uuid4().hex[:16],
-    )
-    with nullcontext() if dry_run else job.versions.lock(wait=wait):
-        try:
-            if not dry_run:
-                job.versions.adopt()
-                job.versions.clean()
-                job.mend_log()
-            return job.run()
-        except (EnsembleRMError, OSError) as error:
-            if not dry_run:
-                with suppress(OSError):
-                    job.log({"verdict": "error", "reason": f"{type(error).__name__}: {error}"})
-            raise
+    versions = Versions(folder, clock=clock)
+    log = RunLog(versions, EVENT, dry_run)
+    bounds = {"since": since, "until": until, "days": window}
+    job = _Job(versions, store, options or GateOptions(), alarms, bounds, log, load, progress)
+    with working(log, wait=wait, prepare=job.mend_log):
+        return job.run()
 
 
 @dataclass(frozen=True)
@@ -136,10 +118,9 @@ class _Job:
     options: GateOptions
     alarms: DriftOptions | None
     bounds: dict[str, Any]
-    dry_run: bool
+    log: RunLog
     load: Callable[..., RewardEnsemble] | None
     progress: Progress
-    name: str
 
     def run(self) -> Recalibration:
         incumbent = self.versions.incumbent()
@@ -163,18 +144,11 @@ class _Job:
         if known is not None:
             case.details["same_as"] = known[2]
             return self._end(case, known[0], known[1])
-        table = ScoreTable(self.versions.folder, incumbent.members, read_only=self.dry_run)
+        table = ScoreTable(self.versions.folder, incumbent.members, read_only=self.log.dry_run)
         members = len(said["normaliser"]["offset"])
+        loaded = partial(load_members, self.versions, incumbent, self.load)
         margins = window_margins(
-            *(
-                window,
-                self.store,
-                table,
-                aggregator,
-                members,
-                lambda: load_members(self.versions, incumbent, self.load),
-            ),
-            progress=self.progress,
+            window, self.store, table, aggregator, members, loaded, progress=self.progress
         )
         data = window.with_margins(margins)
         case = replace(case, alarm=self._watch(case, data, window))
@@ -196,7 +170,7 @@ class _Job:
             options=self.alarms,
             at=self.versions.clock().isoformat(timespec="seconds"),
         )
-        if not self.dry_run:
+        if not self.log.dry_run:
             write_state(self.versions.folder, case.incumbent, state)
         return summarise(state)
 
@@ -214,12 +188,12 @@ class _Job:
                 case, "kept", f"version {number} is pinned; unpinned: {decision.reason}"
             )
         number = self.versions.pointer.newest + 1 if versioned else 2
-        if not self.dry_run:
+        if not self.log.dry_run:
             provenance = {"reason": decision.reason, "alarm": case.alarm} | case.details
             number = self.versions.publish_calibration(
                 replace(decision.calibration, evidence=evidence()),
                 provenance=provenance,
-                run=self.name,
+                run=self.log.run,
             ).number
         after = decision.calibration.temperature
         return self._end(case, "published", decision.reason, version=number, after=after)
@@ -240,17 +214,16 @@ class _Job:
         found = Recalibration(
             verdict,
             reason,
-            self.name,
+            self.log.run,
             case.incumbent.number,
             version,
-            self.dry_run,
+            self.log.dry_run,
             None if case.old is None else case.old.temperature,
             after,
             case.alarm,
             case.details,
         )
-        if not self.dry_run:
-            self.log(found.to_json())
+        self.log.write(found.to_json())
         return found
 
     def _known(self, incumbent: Version, key: str) -> tuple[Verdict, str, str] | None:
@@ -277,11 +250,6 @@ class _Job:
         if last is not None:
             times.append(datetime.fromisoformat(last["at"]))
         return max(time.astimezone(UTC) for time in times)
-
-    def log(self, said: dict[str, Any]) -> None:
-        """Write the run's line."""
-        line = {"event": EVENT, "at": self.versions.clock().isoformat(timespec="seconds")}
-        self.versions.audit.append(line | {"run": self.name} | said)
 
     def mend_log(self) -> None:
         """Write the line of a run that was killed between publishing and its line."""

@@ -7,7 +7,7 @@ Raters: verdicts on an anchor set that is judged again and again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,7 +23,8 @@ from ensemble_rm.errors import DataError, NotCalibratedError
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.recalibration.drift.raters import AnchorVote, RaterDrift, rater_drift
+from ensemble_rm.recalibration.drift.anchors import anchor_votes
+from ensemble_rm.recalibration.drift.raters import RaterDrift, rater_drift
 from ensemble_rm.recalibration.drift.reference import Reference, ScoredSet
 from ensemble_rm.recalibration.drift.report import DriftReport
 from ensemble_rm.recalibration.drift.unlabelled import UnlabelledDrift, unlabelled_drift
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
 
 LOOKS = "looks.jsonl"
-SHARES = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,14 +246,4 @@ def _raters(store: JudgmentStore, where: Selection, options: LookOptions) -> Rat
     if not options.anchors:
         raise DataError("no anchor set is named; name its batches")
     chosen = Selection(until=where.until, batch=options.anchors)
-    return rater_drift(_votes(store, chosen), alpha=options.alpha, looks=options.looks)
-
-
-def _votes(store: JudgmentStore, where: Selection) -> Sequence[AnchorVote]:
-    found = []
-    for one in store.read(where):
-        _, first, second = one.text_digests
-        month = one.judged_at.strftime("%Y-%m")
-        share, swapped = SHARES[one.outcome], first > second
-        found.append(AnchorVote(one.pair_digest.hex(), one.annotator, month, share, swapped))
-    return found
+    return rater_drift(anchor_votes(store.read(chosen)), alpha=options.alpha, looks=options.looks)

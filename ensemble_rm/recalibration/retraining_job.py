@@ -7,16 +7,14 @@ the folder's lock. When it runs is left to cron or a scheduler.
 from __future__ import annotations
 
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ensemble_rm.ensemble import RewardEnsemble
-from ensemble_rm.errors import EnsembleRMError, TooFewJudgmentsError
+from ensemble_rm.errors import TooFewJudgmentsError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.selection import Selection
 from ensemble_rm.judgments.store import JudgmentStore
@@ -24,6 +22,7 @@ from ensemble_rm.members.backbone import DEFAULT_CACHE
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.recalibration.outcome import Verdict, key_of, plain
 from ensemble_rm.recalibration.retraining import Retraining, RetrainingOptions, deal, retrain
+from ensemble_rm.recalibration.running import RunLog, working
 from ensemble_rm.samples import Preferences
 from ensemble_rm.training.recipe import Recipe
 from ensemble_rm.versions.repository import Versions, now_utc
@@ -133,31 +132,23 @@ def retrain_run(
     OptionError, EmptyDataError, TrainingError
         As `retrain` does.
     """
+    versions = Versions(folder, clock=clock)
+    log = RunLog(versions, EVENT, dry_run)
     job = _Job(
-        Versions(folder, clock=clock),
+        versions,
         old,
         store,
         Selection(since=since, until=until),
         reference,
         recipe,
         options or RetrainingOptions(),
-        dry_run,
+        log,
         load,
         cache_dir,
         progress,
-        uuid.uuid4().hex[:16],
     )
-    with nullcontext() if dry_run else job.versions.lock(wait=wait):
-        try:
-            if not dry_run:
-                job.versions.adopt()
-                job.versions.clean()
-            return job.run()
-        except (EnsembleRMError, OSError) as error:
-            if not dry_run:
-                with suppress(OSError):
-                    job.log({"verdict": "error", "reason": f"{type(error).__name__}: {error}"})
-            raise
+    with working(log, wait=wait):
+        return job.run()
 
 
 @dataclass(frozen=True)
@@ -169,11 +160,10 @@ class _Job:
     reference: Preferences | None
     recipe: Recipe | None
     options: RetrainingOptions
-    dry_run: bool
+    log: RunLog
     load: Callable[[Path], RewardEnsemble]
     cache_dir: str | Path | None
     progress: Progress
-    name: str
 
     def run(self) -> RetrainingRun:
         incumbent = self.versions.incumbent()
@@ -184,7 +174,7 @@ class _Job:
             reason = f"version {incumbent.number} is pinned; unpin it, then retrain"
             return self._end(incumbent, "kept", reason, told | {"pinned": True})
         judgments = list(self.store.read(self.where))
-        if self.dry_run:
+        if self.log.dry_run:
             return self._end(incumbent, *self._dealt(judgments), told)
         work = self.versions.folder / f"{WORK}{told['inputs'][:16]}"
         found = retrain(
@@ -218,7 +208,7 @@ class _Job:
             return self._end(incumbent, verdict, found.reason, told)
         published = self.versions.publish_ensemble(
             found.ensemble.save_pretrained,
-            provenance={"retraining": plain(told) | {"run": self.name}},
+            provenance={"retraining": plain(told) | {"run": self.log.run}},
         )
         return self._end(incumbent, "published", found.reason, told, version=published.number)
 
@@ -232,10 +222,9 @@ class _Job:
         version: int | None = None,
     ) -> RetrainingRun:
         found = RetrainingRun(
-            verdict, reason, self.name, incumbent.number, version, self.dry_run, told
+            verdict, reason, self.log.run, incumbent.number, version, self.log.dry_run, told
         )
-        if not self.dry_run:
-            self.log(found.to_json())
+        self.log.write(found.to_json())
         return found
 
     def _told(self, incumbent: Version) -> dict[str, Any]:
@@ -268,8 +257,3 @@ class _Job:
     def _remove_work(self) -> None:
         for place in self.versions.folder.glob(f"{WORK}*"):
             shutil.rmtree(place, ignore_errors=True)
-
-    def log(self, said: dict[str, Any]) -> None:
-        """Write the run's line."""
-        line = {"event": EVENT, "at": self.versions.clock().isoformat(timespec="seconds")}
-        self.versions.audit.append(line | {"run": self.name} | said)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.judgments.judgment import SHARES, Judgment
 from ensemble_rm.recalibration.drift.raters import AnchorVote
 
 
@@ -21,13 +21,12 @@ def anchor_votes(judgments: Iterable[Judgment]) -> list[AnchorVote]:
     list of AnchorVote
         In their order; months are those of UTC.
     """
-    outcomes = {"first": 1.0, "tie": 0.5, "second": 0.0}
     return [
         AnchorVote(
             one.pair_digest.hex(),
             one.annotator,
             f"{one.judged_at:%Y-%m}",
-            outcomes[one.outcome],
+            SHARES[one.outcome],
             swapped=one.text_digests[1] > one.text_digests[2],
         )
         for one in judgments
