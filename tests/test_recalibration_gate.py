@@ -321,8 +321,27 @@ def test_without_an_incumbent_the_coin_is_the_one_to_beat() -> None:
     assert found.answer == "publish"
     assert found.gate is not None
     assert found.gate.nll_before == pytest.approx(math.log(2))
-    coins = decide(margins(1.0, 1500, seed=0, coins=True), mean(), None, options=OPTIONS)
-    assert coins.answer == "keep"
+    for seed in range(8):  # what says nothing gets no temperature that claims something
+        coins = decide(margins(1.0, 1500, seed=seed, coins=True), mean(), None, options=OPTIONS)
+        assert coins.calibration is None or coins.calibration.temperature > 8
+
+
+def test_judgments_that_contradict_the_margins_flatten_the_incumbent_and_nothing_else() -> None:
+    """No positive temperature fits them; keeping a sharp one is the worst of the answers."""
+    turned = margins(1.0, 1500, seed=3)
+    turned = replace(turned, targets=1 - turned.targets)
+    found = decide(turned, mean(), incumbent_at(1.0), options=OPTIONS)
+    assert found.answer == "publish", found.reason
+    assert found.calibration is not None and found.candidate is not None
+    assert found.calibration.temperature > 10
+    assert found.metrics["gate_nll_after"] == pytest.approx(math.log(2), abs=0.05)
+    assert found.metrics["gate_nll_after"] < found.metrics["gate_nll_before"] - 0.2
+    assert "hardly" in found.reason and "retrain" in found.reason
+    first = decide(turned, mean(), None, options=OPTIONS)
+    assert first.answer == "keep" and "contradict" in first.reason
+    healed = decide(margins(1.0, 3000, seed=4), mean(), found.calibration, options=OPTIONS)
+    assert healed.calibration is not None
+    assert healed.calibration.temperature == pytest.approx(1.0, rel=0.2)
 
 
 def test_slices_are_gated_and_drawn_towards_the_shrunk_temperature() -> None:

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import norm
 
-from ensemble_rm.calibration.temperature import fit_temperature
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.recalibration.judged import DatedMargins, Ints, joined
+from ensemble_rm.recalibration.slope import fit_signed
 
 LEVEL = 0.99
 
@@ -121,15 +121,12 @@ def _by_time(data: DatedMargins, rows: Ints) -> Ints:
 def _compare(newer: DatedMargins, older: DatedMargins, level: float) -> Confirmation:
     both = joined([older, newer])
     try:
-        common = fit_temperature(
-            both.margins, both.targets, weights=both.weights, groups=both.groups, min_judgments=2
-        )
+        beta, _ = fit_signed(both)
     except CalibrationError as error:
         nan = math.nan
         return Confirmation(
             agrees=False, reason=str(error), z=nan, newest=nan, previous=nan, level=level
         )
-    beta = 1.0 / common.temperature
     new, new_variance = _step(newer, beta)
     old, old_variance = _step(older, beta)
     spread = math.sqrt(new_variance + old_variance)

@@ -37,6 +37,8 @@ from ensemble_rm.recalibration.judged import (
 from ensemble_rm.recalibration.split import TimeSplit, split_by_time
 from ensemble_rm.weighting import effective_sample_size
 
+FLAT = 0.5  # standard error of log T: the slope lies within two of its own above 0
+
 Answer: TypeAlias = Literal["publish", "keep", "too few"]
 
 
@@ -214,7 +216,17 @@ def _gated(
         "window_nll_before": float((kept.weights * before).sum()) / total,
         "window_nll_after": float((kept.weights * after).sum()) / total,
     }
-    return Decision("publish", gate.reason, final=final, **said)
+    return Decision("publish", gate.reason + _warning(final), final=final, **said)
+
+
+def _warning(final: Fitted) -> str:
+    """Say so where what is published is nearly a coin."""
+    if final.own.log_se < FLAT:
+        return ""
+    return (
+        f"; the judgments hardly follow the margins or contradict them, so probabilities are "
+        f"flattened (T {final.fit.temperature:.3g}): no temperature mends that, retrain the members"
+    )
 
 
 def _gate(

@@ -26,6 +26,7 @@ from ensemble_rm.calibration.temperature import (
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 from ensemble_rm.recalibration.judged import DatedMargins
 from ensemble_rm.recalibration.shrinkage import Shrunk, shrink
+from ensemble_rm.recalibration.slope import fit_positive
 from ensemble_rm.weighting import effective_sample_size
 
 MIXTURE_LIMIT = 100_000
@@ -84,6 +85,9 @@ def fit_shrunk(
 ) -> Fitted:
     """Fit the temperature of judgments, and draw it towards the incumbent's.
 
+    Judgments that contradict their margins have none; where there is an incumbent to be flattened,
+    they get a large one, by `fit_positive`.
+
     Parameters
     ----------
     data : DatedMargins
@@ -106,9 +110,7 @@ def fit_shrunk(
         Where no temperature can be fitted.
     """
     effective = require_enough(data, minimum, part)
-    own = fit_temperature(
-        data.margins, data.targets, weights=data.weights, groups=data.groups, min_judgments=2
-    )
+    own = _own_fit(data) if incumbent is None else fit_positive(data)
     shrunk = shrink(own, None if incumbent is None else incumbent.fit)
     moved = shrunk.temperature / own.temperature
     fit = replace(
@@ -120,6 +122,12 @@ def fit_shrunk(
     )
     found = _fit_slices(data, fit) if slices else ()
     return Fitted(fit, own, shrunk, found, effective)
+
+
+def _own_fit(data: DatedMargins) -> TemperatureFit:
+    return fit_temperature(
+        data.margins, data.targets, weights=data.weights, groups=data.groups, min_judgments=2
+    )
 
 
 def _fit_slices(data: DatedMargins, overall: TemperatureFit) -> tuple[SliceFit, ...]:
