@@ -125,6 +125,7 @@ def run(
     found: dict[str, list[np.ndarray]] = {k: [] for k in ("frozen", "gated", "blind", "w", "g")}
     past: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     verdicts: list[str] = []
+    moved: list[bool] = []
     with JudgmentStore.create(folder.parent / f"{folder.name}.db") as store:
         for number, batch in enumerate(batches):
             pairs = to_preferences(batch)
@@ -154,10 +155,11 @@ def run(
             except CalibrationError as error:
                 print(f"{name} {number}: blind keeps its T: {error}")
             verdicts.append(said.verdict)
+            moved.append(said.version is not None)
             print(f"{name} {number}: {len(batch)} votes, T {now:.3f}, blind {blind:.3f}: {said}")
     alarmed = [verdict == "drift alarm" for verdict in verdicts]
     found["alarmed"] = [np.array([alarmed.index(True) + 1 if any(alarmed) else 0])]
-    found["published"] = [np.array([verdict == "published" for verdict in verdicts])]
+    found["published"] = [np.array(moved)]
     found["T"] = [np.array([frozen, now, blind])]
     return found
 

@@ -79,14 +79,16 @@ class FeatureSpace:
             squared += np.maximum(beside, 0.0) / self.rest
         return np.asarray(np.sqrt(squared / len(self.mean)), dtype=np.float64)
 
-    def arrays(self) -> dict[str, Floats]:
+    def arrays(self) -> dict[str, Any]:
         """Return the arrays by name, as they are stored."""
-        return {name: np.atleast_1d(value) for name, value in vars(self).items()}
+        found = {name: np.atleast_1d(value) for name, value in vars(self).items()}
+        return found | {"directions": self.directions.astype(np.float32)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> FeatureSpace:
         """Read what `arrays` returned."""
-        return cls(**{**arrays, "rest": arrays["rest"].item()})
+        wide = arrays["directions"].astype(np.float64)
+        return cls(**{**arrays, "directions": wide, "rest": arrays["rest"].item()})
 
 
 def fit_feature_space(features: ArrayLike, *, directions: int = DIRECTIONS) -> FeatureSpace:
@@ -126,7 +128,9 @@ def fit_feature_space(features: ArrayLike, *, directions: int = DIRECTIONS) -> F
     others = d - kept
     total = float(shrunk[kept:].sum()) + share * centre * (d - len(spectrum))
     rest = total / others if others else 0.0
-    return FeatureSpace(mean, scale, rows[:kept], shrunk[:kept], rest)
+    # Stored in float32, and rounded here already: a space that was read again is the same.
+    rounded = rows[:kept].astype(np.float32).astype(np.float64)
+    return FeatureSpace(mean, scale, rounded, shrunk[:kept], rest)
 
 
 def _matrix(features: ArrayLike) -> Floats:

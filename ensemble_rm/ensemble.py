@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import (
     Calibration,
     fit_calibration,
@@ -21,11 +22,14 @@ from ensemble_rm.calibration.calibration import (
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.calibration.pairs import ScoredPairs
 from ensemble_rm.calibration.temperature import MIN_JUDGMENTS
-from ensemble_rm.errors import OptionError
+from ensemble_rm.distance import FeatureSpace
+from ensemble_rm.errors import NoFeaturesError, OptionError
 from ensemble_rm.members.baseline import score_with_references
 from ensemble_rm.members.model_pool import ModelPool
+from ensemble_rm.members.reading import score_and_features
 from ensemble_rm.members.score_cache import ScoreCache
 from ensemble_rm.members.scorer import Scorer, score_all, unloaded
+from ensemble_rm.members.text import Truncation
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.results import Comparison, Ranking, Scores
 from ensemble_rm.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
@@ -54,6 +58,8 @@ class RewardEnsemble(Stored):
         How many members' models are in memory at once; see `with_max_loaded_models`.
     origin : Origin, optional
         Where it was read, and which version it is; see `refresh`.
+    feature_space : FeatureSpace, optional
+        Where the features of the training inputs lie; see `distance`.
     """
 
     scorers: tuple[Scorer, ...]
@@ -64,6 +70,7 @@ class RewardEnsemble(Stored):
     score_cache: ScoreCache | None = None
     model_pool: ModelPool | None = None
     origin: Origin | None = None
+    feature_space: FeatureSpace | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scorers", tuple(self.scorers))
@@ -112,6 +119,57 @@ class RewardEnsemble(Stored):
             raw, cut = score_all(self.scorers, samples, **options, progress=progress)
         members = self.normaliser(raw, below)
         return Scores(self.names, members, raw, self.aggregator(members), cut)
+
+    def distance(self, samples: Sequence[Sample], *, progress: Progress = silent) -> Floats:
+        """Return how far samples lie from the training inputs, by the members' features.
+
+        Parameters
+        ----------
+        samples : sequence of Sample
+        progress : callable
+            Called with (stage, done, total).
+
+        Returns
+        -------
+        ndarray, shape (n_samples,)
+            Mahalanobis distance, about 1 on training inputs; see `FeatureSpace`.
+
+        Raises
+        ------
+        NoFeaturesError
+            If no feature space was kept at training: no member exposes features, or the ensemble
+            was not trained by this library.
+        """
+        found = self.score_with_distance(samples, progress=progress)[1]
+        if found is None:
+            raise NoFeaturesError(
+                "the ensemble has no feature space: no member exposes features, or none was kept; "
+                "fit one with fit_feature_space(scorer_features(ensemble.scorers, training))"
+            )
+        return found
+
+    def score_with_distance(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
+    ) -> tuple[Scores, Floats | None]:
+        """Score samples, and take their `distance` in the same pass; None without features."""
+        space = self.feature_space
+        if space is None:
+            return self.score(samples, progress=progress), None
+        if self.normaliser.baseline or self.score_cache is not None:
+            read = score_and_features(self.scorers, samples, pool=self.model_pool, progress=silent)
+            far = [space.distance(features) for _, _, features in read]
+            return self.score(samples, progress=progress), np.concatenate(far)
+        raws, cuts, far = [], [], []
+        for raw, cut, features in score_and_features(
+            self.scorers, samples, pool=self.model_pool, progress=progress
+        ):
+            raws.append(raw)
+            cuts.append(cut)
+            far.append(space.distance(features))
+        raw = np.concatenate(raws)
+        members = self.normaliser(raw, None)
+        scores = Scores(self.names, members, raw, self.aggregator(members), Truncation.joined(cuts))
+        return scores, np.concatenate(far)
 
     def compare(
         self,
@@ -218,10 +276,11 @@ class RewardEnsemble(Stored):
         ScoredPairs
             In the order of the pairs.
         """
-        scores = self.score(pairs.samples(), progress=progress).members
-        n = len(pairs)
+        scores, far = self.score_with_distance(pairs.samples(), progress=progress)
+        n, members = len(pairs), scores.members
         verdicts = (pairs.targets, pairs.weights, pairs.groups, pairs.subsets, pairs.tie_shares)
-        return ScoredPairs(scores[:n], scores[n:], *verdicts)
+        distances = np.zeros((n, 0)) if far is None else far.reshape(2, n).T
+        return ScoredPairs(members[:n], members[n:], *verdicts, distances)
 
     def calibrate(
         self,

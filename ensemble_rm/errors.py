@@ -20,6 +20,7 @@
     ├── ScoringError                  scores cannot be computed or combined
     │   ├── NonFiniteScoreError       a NaN or an infinity where a finite score is needed
     │   ├── OneMemberError            disagreement was asked of a single member
+    │   ├── NoFeaturesError           distances were asked of an ensemble without features
     │   └── BaselineError             a prompt's reference completion is missing
     ├── CalibrationError              a calibration cannot be fitted or used
     │   ├── NotCalibratedError        a probability was asked of an ensemble without calibration
@@ -143,6 +144,10 @@ class NonFiniteScoreError(ScoringError):
 
 class OneMemberError(ScoringError):
     """Disagreement among members was asked of a single member."""
+
+
+class NoFeaturesError(ScoringError):
+    """Distances to the training inputs were asked of an ensemble that has no features of them."""
 
 
 class BaselineError(ScoringError):

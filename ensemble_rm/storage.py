@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.normaliser import Normaliser
+from ensemble_rm.distance import FeatureSpace
 from ensemble_rm.errors import OptionError, StorageError, VersionError
 from ensemble_rm.members.branches import BranchScorer
 from ensemble_rm.members.classifier import ClassifierScorer
@@ -26,7 +27,7 @@ from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.implicit import ImplicitScorer
 from ensemble_rm.members.lora import LoraScorer
 from ensemble_rm.members.scorer import Scorer, StoredScorer
-from ensemble_rm.versions.reading import EVIDENCE, is_versioned, read_evidence
+from ensemble_rm.versions.reading import EVIDENCE, FEATURES, is_versioned, read_evidence
 
 FORMAT = 1
 FILE = "ensemble.json"
@@ -44,15 +45,10 @@ def save(
     aggregator: Aggregator,
     calibration: Calibration | None,
     provenance: dict[str, Any],
+    feature_space: FeatureSpace | None = None,
 ) -> Path:
     """Write an ensemble's directory."""
-    if is_versioned(folder):
-        raise VersionError(
-            f"{folder} holds versions, which a save would replace; save to another folder, or "
-            "publish with `ensemble-rm recalibrate`"
-        )
-    if folder.exists() and not (folder / FILE).exists() and any(folder.iterdir()):
-        raise StorageError(f"{folder} holds something else than an ensemble; name another folder")
+    check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -66,11 +62,9 @@ def save(
             scorer.save(scratch / "members" / str(i))
             members.append({"kind": scorer.kind, "folder": f"members/{i}"})
         if calibration is not None and calibration.evidence is not None:
-            arrays = calibration.evidence.arrays()
-            save_file(
-                {k: np.ascontiguousarray(v) for k, v in arrays.items()},
-                scratch / EVIDENCE,
-            )
+            _save_arrays(calibration.evidence.arrays(), scratch / EVIDENCE)
+        if feature_space is not None:
+            _save_arrays(feature_space.arrays(), scratch / FEATURES)
         said = {
             "format": FORMAT,
             "members": members,
@@ -88,9 +82,38 @@ def save(
     return folder
 
 
+def check_target(folder: Path) -> None:
+    """Refuse a folder that no ensemble may be saved in; before long work, too.
+
+    Raises
+    ------
+    VersionError
+        If it holds versions, which a save would replace.
+    StorageError
+        If it holds something else.
+    """
+    if is_versioned(folder):
+        raise VersionError(
+            f"{folder} holds versions, which a save would replace; save to another folder, or "
+            "publish with `ensemble-rm recalibrate`"
+        )
+    if not folder.exists() or (folder / FILE).exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise StorageError(f"{folder} holds something else than an ensemble; name another folder")
+
+
+def _save_arrays(arrays: dict[str, Any], path: Path) -> None:
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
+
 def _calibration_json(calibration: Calibration) -> dict[str, Any]:
     names = () if calibration.evidence is None else calibration.evidence.subset_names
     return calibration.to_json() | {"subset_names": list(names)}
+
+
+def _feature_space(path: Path) -> FeatureSpace | None:
+    return FeatureSpace.from_arrays(load_file(path)) if path.exists() else None
 
 
 def _swap(new: Path, folder: Path) -> None:
@@ -141,6 +164,7 @@ def load(
             "aggregator": Aggregator.from_json(said["aggregator"]),
             "calibration": stored and Calibration.from_json(stored, evidence=evidence),
             "provenance": said["provenance"],
+            "feature_space": _feature_space(folder / FEATURES),
         }
     except (KeyError, IndexError, TypeError, OSError, SafetensorError, OptionError) as error:
         raise StorageError(f"{folder} is damaged: {error!r}") from error

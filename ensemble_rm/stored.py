@@ -10,6 +10,7 @@ from ensemble_rm import storage
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.normaliser import Normaliser
+from ensemble_rm.distance import FeatureSpace
 from ensemble_rm.members.backbone import DEFAULT_CACHE
 from ensemble_rm.members.score_cache import ScoreCache
 from ensemble_rm.members.scorer import Scorer
@@ -48,6 +49,7 @@ class Stored:
     calibration: Calibration | None
     provenance: dict[str, Any]
     score_cache: ScoreCache | None
+    feature_space: FeatureSpace | None
     origin: Origin | None
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -77,6 +79,7 @@ class Stored:
             aggregator=self.aggregator,
             calibration=self.calibration,
             provenance=self.provenance,
+            feature_space=self.feature_space,
         )
 
     @classmethod

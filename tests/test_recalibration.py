@@ -315,6 +315,22 @@ def test_drift_that_the_gate_cannot_answer_is_an_alarm_until_something_better_is
     assert again.alarm is not None and again.alarm["prompts"] == found.alarm["prompts"]
 
 
+def test_votes_that_contradict_the_margins_flatten_and_alarm_until_it_is_retrained(
+    run: Path, tmp_path: Path
+) -> None:
+    turned = {"first": "second", "second": "first"}
+    votes = [replace(one, outcome=turned[one.outcome]) for one in judged(1.0, 900, seed=21)]
+    with stored(tmp_path / "turned.db", votes) as store:
+        found = job(run, store)
+        assert found.verdict == "drift alarm" and found.version == 2
+        assert found.temperature_after is not None and found.temperature_after > 10
+        assert "retrain" in found.reason and Versions(run).current().number == 2
+        again = job(run, store)
+        assert (again.verdict, again.version) == ("drift alarm", None)
+        assert "retrain" in again.reason
+        assert audit(run)[0]["verdict"] == "drift alarm"
+
+
 def test_the_look_at_drift_says_three_things_and_its_exit_code(
     run: Path, store: JudgmentStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

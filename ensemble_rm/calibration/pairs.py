@@ -30,6 +30,8 @@ class ScoredPairs:
         Slice of each pair; where not given, no pair names one.
     ties : ndarray, shape (n_pairs,)
         Share of each verdict that is a tie, which counts half in its target; 0 where not given.
+    distances : ndarray, shape (n_pairs, 2) or (n_pairs, 0)
+        Of both sides to the training features, where the ensemble knows where those lie.
     """
 
     first: Floats
@@ -39,12 +41,15 @@ class ScoredPairs:
     groups: NDArray[np.int64]
     subsets: tuple[str | None, ...] = ()
     ties: Floats = field(default_factory=lambda: np.zeros(0))
+    distances: Floats = field(default_factory=lambda: np.zeros((0, 0)))
 
     def __post_init__(self) -> None:
         n = len(self.targets)
         object.__setattr__(self, "ties", self.ties if len(self.ties) else np.zeros(n))
         object.__setattr__(self, "subsets", tuple(self.subsets) or (None,) * n)
-        for name in ("first", "second", "weights", "groups", "subsets", "ties"):
+        if not len(self.distances):
+            object.__setattr__(self, "distances", np.zeros((n, 0)))
+        for name in ("first", "second", "weights", "groups", "subsets", "ties", "distances"):
             if len(getattr(self, name)) != n:
                 raise OptionError(f"{len(getattr(self, name))} {name} for {n} targets")
         if self.first.shape != self.second.shape or self.first.ndim != 2:

@@ -58,8 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from ensemble_rm.storage import check_target
     from ensemble_rm.weighting import sample_weights
 
+    out = args.out or args.ensemble
+    if not args.dry_run:
+        check_target(out)
     aggregator = read_aggregator(args)
     judgments = read_pairs(args.data, skip_bad=args.skip_bad)
     with Bars(quiet=args.json) as bars:
@@ -75,7 +79,6 @@ def run(args: argparse.Namespace) -> None:
     calibration = ensemble.calibration
     assert calibration is not None
     fit = calibration.fit
-    out = args.out or args.ensemble
     if not args.dry_run:
         ensemble.save_pretrained(out)
     saved = "nothing saved (--dry-run)" if args.dry_run else f"saved in {out}"

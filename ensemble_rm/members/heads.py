@@ -98,6 +98,12 @@ class HeadScorer(ModelScorer):
         self, samples: Sequence[Sample], *, progress: Progress = silent
     ) -> tuple[Floats, Truncation]:
         """Return the scores, and how many samples were cut."""
+        return self._score(samples, None, progress)
+
+    def _score(
+        self, samples: Sequence[Sample], features: Floats | None, progress: Progress
+    ) -> tuple[Floats, Truncation]:
+        """Score, and enter what was read in `features`, where there are some to be filled."""
         trunk = self.trunk
         encoded = trunk.encoder.encode(samples)
         distinct = tuple(dict.fromkeys(self.views))
@@ -105,6 +111,8 @@ class HeadScorer(ModelScorer):
         parts = features_in_parts(trunk, encoded, distinct, cache=self.cache, progress=progress)
         for rows, read in parts:
             out[rows] = self.apply(read, distinct)
+            if features is not None:
+                features[rows] = parts_of(read, distinct)
         return out, count_truncation(encoded)
 
     def apply(self, read: NDArray[np.float32], distinct: Sequence[View]) -> Floats:
@@ -118,14 +126,16 @@ class HeadScorer(ModelScorer):
     @in_turn
     def features(self, samples: Sequence[Sample]) -> Floats:
         """Return what all views read, (n_samples, n_features): each layer and pooling once."""
-        trunk = self.trunk
-        encoded = trunk.encoder.encode(samples)
-        parts = dict.fromkeys(part for view in self.views for part in view.parts())
-        views = tuple(View(layer, rule) for layer, rule in parts)
-        out = np.empty((len(encoded), len(views) * trunk.width))
-        for rows, read in features_in_parts(trunk, encoded, views, cache=self.cache):
-            out[rows] = read.reshape(len(rows), -1)
-        return out
+        return self.score_and_features(samples)[2]
+
+    @in_turn
+    def score_and_features(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
+    ) -> tuple[Floats, Truncation, Floats]:
+        """Return what `score_counted` does, and the features of the same pass."""
+        count = len(dict.fromkeys(part for view in self.views for part in view.parts()))
+        features = np.empty((len(samples), count * self.trunk.width))
+        return *self._score(samples, features, progress), features
 
     def _parts(self) -> dict[str, Any]:
         return {
@@ -158,3 +168,27 @@ class HeadScorer(ModelScorer):
     def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
         views = [View.parse(view) for view in said["views"]]
         return {"views": views, "weights": HeadWeights.load(folder), "names": said["names"]}
+
+
+def parts_of(read: NDArray[np.float32], views: Sequence[View]) -> NDArray[np.float32]:
+    """Lay what views read side by side, each layer and pooling once.
+
+    Parameters
+    ----------
+    read : ndarray, shape (n_samples, n_views, width)
+        As `features_in_parts` yields it for `views`: twice the trunk's width where one of them
+        reads both poolings.
+    views : sequence of View
+
+    Returns
+    -------
+    ndarray, shape (n_samples, n_parts · trunk's width)
+        In the order in which the views name their parts.
+    """
+    width = read.shape[2] // max(len(view.parts()) for view in views)
+    columns = {
+        part: read[:, i, place * width : (place + 1) * width]
+        for i, view in enumerate(views)
+        for place, part in enumerate(view.parts())
+    }
+    return np.concatenate(list(columns.values()), axis=1)

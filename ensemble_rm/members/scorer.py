@@ -164,17 +164,31 @@ def scorer_features(
     OptionError
         If a scorer returns another number of rows.
     """
-    found = []
-    for scorer in scorers:
-        if isinstance(scorer, FeatureScorer):
-            read = np.asarray(scorer.features(samples), dtype=np.float64)
-            if read.ndim != 2 or len(read) != len(samples):
-                raise OptionError(
-                    f"{type(scorer).__name__} returned features of shape {read.shape} for "
-                    f"{len(samples)} samples; they are (n_samples, n_features)"
-                )
-            found.append(read)
+    found = [
+        checked_features(scorer, scorer.features(samples), len(samples))
+        for scorer in scorers
+        if isinstance(scorer, FeatureScorer)
+    ]
     return np.concatenate(found, axis=1) if found else None
+
+
+def checked_features(
+    scorer: FeatureScorer, features: NDArray[np.float64], n: int
+) -> NDArray[np.float64]:
+    """Return the features where they have the promised shape, (n, n_features).
+
+    Raises
+    ------
+    OptionError
+        If they have not.
+    """
+    read = np.asarray(features, dtype=np.float64)
+    if read.ndim != 2 or len(read) != n:
+        raise OptionError(
+            f"{type(scorer).__name__} returned features of shape {read.shape} for {n} samples; "
+            "they are (n_samples, n_features)"
+        )
+    return read
 
 
 def unloaded(scorers: Sequence[Scorer]) -> tuple[Scorer, ...]:

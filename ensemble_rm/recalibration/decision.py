@@ -38,6 +38,10 @@ from ensemble_rm.recalibration.split import TimeSplit, split_by_time
 from ensemble_rm.weighting import effective_sample_size
 
 FLAT = 0.5  # standard error of log T: the slope lies within two of its own above 0
+FLATTENED = (
+    "; the judgments hardly follow the margins or contradict them, so probabilities are flattened: "
+    "no temperature mends that, retrain the members"
+)
 
 Answer: TypeAlias = Literal["publish", "keep", "too few"]
 
@@ -113,6 +117,11 @@ class Decision:
     changed: NDArray[np.bool_] | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def flat(self) -> bool:
+        """Whether what is to be published is nearly a coin: the judgments do not say otherwise."""
+        return self.final is not None and self.final.own.log_se >= FLAT
 
 
 def decide(
@@ -216,17 +225,8 @@ def _gated(
         "window_nll_before": float((kept.weights * before).sum()) / total,
         "window_nll_after": float((kept.weights * after).sum()) / total,
     }
-    return Decision("publish", gate.reason + _warning(final), final=final, **said)
-
-
-def _warning(final: Fitted) -> str:
-    """Say so where what is published is nearly a coin."""
-    if final.own.log_se < FLAT:
-        return ""
-    return (
-        f"; the judgments hardly follow the margins or contradict them, so probabilities are "
-        f"flattened (T {final.fit.temperature:.3g}): no temperature mends that, retrain the members"
-    )
+    ended = Decision("publish", gate.reason, final=final, **said)
+    return replace(ended, reason=gate.reason + FLATTENED) if ended.flat else ended
 
 
 def _gate(

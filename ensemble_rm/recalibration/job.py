@@ -18,7 +18,7 @@ from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.calibration.pairs import ScoredPairs
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.recalibration.decision import Decision, GateOptions, decide
+from ensemble_rm.recalibration.decision import FLATTENED, Decision, GateOptions, decide
 from ensemble_rm.recalibration.judged import DatedMargins
 from ensemble_rm.recalibration.monitor import DriftOptions, summarise, watch, write_state
 from ensemble_rm.recalibration.outcome import Recalibration, Verdict, explain, key_of
@@ -155,7 +155,7 @@ class _Job:
         now = self.versions.clock().isoformat(timespec="seconds")
         how: dict[str, Any] = {"options": self.options, "digest": window.digest, "created": now}
         decision = decide(data, aggregator, old, **how)
-        case.details.update(explain(decision, old))
+        case.details.update(explain(decision, old) | {"flat": decision.flat})
         return self._act(case, decision, lambda: evidence_of(window, table))
 
     def _watch(self, case: _Case, data: DatedMargins, window: Window) -> dict[str, Any] | None:
@@ -211,6 +211,8 @@ class _Job:
             at, way = case.alarm["alarmed_at"], case.alarm["direction"]
             reason = f"{way} since {at}, and nothing better to publish ({verdict}: {reason})"
             verdict = "drift alarm"
+        if verdict == "published" and case.details["flat"]:
+            verdict = "drift alarm"
         found = Recalibration(
             verdict,
             reason,
@@ -230,7 +232,10 @@ class _Job:
         """Return the verdict, reason and run that found the same before; None where none did."""
         if incumbent.provenance.get("key") == key:
             run = incumbent.run
-            return "kept", f"the same judgments, members and options as of {run}", run
+            reason = f"the same judgments, members and options as of {run}"
+            if incumbent.provenance.get("flat"):
+                return "drift alarm", reason + FLATTENED, run
+            return "kept", reason, run
         last = self.versions.audit.last(event=EVENT)
         if last is None or last.get("verdict") == "error":
             return None
@@ -259,6 +264,7 @@ class _Job:
         details = dict(now.provenance)
         reason = str(details.pop("reason", ""))
         line: dict[str, Any] = {"event": EVENT, "at": now.created_at, "run": now.run}
-        line |= {"verdict": "published", "reason": reason, "mended": True}
+        verdict = "drift alarm" if details.get("flat") else "published"
+        line |= {"verdict": verdict, "reason": reason, "mended": True}
         line |= {"incumbent": now.parent, "version": now.number, "details": details}
         self.versions.audit.append(line)

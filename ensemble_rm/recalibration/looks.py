@@ -205,7 +205,7 @@ def _unlabelled(
     if evidence is None:
         raise DataError(f"version {version.number} has no scores stored with it to compare with")
     fresh = window.times >= life_start(version, calibration) + 1
-    members, groups = _sides(window, table, np.flatnonzero(fresh))
+    members, groups, distance = _sides(window, table, np.flatnonzero(fresh))
     names = tuple(f"member {i}" for i in range(evidence.members))
     aggregator = calibration.aggregator
 
@@ -215,9 +215,13 @@ def _unlabelled(
 
     then = np.concatenate([evidence.first, evidence.second])
     labels = np.concatenate([evidence.groups, evidence.groups])
-    reference = Reference(names, ScoredSet.read(scores(then), labels))
+    far = evidence.distances.T.reshape(-1) if evidence.distances.size else None
+    reference = Reference(names, ScoredSet.read(scores(then), labels, far))
     return unlabelled_drift(
-        reference, scores(members), groups, alpha=options.alpha, looks=options.looks
+        *(reference, scores(members), groups),
+        distance=distance,
+        alpha=options.alpha,
+        looks=options.looks,
     )
 
 
@@ -229,17 +233,25 @@ def _evidence(versions: Versions, version: Version) -> ScoredPairs | None:
     return reading.read_evidence(place / reading.EVIDENCE, names)
 
 
-def _sides(window: Window, table: ScoreTable, rows: Any) -> tuple[Any, Any]:
-    """Return the scores of both sides of each pair that is new, and their prompts."""
+def _sides(window: Window, table: ScoreTable, rows: Any) -> tuple[Any, Any, Any]:
+    """Return the scores of both sides of each pair that is new, their prompts and distances.
+
+    No distances where a pair has none: it was scored by an ensemble without a feature space.
+    """
     pairs, first = np.unique(window.pairs[rows], return_index=True)
+    far = table.distances(window.keys[pairs])
+    apart = []
     parts, groups = [], []
     for places, sides in table.blocks(window.keys[pairs]):
         parts.append(np.concatenate([sides[:, 0], sides[:, 1]]))
         names = window.groups[rows[first[places]]]
         groups.append(np.concatenate([names, names]))
+        apart.append(far[places].T.reshape(-1))
     if not parts:
         raise DataError("no judgment is newer than the version's own, or none has stored scores")
-    return np.concatenate(parts), np.concatenate(groups)
+    distance = np.concatenate(apart)
+    known = bool(np.isfinite(distance).all())
+    return np.concatenate(parts), np.concatenate(groups), distance if known else None
 
 
 def _raters(store: JudgmentStore, where: Selection, options: LookOptions) -> RaterDrift:

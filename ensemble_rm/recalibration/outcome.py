@@ -21,7 +21,8 @@ class Recalibration:
     Attributes
     ----------
     verdict : {"published", "kept", "too few", "drift alarm"}
-        A drift alarm is one that no publication answered.
+        A drift alarm is one that no publication answered, or that was answered by a temperature so
+        large that probabilities say next to nothing: the members have to be retrained.
     reason : str
         Why, in words.
     run : str

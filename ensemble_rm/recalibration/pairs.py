@@ -75,10 +75,10 @@ def window_margins(
     ensemble, done = load(), 0
     for chunk in _unscored(window, store, found.missing):
         names = list(chunk)
-        sides = _score(ensemble, list(chunk.values()))
+        sides, distances = _score(ensemble, list(chunk.values()))
         found.fill(_places(window, names), sides, aggregator)
         if not table.read_only:
-            table.put(names, sides)
+            table.put(names, sides, distances)
         done += len(names)
         progress("scoring pairs", done, missing)
     if found.missing.any():
@@ -114,15 +114,21 @@ def _places(window: Window, names: list[bytes]) -> Ints:
     return np.searchsorted(window.keys, np.frombuffer(b"".join(names), f"S{KEY}"))
 
 
-def _score(ensemble: RewardEnsemble, judged: list[Judgment]) -> NDArray[np.float64]:
-    """Return (n_pairs, 2, n_members) normalised scores, the pair's own first side first."""
+def _score(
+    ensemble: RewardEnsemble, judged: list[Judgment]
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Return (n_pairs, 2, n_members) normalised scores, the pair's own first side first.
+
+    And the (n_pairs, 2) distances to the training features, where the ensemble knows those.
+    """
     samples = []
     for one in judged:
         _, first, second = one.text_digests
         sides = (one.first, one.second) if first <= second else (one.second, one.first)
         samples += [Sample(one.prompt, side) for side in sides]
-    scores = ensemble.score(samples).members
-    return scores.reshape(len(judged), 2, -1)
+    scores, far = ensemble.score_with_distance(samples)
+    n = len(judged)
+    return scores.members.reshape(n, 2, -1), None if far is None else far.reshape(n, 2)
 
 
 def evidence_of(window: Window, table: ScoreTable) -> ScoredPairs | None:
@@ -136,6 +142,7 @@ def evidence_of(window: Window, table: ScoreTable) -> ScoredPairs | None:
         whole[places] = sides
     if whole is None:
         return None
+    far = table.distances(window.keys)[window.pairs]
     names = [None if code < 0 else window.subset_names[code] for code in window.subsets]
     return ScoredPairs(
         whole[window.pairs, 0],
@@ -144,6 +151,7 @@ def evidence_of(window: Window, table: ScoreTable) -> ScoredPairs | None:
         window.weights,
         np.unique(window.groups, return_inverse=True)[1],
         tuple(names),
+        distances=far if np.isfinite(far).all() else far[:, :0],
     )
 
 

@@ -1,7 +1,8 @@
 """Scores of judged pairs, kept beside the versions: a pair is scored once by an ensemble.
 
 One SQLite file an ensemble, named by the digest of its members; a row holds both sides' normalised
-scores under the pair's name. Its one writer holds the folder's lock. Knows nothing of texts.
+scores under the pair's name, another both sides' distances to the training features, where the
+ensemble knows those. Its one writer holds the folder's lock. Knows nothing of texts.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ class ScoreTable:
             with storage_errors(f"making {self.path}"):
                 self.path.parent.mkdir(exist_ok=True)
             with self._open() as db, db:
-                db.execute(
-                    "CREATE TABLE IF NOT EXISTS scores "
-                    "(pair BLOB PRIMARY KEY, sides BLOB NOT NULL) WITHOUT ROWID"
-                )
+                for table in ("scores", "distances"):
+                    db.execute(
+                        f"CREATE TABLE IF NOT EXISTS {table} "
+                        "(pair BLOB PRIMARY KEY, sides BLOB NOT NULL) WITHOUT ROWID"
+                    )
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -83,35 +85,70 @@ class ScoreTable:
         sides : ndarray, shape (m, 2, n_members)
             Their scores: the pair's own first side, then its second.
         """
+        yield from self._blocks("scores", keys)
+
+    def distances(self, keys: Keys) -> Floats:
+        """Read both sides' distances to the training features.
+
+        Parameters
+        ----------
+        keys : ndarray of S16, shape (n_pairs,)
+            Sorted, each once.
+
+        Returns
+        -------
+        ndarray, shape (n_pairs, 2)
+            NaN where none is stored.
+        """
+        found = np.full((len(keys), 2), np.nan)
+        for places, sides in self._blocks("distances", keys):
+            found[places] = sides[:, :, 0]
+        return found
+
+    def _blocks(self, table: str, keys: Keys) -> Iterator[tuple[NDArray[np.int64], Floats]]:
         if not self.path.exists():
             return
         with self._open() as db:
+            if not _has(db, table):  # written before there were distances, and read only
+                return
             for start in range(0, len(keys), BLOCK):
                 block = keys[start : start + BLOCK]
-                names, blobs = _read(db, block)
+                names, blobs = _read(db, table, block)
                 if names:
                     found = np.frombuffer(b"".join(names), dtype=f"S{KEY}")
                     sides = np.frombuffer(b"".join(blobs), dtype="<f8").reshape(len(names), 2, -1)
                     yield start + np.searchsorted(block, found), sides
 
-    def put(self, names: list[bytes], sides: Floats) -> None:
-        """Store the scores of pairs, all or none of them.
+    def put(self, names: list[bytes], sides: Floats, distances: Floats | None = None) -> None:
+        """Store the scores of pairs, and their distances, all or none of them.
 
         Parameters
         ----------
         names : list of bytes
             One a pair, 16 bytes each.
         sides : ndarray, shape (n_pairs, 2, n_members)
+        distances : ndarray, shape (n_pairs, 2), optional
         """
-        rows = np.ascontiguousarray(sides, dtype="<f8")
         with self._open() as db, db:
-            db.executemany(
-                "INSERT OR REPLACE INTO scores (pair, sides) VALUES (?, ?)",
-                ((name, row.tobytes()) for name, row in zip(names, rows, strict=True)),
-            )
+            _insert(db, "scores", names, sides)
+            if distances is not None:
+                _insert(db, "distances", names, distances)
 
 
-def _read(db: sqlite3.Connection, keys: Keys) -> tuple[list[bytes], list[bytes]]:
+def _has(db: sqlite3.Connection, table: str) -> bool:
+    found = db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,))
+    return found.fetchone() is not None
+
+
+def _insert(db: sqlite3.Connection, table: str, names: list[bytes], values: Floats) -> None:
+    rows = np.ascontiguousarray(values, dtype="<f8")
+    db.executemany(
+        f"INSERT OR REPLACE INTO {table} (pair, sides) VALUES (?, ?)",
+        ((name, row.tobytes()) for name, row in zip(names, rows, strict=True)),
+    )
+
+
+def _read(db: sqlite3.Connection, table: str, keys: Keys) -> tuple[list[bytes], list[bytes]]:
     raw = keys.tobytes()
     every = [raw[i : i + KEY] for i in range(0, len(raw), KEY)]
     names: list[bytes] = []
@@ -120,7 +157,7 @@ def _read(db: sqlite3.Connection, keys: Keys) -> tuple[list[bytes], list[bytes]]
         some = every[i : i + AT_ONCE]
         marks = ",".join("?" * len(some))
         for name, blob in db.execute(
-            f"SELECT pair, sides FROM scores WHERE pair IN ({marks})", some
+            f"SELECT pair, sides FROM {table} WHERE pair IN ({marks})", some
         ):
             names.append(name)
             blobs.append(blob)

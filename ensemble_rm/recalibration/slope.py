@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from scipy.stats import truncnorm
 
@@ -42,7 +43,7 @@ def fit_signed(data: DatedMargins) -> tuple[float, TemperatureFit]:
     NoPositiveTemperatureError
         If the slope is 0 exactly.
     """
-    how = {"weights": data.weights, "groups": data.groups, "min_judgments": 2}
+    how: dict[str, Any] = {"weights": data.weights, "groups": data.groups, "min_judgments": 2}
     try:
         fit = fit_temperature(data.margins, data.targets, **how)
     except NoPositiveTemperatureError:

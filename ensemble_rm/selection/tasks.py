@@ -99,7 +99,8 @@ def _record(pair: SelectedPair, said: Mapping[str, Any]) -> Row:
 
 def _row(pair: SelectedPair, said: Mapping[str, Any]) -> Row:
     texts = {"prompt": prompt_json(pair.prompt), "first": pair.first, "second": pair.second}
-    return texts | {"external_id": pair.external_id} | dict(said)
+    # No external id: several annotators may answer a row, and each answer's name is derived.
+    return texts | dict(said)
 
 
 _FORMS: dict[str, Callable[[SelectedPair, Mapping[str, Any]], Row]] = {

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ensemble_rm.members.cache import FeatureCache, features
 from ensemble_rm.members.head_weights import HeadWeights
-from ensemble_rm.members.heads import HeadScorer
+from ensemble_rm.members.heads import HeadScorer, parts_of
 from ensemble_rm.members.text import Truncation, count_truncation
 from ensemble_rm.members.trunk import Trunk, View
 from ensemble_rm.progress import Progress, silent
@@ -20,6 +22,8 @@ from ensemble_rm.training.heads import HeadsResult, HeadTrainer, PairFeatures
 from ensemble_rm.training.job import Job, Trained
 from ensemble_rm.training.recipe import Recipe
 from ensemble_rm.training.start import only
+
+SPACE_SAMPLES = 1024  # that say where the training inputs lie
 
 
 def train_heads(job: Job) -> Trained:
@@ -48,7 +52,15 @@ def train_heads(job: Job) -> Trained:
         "validation_nll": list(result.validation_nll),
         "history": result.history,
     }
-    return Trained((scorer,), scorer.apply(validation.features, distinct), cut, record)
+    reference = scorer.apply(validation.features, distinct)
+    return Trained((scorer,), reference, cut, record, _some_features(fit, distinct))
+
+
+def _some_features(fit: PairFeatures, views: Sequence[View]) -> NDArray[np.float64]:
+    """Return what the heads read of training samples drawn at random, as `HeadScorer.features`."""
+    n = len(fit.features)
+    rows = np.random.default_rng(0).permutation(n)[:SPACE_SAMPLES]
+    return parts_of(fit.features[np.sort(rows)], views).astype(np.float64)
 
 
 def fit_heads(

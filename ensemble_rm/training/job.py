@@ -95,9 +95,12 @@ class Trained:
         Of the training samples.
     record : dict
         What provenance keeps of the run.
+    features : ndarray, shape (n_samples, n_features), optional
+        Of some training samples, where the members expose features.
     """
 
     scorers: tuple[Scorer, ...]
     reference: NDArray[np.float64]
     truncation: Truncation
     record: dict[str, Any]
+    features: NDArray[np.float64] | None = None

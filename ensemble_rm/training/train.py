@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.aggregator import mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
+from ensemble_rm.distance import MIN_SAMPLES, FeatureSpace, fit_feature_space
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.adapters import LoraOptions
@@ -29,6 +30,7 @@ from ensemble_rm.members.text import TextEncoder, count_truncation
 from ensemble_rm.members.trunk import TrunkOptions, View
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.samples import Preferences, require_pairs
+from ensemble_rm.storage import check_target
 from ensemble_rm.training.branch_members import train_branches
 from ensemble_rm.training.head_members import train_heads
 from ensemble_rm.training.job import Job, Trained
@@ -140,11 +142,15 @@ def train(
         If a baseline is asked for and a validation pair has no reference.
     ResumeError
         If `out` holds a checkpoint of another run.
+    StorageError
+        If `out` holds versions, or something else than an ensemble.
     CacheLimitError
         If the token states would outgrow `states_limit` or the disk.
     MissingExtraError
         If kind ``"lora"`` is asked for and peft is not installed.
     """
+    if out is not None:
+        check_target(Path(out).expanduser())
     job, said = _prepare(
         fit,
         validation,
@@ -179,6 +185,7 @@ def train(
         fit_normaliser(trained.reference, validation.sample_groups(), baseline=below),
         mean(),
         provenance=provenance | {"truncation": trained.truncation.to_json()} | trained.record,
+        feature_space=_feature_space(trained),
     )
     if out is None:
         return ensemble
@@ -194,6 +201,12 @@ def _baselines(trained: Trained, validation: Preferences) -> NDArray[np.float64]
     """Return every member's raw score of each validation sample's reference completion."""
     samples = validation.samples()
     return np.concatenate([baseline_scores(s, samples) for s in trained.scorers], axis=1)
+
+
+def _feature_space(trained: Trained) -> FeatureSpace | None:
+    if trained.features is None or len(trained.features) < MIN_SAMPLES:
+        return None
+    return fit_feature_space(trained.features)
 
 
 def _trainer_of(kind: str) -> Callable[[Job], Trained]:

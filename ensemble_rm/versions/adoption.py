@@ -11,7 +11,7 @@ from typing import Any
 
 from ensemble_rm.errors import StorageError, VersionError
 from ensemble_rm.versions.files import read_json
-from ensemble_rm.versions.reading import EVIDENCE
+from ensemble_rm.versions.reading import EVIDENCE, FEATURES
 from ensemble_rm.versions.version import Version, library_versions
 
 FILE = "ensemble.json"
@@ -74,7 +74,8 @@ def copy_ensemble(source: Path, target: Path) -> None:
 
     The plain files stay: a process that has read the ensemble goes on with them.
     """
-    names = [source / FILE, source / EVIDENCE, *sorted((source / MEMBERS).rglob("*"))]
+    own = [source / name for name in (FILE, EVIDENCE, FEATURES)]
+    names = [*own, *sorted((source / MEMBERS).rglob("*"))]
     for path in names:
         if path.is_file():
             place = target / path.relative_to(source)

@@ -32,6 +32,7 @@ from ensemble_rm.versions.version import Pointer, Version
 CURRENT = "current.json"
 DESCRIPTION = "version.json"
 EVIDENCE = "calibration.safetensors"
+FEATURES = "features.safetensors"
 ENSEMBLE = "ensemble"
 
 

@@ -120,6 +120,7 @@ def unlabelled_drift(
     prompts: Sequence[str | int] | NDArray[np.int64],
     *,
     features: ArrayLike | None = None,
+    distance: ArrayLike | None = None,
     alpha: float = 0.05,
     looks: int = 1,
     seed: int = 0,
@@ -136,6 +137,8 @@ def unlabelled_drift(
         Prompt of each sample.
     features : array_like, shape (n_samples, n_features), optional
         Of the batch, where the reference has a feature space.
+    distance : array_like, shape (n_samples,), optional
+        Of the batch to the training features, where it is known already, instead of features.
     alpha : float
         P(any alarm in all looks) where nothing shifts.
     looks : int
@@ -157,7 +160,7 @@ def unlabelled_drift(
     level = level_of(alpha, looks)
     if scores.names != reference.names:
         raise OptionError(f"the reference is of members {reference.names}, not {scores.names}")
-    far, unavailable = _distance(reference, features)
+    far, unavailable = _distance(reference, features, distance)
     now = ScoredSet.read(scores, prompts, far)
     per_prompt = min(int(np.bincount(one.groups).max()) for one in (reference.samples, now))
     options = {"prompts": now.prompts + reference.samples.prompts, "per_prompt": per_prompt}
@@ -184,11 +187,13 @@ def unlabelled_drift(
 
 
 def _distance(
-    reference: Reference, features: ArrayLike | None
+    reference: Reference, features: ArrayLike | None, distance: ArrayLike | None
 ) -> tuple[Floats | None, dict[str, str]]:
-    if reference.space is None or reference.samples.distance is None:
+    if reference.samples.distance is None:
         return None, {"distance": NO_FEATURES}
-    if features is None:
+    if distance is not None:
+        return np.asarray(distance, dtype=np.float64), {}
+    if reference.space is None or features is None:
         return None, {"distance": "the batch came without features"}
     return reference.space.distance(features), {}
 

@@ -1,0 +1,96 @@
+"""Scores and features of the same samples, in one pass of the models that have both.
+
+For distances to the training inputs; knows nothing of where those lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.members.model_pool import ModelPool
+from ensemble_rm.members.scorer import (
+    FeatureScorer,
+    Scorer,
+    checked_features,
+    checked_scores,
+    score_all,
+)
+from ensemble_rm.members.text import Truncation
+from ensemble_rm.progress import Progress
+from ensemble_rm.samples import Sample
+
+CHUNK = 4096  # samples whose features are in memory at once
+
+
+@runtime_checkable
+class ReadingScorer(FeatureScorer, Protocol):
+    """A scorer whose scores and features come of one pass."""
+
+    def score_and_features(
+        self, samples: Sequence[Sample], *, progress: Progress
+    ) -> tuple[NDArray[np.float64], Truncation, NDArray[np.float64]]:
+        """Return the scores, which samples were cut, and the features."""
+        ...
+
+
+def score_and_features(
+    scorers: Sequence[Scorer],
+    samples: Sequence[Sample],
+    *,
+    pool: ModelPool | None = None,
+    progress: Progress,
+) -> Iterator[tuple[NDArray[np.float64], Truncation, NDArray[np.float64]]]:
+    """Yield raw scores, what was cut, and the features of all scorers that have some, in chunks.
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+        At least one of them a FeatureScorer.
+    samples : sequence of Sample
+    pool : ModelPool, optional
+        How many scorers hold their models at once.
+    progress : callable
+        Called with (stage, done, total), in samples.
+
+    Yields
+    ------
+    scores : ndarray, shape (n, n_members)
+    cut : Truncation
+    features : ndarray, shape (n, n_features)
+    """
+    for begin in range(0, max(len(samples), 1), CHUNK):
+        chunk = samples[begin : begin + CHUNK]
+
+        def within(stage: str, done: int, total: int, begin: int = begin) -> None:
+            share = done / total if total else 1.0
+            progress(stage, begin + int(share * len(chunk)), len(samples))  # noqa: B023
+
+        columns, cut, read = [], Truncation.none(len(chunk)), []
+        for scorer in scorers:
+            scores, more, features = _read(scorer, chunk, pool, within)
+            columns.append(scores)
+            cut |= more
+            if features is not None:
+                read.append(features)
+        yield np.concatenate(columns, axis=1), cut, np.concatenate(read, axis=1)
+
+
+def _read(
+    scorer: Scorer, samples: Sequence[Sample], pool: ModelPool | None, progress: Progress
+) -> tuple[NDArray[np.float64], Truncation, NDArray[np.float64] | None]:
+    n = len(samples)
+    if not isinstance(scorer, ReadingScorer):
+        scores, cut = score_all([scorer], samples, pool=pool, progress=progress)
+        if not isinstance(scorer, FeatureScorer):
+            return scores, cut, None
+        return scores, cut, checked_features(scorer, scorer.features(samples), n)
+    if pool is None:
+        scores, cut, features = scorer.score_and_features(samples, progress=progress)
+    else:
+        with pool.using(scorer):
+            scores, cut, features = scorer.score_and_features(samples, progress=progress)
+    return checked_scores(scorer, scores, n), cut, checked_features(scorer, features, n)
