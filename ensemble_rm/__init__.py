@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from ensemble_rm.members.heads import HeadScorer
     from ensemble_rm.members.implicit import ImplicitScorer
     from ensemble_rm.members.lora import LoraScorer
+    from ensemble_rm.members.remote.client import ClientOptions
+    from ensemble_rm.members.remote.scorer import RemoteScorer, RemoteScores
+    from ensemble_rm.members.remote.self_test import SelfTestReport
     from ensemble_rm.members.score_cache import ScoreCache
     from ensemble_rm.members.scorer import FeatureScorer, FunctionScorer, Scorer, scorer_features
     from ensemble_rm.members.trunk import TrunkOptions, View
@@ -123,6 +126,9 @@ _HOMES = {
     "members.heads": "HeadScorer",
     "members.implicit": "ImplicitScorer",
     "members.lora": "LoraScorer",
+    "members.remote.client": "ClientOptions",
+    "members.remote.scorer": "RemoteScorer RemoteScores",
+    "members.remote.self_test": "SelfTestReport",
     "members.score_cache": "ScoreCache",
     "members.scorer": "FeatureScorer FunctionScorer Scorer scorer_features",
     "members.trunk": "TrunkOptions View",
@@ -173,6 +179,7 @@ __all__ = [
     "BranchScorer",
     "Calibration",
     "ClassifierScorer",
+    "ClientOptions",
     "Comparison",
     "CurveFit",
     "DriftReport",
@@ -205,6 +212,8 @@ __all__ = [
     "Recipe",
     "Reference",
     "Reliability",
+    "RemoteScorer",
+    "RemoteScores",
     "Retraining",
     "RetrainingOptions",
     "RetrainingRun",
@@ -218,6 +227,7 @@ __all__ = [
     "SelectedPair",
     "SelectedPairs",
     "Selection",
+    "SelfTestReport",
     "StepRecord",
     "TemperatureFit",
     "TieModel",

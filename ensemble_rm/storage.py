@@ -33,7 +33,14 @@ FORMAT = 1
 FILE = "ensemble.json"
 KINDS: dict[str, Any] = {
     kind.kind: kind
-    for kind in (HeadScorer, BranchScorer, LoraScorer, ClassifierScorer, ImplicitScorer, RemoteScorer)
+    for kind in (
+        HeadScorer,
+        BranchScorer,
+        LoraScorer,
+        ClassifierScorer,
+        ImplicitScorer,
+        RemoteScorer,
+    )
 }
 
 

@@ -62,8 +62,9 @@ HOMES = {
     "sqlalchemy": {"judgments"},
     "alembic": {"judgments"},
     "psycopg": {"judgments"},
+    "httpx": {"members.remote"},
 }
-INSIDE_FUNCTIONS = {"sklearn", "netcal", "matplotlib", "datasets", "gguf", "peft"}
+INSIDE_FUNCTIONS = {"sklearn", "netcal", "matplotlib", "datasets", "gguf", "httpx", "peft"}
 # May print, configure logging and read the environment.
 COMMANDS = frozenset({"cli", "__main__", "demo.make_data"})
 # May seed a global generator: in a context that restores it, which a test of its own holds.
