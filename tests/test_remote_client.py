@@ -318,8 +318,10 @@ def test_a_token_that_changes_is_asked_for_at_every_try() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"timeout": 0}, {"deadline": float("inf")}, {"attempts": 0}, {"concurrency": 1.5}]
-    + [{"open_after": True}, {"backoff": float("nan")}],
+    [
+        *({"timeout": 0}, {"deadline": float("inf")}, {"attempts": 0}, {"concurrency": 1.5}),
+        *({"open_after": True}, {"backoff": float("nan")}),
+    ],
 )
 def test_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):

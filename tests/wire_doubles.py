@@ -56,7 +56,7 @@ def vllm(logit: Logit = logit_of, *, tokens: bool = False) -> Starlette:
 
     async def classify(request: Request) -> Response:
         body = await request.json()
-        return _vllm_answer(body, logit, lambda i, value: _class(i, value), "classify")
+        return _vllm_answer(body, logit, _class, "classify")
 
     async def pooling(request: Request) -> Response:
         body = await request.json()
