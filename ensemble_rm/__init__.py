@@ -48,8 +48,14 @@ if TYPE_CHECKING:
     from ensemble_rm.members.adapters import LoraOptions
     from ensemble_rm.members.branches import BranchScorer
     from ensemble_rm.members.classifier import ClassifierScorer
+    from ensemble_rm.members.comparator import Comparator
     from ensemble_rm.members.heads import HeadScorer
     from ensemble_rm.members.implicit import ImplicitScorer
+    from ensemble_rm.members.judge import JudgeScorer
+    from ensemble_rm.members.judging.asking import JudgeOptions
+    from ensemble_rm.members.judging.comparator import JudgeComparator, JudgeVerdicts
+    from ensemble_rm.members.judging.rubric import Rubric, read_rubric
+    from ensemble_rm.members.judging.usage import Price, Usage
     from ensemble_rm.members.lora import LoraScorer
     from ensemble_rm.members.remote.client import ClientOptions
     from ensemble_rm.members.remote.scorer import RemoteScorer, RemoteScores
@@ -123,8 +129,14 @@ _HOMES = {
     "members.adapters": "LoraOptions",
     "members.branches": "BranchScorer",
     "members.classifier": "ClassifierScorer",
+    "members.comparator": "Comparator",
     "members.heads": "HeadScorer",
     "members.implicit": "ImplicitScorer",
+    "members.judge": "JudgeScorer",
+    "members.judging.asking": "JudgeOptions",
+    "members.judging.comparator": "JudgeComparator JudgeVerdicts",
+    "members.judging.rubric": "Rubric read_rubric",
+    "members.judging.usage": "Price Usage",
     "members.lora": "LoraScorer",
     "members.remote.client": "ClientOptions",
     "members.remote.scorer": "RemoteScorer RemoteScores",
@@ -180,6 +192,7 @@ __all__ = [
     "Calibration",
     "ClassifierScorer",
     "ClientOptions",
+    "Comparator",
     "Comparison",
     "CurveFit",
     "DriftReport",
@@ -194,6 +207,10 @@ __all__ = [
     "ImplicitScorer",
     "ImportOptions",
     "Imported",
+    "JudgeComparator",
+    "JudgeOptions",
+    "JudgeScorer",
+    "JudgeVerdicts",
     "Judgment",
     "JudgmentStore",
     "LabelledDrift",
@@ -206,6 +223,7 @@ __all__ = [
     "PrecisionReport",
     "Preference",
     "Preferences",
+    "Price",
     "Ranking",
     "RaterDrift",
     "Recalibration",
@@ -218,6 +236,7 @@ __all__ = [
     "RetrainingOptions",
     "RetrainingRun",
     "RewardEnsemble",
+    "Rubric",
     "Sample",
     "SampleWeights",
     "ScoreCache",
@@ -233,6 +252,7 @@ __all__ = [
     "TieModel",
     "TrunkOptions",
     "UnlabelledDrift",
+    "Usage",
     "Version",
     "Versions",
     "View",
@@ -272,6 +292,7 @@ __all__ = [
     "precision_report",
     "quantile",
     "rater_drift",
+    "read_rubric",
     "recalibrate",
     "retrain",
     "retrain_run",

@@ -34,12 +34,8 @@ FILE = "ensemble.json"
 KINDS: dict[str, Any] = {
     kind.kind: kind
     for kind in (
-        HeadScorer,
-        BranchScorer,
-        LoraScorer,
-        ClassifierScorer,
-        ImplicitScorer,
-        RemoteScorer,
+        *(HeadScorer, BranchScorer, LoraScorer, ClassifierScorer, ImplicitScorer),
+        *(RemoteScorer, JudgeScorer),
     )
 }
 

@@ -1,4 +1,7 @@
-"""An event loop in a thread of its own, so that synchronous code can await, in a loop or not."""
+"""An event loop in a thread of its own, so that synchronous code can await, in a loop or not.
+
+And work that goes on at several places at once. Knows coroutines; knows nothing of what they do.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 _JOIN = 5.0  # seconds that a closing loop may take
 
@@ -83,3 +87,23 @@ def _end(
             thread.join(_JOIN)
         if not thread.is_alive():
             loop.close()
+
+
+async def work_through(
+    items: Iterable[Item], work: Callable[[Item], Awaitable[None]], *, places: int
+) -> None:
+    """Work on items in their order, at most so many at once; the first error ends all of it."""
+    left = iter(items)
+
+    async def worker() -> None:
+        for item in left:  # shared: each item is one worker's
+            await work(item)
+
+    tasks = [asyncio.ensure_future(worker()) for _ in range(places)]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -7,7 +7,6 @@ what becomes of it; a server that cannot be reached is an error, unless that pol
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import json
 import threading
@@ -31,7 +30,7 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
-from ensemble_rm.members.remote.running import LoopThread
+from ensemble_rm.members.remote.running import LoopThread, work_through
 from ensemble_rm.members.remote.self_test import SELF_TESTS, SelfTest, SelfTestReport, probe
 from ensemble_rm.members.remote.text import Rendered, Renderer, TextTemplate
 from ensemble_rm.members.remote.wire import Asked, Scored, Wire, find_wire
@@ -79,7 +78,7 @@ class RemoteScorer:
     tokenizer : str or Path, optional
         Folder or Hub id, for ``"chat"``.
     model : str, optional
-        By which the server knows the model; its only one where not given.
+        By which vLLM knows the model; its only one where not given.
     token : str or callable, optional
         A bearer token, or what returns the one that holds now. Never saved, never shown.
     token_variable : str, optional
@@ -136,7 +135,7 @@ class RemoteScorer:
         self._renderer = Renderer(
             template, tokenizer=tokenizer, strips_bos=self._wire.adds_special_tokens
         )
-        self._check(batch_size, truncate, self_test, on_outage)
+        self._check(model, batch_size, truncate, self_test, on_outage)
         if special_tokens is None:
             special_tokens = template == "plain"
         self._asked = Asked(model, special_tokens, truncate)
@@ -147,7 +146,14 @@ class RemoteScorer:
         self._endpoint = endpoint(self.url, self._wire.path)
         self._connect(token)
 
-    def _check(self, batch_size: int | None, truncate: bool, self_test: str, outage: str) -> None:
+    def _check(
+        self,
+        model: str | None,
+        batch_size: int | None,
+        truncate: bool,
+        self_test: str,
+        outage: str,
+    ) -> None:
         form, wire = self._renderer.form, self._wire
         if form not in wire.forms:
             raise OptionError(
@@ -158,6 +164,10 @@ class RemoteScorer:
             raise OptionError(f"batch_size must be a whole number ≥ 1, not {batch_size!r}")
         if truncate and not wire.truncates:
             raise OptionError(f"{self.protocol} cannot be asked to truncate; leave it out")
+        if model is not None and not wire.names_model:
+            raise OptionError(
+                f"{self.protocol} serves one model, and cannot be asked for {model!r}"
+            )
         if self_test not in SELF_TESTS:
             raise OptionError(f"self_test must be one of {SELF_TESTS}, not {self_test!r}")
         if outage not in ("raise", "nan"):
@@ -328,21 +338,12 @@ class _Call:
         self, items: Sequence[Rendered], size: int
     ) -> list[Scored | RemoteUnavailableError]:
         found: list[Scored | RemoteUnavailableError] = [""] * len(items)
-        starts = iter(range(0, len(items), size))
 
-        async def work() -> None:
-            for start in starts:  # shared: each start is one worker's
-                found[start : start + size] = await self._batch(items[start : start + size])
+        async def ask(start: int) -> None:
+            found[start : start + size] = await self._batch(items[start : start + size])
 
-        workers = min(self._client.options.concurrency, -(-len(items) // size))
-        tasks = [asyncio.ensure_future(work()) for _ in range(workers)]
-        try:
-            await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+        starts = range(0, len(items), size)
+        await work_through(starts, ask, places=self._client.options.concurrency)
         return found
 
     async def _batch(

@@ -62,6 +62,8 @@ class Wire:
         Whether the server adds special tokens to a text whatever is asked.
     truncates : bool
         Whether `Asked.truncate` can be asked of it.
+    names_model : bool
+        Whether `Asked.model` can be.
     """
 
     path: str
@@ -71,6 +73,7 @@ class Wire:
     batch: int = 64
     adds_special_tokens: bool = False
     truncates: bool = False
+    names_model: bool = False
 
 
 def read_number(value: object) -> Scored:
@@ -210,7 +213,7 @@ def _openrlhf_answer(answer: Any, n: int) -> list[Scored]:
 # Our own -----------------------------------------------------------------------------------------
 
 
-def _own_request(items: Sequence[Rendered], asked: Asked) -> Body:
+def _own_request(items: Sequence[Rendered], asked: Asked) -> Body:  # noqa: ARG001
     samples: list[Body] = []
     for item in items:
         assert item.sample is not None
@@ -221,15 +224,20 @@ def _own_request(items: Sequence[Rendered], asked: Asked) -> Body:
         if item.sample.reference is not None:
             row["reference"] = item.sample.reference
         samples.append(row)
-    return {"samples": samples} | ({} if asked.model is None else {"model": asked.model})
+    return {"samples": samples, "partial": True}  # a sample that fails there fails alone
 
 
 def _own_answer(answer: Any, n: int) -> list[Scored]:
-    return [read_number(value) for value in _listed(_field(answer, "rewards"), n, "'rewards'")]
+    rewards = _listed(_field(answer, "rewards"), n, "'rewards'")
+    errors = answer.get("errors") or [None] * n
+    return [
+        f"the server's own error: {error}"[:200] if value is None and error else read_number(value)
+        for value, error in zip(rewards, _listed(errors, n, "'errors'"), strict=True)
+    ]
 
 
 def _vllm(path: str, request: Callable[..., Body], answer: Callable[..., list[Scored]]) -> Wire:
-    return Wire(path, ("text", "messages"), request, answer, truncates=True)
+    return Wire(path, ("text", "messages"), request, answer, truncates=True, names_model=True)
 
 
 WIRES: dict[str, Wire] = {
