@@ -24,6 +24,7 @@ from ensemble_rm.members.branches import BranchScorer
 from ensemble_rm.members.classifier import ClassifierScorer
 from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.implicit import ImplicitScorer
+from ensemble_rm.members.judge import JudgeScorer
 from ensemble_rm.members.lora import LoraScorer
 from ensemble_rm.members.remote.scorer import RemoteScorer
 from ensemble_rm.members.scorer import Scorer, StoredScorer

@@ -39,6 +39,7 @@ FLOORS = {
     "judgments": 5,
     "recalibration": 5,
     "selection": 5,
+    "routing": 5,
     "reports": 6,
     "rl": 6,
     "cli": 7,

@@ -183,15 +183,17 @@ def read_aggregator(args: argparse.Namespace) -> Aggregator | None:
 
 
 def open_ensemble(args: argparse.Namespace) -> RewardEnsemble:
-    """Load the ensemble that was named."""
+    """Load the ensemble that was named; members on other servers get their tokens."""
+    from ensemble_rm.cli.tokens import with_tokens
     from ensemble_rm.ensemble import RewardEnsemble
 
-    return RewardEnsemble.from_pretrained(
+    ensemble = RewardEnsemble.from_pretrained(
         args.ensemble,
         backbone=args.backbone,
         device=args.device,
         max_loaded_models=args.max_loaded_models,
     )
+    return with_tokens(ensemble)
 
 
 def read_pairs(source: str, *, skip_bad: bool) -> Preferences:
