@@ -86,6 +86,14 @@ if TYPE_CHECKING:
     from ensemble_rm.rl.trl import reward_function
     from ensemble_rm.rl.verl import verl_reward
     from ensemble_rm.rl.watching import Alarm, AlarmRule, StepRecord
+    from ensemble_rm.routing import (
+        Routed,
+        Saving,
+        choose_threshold,
+        pair_uncertainty,
+        route,
+        threshold_for_share,
+    )
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
     from ensemble_rm.sampling import Best, MadePair, best_of_n, make_pairs
     from ensemble_rm.selection.select import SelectedPair, SelectedPairs, select_pairs
@@ -167,6 +175,7 @@ _HOMES = {
     "rl.trl": "reward_function",
     "rl.verl": "verl_reward",
     "rl.watching": "Alarm AlarmRule StepRecord",
+    "routing": "Routed Saving choose_threshold pair_uncertainty route threshold_for_share",
     "samples": "Message Preference Preferences Sample",
     "selection.select": "SelectedPair SelectedPairs select_pairs",
     "selection.tasks": "to_tasks",
@@ -236,9 +245,11 @@ __all__ = [
     "RetrainingOptions",
     "RetrainingRun",
     "RewardEnsemble",
+    "Routed",
     "Rubric",
     "Sample",
     "SampleWeights",
+    "Saving",
     "ScoreCache",
     "ScoredPairs",
     "Scorer",
@@ -263,6 +274,7 @@ __all__ = [
     "best_of_n_curve",
     "best_of_n_kl",
     "best_of_n_weights",
+    "choose_threshold",
     "combine",
     "cvar",
     "draw_drift",
@@ -289,6 +301,7 @@ __all__ = [
     "merge",
     "minimum",
     "openrlhf_reward",
+    "pair_uncertainty",
     "precision_report",
     "quantile",
     "rater_drift",
@@ -297,6 +310,7 @@ __all__ = [
     "retrain",
     "retrain_run",
     "reward_function",
+    "route",
     "same_units",
     "scorer_features",
     "select_pairs",
@@ -304,6 +318,7 @@ __all__ = [
     "shape_rewards",
     "stream_scores",
     "thin_to_equal",
+    "threshold_for_share",
     "to_tasks",
     "train",
     "unlabelled_drift",

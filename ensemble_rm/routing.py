@@ -230,7 +230,8 @@ def route(
     ensemble: RewardEnsemble,
     pairs: Preferences,
     *,
-    threshold: float,
+    threshold: float | None = None,
+    share: float | None = None,
     judge: Comparator | None = None,
     uncertainty: str = "epistemic",
     budget: int | None = None,
@@ -247,8 +248,10 @@ def route(
         Calibrated.
     pairs : Preferences
         As `read_comparisons` reads them; their verdicts do not count.
-    threshold : float
+    threshold : float, optional
         In nats: pairs of at least this uncertainty are routed; see `choose_threshold`.
+    share : float, optional
+        In its place: at most this share of these very pairs is.
     judge : Comparator, optional
         Such as a `JudgeComparator`, or a larger ensemble; where there is none, all pairs that are
         routed go to the human pool.
@@ -279,11 +282,13 @@ def route(
     RemoteUnavailableError, RemoteRefusalError
         If the judge cannot be asked at all.
     """
-    _check(threshold, budget, final, audit_share)
+    _check(threshold, share, budget, final, audit_share)
     if len(pairs) == 0:
         raise EmptyDataError(f"{pairs.source} holds no pair to route")
     found = _compare(ensemble, pairs, progress)
     value = pair_uncertainty(found, uncertainty)
+    if threshold is None:
+        threshold = threshold_for_share(value, 0.0 if share is None else share)
     unsure = np.flatnonzero(value >= threshold)
     asked = np.empty(0, dtype=np.int64)
     if judge is not None:
@@ -305,8 +310,16 @@ def route(
     return Routed(p, routes, value, threshold, found, said, failures, pool, saving)
 
 
-def _check(threshold: float, budget: int | None, final: str, audit_share: float) -> None:
-    if not threshold >= 0:
+def _check(
+    threshold: float | None,
+    share: float | None,
+    budget: int | None,
+    final: str,
+    audit_share: float,
+) -> None:
+    if (threshold is None) == (share is None):
+        raise OptionError("name a threshold or a share, one of the two")
+    if threshold is not None and not threshold >= 0:
         raise OptionError(f"threshold must be a number of nats ≥ 0, not {threshold!r}")
     if budget is not None and budget < 0:
         raise OptionError(f"budget must be a number of pairs ≥ 0, not {budget!r}")

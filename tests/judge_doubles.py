@@ -14,6 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 Texts = dict[str, str]
 
@@ -114,3 +118,20 @@ def judge(
         return httpx.Response(200, json=completion(word, tokens))
 
     return httpx.MockTransport(handle)
+
+
+def app_of(transport: httpx.MockTransport) -> Starlette:
+    """The same server behind real HTTP."""
+
+    async def answer(request: Request) -> Response:
+        asked = httpx.Request(
+            request.method,
+            str(request.url),
+            content=await request.body(),
+            headers=dict(request.headers),
+        )
+        found = transport.handler(asked)
+        assert isinstance(found, httpx.Response)
+        return Response(found.content, found.status_code, media_type="application/json")
+
+    return Starlette(routes=[Route("/{path:path}", answer, methods=["POST"])])

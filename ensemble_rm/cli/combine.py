@@ -1,7 +1,8 @@
 """Put reward models that exist already behind one aggregator.
 
 A member is a sequence-classification model of one output (Hub id or folder), or a saved ensemble's
-folder, such as `ensemble-rm remote` makes of a model behind HTTP. The completions of the reference pairs set each member's offset and scale.
+folder, such as `ensemble-rm remote` makes of a model behind HTTP. The completions of the reference
+pairs set each member's offset and scale.
 """
 
 from __future__ import annotations

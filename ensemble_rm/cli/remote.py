@@ -38,11 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template",
         choices=["chat", "plain", "pair", "messages", "sample"],
-        help="how a sample becomes what the server reads; needed by all but ensemble-rm and judge",
+        help="how a sample becomes what the server reads; not of ensemble-rm or judge",
     )
-    parser.add_argument(
-        "--tokenizer", metavar="NAME", help="whose chat template --template chat is"
-    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="of --template chat")
     parser.add_argument(
         "--rubric", default="pointwise", metavar="FILE", help="what a judge is asked; as shipped"
     )

@@ -69,9 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_server(parser)
     pool = parser.add_argument_group("human pool")
-    pool.add_argument(
-        "--pool", type=Path, metavar="FILE", help="where pairs for humans are written"
-    )
+    pool.add_argument("--pool", type=Path, metavar="FILE", help="of the pairs for humans")
     pool.add_argument("--format", choices=["label-studio", "argilla", "jsonl"], default="jsonl")
     pool.add_argument("--batch", metavar="NAME", help="the batch of annotation, kept with each")
     pool.add_argument("--policy", metavar="NAME", help="what wrote the completions, kept, too")
@@ -86,20 +84,16 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     judge = _judge(args)
     from ensemble_rm.loading import read_comparisons
-    from ensemble_rm.routing import choose_threshold, route
+    from ensemble_rm.routing import route
 
     pairs = read_comparisons(args.data)
     ensemble = open_ensemble(args)
     with Bars(quiet=args.json) as bars:
-        threshold = args.threshold
-        if threshold is None:
-            threshold = choose_threshold(
-                ensemble, pairs, share=args.share, uncertainty=args.uncertainty, progress=bars
-            )
         routed = route(
             ensemble,
             pairs,
-            threshold=threshold,
+            threshold=args.threshold,
+            share=args.share,
             judge=None if args.dry_run else judge,
             uncertainty=args.uncertainty,
             budget=args.budget,
