@@ -135,7 +135,16 @@ class Rubric:
 
 
 def read_rubric(source: str | Path | Mapping[str, Any] | Rubric) -> Rubric:
-    """Read a rubric: the name of a shipped one, a JSON file, or its content.
+    """Read a rubric.
+
+    Parameters
+    ----------
+    source : str, Path, mapping or Rubric
+        The name of a shipped one, a JSON file, or its content.
+
+    Returns
+    -------
+    Rubric
 
     Raises
     ------
