@@ -15,6 +15,7 @@ from remote_members import SECRET, member, openrlhf, samples
 
 from ensemble_rm import (
     ClientOptions,
+    FunctionScorer,
     Message,
     Normaliser,
     Preference,
@@ -33,6 +34,7 @@ from ensemble_rm.errors import (
     RemoteActivationWarning,
     StorageError,
 )
+from ensemble_rm.members.scorer import with_tokens_of
 
 # The self-test -----------------------------------------------------------------------------------
 
@@ -252,3 +254,29 @@ def test_a_member_that_is_forgotten_leaves_nothing_behind() -> None:
         del scorer
         gc.collect()
     assert set(threading.enumerate()) <= before
+
+
+def test_a_version_that_is_read_anew_keeps_the_tokens_of_the_one_before() -> None:
+    """What `refresh` and a server's reload do: nothing that is saved holds a token."""
+    seen: list[str | None] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("Authorization"))
+        return httpx.Response(200, json={"rewards": [2.0]})
+
+    transport = httpx.MockTransport(handle)
+    near = FunctionScorer("near", lambda sample: 1.0)
+    old = (near, member(token=SECRET))
+    for scorer in with_tokens_of((near, member(transport)), old):
+        scorer.score(samples(1))
+    other = RemoteScorer(
+        "http://other.test",
+        protocol="openrlhf",
+        name="o",
+        template="plain",
+        self_test="off",
+        transport=transport,
+    )
+    (other_again,) = with_tokens_of((other,), old)
+    other_again.score(samples(1))
+    assert seen == [f"Bearer {SECRET}", None]

@@ -80,6 +80,16 @@ class JudgeScorer:
         self._judge = Judge(self.options, token=token, transport=transport)
 
     @property
+    def address(self) -> str:
+        """The server's."""
+        return self.options.url
+
+    @property
+    def token(self) -> Token | None:
+        """The bearer token, or what returns the one that holds now."""
+        return self._judge.token
+
+    @property
     def token_variable(self) -> str | None:
         """The environment variable in which the command line finds the token."""
         return self.options.token_variable

@@ -98,7 +98,7 @@ class Judge:
     ) -> None:
         if isinstance(token, str):
             bearer(token)  # refused before the first request
-        self.options, self.transport = options, transport
+        self.options, self.token, self.transport = options, token, transport
         self._clock = clock
         self._url = endpoint(options.url, "/chat/completions")
         self._client = RemoteClient(options.client, token=token, transport=transport)

@@ -142,7 +142,8 @@ class RemoteScorer:
         single = self._renderer.form == "messages"
         self.batch_size = 1 if single else batch_size or self._wire.batch
         self.self_test_mode, self.on_outage = self_test, on_outage
-        self.token_variable, self._transport = token_variable, transport
+        self.token_variable: str | None = token_variable
+        self._transport = transport
         self._endpoint = endpoint(self.url, self._wire.path)
         self._connect(token)
 
@@ -184,6 +185,16 @@ class RemoteScorer:
 
     def __repr__(self) -> str:
         return f"RemoteScorer({self.url!r}, protocol={self.protocol!r}, name={self.names[0]!r})"
+
+    @property
+    def address(self) -> str:
+        """The server's."""
+        return self.url
+
+    @property
+    def token(self) -> Token | None:
+        """The bearer token, or what returns the one that holds now."""
+        return self._token
 
     # Scoring -----------------------------------------------------------------------------------
 
