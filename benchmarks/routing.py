@@ -13,9 +13,10 @@ Figures, a part each (`all` the four subsets together, `harmless` harmless-base 
 `nll_ensemble`, `nll_judge`, `accuracy_…`; `gain_X_at_S`, NLL of random routing less that of routing
 by X at share S, in nats, positive is better, paired by seed (median, lowest, highest over seeds);
 `accuracy_gain_X_at_S`, the same of accuracy; `recovered_X_at_S`, the part of the judge's NLL
-advantage, over all seeds, that routing has at share S (95 % of a bootstrap over seeds); `calls_saved_X`, the share of the judge's calls that routing
-by X saves at the NLL that the judge has on all pairs, 0 where it never reaches it;
-`position_bias`, what the judge's preference for a place comes to.
+advantage, over all seeds, that routing has at share S (95 % of a bootstrap over seeds);
+`calls_saved_X`, the share of the judge's calls that routing by X saves at the NLL that the judge
+has on all pairs, 0 where it never reaches it; `position_bias`, what the judge's preference for a
+place comes to.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -135,6 +138,18 @@ def judge_of(ensemble: RewardEnsemble, pairs: Preferences) -> JudgeComparator:
     )
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """A judge's verdicts, asked for once: the sweep over shares asks for them again and again."""
+
+    found: dict[tuple[object, str, str], float]
+    probability: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def compare(self, prompts: Any, first: Any, second: Any) -> Remembered:
+        p = [self.found[key] for key in zip(prompts, first, second, strict=True)]
+        return replace(self, probability=np.array(p))
+
+
 def trial(cheap: Trunk, strong: Trunk, seed: int) -> dict[str, float]:
     """Deal the pairs, fit both, and route."""
     pairs = cheap.part.pairs
@@ -155,12 +170,12 @@ def trial(cheap: Trunk, strong: Trunk, seed: int) -> dict[str, float]:
     for uncertainty in UNCERTAINTIES:
         saved = 0.0
         for share in np.round(np.arange(0.95, 0.0, -0.05), 2):
-            p = route(ensemble, test, share=share, judge=judge, uncertainty=uncertainty).probability
+            p = route(ensemble, test, share=share, judge=again, uncertainty=uncertainty).probability
             if nll(p, y) <= nll(theirs, y):
                 saved = 1.0 - share
         found[f"calls_saved_{uncertainty}"] = saved
         for share in SHARES:
-            routed = route(ensemble, test, share=share, judge=judge, uncertainty=uncertainty)
+            routed = route(ensemble, test, share=share, judge=again, uncertainty=uncertainty)
             p, at = routed.probability, f"{uncertainty}_at_{round(100 * share)}"
             asked = routed.saving.share
             for measure, sign in ((nll, 1.0), (accuracy, -1.0)):
