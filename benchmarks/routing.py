@@ -161,9 +161,10 @@ def trial(cheap: Trunk, strong: Trunk, seed: int) -> dict[str, float]:
     y = test.targets
     whole = route(ensemble, test, share=1.0, judge=judge)
     ours, theirs = whole.comparison.probability, whole.judge_probability
-    orders = judge.compare(
-        [p.prompt for p in test], [p.chosen for p in test], [p.rejected for p in test]
-    )
+    prompts = [pair.prompt for pair in test]
+    sides = ([pair.chosen for pair in test], [pair.rejected for pair in test])
+    orders = judge.compare(prompts, *sides)
+    again = Remembered(dict(zip(zip(prompts, *sides, strict=True), theirs.tolist(), strict=True)))
     found = {"position_bias": orders.position_bias}
     for name, p in (("ensemble", ours), ("judge", theirs)):
         found |= {f"nll_{name}": nll(p, y), f"accuracy_{name}": accuracy(p, y)}
