@@ -215,6 +215,7 @@ def test_a_chat_template_has_no_second_bos(tiny_policy: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     tokenizer.save_pretrained(tiny_policy)
     seen: list[Any] = []
@@ -222,12 +223,14 @@ def test_a_chat_template_has_no_second_bos(tiny_policy: Path) -> None:
     def handle(request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
         seen.append(body)
+        if "query" in body:
+            return httpx.Response(200, json={"rewards": [2.0]})
         if "inputs" in body:
             return httpx.Response(200, json=[[{"score": 2.0, "label": "x"}]])
         data = [{"index": 0, "probs": [2.0]}]
         return httpx.Response(200, json={"data": data})
 
-    for protocol in ("tei", "vllm-classify"):
+    for protocol in ("tei", "vllm-classify", "openrlhf"):
         member(
             httpx.MockTransport(handle), protocol=protocol, template="chat", tokenizer=tiny_policy
         ).score([Sample("Hi", "Hello.")])
@@ -235,6 +238,8 @@ def test_a_chat_template_has_no_second_bos(tiny_policy: Path) -> None:
     assert seen[0]["inputs"] == [[whole]]  # the tokenizer adds [CLS] itself
     assert seen[1]["input"] == [tokenizer.bos_token + whole]
     assert seen[1]["add_special_tokens"] is False
+    assert seen[2]["query"] == [tokenizer.bos_token + whole]
+    assert seen[2]["prompts"] == [f"{tokenizer.bos_token}user: Hi\nassistant: "]
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:

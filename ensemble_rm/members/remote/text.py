@@ -43,7 +43,7 @@ class Rendered:
     sample : Sample, optional
         As it is.
     prompt_text : str
-        The prompt alone.
+        The part of `text` that is the prompt; empty where it is not known.
     """
 
     text: str | None = None
@@ -107,15 +107,21 @@ class Renderer:
         if self.form == "messages":
             return Rendered(messages=conversation(sample))
         if not isinstance(self.template, str):
-            return Rendered(text=self.template(sample), prompt_text=asked)
-        if self.template == "chat":
-            return Rendered(text=self._chat(sample), prompt_text=asked)
-        return Rendered(text=asked + sample.completion, prompt_text=asked)
+            text = self.template(sample)
+        elif self.template == "chat":
+            text = self._chat(conversation(sample), cue=False)
+            asked = self._chat(turns(sample.prompt), cue=True)
+        else:
+            text = asked + sample.completion
+        # OpenRLHF's own clients send the prompt as it begins the text.
+        return Rendered(text=text, prompt_text=asked if text.startswith(asked) else "")
 
-    def _chat(self, sample: Sample) -> str:
+    def _chat(self, messages: list[dict[str, str]], *, cue: bool) -> str:
         if self._loaded is None:
             self._load()
-        text = str(self._loaded.apply_chat_template(conversation(sample), tokenize=False))
+        text = str(
+            self._loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue)
+        )
         return text.removeprefix(self._bos) if self._bos else text
 
     def _load(self) -> None:
