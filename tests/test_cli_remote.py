@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from ensemble_rm import RewardEnsemble
 from ensemble_rm.cli.main import main
+from ensemble_rm.errors import RemoteFailureWarning
 
 N = 120
 
@@ -241,3 +242,40 @@ def test_what_cannot_be_routed_exits_with_2(
     out = tmp_path / "v.jsonl"
     assert run("route", ensemble, "--data", pairs, *words, "--out", out) == 2
     assert not out.exists()
+
+
+def test_a_member_that_fails_is_left_out_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def picky(text: str) -> float:
+        return float("nan") if "bad" in text else doubles.logit_of(text)
+
+    rows = [{"prompt": f"q{i}", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(8)]
+    pairs, samples = tmp_path / "pairs.jsonl", tmp_path / "samples.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"prompt": "q", "completion": text} for text in ("fine", "bad")]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    out = tmp_path / "both"
+    with (
+        doubles.serving(doubles.sglang(picky)) as first,
+        doubles.serving(doubles.sglang()) as second,
+    ):
+        words = ("--protocol", "sglang", "--template", "plain")
+        for name, url in (("a", first), ("b", second)):
+            assert run("remote", url, *words, "--out", tmp_path / name) == 0
+        members = ("--member", f"a={tmp_path / 'a'}", "--member", f"b={tmp_path / 'b'}")
+        assert run("combine", *members, "--data", pairs, "--out", out) == 0
+        score = ("score", out, "--data", samples, "--out", tmp_path / "scores.jsonl")
+        with pytest.warns(RemoteFailureWarning, match="1 of 2"):
+            assert run(*score) == 6
+        omit = ("--aggregator", "mean", "--nan", "omit")
+        with pytest.warns(RemoteFailureWarning):
+            assert run(*score, *omit) == 0
+        with pytest.warns(RemoteFailureWarning):
+            assert run(*score, *omit, "--min-members", "2") == 6
+        assert run(*score, "--nan", "omit") == 2
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    fine, bad = (line["members"] for line in lines)
+    assert bad["a/sglang"] is None and lines[1]["reward"] == bad["b/sglang"]
+    assert lines[0]["reward"] == pytest.approx(sum(fine.values()) / 2)
+    capsys.readouterr()

@@ -162,6 +162,15 @@ def add_aggregator(parser: argparse.ArgumentParser) -> None:
     )
     for name, what in COEFFICIENTS.items():
         group.add_argument(f"--{name}", type=float, metavar="X", help=what)
+    group.add_argument(
+        "--nan",
+        choices=["raise", "omit"],
+        help="what a member without a score does, such as one whose server failed: an error, by "
+        "default, or it is left out of that sample",
+    )
+    group.add_argument(
+        "--min-members", type=int, metavar="N", help="the fewest that may make up a reward; 1"
+    )
 
 
 def read_aggregator(args: argparse.Namespace) -> Aggregator | None:
@@ -174,10 +183,12 @@ def read_aggregator(args: argparse.Namespace) -> Aggregator | None:
     """
     from ensemble_rm.aggregation.aggregator import make_aggregator
 
-    given = {name: getattr(args, name) for name in COEFFICIENTS if getattr(args, name) is not None}
+    names = (*COEFFICIENTS, "nan", "min_members")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.aggregator is None:
         if given:
-            raise OptionError(f"--{next(iter(given))} needs --aggregator")
+            option = next(iter(given)).replace("_", "-")
+            raise OptionError(f"--{option} needs --aggregator")
         return None
     return make_aggregator(args.aggregator, **given)
 

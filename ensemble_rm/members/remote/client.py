@@ -147,7 +147,7 @@ class RemoteClient:
         RejectedError
             If this request is rejected, or met errors inside the server at every try.
         RemoteUnavailableError
-            If nobody answered before the deadline.
+            If nobody answered before the deadline, or in time at the last of its tries.
         RemoteRefusalError
             If the server refuses whatever is asked.
         RemoteAnswerError
@@ -180,8 +180,13 @@ class RemoteClient:
             if found.meaning is Meaning.REFUSED:
                 self.breaker.succeeded()
                 raise RemoteRefusalError(f"{url} refuses: {found.reason}")
-            broken += found.meaning is Meaning.BROKEN
+            broken += found.meaning in (Meaning.BROKEN, Meaning.SILENT)
             self._tell(found.meaning, last=broken >= attempts)
+            if found.meaning is Meaning.SILENT and broken >= attempts:
+                raise RemoteUnavailableError(
+                    f"{url} gave no score in {broken} tries: {found.reason}; raise `timeout`, or "
+                    "send less at once"
+                )
             if found.meaning is Meaning.REJECTED or broken >= attempts:
                 raise RejectedError(found.reason)
             last = found.reason
@@ -208,7 +213,7 @@ class RemoteClient:
         An error inside the server counts once a request, when it is given up: one sample that the
         model cannot take, alone in many tries, must not keep all others waiting.
         """
-        if means is Meaning.AWAY or (
+        if means in (Meaning.AWAY, Meaning.SILENT) or (
             means is Meaning.BROKEN and (last or self.breaker.state != "closed")
         ):
             self.breaker.failed()
@@ -233,7 +238,7 @@ class RemoteClient:
             async with asyncio.timeout(max(timeout, 1e-3)):  # httpx limits each read alone
                 answer = await self._http.post(url, content=content, headers=headers, timeout=None)
         except TimeoutError:
-            return _Try(Meaning.BROKEN, f"no answer in {timeout:.3g} s")
+            return _Try(Meaning.SILENT, f"no answer in {timeout:.3g} s")
         except httpx.DecodingError as error:
             raise RemoteAnswerError(f"{url} answers what cannot be decoded: {error}") from error
         except httpx.UnsupportedProtocol as error:

@@ -24,6 +24,7 @@ class Meaning(Enum):
     BUSY = "busy"  # the server lives, and asks for patience: until the deadline
     AWAY = "away"  # nobody answers, or only a proxy: until the deadline
     BROKEN = "broken"  # this request met an error inside: a stated number of tries
+    SILENT = "silent"  # this try took too long: a stated number of tries
     REFUSED = "refused"  # every request would be refused alike: never again
     REJECTED = "rejected"  # this request would be refused again, another might not
 
