@@ -48,9 +48,18 @@ if TYPE_CHECKING:
     from ensemble_rm.members.adapters import LoraOptions
     from ensemble_rm.members.branches import BranchScorer
     from ensemble_rm.members.classifier import ClassifierScorer
+    from ensemble_rm.members.comparator import Comparator
     from ensemble_rm.members.heads import HeadScorer
     from ensemble_rm.members.implicit import ImplicitScorer
+    from ensemble_rm.members.judge import JudgeScorer
+    from ensemble_rm.members.judging.asking import JudgeOptions
+    from ensemble_rm.members.judging.comparator import JudgeComparator, JudgeVerdicts
+    from ensemble_rm.members.judging.rubric import Rubric, read_rubric
+    from ensemble_rm.members.judging.usage import Price, Usage
     from ensemble_rm.members.lora import LoraScorer
+    from ensemble_rm.members.remote.client import ClientOptions
+    from ensemble_rm.members.remote.scorer import RemoteScorer, RemoteScores
+    from ensemble_rm.members.remote.self_test import SelfTestReport
     from ensemble_rm.members.score_cache import ScoreCache
     from ensemble_rm.members.scorer import FeatureScorer, FunctionScorer, Scorer, scorer_features
     from ensemble_rm.members.trunk import TrunkOptions, View
@@ -77,6 +86,14 @@ if TYPE_CHECKING:
     from ensemble_rm.rl.trl import reward_function
     from ensemble_rm.rl.verl import verl_reward
     from ensemble_rm.rl.watching import Alarm, AlarmRule, StepRecord
+    from ensemble_rm.routing import (
+        Routed,
+        Saving,
+        choose_threshold,
+        pair_uncertainty,
+        route,
+        threshold_for_share,
+    )
     from ensemble_rm.samples import Message, Preference, Preferences, Sample
     from ensemble_rm.sampling import Best, MadePair, best_of_n, make_pairs
     from ensemble_rm.selection.select import SelectedPair, SelectedPairs, select_pairs
@@ -120,9 +137,18 @@ _HOMES = {
     "members.adapters": "LoraOptions",
     "members.branches": "BranchScorer",
     "members.classifier": "ClassifierScorer",
+    "members.comparator": "Comparator",
     "members.heads": "HeadScorer",
     "members.implicit": "ImplicitScorer",
+    "members.judge": "JudgeScorer",
+    "members.judging.asking": "JudgeOptions",
+    "members.judging.comparator": "JudgeComparator JudgeVerdicts",
+    "members.judging.rubric": "Rubric read_rubric",
+    "members.judging.usage": "Price Usage",
     "members.lora": "LoraScorer",
+    "members.remote.client": "ClientOptions",
+    "members.remote.scorer": "RemoteScorer RemoteScores",
+    "members.remote.self_test": "SelfTestReport",
     "members.score_cache": "ScoreCache",
     "members.scorer": "FeatureScorer FunctionScorer Scorer scorer_features",
     "members.trunk": "TrunkOptions View",
@@ -149,6 +175,7 @@ _HOMES = {
     "rl.trl": "reward_function",
     "rl.verl": "verl_reward",
     "rl.watching": "Alarm AlarmRule StepRecord",
+    "routing": "Routed Saving choose_threshold pair_uncertainty route threshold_for_share",
     "samples": "Message Preference Preferences Sample",
     "selection.select": "SelectedPair SelectedPairs select_pairs",
     "selection.tasks": "to_tasks",
@@ -173,6 +200,8 @@ __all__ = [
     "BranchScorer",
     "Calibration",
     "ClassifierScorer",
+    "ClientOptions",
+    "Comparator",
     "Comparison",
     "CurveFit",
     "DriftReport",
@@ -187,6 +216,10 @@ __all__ = [
     "ImplicitScorer",
     "ImportOptions",
     "Imported",
+    "JudgeComparator",
+    "JudgeOptions",
+    "JudgeScorer",
+    "JudgeVerdicts",
     "Judgment",
     "JudgmentStore",
     "LabelledDrift",
@@ -199,18 +232,24 @@ __all__ = [
     "PrecisionReport",
     "Preference",
     "Preferences",
+    "Price",
     "Ranking",
     "RaterDrift",
     "Recalibration",
     "Recipe",
     "Reference",
     "Reliability",
+    "RemoteScorer",
+    "RemoteScores",
     "Retraining",
     "RetrainingOptions",
     "RetrainingRun",
     "RewardEnsemble",
+    "Routed",
+    "Rubric",
     "Sample",
     "SampleWeights",
+    "Saving",
     "ScoreCache",
     "ScoredPairs",
     "Scorer",
@@ -218,11 +257,13 @@ __all__ = [
     "SelectedPair",
     "SelectedPairs",
     "Selection",
+    "SelfTestReport",
     "StepRecord",
     "TemperatureFit",
     "TieModel",
     "TrunkOptions",
     "UnlabelledDrift",
+    "Usage",
     "Version",
     "Versions",
     "View",
@@ -233,6 +274,7 @@ __all__ = [
     "best_of_n_curve",
     "best_of_n_kl",
     "best_of_n_weights",
+    "choose_threshold",
     "combine",
     "cvar",
     "draw_drift",
@@ -259,13 +301,16 @@ __all__ = [
     "merge",
     "minimum",
     "openrlhf_reward",
+    "pair_uncertainty",
     "precision_report",
     "quantile",
     "rater_drift",
+    "read_rubric",
     "recalibrate",
     "retrain",
     "retrain_run",
     "reward_function",
+    "route",
     "same_units",
     "scorer_features",
     "select_pairs",
@@ -273,6 +318,7 @@ __all__ = [
     "shape_rewards",
     "stream_scores",
     "thin_to_equal",
+    "threshold_for_share",
     "to_tasks",
     "train",
     "unlabelled_drift",

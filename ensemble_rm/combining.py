@@ -81,10 +81,7 @@ def combine(
             scorers += _open(name, member, given)
         else:  # bound to no name, what was loaded to be looked at goes before the next is
             scorers += unloaded(_open(name, member, given))
-    said = {
-        name: str(member) if isinstance(member, str | Path) else type(member).__name__
-        for name, member in members.items()
-    }
+    said = {name: _source(member) for name, member in members.items()}
     return normalised(
         scorers,
         reference,
@@ -149,6 +146,12 @@ def _open(
     if isinstance(member, RewardEnsemble):
         return tuple(_renamed(scorer, name) for scorer in member.scorers)
     return (member,)
+
+
+def _source(member: Scorer | RewardEnsemble | str | Path) -> str:
+    if isinstance(member, RewardEnsemble) and member.origin is not None:
+        return str(member.origin.folder)
+    return str(member) if isinstance(member, str | Path) else type(member).__name__
 
 
 def _renamed(scorer: Scorer, name: str) -> Scorer:

@@ -36,6 +36,11 @@
     │   ├── PinnedVersionError        a saved ensemble changed under the run that uses it
     │   ├── RawTextError              a member cannot use text in the policy's template
     │   └── NoPenaltyError            a KL penalty was to be raised in a run that has none
+    ├── RemoteError                   a server that a member or a judge lives on fails its part
+    │   ├── RemoteUnavailableError    no answer before the deadline
+    │   ├── RemoteRefusalError        the server refuses the request: its address, token or model
+    │   ├── RemoteAnswerError         an answer cannot be read as what was asked
+    │   └── RemoteActivationError     its scores are no raw logits
     └── StorageError                  a saved directory or a cache cannot be read or written
         ├── CacheLimitError           a cache would outgrow its stated limit
         ├── LockedError               another process works on the folder
@@ -208,6 +213,34 @@ class RawTextError(LoopError):
 
 class NoPenaltyError(LoopError):
     """A KL penalty was to be raised in a run that has none."""
+
+
+class RemoteError(EnsembleRMError):
+    """A server that a member or a judge lives on fails its part."""
+
+
+class RemoteUnavailableError(RemoteError):
+    """A server gave no answer before the deadline, its circuit open or every try failed."""
+
+
+class RemoteRefusalError(RemoteError):
+    """A server refuses the request: its address, the token or the model is not right."""
+
+
+class RemoteAnswerError(RemoteError):
+    """A server's answer cannot be read as what was asked."""
+
+
+class RemoteActivationError(RemoteError):
+    """A server's scores are no raw logits: a sigmoid, a softmax, or one score for everything."""
+
+
+class RemoteActivationWarning(UserWarning):
+    """A server's scores look as if they were no raw logits."""
+
+
+class RemoteFailureWarning(UserWarning):
+    """Some samples have no score of a remote member, and NaN in its place."""
 
 
 class StorageError(EnsembleRMError):

@@ -25,7 +25,9 @@ from ensemble_rm.members.branches import BranchScorer
 from ensemble_rm.members.classifier import ClassifierScorer
 from ensemble_rm.members.heads import HeadScorer
 from ensemble_rm.members.implicit import ImplicitScorer
+from ensemble_rm.members.judge import JudgeScorer
 from ensemble_rm.members.lora import LoraScorer
+from ensemble_rm.members.remote.scorer import RemoteScorer
 from ensemble_rm.members.scorer import Scorer, StoredScorer
 from ensemble_rm.versions.reading import EVIDENCE, FEATURES, is_versioned, read_evidence
 
@@ -33,7 +35,10 @@ FORMAT = 1
 FILE = "ensemble.json"
 KINDS: dict[str, Any] = {
     kind.kind: kind
-    for kind in (HeadScorer, BranchScorer, LoraScorer, ClassifierScorer, ImplicitScorer)
+    for kind in (
+        *(HeadScorer, BranchScorer, LoraScorer, ClassifierScorer, ImplicitScorer),
+        *(RemoteScorer, JudgeScorer),
+    )
 }
 
 

@@ -13,7 +13,7 @@ from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.distance import FeatureSpace
 from ensemble_rm.members.backbone import DEFAULT_CACHE
 from ensemble_rm.members.score_cache import ScoreCache
-from ensemble_rm.members.scorer import Scorer
+from ensemble_rm.members.scorer import Scorer, with_tokens_of
 from ensemble_rm.versions.reading import Located, locate
 
 
@@ -162,7 +162,8 @@ class Stored:
             calibration = found.calibration or found.version.read_calibration()
             return cast(Self, replace(cast(Any, self), calibration=calibration, origin=moved))
         new = _load(type(self), origin.folder, found, fixed=False, options=origin.options)
-        kept = {"aggregator": self.aggregator, "score_cache": self.score_cache}
+        kept: dict[str, Any] = {"aggregator": self.aggregator, "score_cache": self.score_cache}
+        kept["scorers"] = with_tokens_of(new.scorers, self.scorers)  # no token is ever saved
         return cast(Self, replace(cast(Any, new), **kept))
 
 

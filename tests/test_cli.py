@@ -17,7 +17,7 @@ import pytest
 from ensemble_rm.cli import train
 from ensemble_rm.cli.main import exit_code, main
 from ensemble_rm.demo.data import FILE
-from ensemble_rm.errors import EnsembleRMError, LockedError
+from ensemble_rm.errors import EnsembleRMError, LockedError, RemoteError
 from ensemble_rm.loading import load_preferences
 from ensemble_rm.training.recipe import Recipe
 
@@ -318,6 +318,7 @@ def kinds(base: type[EnsembleRMError]) -> list[type[EnsembleRMError]]:
 def test_every_error_has_an_exit_code() -> None:
     for kind in kinds(EnsembleRMError):
         codes = (13,) if issubclass(kind, LockedError) else range(2, 7)
+        codes = (7,) if issubclass(kind, RemoteError) else codes
         assert exit_code(kind("x")) in codes, kind
 
 

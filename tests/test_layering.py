@@ -39,6 +39,7 @@ FLOORS = {
     "judgments": 5,
     "recalibration": 5,
     "selection": 5,
+    "routing": 5,
     "reports": 6,
     "rl": 6,
     "cli": 7,
@@ -62,8 +63,9 @@ HOMES = {
     "sqlalchemy": {"judgments"},
     "alembic": {"judgments"},
     "psycopg": {"judgments"},
+    "httpx": {"members.remote"},
 }
-INSIDE_FUNCTIONS = {"sklearn", "netcal", "matplotlib", "datasets", "gguf", "peft"}
+INSIDE_FUNCTIONS = {"sklearn", "netcal", "matplotlib", "datasets", "gguf", "httpx", "peft"}
 # May print, configure logging and read the environment.
 COMMANDS = frozenset({"cli", "__main__", "demo.make_data"})
 # May seed a global generator: in a context that restores it, which a test of its own holds.

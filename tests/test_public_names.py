@@ -17,7 +17,7 @@ import pytest
 import ensemble_rm
 
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "netcal", "pandas", "sklearn", "torch")
-HEAVY += ("alembic", "peft", "psycopg", "sqlalchemy", "transformers")
+HEAVY += ("alembic", "httpx", "peft", "psycopg", "sqlalchemy", "transformers")
 
 NAMES = tuple(name for name in getattr(ensemble_rm, "__all__", ()) if name != "__version__")
 each_name = pytest.mark.parametrize("name", NAMES)

@@ -227,11 +227,12 @@ def load(path: Path) -> Any:
 
 
 def test_init_reward_writes_files_that_the_loops_can_use(folder: Path, tmp_path: Path) -> None:
-    options = ["--device", "cpu", "--aggregator", "lcb", "--kappa", "0.5"]
+    options = ["--device", "cpu", "--aggregator", "lcb", "--kappa", "0.5", "--nan", "omit"]
     for loop in ("trl", "openrlhf", "verl"):
         out = tmp_path / "rewards" / f"{loop}_reward.py"
         assert main(["init-reward", loop, str(folder), *options, "--out", str(out)]) == 0
         compile(out.read_text(), out.name, "exec")
+        assert "nan='omit'" in out.read_text()
     ensemble = RewardEnsemble.from_pretrained(folder, device="cpu").with_aggregator(lcb(kappa=0.5))
     sample = Sample((Message("user", "Hi"),), "Hello")
     wanted = pytest.approx(float(ensemble.score([sample]).reward[0]), abs=1e-6)

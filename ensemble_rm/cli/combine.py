@@ -1,13 +1,15 @@
 """Put reward models that exist already behind one aggregator.
 
 A member is a sequence-classification model of one output (Hub id or folder), or a saved ensemble's
-folder. The completions of the reference pairs set each member's offset and scale.
+folder, such as `ensemble-rm remote` makes of a model behind HTTP. The completions of the reference
+pairs set each member's offset and scale.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ensemble_rm.cli.common import (
     Bars,
@@ -23,6 +25,9 @@ from ensemble_rm.cli.common import (
     say,
 )
 from ensemble_rm.errors import OptionError
+
+if TYPE_CHECKING:
+    from ensemble_rm.ensemble import RewardEnsemble
 
 HELP = "put existing reward models behind one aggregator"
 EXAMPLE = (
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
     with Bars(quiet=args.json) as bars:
         ensemble = combine(
-            members,
+            {name: _opened(member, args.device) for name, member in members.items()},
             pairs,
             aggregator=aggregator,
             options=read_text_options(args),
@@ -75,6 +80,17 @@ def run(args: argparse.Namespace) -> None:
         | {"aggregator": str(ensemble.aggregator), "normaliser": ensemble.normaliser.to_json()},
         f"{len(ensemble.names)} members in {args.out}: {', '.join(ensemble.names)}",
     )
+
+
+def _opened(member: str, device: str | None) -> RewardEnsemble | str:
+    """Return a saved ensemble with its members' tokens; a model's name as it is."""
+    from ensemble_rm.cli.tokens import with_tokens
+    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.storage import FILE
+
+    if not (Path(member).expanduser() / FILE).exists():
+        return member
+    return with_tokens(RewardEnsemble.from_pretrained(member, device=device))
 
 
 def _members(given: list[str]) -> dict[str, str]:

@@ -162,6 +162,15 @@ def add_aggregator(parser: argparse.ArgumentParser) -> None:
     )
     for name, what in COEFFICIENTS.items():
         group.add_argument(f"--{name}", type=float, metavar="X", help=what)
+    group.add_argument(
+        "--nan",
+        choices=["raise", "omit"],
+        help="what a member without a score does, such as one whose server failed: an error, by "
+        "default, or it is left out of that sample",
+    )
+    group.add_argument(
+        "--min-members", type=int, metavar="N", help="the fewest that may make up a reward; 1"
+    )
 
 
 def read_aggregator(args: argparse.Namespace) -> Aggregator | None:
@@ -174,24 +183,28 @@ def read_aggregator(args: argparse.Namespace) -> Aggregator | None:
     """
     from ensemble_rm.aggregation.aggregator import make_aggregator
 
-    given = {name: getattr(args, name) for name in COEFFICIENTS if getattr(args, name) is not None}
+    names = (*COEFFICIENTS, "nan", "min_members")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.aggregator is None:
         if given:
-            raise OptionError(f"--{next(iter(given))} needs --aggregator")
+            option = next(iter(given)).replace("_", "-")
+            raise OptionError(f"--{option} needs --aggregator")
         return None
     return make_aggregator(args.aggregator, **given)
 
 
 def open_ensemble(args: argparse.Namespace) -> RewardEnsemble:
-    """Load the ensemble that was named."""
+    """Load the ensemble that was named; members on other servers get their tokens."""
+    from ensemble_rm.cli.tokens import with_tokens
     from ensemble_rm.ensemble import RewardEnsemble
 
-    return RewardEnsemble.from_pretrained(
+    ensemble = RewardEnsemble.from_pretrained(
         args.ensemble,
         backbone=args.backbone,
         device=args.device,
         max_loaded_models=args.max_loaded_models,
     )
+    return with_tokens(ensemble)
 
 
 def read_pairs(source: str, *, skip_bad: bool) -> Preferences:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ensemble_rm.errors import OptionError
 
@@ -74,7 +74,9 @@ def read_time(text: str | None, option: str) -> datetime | None:
 def load_version(
     folder: Path, *, version: int | None = None, backbone: str | None, device: str | None
 ) -> RewardEnsemble:
-    """Load an ensemble whose pairs have to be scored."""
+    """Load an ensemble whose pairs have to be scored; remote members get their tokens."""
+    from ensemble_rm.cli.tokens import with_tokens
     from ensemble_rm.ensemble import RewardEnsemble
 
-    return RewardEnsemble.from_pretrained(folder, version=version, backbone=backbone, device=device)
+    options: dict[str, Any] = {"version": version, "backbone": backbone, "device": device}
+    return with_tokens(RewardEnsemble.from_pretrained(folder, **options))

@@ -23,8 +23,10 @@ from ensemble_rm.cli import (
     pin,
     precision,
     recalibrate,
+    remote,
     retrain,
     rollback,
+    route,
     score,
     select,
     show,
@@ -34,7 +36,7 @@ from ensemble_rm.cli import (
 )
 
 COMMANDS = (
-    *(train, combine, merge, calibrate, evaluate, score, compare, precision),
+    *(train, combine, remote, merge, calibrate, evaluate, score, compare, route, precision),
     *(select, judgments, recalibrate, retrain, drift, versions),
     *(show, rollback, pin, unpin, make_pairs, init_reward, demo),
 )
@@ -47,6 +49,7 @@ exit codes:
   4    a model, a saved ensemble or a cache cannot be read or written
   5    the judgments do not allow a calibration, or it does not apply
   6    training, or scoring, met NaN or infinity, or cannot be resumed
+  7    a server that a member or a judge lives on gives no usable answer
   10   a job kept what is published, and says why
   11   a job has too few judgments
   12   a job found drift that no publication answers
@@ -63,6 +66,7 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.CalibrationError, 5),
     (errors.TrainingError, 6),
     (errors.ScoringError, 6),
+    (errors.RemoteError, 7),
     (errors.OptionError, 2),
     (errors.EnsembleRMError, 2),
     (FileNotFoundError, 3),

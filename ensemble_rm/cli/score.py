@@ -8,6 +8,7 @@ chunk. FILE.partial becomes FILE once every row is there.
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -103,12 +104,26 @@ def score_rows(
 
 
 def _rows(scores: Scores) -> Iterator[dict[str, Any]]:
-    std = scores.std if len(scores.names) > 1 else None
+    """Return a row a sample; a member without a score is null, and so is a spread without it."""
+    import numpy as np
+
+    from ensemble_rm.uncertainty import member_std
+
+    whole = ~np.isnan(scores.members.sum(axis=1))
+    several = len(scores.names) > 1
+    std = np.full(len(scores.reward), np.nan)
+    if several and whole.any():
+        std[whole] = member_std(scores.members[whole])
     for i, reward in enumerate(scores.reward):
+        members = [_known(score) for score in scores.members[i].tolist()]
         row: dict[str, Any] = {
             "reward": float(reward),
-            "members": dict(zip(scores.names, scores.members[i].tolist(), strict=True)),
+            "members": dict(zip(scores.names, members, strict=True)),
         }
-        if std is not None:
-            row["std"] = float(std[i])
+        if several:
+            row["std"] = _known(float(std[i]))
         yield row
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

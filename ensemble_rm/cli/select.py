@@ -97,22 +97,22 @@ def run(args: argparse.Namespace) -> None:
         )
     tasks = to_tasks(selected, args.format, batch=args.batch, policy=args.policy)
     if not args.dry_run:
-        _write(args, tasks)
+        write_tasks(args.out, args.format, tasks)
     if args.out is not None or args.dry_run:
         say(args, _found(args, selected), _text(args, selected))
 
 
-def _write(args: argparse.Namespace, tasks: list[dict[str, Any]]) -> None:
+def write_tasks(path: Path | None, form: str, tasks: list[dict[str, Any]]) -> None:
     """Write lines, or one array as the tools' own import reads it."""
-    if args.format == "jsonl":
-        write_jsonl(args.out, tasks)
-    elif args.out is None:
+    if form == "jsonl":
+        write_jsonl(path, tasks)
+    elif path is None:
         print(json.dumps(tasks, ensure_ascii=False, indent=1))
     else:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = args.out.with_name(f"{args.out.name}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f"{path.name}.partial")
         scratch.write_text(json.dumps(tasks, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(args.out)
+        scratch.replace(path)
 
 
 def _found(args: argparse.Namespace, selected: SelectedPairs) -> dict[str, Any]:

@@ -90,6 +90,30 @@ class StoredScorer(Scorer, Protocol):
 
 
 @runtime_checkable
+class TokenScorer(Scorer, Protocol):
+    """A scorer on another server, which a token lets in; it is saved without."""
+
+    @property
+    def address(self) -> str:
+        """The server's."""
+        ...
+
+    @property
+    def token(self) -> str | Callable[[], str] | None:
+        """The bearer token, or what returns the one that holds now."""
+        ...
+
+    @property
+    def token_variable(self) -> str | None:
+        """The environment variable in which the command line finds it."""
+        ...
+
+    def with_token(self, token: str | Callable[[], str] | None) -> Scorer:
+        """Return the same member with another token."""
+        ...
+
+
+@runtime_checkable
 class FeatureScorer(Scorer, Protocol):
     """A scorer that shows what it reads, so that distances to the training inputs can be taken."""
 
@@ -196,6 +220,17 @@ def unloaded(scorers: Sequence[Scorer]) -> tuple[Scorer, ...]:
     return tuple(
         scorer.with_options(scorer.options) if isinstance(scorer, ReloadableScorer) else scorer
         for scorer in scorers
+    )
+
+
+def with_tokens_of(scorers: Sequence[Scorer], others: Sequence[Scorer]) -> tuple[Scorer, ...]:
+    """Return the same members, those on servers that others have tokens for with these."""
+    known = {one.address: one.token for one in others if isinstance(one, TokenScorer)}
+    return tuple(
+        one.with_token(known[one.address])
+        if isinstance(one, TokenScorer) and one.token is None and known.get(one.address) is not None
+        else one
+        for one in scorers
     )
 
 

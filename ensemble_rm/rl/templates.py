@@ -148,7 +148,10 @@ def render(
     maker, call = None, "None"
     if aggregator is not None:
         maker = "make_aggregator"
-        words = "".join(f", {key}={value!r}" for key, value in aggregator.parameters)
+        given: dict[str, object] = dict(aggregator.parameters)
+        given |= {} if aggregator.nan == "raise" else {"nan": aggregator.nan}
+        given |= {} if aggregator.min_members == 1 else {"min_members": aggregator.min_members}
+        words = "".join(f", {key}={value!r}" for key, value in given.items())
         call = f"make_aggregator({aggregator.name!r}{words})"
     head = _HEAD.format(
         title=template.title,

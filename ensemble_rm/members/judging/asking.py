@@ -1,0 +1,184 @@
+"""Asks a judge many questions at once, and keeps each reply, or why there is none, in its place.
+
+Knows chat completions and what they cost; knows nothing of what a reply means.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self, TypeAlias
+
+from ensemble_rm.errors import OptionError, RemoteAnswerError, RemoteUnavailableError
+from ensemble_rm.members.judging.usage import Price, Usage, read_usage
+from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
+from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
+from ensemble_rm.members.remote.running import LoopThread, work_through
+
+Messages: TypeAlias = list[dict[str, str]]
+Reply: TypeAlias = "Mapping[str, Any] | str"
+"""One choice of a chat completion, or why there is none."""
+
+_TOP = 20  # log-probabilities that OpenAI and vLLM name at most, by default
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """Which judge is asked, and how; saved with what uses it, and so without a token.
+
+    Attributes
+    ----------
+    url : str
+        Of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
+    model : str
+        The judge's name there.
+    logprobs : bool
+        Whether log-probabilities are asked for; a server that refuses them is asked without.
+    extra : mapping of str to JSON values
+        Further fields of the request, in the place of what they name; None leaves a field out, as
+        ``{"max_tokens": None, "max_completion_tokens": 16}`` does.
+    price : Price, optional
+        Of its tokens.
+    client : ClientOptions
+        Tries, pauses, deadline, concurrency, circuit.
+    token_variable : str, optional
+        The environment variable in which the command line finds the token.
+    """
+
+    url: str
+    model: str
+    logprobs: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    price: Price | None = None
+    client: ClientOptions = field(default_factory=ClientOptions)
+    token_variable: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", check_url(self.url))
+        if not self.model:
+            raise OptionError("a judge needs the name of its model")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return asdict(self) | {"extra": dict(self.extra)}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        price = said["price"]
+        options = dict(said) | {
+            "client": ClientOptions(**said["client"]),
+            "price": None if price is None else Price(**price),
+        }
+        return cls(**options)
+
+
+class Judge:
+    """A connection to a judge; counts what all its questions take.
+
+    Parameters
+    ----------
+    options : JudgeOptions
+    token : str or callable, optional
+        A bearer token, or what returns the one that holds now.
+    transport : httpx.AsyncBaseTransport, optional
+        In the place of the network.
+    clock : callable
+        Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        options: JudgeOptions,
+        *,
+        token: Token | None = None,
+        transport: Any = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if isinstance(token, str):
+            bearer(token)  # refused before the first request
+        self.options, self.token, self.transport = options, token, transport
+        self._clock = clock
+        self._url = endpoint(options.url, "/chat/completions")
+        self._client = RemoteClient(options.client, token=token, transport=transport)
+        self._thread = LoopThread(self._client.aclose)
+        self._offers_logprobs = options.logprobs
+
+    def ask(self, questions: Sequence[Messages], *, max_tokens: int) -> tuple[list[Reply], Usage]:
+        """Return a reply a question, in their order, and what they took.
+
+        Raises
+        ------
+        RemoteUnavailableError
+            If the server could not be reached for any question.
+        RemoteRefusalError
+            If it refuses the address, the token or the model.
+        """
+        if not questions:
+            return [], Usage()
+        return self._thread.run(self._all(questions, max_tokens))
+
+    def close(self) -> None:
+        """Close the connections; the next question opens new ones."""
+        self._thread.close()
+
+    async def _all(
+        self, questions: Sequence[Messages], max_tokens: int
+    ) -> tuple[list[Reply], Usage]:
+        replies: list[Reply] = [""] * len(questions)
+        usages = [Usage(failed=1)] * len(questions)
+        outages: list[RemoteUnavailableError] = []
+
+        async def one(i: int) -> None:
+            if outages:  # who waited for the whole deadline waited for all
+                replies[i] = str(outages[0])
+                return
+            began = self._clock()
+            try:
+                answer = await self._post(questions[i], max_tokens)
+                replies[i] = _choice(answer)
+                usages[i] = read_usage(answer, self._clock() - began, self.options.price)
+            except RemoteUnavailableError as error:
+                outages.append(error)
+                replies[i] = str(error)
+            except (RejectedError, RemoteAnswerError) as error:
+                replies[i] = str(error)
+                usages[i] = Usage(failed=1, seconds=self._clock() - began)
+
+        await work_through(range(len(questions)), one, places=self.options.client.concurrency)
+        if outages and all(isinstance(reply, str) for reply in replies):
+            raise outages[0]
+        return replies, sum(usages, Usage())
+
+    async def _post(self, messages: Messages, max_tokens: int) -> Mapping[str, Any]:
+        asked = self._offers_logprobs
+        try:
+            answer = await self._client.post(self._url, self._body(messages, max_tokens))
+        except RejectedError as error:
+            if not asked or "logprob" not in str(error):
+                raise
+            self._offers_logprobs = False
+            answer = await self._client.post(self._url, self._body(messages, max_tokens))
+        if not isinstance(answer, Mapping):
+            raise RemoteAnswerError(f"the judge's answer is {type(answer).__name__}, not an object")
+        return answer
+
+    def _body(self, messages: Messages, max_tokens: int) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.options.model,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": max_tokens,
+        }
+        if self._offers_logprobs:
+            body |= {"logprobs": True, "top_logprobs": _TOP}
+        body |= self.options.extra
+        return {name: value for name, value in body.items() if value is not None}
+
+
+def _choice(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
+        raise RemoteAnswerError(f"the judge's answer holds no single choice: {str(answer)[:120]}")
+    return choices[0]

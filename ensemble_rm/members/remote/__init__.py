@@ -1,0 +1,1 @@
+"""Members that other servers run: addresses, wire formats, tries, one scorer."""

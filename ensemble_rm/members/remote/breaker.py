@@ -1,0 +1,73 @@
+"""A circuit breaker [1]_: a server that fails again and again is left alone, then asked once.
+
+An open circuit does not fail a request: it says how long to wait. Whether that is too long is the
+request's own deadline's business, so a server that comes back in time costs nobody a score.
+
+References
+----------
+.. [1] Nygard 2007, Release It!
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+State: TypeAlias = Literal["closed", "open", "half-open"]
+
+_POLLS = 4  # looks at a probe that is under way, a cool-down
+
+
+class Breaker:
+    """Counts failures in a row; belongs to one event loop, and is shared by all its requests.
+
+    Parameters
+    ----------
+    open_after : int
+        Failures in a row that open the circuit.
+    reset_after : float
+        Seconds until one request, the probe, may try again.
+    clock : callable
+        Seconds that only grow.
+    """
+
+    def __init__(self, open_after: int, reset_after: float, *, clock: Callable[[], float]) -> None:
+        self.open_after, self.reset_after = open_after, reset_after
+        self._clock = clock
+        self._failures = 0
+        self._opened: float | None = None
+        self._probing = False
+
+    @property
+    def state(self) -> State:
+        """Closed: all may try; open: nobody; half-open: one probe."""
+        if self._opened is None:
+            return "closed"
+        return "half-open" if self._clock() - self._opened >= self.reset_after else "open"
+
+    def admit(self) -> float:
+        """Return 0 where the caller may try now, and must report; else seconds to wait."""
+        if self._opened is None:
+            return 0.0
+        left = self._opened + self.reset_after - self._clock()
+        if left > 0:
+            return left
+        if self._probing:
+            return self.reset_after / _POLLS
+        self._probing = True
+        return 0.0
+
+    def succeeded(self) -> None:
+        """Report that the server answered: the circuit closes."""
+        self._failures, self._opened, self._probing = 0, None, False
+
+    def failed(self) -> None:
+        """Report a failure: the last of too many in a row, or the probe's, opens the circuit."""
+        self._failures += 1
+        if self._opened is not None or self._failures >= self.open_after:
+            self._opened = self._clock()
+        self._probing = False
+
+    def abandoned(self) -> None:
+        """Report that a try ended without telling anything of the server: it was cancelled."""
+        self._probing = False

@@ -1,0 +1,278 @@
+"""Posts JSON to one server, again where that can help, until a deadline: an httpx client.
+
+Knows statuses, pauses and the circuit; knows nothing of scores or of what is posted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ensemble_rm.errors import (
+    MissingExtraError,
+    OptionError,
+    RemoteAnswerError,
+    RemoteRefusalError,
+    RemoteUnavailableError,
+)
+from ensemble_rm.members.remote.address import Token, bearer
+from ensemble_rm.members.remote.breaker import Breaker
+from ensemble_rm.members.remote.retrying import Meaning, meaning, pause, retry_after
+
+_SHOWN = 200  # characters of an error's body that a message shows
+
+
+class RejectedError(Exception):
+    """The server rejects this request, and may accept another; the caller decides what it means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOptions:
+    """How a server is asked.
+
+    Attributes
+    ----------
+    timeout : float
+        Seconds that one try may take.
+    deadline : float
+        Seconds that a request may take with all its tries and pauses.
+    attempts : int
+        Tries of a request that meets errors inside the server or times out. One that finds nobody,
+        or a busy server, is tried until the deadline.
+    backoff, max_backoff : float
+        Seconds; before try n + 1 it waits a random time up to min(max_backoff, backoff·2ⁿ).
+    concurrency : int
+        Requests, and connections, at once.
+    open_after : int
+        Failures in a row that open the circuit: then nobody is asked for a while.
+    reset_after : float
+        Seconds until one request probes whether the server is back.
+    seed : int, optional
+        Of the pauses; from the system's entropy where not given.
+
+    Raises
+    ------
+    OptionError
+        If a number is out of its range.
+    """
+
+    timeout: float = 60.0
+    deadline: float = 300.0
+    attempts: int = 5
+    backoff: float = 0.25
+    max_backoff: float = 10.0
+    concurrency: int = 8
+    open_after: int = 10
+    reset_after: float = 2.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "deadline", "backoff", "max_backoff", "reset_after"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise OptionError(f"{name} must be a finite number of seconds > 0, not {value!r}")
+        for name in ("attempts", "concurrency", "open_after"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} must be a whole number ≥ 1, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Try:
+    """What came of one try."""
+
+    meaning: Meaning
+    reason: str
+    data: Any = None
+    wait: float = 0.0
+
+
+class RemoteClient:
+    """Posts to one server; every request shares its connections and its circuit.
+
+    Used from one event loop, in which its first request opens the connections.
+
+    Parameters
+    ----------
+    options : ClientOptions
+    token : str or callable, optional
+        Sent as a bearer token; a callable is asked at every try.
+    transport : httpx.AsyncBaseTransport, optional
+        In the place of the network: a proxy, own certificates, a test.
+    clock, sleep : callable
+        Seconds that only grow, and what waits for some.
+
+    Raises
+    ------
+    MissingExtraError
+        If httpx is not installed.
+    """
+
+    def __init__(
+        self,
+        options: ClientOptions,
+        *,
+        token: Token | None = None,
+        transport: Any = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        require_httpx()
+        self.options = options
+        self.breaker = Breaker(options.open_after, options.reset_after, clock=clock)
+        self._token, self._transport = token, transport
+        self._clock, self._sleep = clock, sleep
+        self._generator = random.Random(options.seed)
+        self._http: Any = None
+        self._places: asyncio.Semaphore | None = None
+
+    async def post(self, url: str, body: Mapping[str, Any], *, attempts: int | None = None) -> Any:
+        """Return the JSON that the server answers.
+
+        Parameters
+        ----------
+        url : str
+        body : mapping of str to JSON values
+        attempts : int, optional
+            In the place of the options' own.
+
+        Raises
+        ------
+        RejectedError
+            If this request is rejected, or met errors inside the server at every try.
+        RemoteUnavailableError
+            If nobody answered before the deadline, or in time at the last of its tries.
+        RemoteRefusalError
+            If the server refuses whatever is asked.
+        RemoteAnswerError
+            If the answer is no JSON.
+        """
+        self._open()
+        assert self._places is not None
+        async with self._places:
+            return await self._tried(url, body, attempts or self.options.attempts)
+
+    async def aclose(self) -> None:
+        """Close the connections; the next request opens new ones."""
+        http, self._http, self._places = self._http, None, None
+        if http is not None:
+            await http.aclose()
+
+    async def _tried(self, url: str, body: Mapping[str, Any], attempts: int) -> Any:
+        content = json.dumps(body, ensure_ascii=True, allow_nan=False).encode()
+        end = self._clock() + self.options.deadline
+        failed, broken, last = 0, 0, "its circuit is open"
+        while True:
+            wait = self.breaker.admit()
+            if wait > 0:
+                await self._wait(wait, end, url, last)
+                continue
+            found = await self._once(url, content, end)
+            if found.meaning is Meaning.DONE:
+                self.breaker.succeeded()
+                return found.data
+            if found.meaning is Meaning.REFUSED:
+                self.breaker.succeeded()
+                raise RemoteRefusalError(f"{url} refuses: {found.reason}")
+            broken += found.meaning in (Meaning.BROKEN, Meaning.SILENT)
+            self._tell(found.meaning, last=broken >= attempts)
+            if found.meaning is Meaning.SILENT and broken >= attempts:
+                raise RemoteUnavailableError(
+                    f"{url} gave no score in {broken} tries: {found.reason}; raise `timeout`, or "
+                    "send less at once"
+                )
+            if found.meaning is Meaning.REJECTED or broken >= attempts:
+                raise RejectedError(found.reason)
+            last = found.reason
+            wait = pause(
+                failed,
+                backoff=self.options.backoff,
+                max_backoff=self.options.max_backoff,
+                generator=self._generator,
+            )
+            failed += 1
+            await self._wait(found.wait + wait, end, url, last)
+
+    async def _wait(self, seconds: float, end: float, url: str, last: str) -> None:
+        if self._clock() + seconds >= end:
+            raise RemoteUnavailableError(
+                f"{url} gave no score in {self.options.deadline:g} s: {last}; start the server, or "
+                "raise `deadline`"
+            )
+        await self._sleep(seconds)
+
+    def _tell(self, means: Meaning, *, last: bool) -> None:
+        """Tell the breaker of a failed try.
+
+        An error inside the server counts once a request, when it is given up: one sample that the
+        model cannot take, alone in many tries, must not keep all others waiting.
+        """
+        if means in (Meaning.AWAY, Meaning.SILENT) or (
+            means is Meaning.BROKEN and (last or self.breaker.state != "closed")
+        ):
+            self.breaker.failed()
+        elif means is Meaning.BROKEN:
+            self.breaker.abandoned()
+        else:
+            self.breaker.succeeded()
+
+    async def _once(self, url: str, content: bytes, end: float) -> _Try:
+        """Try once; one that is cancelled, or raises, tells nothing of the server."""
+        try:
+            return await self._send(url, content, min(self.options.timeout, end - self._clock()))
+        except BaseException:
+            self.breaker.abandoned()
+            raise
+
+    async def _send(self, url: str, content: bytes, timeout: float) -> _Try:
+        import httpx
+
+        headers = {"Content-Type": "application/json"} | bearer(self._token)
+        try:
+            async with asyncio.timeout(max(timeout, 1e-3)):  # httpx limits each read alone
+                answer = await self._http.post(url, content=content, headers=headers, timeout=None)
+        except TimeoutError:
+            return _Try(Meaning.SILENT, f"no answer in {timeout:.3g} s")
+        except httpx.DecodingError as error:
+            raise RemoteAnswerError(f"{url} answers what cannot be decoded: {error}") from error
+        except httpx.UnsupportedProtocol as error:
+            raise RemoteRefusalError(f"{url}: {error}") from error
+        except httpx.TransportError as error:
+            return _Try(Meaning.AWAY, f"{type(error).__name__}: {error}")
+        means = meaning(answer.status_code)
+        if means is not Meaning.DONE:
+            reason = f"status {answer.status_code}: {answer.text[:_SHOWN]}"
+            return _Try(means, reason, wait=retry_after(answer.headers.get("Retry-After")))
+        try:
+            return _Try(Meaning.DONE, "", answer.json())
+        except ValueError as error:
+            raise RemoteAnswerError(f"{url} answers no JSON: {answer.text[:_SHOWN]!r}") from error
+
+    def _open(self) -> None:
+        if self._http is None:
+            import httpx
+
+            size = self.options.concurrency
+            self._http = httpx.AsyncClient(
+                transport=self._transport,
+                limits=httpx.Limits(max_connections=size, max_keepalive_connections=size),
+                follow_redirects=False,  # a token is for this server alone
+                trust_env=False,  # the library reads no environment
+            )
+            self._places = asyncio.Semaphore(size)
+
+
+def require_httpx() -> None:
+    """Raise `MissingExtraError` where httpx is not installed."""
+    try:
+        import httpx  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            "members and judges behind HTTP need httpx: pip install 'ensemble-rm[remote]'"
+        ) from error

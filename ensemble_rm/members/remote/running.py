@@ -1,0 +1,109 @@
+"""An event loop in a thread of its own, so that synchronous code can await, in a loop or not.
+
+And work that goes on at several places at once. Knows coroutines; knows nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+_JOIN = 5.0  # seconds that a closing loop may take
+
+
+class LoopThread:
+    """Runs coroutines for callers of any thread; starts at its first, ends with its owner.
+
+    Parameters
+    ----------
+    closing : callable
+        Returns what is awaited in the loop before it ends.
+    """
+
+    def __init__(self, closing: Callable[[], Awaitable[None]]) -> None:
+        self._closing = closing
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = 0
+        self._end: weakref.finalize[Any, Any] | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Wait for a coroutine; one that is interrupted is cancelled."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """End the loop and its thread; another call would start new ones."""
+        with self._lock:
+            if self._end is not None:
+                self._end()
+            self._loop = self._end = None
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            # A forked child has the loop and not its thread.
+            if self._loop is None or self._process != os.getpid():
+                if self._end is not None:
+                    self._end.detach()
+                loop = asyncio.new_event_loop()
+                thread = threading.Thread(
+                    target=loop.run_forever, name="ensemble_rm-remote", daemon=True
+                )
+                thread.start()
+                self._loop, self._process = loop, os.getpid()
+                self._end = weakref.finalize(self, _end, loop, thread, self._closing)
+            return self._loop
+
+
+def _end(
+    loop: asyncio.AbstractEventLoop,
+    thread: threading.Thread,
+    closing: Callable[[], Awaitable[None]],
+) -> None:
+    async def finish() -> None:
+        await closing()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    if thread.is_alive() and threading.current_thread() is not thread:
+        done = asyncio.run_coroutine_threadsafe(finish(), loop)
+        try:
+            done.result(_JOIN)
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(_JOIN)
+        if not thread.is_alive():
+            loop.close()
+
+
+async def work_through(
+    items: Iterable[Item], work: Callable[[Item], Awaitable[None]], *, places: int
+) -> None:
+    """Work on items in their order, at most so many at once; the first error ends all of it."""
+    left = iter(items)
+
+    async def worker() -> None:
+        for item in left:  # shared: each item is one worker's
+            await work(item)
+
+    tasks = [asyncio.ensure_future(worker()) for _ in range(places)]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

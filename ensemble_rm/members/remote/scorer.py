@@ -1,0 +1,378 @@
+"""A reward model that another server runs, as one member.
+
+Batches are asked concurrently and land in their own places, whatever order they end in. A sample
+that the server cannot score is NaN, so that the aggregator's policy for missing members decides
+what becomes of it; a server that cannot be reached is an error, unless that policy is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.errors import (
+    OptionError,
+    RemoteActivationError,
+    RemoteActivationWarning,
+    RemoteAnswerError,
+    RemoteFailureWarning,
+    RemoteUnavailableError,
+    StorageError,
+)
+from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
+from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
+from ensemble_rm.members.remote.running import LoopThread, work_through
+from ensemble_rm.members.remote.self_test import SELF_TESTS, SelfTest, SelfTestReport, probe
+from ensemble_rm.members.remote.text import Rendered, Renderer, TextTemplate
+from ensemble_rm.members.remote.wire import Asked, Scored, Wire, find_wire
+from ensemble_rm.samples import Sample
+
+Outage: TypeAlias = Literal["raise", "nan"]
+
+_SPLIT_ATTEMPTS = 2  # tries of a part of a batch that failed as a whole
+
+
+@dataclass(frozen=True, eq=False)
+class RemoteScores:
+    """What a server said of samples, in their order.
+
+    Attributes
+    ----------
+    scores : ndarray, shape (n_samples,)
+        Raw logits; NaN where there is none.
+    failures : tuple of (str or None)
+        Why a sample has no score.
+    """
+
+    scores: NDArray[np.float64]
+    failures: tuple[str | None, ...]
+
+
+class RemoteScorer:
+    """A reward model behind HTTP as one member.
+
+    Parameters
+    ----------
+    url : str
+        The server's address, with no user, password or query in it; saved with the ensemble.
+    protocol : str
+        ``"vllm-classify"``, ``"vllm-pooling"``, ``"sglang"``, ``"tei"``, ``"openrlhf"`` or
+        ``"ensemble-rm"``, this library's own server.
+    name : str
+        The column's.
+    template : str or callable
+        How a sample becomes what the server reads: ``"chat"``, the chat template of `tokenizer`;
+        ``"plain"``, prompt and completion in a row; ``"pair"``, the two segments of an encoder
+        (TEI); ``"messages"``, which the server renders (vLLM); ``"sample"`` (ensemble-rm); or a
+        function from a sample to a text, which cannot be saved. No default: the server cannot say
+        what its model was trained with.
+    tokenizer : str or Path, optional
+        Folder or Hub id, for ``"chat"``.
+    model : str, optional
+        By which vLLM knows the model; its only one where not given.
+    token : str or callable, optional
+        A bearer token, or what returns the one that holds now. Never saved, never shown.
+    token_variable : str, optional
+        The environment variable in which the command line finds the token; saved. The library
+        itself never reads it.
+    batch_size : int, optional
+        Samples a request; the protocol's own where not given, and 1 with ``"messages"``.
+    special_tokens : bool, optional
+        Whether vLLM adds special tokens to a text; those of ``"plain"`` only, where not given.
+    truncate : bool
+        Whether the server (vLLM, TEI) may cut what is too long, and says nothing of it; else such
+        a sample has no score.
+    self_test : {"warn", "error", "off"}
+        What scores that are no raw logits bring: at the first score, a few probes are sent.
+    on_outage : {"raise", "nan"}
+        What a call brings in which the server could not be reached for any sample.
+    client : ClientOptions, optional
+        Tries, pauses, deadline, concurrency, circuit.
+    transport : httpx.AsyncBaseTransport, optional
+        In the place of the network: a proxy, own certificates, a test.
+
+    Raises
+    ------
+    OptionError
+        If an option cannot be used.
+    MissingExtraError
+        If httpx is not installed.
+    """
+
+    kind = "remote"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        protocol: str,
+        name: str,
+        template: TextTemplate,
+        tokenizer: str | Path | None = None,
+        model: str | None = None,
+        token: Token | None = None,
+        token_variable: str | None = None,
+        batch_size: int | None = None,
+        special_tokens: bool | None = None,
+        truncate: bool = False,
+        self_test: SelfTest = "warn",
+        on_outage: Outage = "raise",
+        client: ClientOptions | None = None,
+        transport: Any = None,
+    ) -> None:
+        self.url, self.protocol, self.names = check_url(url), protocol, (name,)
+        self.options = client or ClientOptions()
+        self._wire = find_wire(protocol)
+        self._renderer = Renderer(
+            template, tokenizer=tokenizer, strips_bos=self._wire.adds_special_tokens
+        )
+        self._check(model, batch_size, truncate, self_test, on_outage)
+        if special_tokens is None:
+            special_tokens = template == "plain"
+        self._asked = Asked(model, special_tokens, truncate)
+        single = self._renderer.form == "messages"
+        self.batch_size = 1 if single else batch_size or self._wire.batch
+        self.self_test_mode, self.on_outage = self_test, on_outage
+        self.token_variable: str | None = token_variable
+        self._transport = transport
+        self._endpoint = endpoint(self.url, self._wire.path)
+        self._connect(token)
+
+    def _check(
+        self,
+        model: str | None,
+        batch_size: int | None,
+        truncate: bool,
+        self_test: str,
+        outage: str,
+    ) -> None:
+        form, wire = self._renderer.form, self._wire
+        if form not in wire.forms:
+            raise OptionError(
+                f"{self.protocol} takes {' or '.join(wire.forms)}, and template "
+                f"{self._renderer.template!r} makes {form}"
+            )
+        if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
+            raise OptionError(f"batch_size must be a whole number ≥ 1, not {batch_size!r}")
+        if truncate and not wire.truncates:
+            raise OptionError(f"{self.protocol} cannot be asked to truncate; leave it out")
+        if model is not None and not wire.names_model:
+            raise OptionError(
+                f"{self.protocol} serves one model, and cannot be asked for {model!r}"
+            )
+        if self_test not in SELF_TESTS:
+            raise OptionError(f"self_test must be one of {SELF_TESTS}, not {self_test!r}")
+        if outage not in ("raise", "nan"):
+            raise OptionError(f"on_outage must be 'raise' or 'nan', not {outage!r}")
+
+    def _connect(self, token: Token | None) -> None:
+        if isinstance(token, str):
+            bearer(token)  # refused before the first request
+        self._token = token
+        self._client = RemoteClient(self.options, token=token, transport=self._transport)
+        self._thread = LoopThread(self._client.aclose)
+        self._tested = self.self_test_mode == "off"
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"RemoteScorer({self.url!r}, protocol={self.protocol!r}, name={self.names[0]!r})"
+
+    @property
+    def address(self) -> str:
+        """The server's."""
+        return self.url
+
+    @property
+    def token(self) -> Token | None:
+        """The bearer token, or what returns the one that holds now."""
+        return self._token
+
+    # Scoring -----------------------------------------------------------------------------------
+
+    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
+        """Return (n_samples, 1) raw logits; NaN where the server has no score, with a warning.
+
+        Raises
+        ------
+        RemoteUnavailableError
+            If the server could not be reached for any sample, and `on_outage` is ``"raise"``.
+        RemoteRefusalError
+            If the server refuses the address, the token or the model.
+        RemoteActivationError
+            If the self-test fails, and is an error.
+        """
+        found = self.score_explained(samples)
+        failed = [reason for reason in found.failures if reason is not None]
+        if failed:
+            warnings.warn(
+                f"{len(failed)} of {len(samples)} samples have no score of {self.names[0]!r} at "
+                f"{self.url}; the first: {failed[0]}",
+                RemoteFailureWarning,
+                stacklevel=2,
+            )
+        return found.scores[:, None]
+
+    def score_explained(self, samples: Sequence[Sample]) -> RemoteScores:
+        """Score as `score` does, and say why a sample has no score instead of warning."""
+        if not self._tested:
+            self.self_test()
+        return self._ask(samples)
+
+    def self_test(self) -> SelfTestReport:
+        """Send the probes; scores that can be no raw logits warn or raise, as `self_test` says.
+
+        Raises
+        ------
+        RemoteActivationError
+            Under ``"error"``.
+        """
+        with self._lock:
+            report = probe(lambda samples: self._ask(samples).scores)
+            if np.isnan(report.scores).all():
+                return report  # nobody answered, and nothing is known: to be tested another time
+            if report.problems:
+                text = f"{self.names[0]!r} at {self.url}: " + "; ".join(report.problems)
+                if self.self_test_mode == "error":
+                    raise RemoteActivationError(
+                        f"{text}. Serve the model's raw logit, or pass self_test='warn'"
+                    )
+                if self.self_test_mode == "warn":
+                    warnings.warn(text, RemoteActivationWarning, stacklevel=3)
+            self._tested = True
+        return report
+
+    def close(self) -> None:
+        """Close the connections; the next score opens new ones."""
+        self._thread.close()
+
+    def with_token(self, token: Token | None) -> Self:
+        """Return the same member with another token."""
+        twin = copy.copy(self)
+        twin._connect(token)
+        return twin
+
+    def _ask(self, samples: Sequence[Sample]) -> RemoteScores:
+        rendered = self._renderer.render(samples)
+        call = _Call(self._client, self._wire, self._asked, self._endpoint)
+        found = self._thread.run(call.score(rendered, self.batch_size)) if rendered else []
+        if (
+            self.on_outage == "raise"
+            and found
+            and all(isinstance(one, RemoteUnavailableError) for one in found)
+        ):
+            raise next(one for one in found if isinstance(one, RemoteUnavailableError))
+        scores = [one if isinstance(one, float) else np.nan for one in found]
+        failures = tuple(None if isinstance(one, float) else str(one) for one in found)
+        return RemoteScores(np.array(scores, dtype=np.float64), failures)
+
+    # Storage -----------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Return what provenance and reports say of it: no token."""
+        template = self._renderer.template
+        tokenizer = self._renderer.tokenizer
+        return {
+            "kind": self.kind,
+            "url": self.url,
+            "protocol": self.protocol,
+            "name": self.names[0],
+            "template": template if isinstance(template, str) else repr(template),
+            "tokenizer": None if tokenizer is None else str(tokenizer),
+            "model": self._asked.model,
+            "token_variable": self.token_variable,
+            "batch_size": self.batch_size,
+            "special_tokens": self._asked.special_tokens,
+            "truncate": self._asked.truncate,
+            "self_test": self.self_test_mode,
+            "on_outage": self.on_outage,
+            "client": asdict(self.options),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``member.json``: the address and the options, never the token.
+
+        Raises
+        ------
+        StorageError
+            If the template is a function, or a transport was given.
+        """
+        if not isinstance(self._renderer.template, str) or self._transport is not None:
+            raise StorageError(
+                f"member {self.names[0]!r} has a template or a transport that is Python code, "
+                "which cannot be saved; name a template, or add the member again after loading"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "member.json").write_text(json.dumps(self.describe(), indent=1) + "\n")
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        backbone: str | Path | None = None,  # noqa: ARG003 - members over a model have one
+        device: str | None = None,  # noqa: ARG003
+        cache_dir: Path | None = None,  # noqa: ARG003
+    ) -> Self:
+        """Read what `save` wrote; it has no token, see `with_token`.
+
+        Raises
+        ------
+        StorageError
+            If the folder is incomplete.
+        """
+        try:
+            said = json.loads((folder / "member.json").read_text())
+            said.pop("kind")
+            said["client"] = ClientOptions(**said["client"])
+            return cls(said.pop("url"), **said)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"{folder} holds no saved remote member: {error!r}") from error
+
+
+class _Call:
+    """One call's batches: asked concurrently, each in its own place."""
+
+    def __init__(self, client: RemoteClient, wire: Wire, asked: Asked, url: str) -> None:
+        self._client, self._wire, self._asked, self._url = client, wire, asked, url
+        self._outage: RemoteUnavailableError | None = None
+
+    async def score(
+        self, items: Sequence[Rendered], size: int
+    ) -> list[Scored | RemoteUnavailableError]:
+        found: list[Scored | RemoteUnavailableError] = [""] * len(items)
+
+        async def ask(start: int) -> None:
+            found[start : start + size] = await self._batch(items[start : start + size])
+
+        starts = range(0, len(items), size)
+        await work_through(starts, ask, places=self._client.options.concurrency)
+        return found
+
+    async def _batch(
+        self, items: Sequence[Rendered], *, attempts: int | None = None
+    ) -> list[Scored | RemoteUnavailableError]:
+        """Ask for a batch; one that fails as a whole is halved until the culprits stand alone."""
+        if self._outage is not None:  # who waited for the whole deadline waited for all
+            return [self._outage] * len(items)
+        try:
+            body = self._wire.request(items, self._asked)
+            answer = await self._client.post(self._url, body, attempts=attempts)
+            return [*self._wire.answer(answer, len(items))]
+        except RemoteUnavailableError as error:
+            self._outage = error
+            return [error] * len(items)
+        except (RejectedError, RemoteAnswerError) as error:
+            if len(items) == 1 or self._client.breaker.state != "closed":
+                return [str(error)] * len(items)
+            middle = len(items) // 2
+            left = await self._batch(items[:middle], attempts=_SPLIT_ATTEMPTS)
+            return left + await self._batch(items[middle:], attempts=_SPLIT_ATTEMPTS)
