@@ -182,7 +182,7 @@ def test_without_a_judge_all_go_to_humans(ensemble: RewardEnsemble, pairs: Prefe
     assert len(found.pool) == N // 2
     rows = to_tasks(found.pool, "jsonl", batch="b")
     assert {row["strategy"] for row in rows} == {"route-epistemic"}
-    assert len({row["external_id"] for row in rows}) == N // 2
+    assert len({pair.external_id for pair in found.pool.pairs}) == len(rows) == N // 2
     swapped = sum(row["first"].endswith("b") for row in rows)
     assert 0.3 < swapped / len(rows) < 0.7
 
