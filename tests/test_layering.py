@@ -34,6 +34,7 @@ FLOORS = {
     "combining": 4,
     "merging": 4,
     "streaming": 4,
+    "isolation": 4,
     "sampling": 4,
     "training": 4,
     "judgments": 5,
@@ -41,6 +42,7 @@ FLOORS = {
     "selection": 5,
     "reports": 6,
     "rl": 6,
+    "server": 6,
     "cli": 7,
     "demo": 7,
     "__main__": 8,
@@ -62,6 +64,12 @@ HOMES = {
     "sqlalchemy": {"judgments"},
     "alembic": {"judgments"},
     "psycopg": {"judgments"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "prometheus_client": {"server"},
+    "pydantic": {"server"},
+    "pydantic_core": {"server"},
 }
 INSIDE_FUNCTIONS = {"sklearn", "netcal", "matplotlib", "datasets", "gguf", "peft"}
 # May print, configure logging and read the environment.
