@@ -27,6 +27,7 @@ from ensemble_rm.cli import (
     rollback,
     score,
     select,
+    serve,
     show,
     train,
     unpin,
@@ -36,7 +37,7 @@ from ensemble_rm.cli import (
 COMMANDS = (
     *(train, combine, merge, calibrate, evaluate, score, compare, precision),
     *(select, judgments, recalibrate, retrain, drift, versions),
-    *(show, rollback, pin, unpin, make_pairs, init_reward, demo),
+    *(serve, show, rollback, pin, unpin, make_pairs, init_reward, demo),
 )
 
 EXIT_CODES = """\
@@ -51,6 +52,7 @@ exit codes:
   11   a job has too few judgments
   12   a job found drift that no publication answers
   13   another job works on the folder
+  14   the address cannot be bound, or not without a token
   130  interrupted
 """
 
@@ -64,6 +66,7 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.TrainingError, 6),
     (errors.ScoringError, 6),
     (errors.OptionError, 2),
+    (errors.ServerError, 14),
     (errors.EnsembleRMError, 2),
     (FileNotFoundError, 3),
     (OSError, 4),

@@ -136,9 +136,13 @@ def read_model(kind: type[M], body: Any) -> M:
         return kind.model_validate(body, strict=True)
     except ValidationError as error:
         faults = error.errors(include_input=False, include_url=False, include_context=False)
-        shown = "; ".join(_fault(fault["loc"], fault["type"], fault["msg"]) for fault in faults[:_SHOWN])
+        shown = "; ".join(
+            _fault(fault["loc"], fault["type"], fault["msg"]) for fault in faults[:_SHOWN]
+        )
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise UnprocessableError(f"the body does not have the shape asked for: {shown}{more}") from None
+        raise UnprocessableError(
+            f"the body does not have the shape asked for: {shown}{more}"
+        ) from None
 
 
 def _fault(place: tuple[int | str, ...], kind: str, what: str) -> str:
