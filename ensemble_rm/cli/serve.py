@@ -1,7 +1,8 @@
 """Serve an ensemble over HTTP.
 
-In its own wire format, and in those of OpenRLHF, vLLM, SGLang and LLaMA-Factory. It binds 127.0.0.1 unless told otherwise; any other host needs a token, from --token-file or from
-ENSEMBLE_RM_TOKEN. On SIGTERM it finishes what it accepted.
+In its own wire format, and in those of OpenRLHF, vLLM, SGLang and LLaMA-Factory. It binds 127.0.0.1
+unless told otherwise; any other host needs a token, from --token-file or from ENSEMBLE_RM_TOKEN. On
+SIGTERM it finishes what it accepted.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from ensemble_rm.server.guard import OPEN
 from ensemble_rm.server.http import VERSION_HEADER
 
 if TYPE_CHECKING:
-    from ensemble_rm.server.app import Routes
+    from ensemble_rm.server.routes import Routes
 
 Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
 _REF = "#/components/schemas/{model}"

@@ -32,8 +32,9 @@ class TurnTemplate:
     Parameters
     ----------
     turn : str
-        Text with ``{role}`` and ``{content}``, such as ``<|im_start|>{role}\n{content}<|im_end|>``, or a
-        name in `KNOWN`. It must begin with something that stands in no content.
+        A name in `KNOWN`, or text with ``{role}`` and ``{content}``, such as
+        ``<|im_start|>{role}\n{content}<|im_end|>``. It must begin with something that stands in no
+        content.
 
     Raises
     ------
