@@ -15,6 +15,7 @@ from ensemble_rm.server.auth import Token
 from ensemble_rm.server.batching import BatchOptions
 from ensemble_rm.server.lifecycle import serve
 from ensemble_rm.server.limits import Limits
+from ensemble_rm.server.raw_text import RawText, TurnTemplate
 from ensemble_rm.server.service import ServerOptions
 
 
@@ -49,6 +50,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--queue-samples", type=int, default=4096)
     parser.add_argument("--token")
+    parser.add_argument("--policy-template")
+    parser.add_argument("--stop", nargs="+", default=[])
+    parser.add_argument("--raw-text-members", nargs="+", default=[])
     parser.add_argument("--port-file", type=Path, required=True)
     args = parser.parse_args()
 
@@ -61,7 +65,9 @@ def main() -> None:
         scratch.write_text(str(port))
         scratch.replace(args.port_file)
 
+    template = None if args.policy_template is None else TurnTemplate(args.policy_template)
     options = ServerOptions(
+        raw_text=RawText(template, members=tuple(args.raw_text_members), stop=tuple(args.stop)),
         limits=Limits(header_seconds=args.header_seconds, body_seconds=args.body_seconds),
         batching=BatchOptions(rows=args.rows, queue_samples=args.queue_samples),
     )

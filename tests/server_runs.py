@@ -47,6 +47,7 @@ class Process:
             [sys.executable, *command], stdout=self.log, stderr=self.log, env=environment
         )
         self.port = 0
+        self.headers: dict[str, str] = {}
 
     def request(
         self, method: str, path: str, body: Any = None, *, timeout: float = 30, **headers: str
@@ -54,9 +55,9 @@ class Process:
         """Ask, and return status, JSON and headers."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            said = None if body is None else json.dumps(body)
-            sent = {"Content-Type": "application/json"} if body is not None else {}
-            connection.request(method, path, said, sent | headers)
+            said = body if body is None or isinstance(body, bytes) else json.dumps(body)
+            sent = {} if body is None else {"Content-Type": "application/json"}
+            connection.request(method, path, said, sent | self.headers | headers)
             answer = connection.getresponse()
             text = answer.read()
             named = {name.lower(): value for name, value in answer.getheaders()}

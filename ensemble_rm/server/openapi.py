@@ -7,8 +7,9 @@ schemas here. Knows FastAPI and the wire formats' models; knows nothing of scori
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -174,17 +175,18 @@ def describe(app: FastAPI, routes: Routes, wrap: Callable[[Handler], Handler]) -
 def _add(
     app: FastAPI, path: str, handler: Handler, methods: tuple[str, ...], codes: dict[int, str]
 ) -> None:
-    for method in methods:
-        app.add_api_route(
-            path,
-            handler,
-            methods=[method],
-            name=handler.__name__,
-            operation_id=f"{handler.__name__}_{method.lower()}",
-            summary=(handler.__doc__ or "").strip().splitlines()[0],
-            response_model=None,
-            responses={code: {"model": ErrorAnswer, "description": s} for code, s in codes.items()},
-        )
+    shown = {code: {"model": ErrorAnswer, "description": text} for code, text in codes.items()}
+    if len(methods) > 1:  # FastAPI describes one route once a method, under one name
+        app.add_api_route(path, handler, methods=list(methods), include_in_schema=False)
+    app.add_api_route(
+        path,
+        handler,
+        methods=[methods[0]],
+        operation_id=handler.__name__,
+        summary=(handler.__doc__ or "").strip().splitlines()[0],
+        response_model=None,
+        responses=cast(Any, shown),
+    )
 
 
 def _schema(app: FastAPI) -> dict[str, Any]:
@@ -205,12 +207,15 @@ def _schema(app: FastAPI) -> dict[str, Any]:
         if post.listed:
             answers.append({"type": "array", "items": answers[-1]})
         bodies = [dict(refs[model, "validation"]) for model in post.bodies]
-        for method in post.methods:
-            operation = said["paths"][post.path][method.lower()]
-            content = {"schema": _either(bodies)}
-            content["examples"] = {name: {"value": one} for name, one in post.examples.items()}
-            operation["requestBody"] = {"required": True, "content": {"application/json": content}}
-            _answers(operation, _either(answers))
+        operations = said["paths"][post.path]
+        operation = operations["post"]
+        examples = {name: {"value": one} for name, one in post.examples.items()}
+        content = {"schema": _either(bodies), "examples": examples}
+        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
+        _answers(operation, _either(answers))
+        for method in post.methods[1:]:
+            name = f"{operation['operationId']}_{method.lower()}"
+            operations[method.lower()] = deepcopy(operation) | {"operationId": name}
     _answers(said["paths"][_REFRESH]["post"], dict(refs[native.RefreshAnswer, "serialization"]))
     said["paths"]["/metrics"]["get"]["responses"]["200"]["content"] = {
         "text/plain": {"schema": {"type": "string"}}

@@ -12,7 +12,7 @@ from uuid import uuid4
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ensemble_rm.errors import UnprocessableError
+from ensemble_rm.errors import NotReadyError, UnprocessableError
 from ensemble_rm.samples import Sample
 from ensemble_rm.server import wire_llamafactory as llamafactory
 from ensemble_rm.server import wire_native as native
@@ -156,11 +156,10 @@ class Routes:
 
     async def ready(self, request: Request) -> Response:  # noqa: ARG002
         """Say whether requests are served: loaded, warmed up, not shutting down."""
-        if self.service.ready:
-            version = self.service.current.version
-            return json_answer({"status": "ready", "version": version}, version=version)
-        status = "draining" if self.service.draining else "loading"
-        return json_answer({"status": status}, status=503, headers={"retry-after": "1"})
+        if self.service.draining:
+            raise NotReadyError("the server shuts down")
+        version = self.service.current.version
+        return json_answer({"status": "ready", "version": version}, version=version)
 
     async def metrics(self, request: Request) -> Response:  # noqa: ARG002
         """Figures for Prometheus."""

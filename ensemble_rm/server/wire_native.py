@@ -6,14 +6,14 @@ Pure: bodies to samples, outcomes to answers. Knows nothing of HTTP.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from ensemble_rm.aggregation.aggregator import Aggregator, make_aggregator
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.errors import OptionError, ScoringError, UnprocessableError
+from ensemble_rm.errors import ScoringError
 from ensemble_rm.results import Comparison
 from ensemble_rm.samples import Message, Prompt, Sample
 from ensemble_rm.server.scored import Outcome, SampleError, Scored, first_error
@@ -51,23 +51,56 @@ class ScoredSample(Body):
     )
 
 
-class AggregatorChoice(Body):
-    """An aggregator and its coefficient, in normalised units."""
+class PlainAggregator(Body):
+    """An aggregator without a coefficient."""
 
-    name: str
-    lam: float | None = None
-    kappa: float | None = None
-    beta: float | None = None
-    q: float | None = None
-    alpha: float | None = None
+    name: Literal["mean", "minimum", "median"]
+
+
+class UWO(Body):
+    """Mean less λ times the members' variance."""
+
+    name: Literal["uwo"]
+    lam: FiniteFloat = Field(ge=0)
+
+
+class LCB(Body):
+    """Mean less κ times the members' standard deviation."""
+
+    name: Literal["lcb"]
+    kappa: FiniteFloat = Field(ge=0)
+
+
+class Entropic(Body):
+    """A soft minimum."""
+
+    name: Literal["entropic"]
+    beta: FiniteFloat = Field(gt=0)
+
+
+class Quantile(Body):
+    """A quantile of the members."""
+
+    name: Literal["quantile"]
+    q: FiniteFloat = Field(ge=0, le=1)
+
+
+class CVaR(Body):
+    """The mean of the lowest share α."""
+
+    name: Literal["cvar"]
+    alpha: FiniteFloat = Field(gt=0, le=1)
+
+
+AggregatorChoice: TypeAlias = PlainAggregator | UWO | LCB | Entropic | Quantile | CVaR
 
 
 class ScoreRequest(Body):
     """Samples to score."""
 
     samples: list[ScoredSample] = Field(min_length=1)
-    aggregator: AggregatorChoice | None = Field(
-        None, description="of these rewards; the ensemble's own where there is none"
+    aggregator: Annotated[AggregatorChoice, Field(discriminator="name")] | None = Field(
+        None, description="of these rewards, in normalised units; else the ensemble's own"
     )
     partial: bool = Field(
         default=False,
@@ -154,24 +187,11 @@ def read_pairs(request: CompareRequest) -> tuple[list[Sample], list[str | None]]
 
 
 def read_aggregator(choice: AggregatorChoice | None, own: Aggregator) -> Aggregator | None:
-    """Return the aggregator that a request asks for; missing members are `own`'s to judge.
-
-    Raises
-    ------
-    UnprocessableError
-        If there is none of that name, or the coefficient does not fit.
-    """
+    """Return the aggregator that a request asks for; missing members are `own`'s to judge."""
     if choice is None:
         return None
-    try:
-        given = choice.model_dump(exclude={"name"}, exclude_none=True)
-        return make_aggregator(choice.name, nan=own.nan, min_members=own.min_members, **given)
-    except OptionError:
-        raise UnprocessableError(
-            "aggregator: no such name, or its coefficient is missing, unknown or out of range; "
-            "there are mean, minimum, uwo (lam), lcb (kappa), entropic (beta), median, quantile "
-            "(q), cvar (alpha)"
-        ) from None
+    given = choice.model_dump(exclude={"name"})
+    return make_aggregator(choice.name, nan=own.nan, min_members=own.min_members, **given)
 
 
 # Outcomes to answers ---------------------------------------------------------------------------
