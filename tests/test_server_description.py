@@ -18,6 +18,8 @@ from ensemble_rm.server.app import create_app
 PATHS = ("/v1/score", "/v1/compare", "/get_reward", "/classify", "/v1/embeddings")
 PATHS += ("/v1/score/evaluation",)
 
+pytestmark = pytest.mark.slow  # starts a process
+
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:

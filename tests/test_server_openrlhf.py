@@ -23,6 +23,8 @@ from server_runs import server
 CHAT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 TOKEN = "a-token-of-some-length"
 
+pytestmark = pytest.mark.slow  # starts a process
+
 
 @pytest.fixture
 def agent(monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -74,19 +74,21 @@ async def read_json(request: Request, limits: Limits) -> Any:
             f"the body did not arrive within {limits.body_seconds:g} s"
         ) from None
     except TooLargeError:
-        await _discard(request)
+        await _discard(request, limits.body_bytes)
         raise
     return parse_json(bytes(body))
 
 
-async def _discard(request: Request) -> None:
+async def _discard(request: Request, most: int) -> None:
     """Read on for a moment: a client that still sends would see a reset, not the answer."""
     if "expect" in request.headers:
         return
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(_LINGER_SECONDS):
-            async for _ in request.stream():
-                pass
+            async for chunk in request.stream():
+                most -= len(chunk)
+                if most < 0:
+                    return
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

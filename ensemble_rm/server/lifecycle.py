@@ -26,6 +26,7 @@ from ensemble_rm.server.service import ServerOptions
 if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
 
+_BACKLOG = 2048
 _KEEP_ALIVE = 65  # seconds; longer than balancers keep theirs, so that they close first
 
 
@@ -80,6 +81,7 @@ def bind(host: str, port: int) -> socket.socket:
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
+        found.listen(_BACKLOG)  # whoever is told of the address can connect
     except OSError as error:
         raise ServerError(f"{host}:{port} cannot be bound: {error}") from error
     return found

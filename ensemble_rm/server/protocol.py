@@ -39,6 +39,12 @@ class DeadlineProtocol(H11Protocol):
         else:
             self._disarm()
 
+    def on_response_complete(self) -> None:
+        """Go on to the next request, whose beginning may be there already."""
+        super().on_response_complete()
+        if self._between_requests and self.conn.trailing_data[0]:
+            self._arm()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._disarm()
