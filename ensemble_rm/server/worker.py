@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 
 class ScoringThread:
-    """Scores samples in a thread of its own, one call after the other.
-
-    Attributes
-    ----------
-    seconds : float
-        Spent in scoring so far.
-    """
+    """Scores samples in a thread of its own, one call after the other."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="scoring")
-        self.seconds = 0.0
+        self._spent = 0.0
+        self._began: float | None = None  # of the call that runs
+
+    @property
+    def seconds(self) -> float:
+        """Spent in scoring so far, in the call that runs, too."""
+        began = self._began
+        return self._spent + (0.0 if began is None else monotonic() - began)
 
     async def __call__(self, held: Held, samples: Sequence[Sample]) -> list[Outcome]:
         """Return one outcome a sample, in their order."""
@@ -37,11 +38,12 @@ class ScoringThread:
         return await loop.run_in_executor(self._pool, self._score, held, samples)
 
     def _score(self, held: Held, samples: Sequence[Sample]) -> list[Outcome]:
-        began = monotonic()
+        self._began = began = monotonic()
         try:
             return score_outcomes(held.ensemble, samples)
         finally:
-            self.seconds += monotonic() - began
+            self._began = None
+            self._spent += monotonic() - began
 
     def close(self) -> None:
         """Let the thread end."""
