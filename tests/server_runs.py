@@ -103,11 +103,11 @@ def _quietly(holds: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def server(folder: Path, *options: object, ready: bool = True, port: int = 0) -> Iterator[Process]:
+def server(folder: Path, *options: object, ready: bool = True) -> Iterator[Process]:
     """`server_process.py` with these options, until it is told to stop."""
     file = folder / "port"
     file.unlink(missing_ok=True)
-    command = [str(HERE / "server_process.py"), "--port-file", str(file), "--port", str(port)]
+    command = [str(HERE / "server_process.py"), "--port-file", str(file)]
     found = Process([*command, *map(str, options)], folder)
     try:
         found.wait(file.exists)

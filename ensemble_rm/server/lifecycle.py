@@ -74,6 +74,7 @@ def bind(host: str, port: int) -> socket.socket:
     ServerError
         If the address cannot be bound.
     """
+    found: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -83,6 +84,8 @@ def bind(host: str, port: int) -> socket.socket:
         found.bind(address)
         found.listen(_BACKLOG)  # whoever is told of the address can connect
     except OSError as error:
+        if found is not None:
+            found.close()
         raise ServerError(f"{host}:{port} cannot be bound: {error}") from error
     return found
 
