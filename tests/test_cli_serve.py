@@ -122,17 +122,7 @@ def test_it_serves_a_saved_ensemble_and_logs_no_text(
     folder = ensemble.save_pretrained(tmp_path / "hh")
     token = tmp_path / "token"
     token.write_text(SECRET)
-    command = [
-        "-m",
-        "ensemble_rm",
-        "serve",
-        str(folder),
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-        "--json",
-    ]
+    command = [*SERVE, str(folder), "--device", "cpu"]
     running = Process([*command, "--token-file", str(token), "--access-log"], tmp_path)
     running.headers["Authorization"] = f"Bearer {SECRET}"
     try:
@@ -159,9 +149,7 @@ def test_it_serves_a_saved_ensemble_and_logs_no_text(
 
 @pytest.mark.slow
 def test_an_ensemble_that_cannot_be_loaded_ends_it(tmp_path: Path) -> None:
-    running = Process(
-        ["-m", "ensemble_rm", "serve", str(tmp_path), "--port", "0", "--json"], tmp_path
-    )
+    running = Process([*SERVE, str(tmp_path)], tmp_path)
     assert running.process.wait(timeout=60) == 4
     running.log.close()
     assert '"StorageError"' in running.log_text()
