@@ -38,7 +38,7 @@ def test_it_binds_nothing_that_others_reach_without_a_token(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     said = refused(capsys, tmp_path, "--host", "0.0.0.0")
-    assert (said["error"], said["exit_code"]) == ("BindError", 14)
+    assert (said["error"], said["exit_code"]) == ("BindError", 2)
     assert "--token-file" in said["message"]
 
 
@@ -66,7 +66,7 @@ def test_a_taken_address_is_a_named_error(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         said = refused(capsys, tmp_path, "--port", taken.getsockname()[1])
-    assert (said["error"], said["exit_code"]) == ("ServerError", 14)
+    assert (said["error"], said["exit_code"]) == ("ServerError", 2)
 
 
 @pytest.mark.parametrize(

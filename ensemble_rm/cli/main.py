@@ -52,7 +52,6 @@ exit codes:
   11   a job has too few judgments
   12   a job found drift that no publication answers
   13   another job works on the folder
-  14   the address cannot be bound, or not without a token
   130  interrupted
 """
 
@@ -66,7 +65,6 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.TrainingError, 6),
     (errors.ScoringError, 6),
     (errors.OptionError, 2),
-    (errors.ServerError, 14),
     (errors.EnsembleRMError, 2),
     (FileNotFoundError, 3),
     (OSError, 4),
