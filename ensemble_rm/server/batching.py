@@ -1,7 +1,7 @@
 """Concurrent requests, mostly of one sample each, join into common batches.
 
 While one batch is scored, requests gather; when the worker is free it takes what there is, up to
-the budget, after at most a few milliseconds' window. Knows the event loop and the queue; knows
+the budget, after a few milliseconds' window at most, or a small share of the last batch's time. Knows the event loop and the queue; knows
 nothing of HTTP, of models or of what a sample is.
 """
 
@@ -23,6 +23,8 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 _QUIET = 1 / 4  # of the window: as long without an arrival, and an idle worker waits no more
+_SHARE = 0.02  # of the last batch's time
+_LONGEST_WAIT = 0.1  # seconds
 _FIRST_RATE = 500.0  # tokens a second, until a batch has been measured
 _SMOOTHING = 0.2
 _LONGEST = 60  # seconds of Retry-After
@@ -39,7 +41,8 @@ class BatchOptions:
     rows : int
         Samples of a batch at most.
     window_seconds : float
-        How long a free worker waits at most for others to come.
+        How long a free worker waits at most for others to come; after a batch of several requests,
+        2 % of what that took, where it is more, but never over 0.1 s.
     queue_samples, queue_tokens : int
         That wait at most; what comes then is told when to come again.
     """
@@ -110,6 +113,9 @@ class Batcher(Generic[K, S, R]):
         self._arrived = asyncio.Event()
         self._closing = False
         self._rate = _FIRST_RATE
+        self._ended = 0.0  # the last batch,
+        self._patience = options.window_seconds  # how long others are waited for after it,
+        self._together = False  # and whether it, or what waited meanwhile, were several requests
         self._task: asyncio.Task[None] | None = None
         self.counts = Counts()
 
@@ -183,31 +189,40 @@ class Batcher(Generic[K, S, R]):
             await self._task
 
     async def _run(self) -> None:
-        concurrent = False  # whether others waited while the last batch was scored
         while True:
             while not len(self.queue):
                 if self._closing:
                     return
-                concurrent = False
                 self._arrived.clear()
                 await self._arrived.wait()
-            await self._gather(patient=concurrent)
+            await self._gather()
             parts = self.queue.take()
             if parts:
+                began = monotonic()
                 await self._serve(parts)
-            concurrent = len(self.queue) > 0
+                self._ended = monotonic()
+                window = self._options.window_seconds
+                share = _SHARE * (self._ended - began)
+                self._patience = max(window, min(share, _LONGEST_WAIT))
+                self._together = len(parts) > 1 or len(self.queue) > 0
 
-    async def _gather(self, *, patient: bool) -> None:
-        """Wait for others: for the window where requests come together, else while they come."""
-        window = self._options.window_seconds
-        deadline = monotonic() + window
+    async def _gather(self) -> None:
+        """Wait for others while they come.
+
+        Those that were answered together ask again together: right after such a batch the wait may
+        take a small share of what the batch took, where that is more than the window.
+        """
+        now, window = monotonic(), self._options.window_seconds
+        patient = self._together and now - self._ended <= self._patience
+        deadline = now + (self._patience if patient else window)
+        quiet = window if patient else window * _QUIET
         while not self.queue.full_batch and not self._closing:
             left = deadline - monotonic()
             if left <= 0:
                 return
             self._arrived.clear()
             try:
-                async with asyncio.timeout(left if patient else min(left, window * _QUIET)):
+                async with asyncio.timeout(min(left, quiet)):
                     await self._arrived.wait()
             except TimeoutError:
                 return
