@@ -35,7 +35,7 @@ from common import Figures, make_parser
 from preference_runs import package_folder
 from scoring_sides import HuggingFace, groups, make_classifier
 from serving_load import Answer, Work, closed_loop, open_loop
-from serving_sides import body, make_ensemble
+from serving_sides import body, make_ensemble, tag
 from serving_soak import soak
 
 from ensemble_rm import Sample, TrunkOptions
@@ -253,7 +253,8 @@ def run(args: argparse.Namespace, figures: Figures, place: Path) -> None:
         rate = 0.7 * float(np.median(found["ours"]["rate"]))
         tagged = Server("tagged", args, folder)
         picture = None if args.json is None else args.json.with_name("serving_soak.png")
-        soak(tagged, works_of("tagged", samples, texts), samples, rate, args.soak, figures, picture)
+        marks = [tag(sample.completion) for sample in samples]
+        soak(tagged, works_of("tagged", samples, texts), marks, rate, args.soak, figures, picture)
 
 
 def add_closed(figures: Figures, found: dict[str, dict[str, list[float]]], direct: float) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from serving_load import Answer, Nuisance, Work, ask_until_answered
-from serving_sides import tag
-
-from ensemble_rm import Sample
 
 if TYPE_CHECKING:
     from common import Figures
-    from serving import Server
 
 KILLS = (1 / 8, 2 / 8, 3 / 8)  # of the time; after the last, memory is watched
 GROUP = 16
@@ -24,13 +21,25 @@ GRACE = 120.0  # seconds for the last requests
 Readings = list[tuple[float, float]]
 
 
+class Server(Protocol):
+    """What is under load."""
+
+    port: int
+    process: subprocess.Popen[bytes] | None
+
+    def start(self) -> None: ...
+    def kill(self) -> None: ...
+    def resident(self) -> float: ...
+    def metric(self, name: str) -> float: ...
+
+
 class Soak:
     """One run, and what it saw."""
 
     def __init__(
-        self, server: Server, works: list[Work], samples: list[Sample], rate: float, seconds: float
+        self, server: Server, works: list[Work], marks: list[float], rate: float, seconds: float
     ) -> None:
-        self.server, self.works, self.samples = server, works, samples
+        self.server, self.works, self.marks = server, works, marks
         self.rate, self.seconds = rate, seconds
         self.began = perf_counter()
         self.answers: list[Answer | None] = []
@@ -83,13 +92,12 @@ class Soak:
         return sum(answer is None for answer in self.answers)
 
     def mixed_up(self) -> int:
-        """Answers whose mark is not that of the completion that was sent."""
+        """Count answers whose last member's score is not the mark of what was sent."""
         wrong = 0
         for answer in self.answers:
             if answer is not None:
-                sample = self.samples[answer.index % len(self.samples)]
                 marks = [row[-1] for row in answer.said["members"]]
-                wrong += marks != [tag(sample.completion)]
+                wrong += marks != [self.marks[answer.index % len(self.marks)]]
         return wrong
 
     def growth(self) -> float:
@@ -106,7 +114,7 @@ class Soak:
 def soak(
     server: Server,
     works: list[Work],
-    samples: list[Sample],
+    marks: list[float],
     rate: float,
     seconds: float,
     figures: Figures,
@@ -114,7 +122,7 @@ def soak(
 ) -> None:
     server.start()
     try:
-        run = Soak(server, works, samples, rate, seconds)
+        run = Soak(server, works, marks, rate, seconds)
         asyncio.run(run.run())
         dropped = server.metric("dropped_requests_total")
     finally:

@@ -1,8 +1,8 @@
 """Concurrent requests, mostly of one sample each, join into common batches.
 
 While one batch is scored, requests gather; when the worker is free it takes what there is, up to
-the budget, after a few milliseconds' window at most, or a small share of the last batch's time. Knows the event loop and the queue; knows
-nothing of HTTP, of models or of what a sample is.
+the budget, after a few milliseconds' window at most, or a small share of the last batch's time.
+Knows the event loop and the queue; knows nothing of HTTP, of models or of what a sample is.
 """
 
 from __future__ import annotations
