@@ -50,7 +50,7 @@ class Process:
         self.headers: dict[str, str] = {}
 
     def request(
-        self, method: str, path: str, body: Any = None, *, timeout: float = 30, **headers: str
+        self, method: str, path: str, body: Any = None, *, timeout: float = 120, **headers: str
     ) -> tuple[int, Any, dict[str, str]]:
         """Ask, and return status, JSON and headers."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -80,7 +80,7 @@ class Process:
             float(value) for key, value in rows if key.split("{")[0] == f"ensemble_rm_{name}"
         )
 
-    def wait(self, holds: Callable[[], bool], seconds: float = 60) -> None:
+    def wait(self, holds: Callable[[], bool], seconds: float = 300) -> None:
         """Wait until something holds; not for a measured time."""
         until = time.monotonic() + seconds
         while not _quietly(holds):

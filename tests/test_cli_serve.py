@@ -137,7 +137,7 @@ def test_it_serves_a_saved_ensemble_and_logs_no_text(
         assert said["truncated"] == [True]
         assert running.request("GET", "/v1/models")[1]["data"][0]["id"] == "hh"
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(timeout=60) == 0
+        assert running.process.wait(timeout=300) == 0
         log = running.log_text()
         assert "/v1/score" in log and "version" in log
         assert not any(word in log for word in ("zebra", "fox", SECRET))
@@ -150,6 +150,6 @@ def test_it_serves_a_saved_ensemble_and_logs_no_text(
 @pytest.mark.slow
 def test_an_ensemble_that_cannot_be_loaded_ends_it(tmp_path: Path) -> None:
     running = Process([*SERVE, str(tmp_path)], tmp_path)
-    assert running.process.wait(timeout=60) == 4
+    assert running.process.wait(timeout=300) == 4
     running.log.close()
     assert '"StorageError"' in running.log_text()

@@ -1,4 +1,4 @@
-"""Seconds of the benchmark's soak: kills, slow clients and those that leave, and nothing is lost."""
+"""Seconds of the benchmark's soak: kills, slow clients, clients that leave; nothing is lost."""
 
 from __future__ import annotations
 
