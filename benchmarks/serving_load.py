@@ -69,10 +69,12 @@ async def ask_once(client: Client, index: int, work: Work) -> Answer:
     return Answer(index, asked, perf_counter() - asked, status, json.loads(text))
 
 
-async def ask_until_answered(port: int, index: int, work: Work, stop: float) -> Answer | None:
+async def ask_until_answered(
+    port: int, index: int, work: Work, stop: Callable[[], bool]
+) -> Answer | None:
     """Ask again after refusals and lost connections, as a trainer does."""
     asked = perf_counter()
-    while perf_counter() < stop:
+    while not stop():
         client = Client(port)
         try:
             status, text = await client.ask(*work)

@@ -46,6 +46,9 @@ class Soak:
         self.memory: Readings = []
         self.kills: list[float] = []
         self.sent = 0
+        self.killed = False
+        self.restarted = 0.0  # for the last time
+        self.quiet_from = 0.0  # neither new requests nor kills
 
     @property
     def now(self) -> float:
@@ -64,12 +67,16 @@ class Soak:
         while self.now < self.seconds:
             for _ in range(GROUP):
                 work = self.works[self.sent % len(self.works)]
-                stop = self.began + self.seconds + GRACE
-                task = ask_until_answered(self.server.port, self.sent, work, stop)
+                task = ask_until_answered(self.server.port, self.sent, work, self._given_up)
                 tasks.append(asyncio.ensure_future(task))
                 self.sent += 1
             await asyncio.sleep(float(rng.exponential(GROUP / self.rate)))
+        self.quiet_from = max(self.quiet_from, self.now)
         self.answers = await asyncio.gather(*tasks)
+
+    def _given_up(self) -> bool:
+        """Whether the last requests have had their time, since load and kills are over."""
+        return self.killed and self.now > max(self.quiet_from, self.seconds) + GRACE
 
     async def _kill(self) -> None:
         for share in KILLS:
@@ -77,6 +84,8 @@ class Soak:
             self.kills.append(self.now)
             self.server.kill()
             await asyncio.to_thread(self.server.start)
+        self.killed, self.restarted = True, self.now
+        self.quiet_from = max(self.quiet_from, self.now)
 
     async def _watch(self, over: asyncio.Future[None]) -> None:
         while not over.done():
@@ -102,7 +111,8 @@ class Soak:
 
     def growth(self) -> float:
         """Memory of the last quarter over that of the one before it."""
-        quiet = [(t, m) for t, m in self.memory if self.seconds / 2 < t <= self.seconds]
+        start = max(self.seconds / 2, self.restarted)
+        quiet = [(t, m) for t, m in self.memory if start < t <= self.seconds]
         half = len(quiet) // 2
         if half == 0:
             return float("nan")
