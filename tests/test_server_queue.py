@@ -70,7 +70,20 @@ def test_every_sample_is_taken_once_within_the_budget(
         size = sum(len(part.samples) for part in parts)
         assert size <= rows and (cost(parts) <= tokens or size == 1)
         assert len({part.ticket.key for part in parts}) == 1
-    assert (queue.samples, queue.tokens) == (0, 0)
+    assert (queue.samples, queue.tokens, queue._apart) == (0, 0, 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=20))
+def test_a_batch_is_full_where_what_waits_fills_it(rows: list[tuple[int, int]]) -> None:
+    asked = [ticket(0, [(group, own, i)]) for i, (group, own) in enumerate(rows)]
+    needed = cost([Part(one, 0, 1) for one in asked])
+    for budget in (needed, needed + 1):
+        queue: FairQueue[int, Item] = FairQueue(tokens=budget, rows=100)
+        for one in asked:
+            one.taken = 0
+            queue.push(one)
+        assert queue.full_batch == (budget == needed)
+        assert sum(len(part.samples) for part in queue.take()) == len(rows)
 
 
 @given(requests, st.integers(8, 40), st.integers(1, 8))

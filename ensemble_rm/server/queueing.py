@@ -55,6 +55,11 @@ class Ticket(Generic[K, S]):
         """Their tokens, as if nothing were shared."""
         return sum(shared + own for shared, own in self.costs[self.taken :])
 
+    @property
+    def shared_left(self) -> int:
+        """Those of them that samples of one group share."""
+        return sum(shared for shared, _ in self.costs[self.taken :])
+
 
 @dataclass(frozen=True)
 class Part(Generic[K, S]):
@@ -130,14 +135,15 @@ class FairQueue(Generic[K, S]):
         self._next = count()
         self.samples = 0
         self.tokens = 0
+        self._apart = 0  # tokens, where those of one prompt count it once
 
     def __len__(self) -> int:
         return len(self._order)
 
     @property
     def full_batch(self) -> bool:
-        """Whether a batch would be full with what waits, nothing shared."""
-        return self.tokens >= self._budget or self.samples >= self._rows
+        """Whether what waits would fill a batch, each request's prompt counted once."""
+        return self._apart >= self._budget or self.samples >= self._rows
 
     def push(self, ticket: Ticket[K, S]) -> None:
         """Put a ticket at the end."""
@@ -146,9 +152,12 @@ class FairQueue(Generic[K, S]):
         self._order[number] = ticket
         self.samples += ticket.left
         self.tokens += ticket.tokens_left
+        self._apart += ticket.tokens_left
         group = ticket.group
         if group is not None:
-            self._groups.setdefault(group, OrderedDict())[number] = ticket
+            friends = self._groups.setdefault(group, OrderedDict())
+            self._apart -= ticket.shared_left - (0 if friends else ticket.costs[0][0])
+            friends[number] = ticket
 
     def drop(self, ticket: Ticket[K, S]) -> bool:
         """Take a ticket out; say whether it was there."""
@@ -158,10 +167,12 @@ class FairQueue(Generic[K, S]):
         del self._order[number]
         self.samples -= ticket.left
         self.tokens -= ticket.tokens_left
+        self._apart -= ticket.tokens_left
         group = ticket.group
         if group is not None:
             friends = self._groups[group]
             del friends[number]
+            self._apart += ticket.shared_left - (0 if friends else ticket.costs[0][0])
             if not friends:
                 del self._groups[group]
         return True
