@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=48, help="of the groups")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=25.0, help="of a measurement")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a measurement")
     parser.add_argument("--warm", type=float, default=5.0, help="seconds before it")
     parser.add_argument("--soak", type=float, default=0.0, metavar="SECONDS", help="0: none")
     parser.add_argument("--threads", type=int, default=1)
