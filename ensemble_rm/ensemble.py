@@ -31,7 +31,7 @@ from ensemble_rm.members.score_cache import ScoreCache
 from ensemble_rm.members.scorer import Scorer, score_all, unloaded
 from ensemble_rm.members.text import Truncation
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.results import Comparison, Ranking, Scores
+from ensemble_rm.results import Comparison, Ranking, Scores, compare_scored
 from ensemble_rm.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
 from ensemble_rm.stored import Origin, Stored
 
@@ -220,14 +220,7 @@ class RewardEnsemble(Stored):
             raise OptionError(f"{len(subsets)} subsets for {len(prompts)} pairs")
         sides = list(zip(first, second, strict=True))
         scores = self.score(grouped_samples(prompts, sides, references), progress=progress)
-        margin = scores.reward[::2] - scores.reward[1::2]
-        return Comparison(
-            calibration.probability(margin, subsets=subsets),
-            margin,
-            scores.members[::2] - scores.members[1::2],
-            calibration.mixture_temperature,
-            calibration.outcomes(margin),
-        )
+        return compare_scored(calibration, scores.reward, scores.members, subsets=subsets)
 
     def rank(
         self,

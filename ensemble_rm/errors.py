@@ -41,6 +41,17 @@
     │   ├── RemoteRefusalError        the server refuses the request: its address, token or model
     │   ├── RemoteAnswerError         an answer cannot be read as what was asked
     │   └── RemoteActivationError     its scores are no raw logits
+    ├── ServerError                   the reward server cannot serve, or refuses a request
+    │   ├── BindError                 an address that others reach was asked for without a token
+    │   └── RequestError              a request is refused; `status` is the answer's
+    │       ├── BadRequestError       the body is no JSON
+    │       ├── UnauthorisedError     no token, or a wrong one
+    │       ├── SlowRequestError      the body did not arrive in time
+    │       ├── TooLargeError         the body, a sample or their number is over a limit
+    │       ├── MediaTypeError        the body is declared as something other than JSON
+    │       ├── UnprocessableError    the body is JSON of another shape, or cannot be scored
+    │       ├── QueueFullError        as much waits as may; come again after `retry_after`
+    │       └── NotReadyError         the ensemble is not loaded yet, or the server shuts down
     └── StorageError                  a saved directory or a cache cannot be read or written
         ├── CacheLimitError           a cache would outgrow its stated limit
         ├── LockedError               another process works on the folder
@@ -241,6 +252,80 @@ class RemoteActivationWarning(UserWarning):
 
 class RemoteFailureWarning(UserWarning):
     """Some samples have no score of a remote member, and NaN in its place."""
+
+
+class ServerError(EnsembleRMError):
+    """The reward server cannot serve, or refuses a request."""
+
+
+class BindError(ServerError):
+    """An address that other machines reach was asked for without a token."""
+
+
+class RequestError(ServerError):
+    """A request is refused; the message holds none of its text.
+
+    Attributes
+    ----------
+    status : int
+        HTTP status of the answer.
+    retry_after : int, optional
+        Seconds after which to come again.
+    """
+
+    status = 400
+    retry_after: int | None = None
+
+
+class BadRequestError(RequestError):
+    """A request's body is no JSON."""
+
+
+class UnauthorisedError(RequestError):
+    """A request carries no token, or a wrong one."""
+
+    status = 401
+
+
+class SlowRequestError(RequestError):
+    """A request's body did not arrive in time."""
+
+    status = 408
+
+
+class TooLargeError(RequestError):
+    """A request's body, a sample of it or their number is over a limit."""
+
+    status = 413
+
+
+class MediaTypeError(RequestError):
+    """A request's body is declared as something other than JSON."""
+
+    status = 415
+
+
+class UnprocessableError(RequestError):
+    """A request's body is JSON of another shape, or holds what cannot be scored."""
+
+    status = 422
+
+
+class QueueFullError(RequestError):
+    """As much waits to be scored as may."""
+
+    status = 429
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotReadyError(RequestError):
+    """The ensemble is not loaded yet, or the server shuts down."""
+
+    status = 503
+    retry_after = 1
 
 
 class StorageError(EnsembleRMError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.ties import TIE
 from ensemble_rm.members.text import Truncation
 from ensemble_rm.uncertainty import PairUncertainty, member_std, split_uncertainty
@@ -99,6 +101,35 @@ class Comparison:
     def epistemic(self) -> Floats:
         """Mutual information of verdict and member, nats; shape (n_pairs,)."""
         return self.uncertainty.epistemic
+
+
+def compare_scored(
+    calibration: Calibration,
+    reward: Floats,
+    members: Floats,
+    *,
+    subsets: Sequence[str | None] | None = None,
+) -> Comparison:
+    """Compare completions that are scored already: rows 2i and 2i + 1 are the sides of pair i.
+
+    Parameters
+    ----------
+    calibration : Calibration
+        Of the aggregator that made the rewards.
+    reward : ndarray, shape (2 · n_pairs,)
+    members : ndarray, shape (2 · n_pairs, n_members)
+        Normalised scores.
+    subsets : sequence of (str or None), optional
+        Slice of each pair.
+    """
+    margin = reward[::2] - reward[1::2]
+    return Comparison(
+        calibration.probability(margin, subsets=subsets),
+        margin,
+        members[::2] - members[1::2],
+        calibration.mixture_temperature,
+        calibration.outcomes(margin),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,7 @@ FLOORS = {
     "combining": 4,
     "merging": 4,
     "streaming": 4,
+    "isolation": 4,
     "sampling": 4,
     "training": 4,
     "judgments": 5,
@@ -42,6 +43,7 @@ FLOORS = {
     "routing": 5,
     "reports": 6,
     "rl": 6,
+    "server": 6,
     "cli": 7,
     "demo": 7,
     "__main__": 8,
@@ -64,6 +66,12 @@ HOMES = {
     "alembic": {"judgments"},
     "psycopg": {"judgments"},
     "httpx": {"members.remote"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "prometheus_client": {"server"},
+    "pydantic": {"server"},
+    "pydantic_core": {"server"},
 }
 INSIDE_FUNCTIONS = {"sklearn", "netcal", "matplotlib", "datasets", "gguf", "httpx", "peft"}
 # May print, configure logging and read the environment.

@@ -18,6 +18,7 @@ import ensemble_rm
 
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "netcal", "pandas", "sklearn", "torch")
 HEAVY += ("alembic", "httpx", "peft", "psycopg", "sqlalchemy", "transformers")
+HEAVY += ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn")
 
 NAMES = tuple(name for name in getattr(ensemble_rm, "__all__", ()) if name != "__version__")
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -41,6 +42,7 @@ COMMANDS = [
     ["train"],
     ["score"],
     ["precision"],
+    ["serve"],
     ["init-reward"],
     ["make-pairs"],
     ["judgments", "import"],

@@ -29,6 +29,7 @@ from ensemble_rm.cli import (
     route,
     score,
     select,
+    serve,
     show,
     train,
     unpin,
@@ -38,7 +39,7 @@ from ensemble_rm.cli import (
 COMMANDS = (
     *(train, combine, remote, merge, calibrate, evaluate, score, compare, route, precision),
     *(select, judgments, recalibrate, retrain, drift, versions),
-    *(show, rollback, pin, unpin, make_pairs, init_reward, demo),
+    *(serve, show, rollback, pin, unpin, make_pairs, init_reward, demo),
 )
 
 EXIT_CODES = """\

@@ -14,6 +14,7 @@ import numpy as np
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import DataError, OptionError, ScoringError, TemplateError
+from ensemble_rm.isolation import score_apart
 from ensemble_rm.samples import Sample
 
 if TYPE_CHECKING:
@@ -140,19 +141,12 @@ class _Found:
 
 
 def _score(ensemble: RewardEnsemble, asked: Sequence[tuple[int, Sample]], found: _Found) -> None:
-    """Score all at once; where that fails, halve until the culprits stand alone."""
-    if not asked:
-        return
-    try:
-        scores = ensemble.score([sample for _, sample in asked])
-    except FAILURES as error:
-        if len(asked) == 1:
-            found.errors[asked[0][0]] = error
-            return
-        middle = len(asked) // 2
-        _score(ensemble, asked[:middle], found)
-        _score(ensemble, asked[middle:], found)
-        return
-    rows = [i for i, _ in asked]
-    found.reward[rows] = scores.reward
-    found.members[rows] = scores.members
+    """Score what can be scored, and keep the others' errors."""
+    places = [place for place, _ in asked]
+    for rows, scores in score_apart(ensemble, [s for _, s in asked], failures=FAILURES):
+        at = [places[row] for row in rows]
+        if isinstance(scores, Exception):
+            found.errors[at[0]] = scores
+        else:
+            found.reward[at] = scores.reward
+            found.members[at] = scores.members

@@ -1,0 +1,167 @@
+"""Run the server until it is told to stop, and then let it finish what it accepted.
+
+On SIGTERM or SIGINT `/ready` turns false at once; after `drain_seconds`, in which load balancers
+take notice and requests are still served, nothing new is accepted, and the rest is answered. A
+second signal ends it sooner. Knows uvicorn and signals; knows nothing of scores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from time import monotonic
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from ensemble_rm.errors import ServerError
+from ensemble_rm.server.app import create_app
+from ensemble_rm.server.auth import Token, check_bind
+from ensemble_rm.server.protocol import with_deadline
+from ensemble_rm.server.service import ServerOptions
+
+if TYPE_CHECKING:
+    from ensemble_rm.ensemble import RewardEnsemble
+
+_BACKLOG = 2048
+_KEEP_ALIVE = 65  # seconds; longer than balancers keep theirs, so that they close first
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which drains before it stops.
+
+    Parameters
+    ----------
+    config : uvicorn.Config
+    draining : callable
+        Called when a signal comes.
+    drain_seconds : float
+        From the signal until nothing new is accepted.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, *, draining: Callable[[], None], drain_seconds: float
+    ) -> None:
+        super().__init__(config)
+        self._draining, self._drain_seconds = draining, drain_seconds
+        self._stop_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Begin to drain; the second signal stops accepting, a third waits for nothing."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        elif self._stop_at is not None:
+            self.should_exit = True
+        else:
+            self._draining()
+            self._stop_at = monotonic() + self._drain_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Stop when the drain is over."""
+        if self._stop_at is not None and monotonic() >= self._stop_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Raises
+    ------
+    ServerError
+        If the address cannot be bound.
+    """
+    found: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(_BACKLOG)  # whoever is told of the address can connect
+    except OSError as error:
+        if found is not None:
+            found.close()
+        raise ServerError(f"{host}:{port} cannot be bound: {error}") from error
+    return found
+
+
+def serve(
+    load: Callable[[], RewardEnsemble],
+    options: ServerOptions,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: Token | None = None,
+    drain_seconds: float = 0.0,
+    stop_seconds: float = 300.0,
+    access_log: bool = False,
+    listening: Callable[[str, int], None] | None = None,
+) -> None:
+    """Serve an ensemble until a signal comes.
+
+    Parameters
+    ----------
+    load : callable
+        Returns the ensemble; called in a thread, while the server listens already.
+    options : ServerOptions
+    host, port : str, int
+        What to bind; port 0 is any that is free.
+    token : Token, optional
+        Required for every host but this machine's own.
+    drain_seconds : float
+        From the signal until nothing new is accepted; `/ready` is false meanwhile.
+    stop_seconds : float
+        For what was accepted, from then on; what is not answered by then is cut off.
+    access_log : bool
+        Whether uvicorn logs a line a request: address, path, status.
+    listening : callable, optional
+        Called with the address once it is bound.
+
+    Raises
+    ------
+    BindError
+        If others reach the host, and there is no token.
+    ServerError
+        If the address cannot be bound.
+    EnsembleRMError
+        What loading the ensemble raised.
+    """
+    check_bind(host, token)
+    bound = bind(host, port)
+    failed: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failed.append(error)
+        server.should_exit = True
+
+    app = create_app(load, options, token=token, on_failure=fail)
+    config = uvicorn.Config(
+        app,
+        http=with_deadline(options.limits.header_seconds),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=access_log,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=options.limits.connections,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=max(int(stop_seconds), 1),
+    )
+    service = app.state.service
+
+    def drain() -> None:
+        service.draining = True
+
+    server = Server(config, draining=drain, drain_seconds=drain_seconds)
+    with bound:
+        if listening is not None:
+            listening(*bound.getsockname()[:2])
+        asyncio.run(server.serve(sockets=[bound]))
+    if failed:
+        raise failed[0]

@@ -1,0 +1,76 @@
+"""OpenRLHF's ``/get_reward``, as its ``cli/serve_rm.py`` answers (openrlhf 0.11).
+
+Lists, for one sample, too: its trainer makes a tensor of each. Pure: knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, Field, JsonValue
+
+from ensemble_rm.errors import BadRequestError, UnprocessableError
+from ensemble_rm.samples import Sample
+from ensemble_rm.server.limits import parse_json
+from ensemble_rm.server.raw_text import RawText
+from ensemble_rm.server.scored import Scored
+from ensemble_rm.server.wire_native import Text
+
+
+class OpenRLHFRequest(BaseModel):
+    """Texts in the policy's template; the messages travel in `labels`, as JSON."""
+
+    query: list[Text] = Field(min_length=1)
+    prompts: list[str] | None = None
+    labels: list[JsonValue] | None = None
+
+
+class OpenRLHFAnswer(BaseModel):
+    """One number a query; `scores` drive dynamic filtering."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+def read_openrlhf(
+    request: OpenRLHFRequest, raw_text: RawText, names: Sequence[str]
+) -> list[Sample]:
+    """Return the samples of a request.
+
+    Raises
+    ------
+    UnprocessableError
+        If the lists differ in length, or a query cannot be scored as it stands.
+    """
+    n = len(request.query)
+    prompts: Sequence[str | None] = request.prompts or [None] * n
+    labels: Sequence[Any] = request.labels or [None] * n
+    if not n == len(prompts) == len(labels):
+        raise UnprocessableError(
+            f"{n} queries, {len(prompts)} prompts and {len(labels)} labels; send one of each"
+        )
+    rows = zip(request.query, prompts, labels, strict=True)
+    return [raw_text.split(query, prompt, _label(label), names) for query, prompt, label in rows]
+
+
+def _label(label: object) -> object:
+    """Return what a label holds; one that is no JSON, such as a right answer, holds no messages."""
+    if not isinstance(label, str):
+        return label
+    try:
+        return parse_json(label.encode())
+    except BadRequestError:
+        return None
+
+
+def openrlhf_answer(found: Sequence[Scored]) -> dict[str, Any]:
+    """Return the answer to an `OpenRLHFRequest`."""
+    rewards = [one.reward for one in found]
+    logs = {"member_mean": [float(np.nanmean(one.members)) for one in found]}
+    spread = [one.std for one in found]
+    if all(value is not None for value in spread):
+        logs["member_std"] = [value for value in spread if value is not None]
+    return {"rewards": rewards, "scores": rewards, "extra_logs": logs}

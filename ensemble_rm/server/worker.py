@@ -1,0 +1,50 @@
+"""The one thread that scores, so that the event loop never waits for a forward pass.
+
+Knows threads and ensembles; knows nothing of HTTP or of queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from ensemble_rm.samples import Sample
+from ensemble_rm.server.scored import Outcome, score_outcomes
+
+if TYPE_CHECKING:
+    from ensemble_rm.server.holder import Held
+
+
+class ScoringThread:
+    """Scores samples in a thread of its own, one call after the other."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+        self._spent = 0.0
+        self._began: float | None = None  # of the call that runs
+
+    @property
+    def seconds(self) -> float:
+        """Spent in scoring so far, in the call that runs, too."""
+        began = self._began
+        return self._spent + (0.0 if began is None else monotonic() - began)
+
+    async def __call__(self, held: Held, samples: Sequence[Sample]) -> list[Outcome]:
+        """Return one outcome a sample, in their order."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._score, held, samples)
+
+    def _score(self, held: Held, samples: Sequence[Sample]) -> list[Outcome]:
+        self._began = began = monotonic()
+        try:
+            return score_outcomes(held.ensemble, samples)
+        finally:
+            self._began = None
+            self._spent += monotonic() - began
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._pool.shutdown(wait=False)

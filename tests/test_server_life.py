@@ -1,0 +1,227 @@
+"""A server's life: loading, draining, kills, clients that are slow or leave."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+import pytest
+from server_runs import Process, one, server
+
+pytestmark = pytest.mark.slow  # each starts a process
+
+
+def test_it_listens_while_it_loads(tmp_path: Path) -> None:
+    with server(tmp_path, "--load-seconds", 2, ready=False) as running:
+        assert running.request("GET", "/health")[0] == 200
+        status, said, headers = running.request("GET", "/ready")
+        assert (status, said["error"]["type"]) == (503, "NotReadyError")
+        assert headers["retry-after"] == "1"
+        assert running.request("POST", "/v1/score", one("Hello"))[0] == 503
+        running.wait_ready()
+        assert running.reward("Hello") == 7.5
+
+
+def test_the_event_loop_does_not_wait_for_scoring(tmp_path: Path) -> None:
+    with server(tmp_path, "--slow-seconds", 1.5) as running, ThreadPoolExecutor(1) as pool:
+        scoring = pool.submit(running.reward, "slow")
+        running.wait(lambda: running.metric("requests_total") > 0)
+        for _ in range(5):
+            assert running.request("GET", "/health")[0] == 200
+        assert not scoring.done()
+        assert scoring.result() == 6.0
+
+
+def begin(running: Process, pool: ThreadPoolExecutor, n: int) -> list[Future[float]]:
+    """Send n slow requests, and wait until one is being scored and the others wait."""
+    asked = [pool.submit(running.reward, "slow" + "x" * i) for i in range(n)]
+    running.wait(lambda: running.metric("queue_samples") >= n - 2)
+    return asked
+
+
+def test_a_signal_lets_it_finish_what_it_accepted(tmp_path: Path) -> None:
+    with (
+        server(tmp_path, "--slow-seconds", 0.3, "--rows", 1) as running,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        asked = begin(running, pool, 8)
+        running.process.send_signal(signal.SIGTERM)
+        assert [f.result() for f in asked] == [1.5 * (4 + i) for i in range(8)]
+        assert running.process.wait(timeout=300) == 0
+        with pytest.raises(OSError, match=r"refused|reset"):
+            running.request("GET", "/health")
+
+
+def test_it_is_not_ready_while_it_drains_and_serves_all_the_same(tmp_path: Path) -> None:
+    with server(tmp_path, "--drain-seconds", 600) as running:
+        running.process.send_signal(signal.SIGTERM)
+        running.wait(lambda: running.request("GET", "/ready")[0] == 503)
+        assert running.reward("Hello") == 7.5
+        running.process.send_signal(signal.SIGTERM)  # the second waits no more
+        assert running.process.wait(timeout=300) == 0
+
+
+def test_what_takes_too_long_to_finish_is_cut_off(tmp_path: Path) -> None:
+    with (
+        server(tmp_path, "--slow-seconds", 5, "--rows", 1, "--stop-seconds", 1) as running,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        asked = begin(running, pool, 3)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(timeout=300) == 0
+        assert any(f.exception() is not None for f in asked)
+
+
+def retried(running: Process, completion: str, prompt: str) -> float:
+    """Score one completion, however often that takes."""
+    until = time.monotonic() + 600
+    while time.monotonic() < until:
+        try:
+            status, said, _ = running.request("POST", "/v1/score", one(completion, prompt))
+        except (OSError, HTTPException, json.JSONDecodeError):
+            time.sleep(0.05)
+            continue
+        if status == 200:
+            return float(said["rewards"][0])
+        assert status in (429, 503), said
+        time.sleep(0.05)
+    raise AssertionError("no answer")
+
+
+def test_clients_that_try_again_lose_nothing_to_a_kill(tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    slow = ("--slow-seconds", 0.02)
+    with ThreadPoolExecutor(8) as pool, server(tmp_path, *slow, "--rows", 4) as running:
+        texts = ["slow" + "x" * i for i in range(80)]
+        asked = [pool.submit(retried, running, text, f"p{len(text) % 4}") for text in texts]
+        running.wait(lambda: running.metric("samples_total") >= 10)
+        running.process.send_signal(signal.SIGKILL)
+        running.process.wait()
+        assert not all(f.done() for f in asked)
+        with server(again, *slow, "--port", running.port):
+            assert [f.result() for f in asked] == [1.5 * len(text) for text in texts]
+
+
+# Slow clients and those that leave -------------------------------------------------------------
+
+
+def raw(running: Process) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", running.port), timeout=30)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    found = b""
+    while block := connection.recv(4096):
+        found += block
+    return found
+
+
+def test_headers_that_come_byte_by_byte_time_out(tmp_path: Path) -> None:
+    with server(tmp_path, "--header-seconds", 0.5) as running, raw(running) as loris:
+        stop = threading.Event()
+
+        def drip() -> None:
+            for byte in b"POST /v1/score HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 10_000:
+                if stop.wait(0.05):
+                    return
+                try:
+                    loris.send(bytes([byte]))
+                except OSError:
+                    return
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        assert running.reward("Hello") == 7.5  # others are served meanwhile
+        answer = read_all(loris)
+        stop.set()
+        dripping.join()
+        assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_silence_times_out_before_and_between_requests(tmp_path: Path) -> None:
+    with server(tmp_path, "--header-seconds", 0.5) as running:
+        with raw(running) as silent:
+            assert read_all(silent).startswith(b"HTTP/1.1 408")
+        with raw(running) as second:
+            second.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /hea")
+            answer = read_all(second)
+            assert answer.startswith(b"HTTP/1.1 200") and b"HTTP/1.1 408" in answer
+
+
+def test_a_body_that_does_not_come_times_out(tmp_path: Path) -> None:
+    with server(tmp_path, "--body-seconds", 0.5) as running:
+        for headers in (b"Content-Length: 100\r\n", b"Transfer-Encoding: chunked\r\n"):
+            with raw(running) as slow:
+                slow.sendall(
+                    b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                    + headers
+                    + b"\r\n"
+                )
+                answer = read_all(slow)
+                assert answer.startswith(b"HTTP/1.1 408") and b"SlowRequestError" in answer
+        assert running.reward("Hello") == 7.5
+
+
+def test_a_body_in_chunks_is_counted_as_it_comes(tmp_path: Path) -> None:
+    with server(tmp_path, "--body-seconds", 30) as running, raw(running) as large:
+        large.sendall(
+            b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        chunk = b"100000\r\n" + b" " * 2**20 + b"\r\n"
+        try:
+            for _ in range(64):
+                large.sendall(chunk)
+        except OSError:  # it stopped reading
+            pass
+        else:
+            pytest.fail("64 MiB were read")
+        assert running.reward("Hello") == 7.5
+
+
+def test_a_client_that_sends_too_much_sees_why(tmp_path: Path) -> None:
+    with server(tmp_path, "--body-seconds", 30) as running:
+        connection = HTTPConnection("127.0.0.1", running.port, timeout=30)
+        body = b" " * (9 * 2**20)
+        connection.request("POST", "/v1/score", body, {"Content-Type": "application/json"})
+        assert connection.getresponse().status == 413
+        connection.close()
+
+
+def test_what_its_client_gave_up_on_is_not_scored(tmp_path: Path) -> None:
+    with server(tmp_path, "--slow-seconds", 0.5, "--rows", 1) as running:
+        body = json.dumps(one("slow")).encode()
+        gone = [raw(running) for _ in range(10)]
+        for connection in gone:
+            connection.sendall(
+                b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+        running.wait(lambda: running.metric("queue_samples") >= 8)
+        for connection in gone:
+            connection.close()
+        running.wait(lambda: running.metric("queue_samples") == 0)
+        assert running.reward("Hello") == 7.5
+        assert running.metric("dropped_requests_total") == 10
+        assert running.metric("samples_total") <= 3  # that in work, perhaps one more, and the last
+
+
+def test_a_full_queue_is_429_with_a_time_to_come_again(tmp_path: Path) -> None:
+    options = ("--slow-seconds", 0.4, "--rows", 1, "--queue-samples", 4)
+    with server(tmp_path, *options) as running, ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(running.reward, "slow")]
+        running.wait(lambda: running.metric("queue_samples") == 0)
+        asked += [pool.submit(running.reward, "slow") for _ in range(4)]
+        running.wait(lambda: running.metric("queue_samples") >= 3)
+        body = {"samples": one("slow")["samples"] * 3}
+        status, said, headers = running.request("POST", "/v1/score", body)
+        assert (status, said["error"]["type"]) == (429, "QueueFullError")
+        assert 1 <= int(headers["retry-after"]) <= 60
+        assert [f.result() for f in asked] == [6.0] * 5
