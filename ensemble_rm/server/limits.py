@@ -148,4 +148,6 @@ def read_model(kind: type[M], body: Any) -> M:
 def _fault(place: tuple[int | str, ...], kind: str, what: str) -> str:
     if kind == "extra_forbidden":
         place, what = place[:-1], "a field that is not known"  # its name is the client's text
+    if kind == "union_tag_invalid":
+        what = "a name that is not known"  # pydantic's message quotes it
     return f"{'.'.join(map(str, place)) or 'body'}: {what}"
