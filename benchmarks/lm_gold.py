@@ -32,5 +32,7 @@ def make_gold(folder: Path, data: Path, *, pairs: int | None = None) -> RewardEn
         recipe=Recipe.of("full", epochs=2 if pairs is None else 1, learning_rate=5e-5),
         options=TrunkOptions(max_length=TOKENS, dtype="bfloat16", device="cpu"),
         out=folder,
-        progress=lambda stage, n, of: print(f"{stage} {n}/{of}", flush=True) if n % 25 == 0 else None,
+        progress=lambda stage, n, of: (
+            print(f"{stage} {n}/{of}", flush=True) if n % 25 == 0 else None
+        ),
     )
