@@ -1,10 +1,10 @@
 """How much over-optimisation an ensemble prevents, with real models.
 
-SmolLM2-135M-Instruct writes 2,048 completions of 24 tokens for each of 24 prompts; gold is the mean
-of whole MiniLM models fine-tuned on hh_rlhf, in standard deviations of a prompt's samples. Proxies
-are trained on 400 pairs of the policy's samples for other prompts, 100 more for validation, labelled
-by gold through Bradley–Terry, clean or with 25 % flipped; three seeds, each with pairs of its own.
-Best of n by the unbiased estimator, n from 1 to 2,048.
+SmolLM2-135M-Instruct writes 2,048 completions of 24 tokens for each of 24 prompts; gold is a whole
+MiniLM model fine-tuned on hh_rlhf, in standard deviations of a prompt's samples. Proxies learn from
+400 pairs of the policy's samples for other prompts, 100 more for validation, labelled by gold
+through Bradley–Terry, clean or with 25 % flipped; three seeds, each with pairs of its own. Best of
+n by the unbiased estimator, n from 1 to 2,048.
 
 Arms: `single`, one head on SmolLM2's last layer and token; `heads`, five of these, each on a
 bootstrap of the pairs; `views`, five views of one pass, the library's default; `branch`, five
