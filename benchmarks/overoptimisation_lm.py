@@ -31,7 +31,7 @@ from curve_figures import Curves, Interval
 from lm_arms import correlations, curves
 from lm_gold import make_gold
 from lm_picture import picture
-from lm_proxies import CASES, KINDS, Labels, make_proxy
+from lm_proxies import CASES, Labels, make_proxy
 from lm_scores import HeadReader, apart, together, write
 from lm_world import CACHE, DATA, QUICK, Sizes, World
 
@@ -201,10 +201,8 @@ def main() -> None:
         seeds=2 if args.quick else args.seeds,
         branched=args.branched,
     )
-    assert all(kind in KINDS for kinds in HEADS.values() for kind in kinds)
-    print(f"{sum(len(reader.ensembles) for reader in study.readers.values())} head ensembles")
-    (study.work / "READY").touch()
-    print(f"{len(study.branches)} branch ensembles", flush=True)
+    heads = sum(len(reader.ensembles) for reader in study.readers.values())
+    print(f"{heads} ensembles of heads, {len(study.branches)} of branches", flush=True)
     if args.proxies_only:
         return
     figures = Figures(args)
