@@ -198,7 +198,7 @@ def main() -> None:
         args.data,
         args.cache_dir,
         quick=args.quick,
-        seeds=2 if args.quick else args.seeds,
+        seeds=1 if args.quick else args.seeds,
         branched=args.branched,
     )
     heads = sum(len(reader.ensembles) for reader in study.readers.values())
