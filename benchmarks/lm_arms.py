@@ -13,7 +13,8 @@ import numpy as np
 from ensemble_rm import best_of_n_curve, lcb, mean, minimum, uwo
 
 AGGREGATORS = {"mean": mean(), "minimum": minimum(), "uwo": uwo(0.5), "lcb": lcb(1.0)}
-ENSEMBLES = ("heads", "views", "branch", "mixed")
+ONES = ("single", "middle_one")
+ENSEMBLES = ("heads", "views", "middle", "branch")
 
 
 def ensembles(members: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -30,7 +31,7 @@ def proxies(members: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
     `uwo_centred` takes each member's mean over the prompt's samples out beforehand: a
     Bradley–Terry score leaves any function of the prompt open, which the members' variance counts.
     """
-    found = {"single": [members["single"][:, 0]]}
+    found = {name: [members[name][:, 0]] for name in ONES if name in members}
     for name, scores in ensembles(members).items():
         found[f"{name}_single"] = list(scores.T)
         for how, aggregator in AGGREGATORS.items():

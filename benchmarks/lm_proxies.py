@@ -30,15 +30,14 @@ CASES = {"clean": 0.0, "noise": 0.25}
 STEEPNESS = 2.0  # of the annotator, a standard deviation of gold
 OPTIONS = TrunkOptions(max_length=128, dtype="bfloat16", device="cpu")
 LAST = ["30:last"]  # SmolLM2's last layer, last token: what a head reads in today's practice
+MIDDLE = ["22:both"]  # the middle one of the five views
+BOOTSTRAP = Recipe.of("head", bootstrap=True)
 KINDS: dict[str, dict[str, Any]] = {
     "single": {"backbone": "smollm2", "members": 1, "views": LAST},
-    "heads": {
-        "backbone": "smollm2",
-        "members": 5,
-        "views": LAST,
-        "recipe": Recipe.of("head", bootstrap=True),
-    },
+    "heads": {"backbone": "smollm2", "members": 5, "views": LAST, "recipe": BOOTSTRAP},
     "views": {"backbone": "smollm2", "members": 5},
+    "middle_one": {"backbone": "smollm2", "members": 1, "views": MIDDLE},
+    "middle": {"backbone": "smollm2", "members": 5, "views": MIDDLE, "recipe": BOOTSTRAP},
     "minilm": {"backbone": "minilm", "members": 5},
     "branch": {"backbone": "smollm2", "members": 5, "kind": "branch"},
 }

@@ -9,11 +9,13 @@ n by the unbiased estimator, n from 1 to 2,048.
 Arms: `single`, one head on SmolLM2's last layer and token; `heads`, five of these, each on a
 bootstrap of the pairs; `views`, five views of one pass, the library's default; `branch`, five
 copies of the last two blocks; `mixed`, views of SmolLM2 and of frozen MiniLM, from which gold
-began. Aggregators: mean, minimum, UWO (λ = ½) and LCB (κ = 1), the papers' own; `…_single` is the
-average of the members' own curves, `uwo_centred` takes the members' means over a prompt's samples
-out beforehand. Names without `clean_` are the noisy case.
+began. What diversity adds to better layers is told by `middle_one`, one head on the middle one of
+the views, and `middle`, five of these on bootstraps. Aggregators: mean, minimum, UWO (λ = ½) and
+LCB (κ = 1), the papers' own; `…_single` is the average of the members' own curves, `uwo_centred`
+takes the members' means over a prompt's samples out beforehand.
 
-`gain_at_1024_ARM` is against `single`, paired. Brackets are a bootstrap's over prompts and seeds.
+Names without `clean_` are the noisy case. `gain_at_1024_ARM` is against `single`, paired,
+`gain_at_1024_ARM_over_OTHER` against another. Brackets are a bootstrap's over prompts and seeds.
 All that is long is kept under --work; a run that was cut goes on.
 """
 
@@ -37,8 +39,16 @@ from lm_world import CACHE, DATA, QUICK, Sizes, World
 
 from ensemble_rm import RewardEnsemble
 
-HEADS = {"smollm2": ("single", "heads", "views"), "minilm": ("minilm",)}
+HEADS = {"smollm2": ("single", "heads", "views", "middle_one", "middle"), "minilm": ("minilm",)}
 AT = 1024
+CONTRASTS = (
+    ("views_uwo", "heads_uwo"),
+    ("views_uwo", "views_mean"),
+    ("views_uwo", "views_single"),
+    ("views_uwo", "middle_one"),
+    ("views_uwo", "middle_uwo"),
+    ("mixed_uwo", "views_uwo"),
+)
 
 
 class Study:
@@ -154,23 +164,21 @@ class Study:
 def report(figures: Figures, case: str, gold: Curves, sizes: list[int], at: int) -> None:
     prefix, place = "" if case == "noise" else "clean_", sizes.index(at)
 
-    def add(name: str, arm: str, found: Interval | None) -> None:
+    def add(name: str, found: Interval | None, *, of_case: bool = True) -> None:
         if found is not None:
-            figures.add(f"{prefix}{name}_{arm}", found.value, found.low, found.high, gold.repeats)
+            whole = prefix * of_case + name
+            figures.add(whole, found.value, found.low, found.high, gold.repeats)
 
     for arm in gold.gold:
-        add(f"gold_at_{at}", arm, gold.at(arm, place))
+        add(f"gold_at_{at}_{arm}", gold.at(arm, place))
+        add(f"peak_{arm}", gold.peak(arm))
+        add(f"final_{arm}", gold.final(arm))
+        add(f"drop_{arm}", gold.drop(arm))
         if arm not in ("single", "oracle"):
-            add(f"gain_at_{at}", arm, gold.gain_at(arm, "single", place))
-        add("peak", arm, gold.peak(arm))
-        add("final", arm, gold.final(arm))
-        add("drop", arm, gold.drop(arm))
-        if arm not in ("single", "oracle"):
-            found = gold.removed(arm, "single")
-            if found is not None:
-                figures.add(
-                    f"removed_{case}_{arm}", found.value, found.low, found.high, gold.repeats
-                )
+            add(f"gain_at_{at}_{arm}", gold.gain_at(arm, "single", place))
+            add(f"removed_{case}_{arm}", gold.removed(arm, "single"), of_case=False)
+    for arm, other in CONTRASTS:
+        add(f"gain_at_{at}_{arm}_over_{other}", gold.gain_at(arm, other, place))
 
 
 def add_correlations(figures: Figures, case: str, found: Mapping[str, list[float]]) -> None:

@@ -133,7 +133,7 @@ def test_seeds_and_parts_share_no_prompt(module: Any) -> None:
 
 
 def _members(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
-    sizes = {"single": 1, "heads": 5, "views": 5, "minilm": 5, "branch": 5}
+    sizes = {"single": 1, "heads": 5, "views": 5, "minilm": 5, "branch": 5, "middle": 5}
     return {kind: rng.normal(size=(n, k)) for kind, k in sizes.items()}
 
 
