@@ -12,10 +12,12 @@ from curve_figures import Curves
 from ensemble_rm import best_of_n_kl
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; a family of arms has one.
-GREY, BLUE, GREEN, VERMILION, PURPLE = "#5f6b76", "#0072b2", "#009e73", "#d55e00", "#a6558c"
+GREY, BLUE, SKY = "#5f6b76", "#0072b2", "#56b4e9"
+GREEN, VERMILION, PURPLE = "#009e73", "#d55e00", "#a6558c"
 SHOWN: dict[str, tuple[str, str, str]] = {
     "single": ("one head", GREY, "-"),
     "heads_uwo": ("five heads, one view, UWO", BLUE, "-"),
+    "middle_uwo": ("five heads, a middle view, UWO", SKY, "-"),
     "views_mean": ("five views, mean", VERMILION, "--"),
     "views_uwo": ("five views, UWO", VERMILION, "-"),
     "branch_uwo": ("five branches, UWO", GREEN, "-"),
@@ -28,7 +30,7 @@ BANDS = ("single", "views_uwo")
 def picture(measured: Mapping[str, Curves], sizes: list[int], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
     panels = figure.subplots(1, len(TITLES), sharey=True)
     root = np.sqrt(best_of_n_kl(sizes))
     for axes, (case, title) in zip(panels, TITLES.items(), strict=True):
@@ -42,10 +44,10 @@ def picture(measured: Mapping[str, Curves], sizes: list[int], path: Path) -> Non
                 low, high = [f.low for f in found], [f.high for f in found]
                 axes.fill_between(root, low, high, color=colour, alpha=0.12, lw=0)
         _name(axes, curves, arms, float(root[-1]))
-        axes.axhline(0, color="#d9e2ec", lw=1, zorder=0)
+        axes.plot([0, root[-1]], [0, 0], color="#d9e2ec", lw=1, zorder=0)
         axes.set_title(title, loc="left", fontsize=12)
         axes.set_xlabel("√KL of best-of-n (nats), at most")
-        axes.set_xlim(0, root[-1] * 1.55)
+        axes.set_xlim(0, root[-1] * 1.62)
         axes.set_xticks(np.arange(0, root[-1], 0.5))
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines["bottom"].set_bounds(0, root[-1])
@@ -63,13 +65,13 @@ def _say_n(axes: Any, root: np.ndarray, sizes: list[int]) -> None:
     top.set_xticks(root[shown], [f"{sizes[i]:,}" for i in shown], fontsize=8, color="#7f8c8d")
     top.tick_params(length=2, color="#7f8c8d", pad=1)
     top.spines["top"].set_visible(False)
-    top.annotate("n", (root[-1] * 1.02, 1.01), xycoords=("data", "axes fraction"), fontsize=8)
+    axes.text(root[-1] * 1.03, 1.02, "n", transform=axes.get_xaxis_transform(), fontsize=8)
 
 
 def _name(axes: Any, curves: Curves, arms: list[str], end: float) -> None:
     """Write each arm's name at its curve's end, moved apart where they would overlap."""
     ends = {arm: float(curves.gold[arm].mean(axis=0)[-1]) for arm in arms}
-    places = apart([ends[arm] for arm in arms], 0.085)
+    places = apart([ends[arm] for arm in arms], 0.1)
     for arm, place in zip(arms, places, strict=True):
         label, colour, _ = SHOWN[arm]
         axes.plot([end, end * 1.03], [ends[arm], place], color=colour, lw=0.8, clip_on=False)

@@ -221,9 +221,9 @@ def main() -> None:
     for case in ("noise", "clean"):
         report(figures, case, measured[case], sizes, min(AT, sizes[-2]))
         add_correlations(figures, case, related[case])
+    figures.write()
     if not args.quick:
         picture(measured, sizes, HERE.parent / "docs/images/overoptimisation_lm.png")
-    figures.write()
 
 
 if __name__ == "__main__":
