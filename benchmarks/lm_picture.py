@@ -15,9 +15,9 @@ from ensemble_rm import best_of_n_kl
 GREY, BLUE, SKY = "#5f6b76", "#0072b2", "#56b4e9"
 GREEN, VERMILION, PURPLE = "#009e73", "#d55e00", "#a6558c"
 SHOWN: dict[str, tuple[str, str, str]] = {
-    "single": ("one head", GREY, "-"),
-    "heads_uwo": ("five heads, one view, UWO", BLUE, "-"),
-    "middle_uwo": ("five heads, a middle view, UWO", SKY, "-"),
+    "single": ("one head, last layer", GREY, "-"),
+    "heads_uwo": ("five heads, last layer, UWO", BLUE, "-"),
+    "middle_uwo": ("five heads, a middle layer, UWO", SKY, "-"),
     "views_mean": ("five views, mean", VERMILION, "--"),
     "views_uwo": ("five views, UWO", VERMILION, "-"),
     "branch_uwo": ("five branches, UWO", GREEN, "-"),
