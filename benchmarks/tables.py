@@ -124,6 +124,33 @@ CLAIMS = (
         *("overoptimisation", "views_removed_noise_uwo_paper", "{:.2f}"),
     ),
     (
+        "real samples, 25 % of labels flipped: gold at n = 1,024 by one head on the last layer",
+        *("overoptimisation_lm", "gold_at_1024_single", "{:.2f}"),
+    ),
+    (
+        "by five such heads, UWO at ½",
+        *("overoptimisation_lm", "gold_at_1024_heads_uwo", "{:.2f}"),
+    ),
+    (
+        "by five heads with a view each, UWO at ½",
+        *("overoptimisation_lm", "gold_at_1024_views_uwo", "{:.2f}"),
+    ),
+    (
+        "by one head on their middle view",
+        "overoptimisation_lm",
+        "gold_at_1024_middle_one",
+        "{:.2f}",
+    ),
+    ("by five branches, UWO at ½", "overoptimisation_lm", "gold_at_1024_branch_uwo", "{:.2f}"),
+    (
+        "by views of two backbones, UWO at ½; gold began from one of them",
+        *("overoptimisation_lm", "gold_at_1024_mixed_uwo", "{:.2f}"),
+    ),
+    (
+        "comparisons sent to a judge: 20 % of them by epistemic uncertainty, share of its gain had",
+        *("routing", "recovered_epistemic_at_20_harmless", "{:.2f}"),
+    ),
+    (
         "best-of-n estimator, 12,600 samples and 1,000 prompts: the plain loop's time over ours",
         *("bestofn", "loop_ratio", "{:.1f}"),
     ),
