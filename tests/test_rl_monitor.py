@@ -259,10 +259,16 @@ def test_the_callback_measures_what_trl_does_not(
     trainer.train()
     records = callback.monitor.records
     assert [r.step for r in records] == [1, 2, 3]
-    # The first is measured after the first update; a large rate moves the policy visibly.
-    assert all(r.kl > 0 for r in records) and records[-1].kl > 1e-3
-    logged = [row["rewards/ensemble/mean"] for row in trainer.state.log_history if "reward" in row]
-    assert [r.reward for r in records] == pytest.approx(logged, abs=1e-5)
+    # The policy that samples first has not moved; a large rate then moves it visibly.
+    assert records[0].kl == pytest.approx(0, abs=1e-9)
+    assert all(r.kl > 0 for r in records[1:]) and records[-1].kl > 1e-3
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    assert [r.reward for r in records] == pytest.approx(
+        [row["rewards/ensemble/mean"] for row in logged], abs=1e-5
+    )
+    if beta > 0:  # TRL's own, of a token, on the same tokens
+        theirs = [row["kl"] * row["completions/mean_length"] for row in logged]
+        assert [r.kl for r in records] == pytest.approx(theirs, rel=1e-3, abs=1e-6)
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 3
     assert trainer.model.training
     if beta == 0:
@@ -301,15 +307,15 @@ def test_the_callback_stops_and_raises(tiny_policy: Path, folder: Path, tmp_path
     trainer = run(tiny_policy, reward, tmp_path, learning_rate=0.05)
     callback.attach(trainer)
     trainer.train()
-    assert trainer.state.global_step == 1
+    assert trainer.state.global_step == 2  # the first step's policy has not moved yet
     assert [alarm.kind for alarm in callback.alarms] == ["kl"]
 
     reward, callback = watched(folder, always, kl_every=1, action="raise_beta", beta_factor=3.0)
     trainer = run(tiny_policy, reward, tmp_path, beta=0.01, learning_rate=0.05)
     callback.attach(trainer)
     trainer.train()
-    # Raised at the first step, and again after each window of one step.
-    assert trainer.beta == pytest.approx(0.01 * 27)
+    # Raised at the second step, and again after each window of one step.
+    assert trainer.beta == pytest.approx(0.01 * 9)
 
     reward, callback = watched(folder, {}, action="raise_beta")
     with pytest.raises(NoPenaltyError, match="started with β > 0"):
