@@ -1,7 +1,8 @@
 """What curves of gold against n say: peaks, drops, and the share of a drop that is removed.
 
 A drop is (peak − final) of the mean curve over the repeats. Intervals are 95 % of a bootstrap over
-repeats that finds each peak anew.
+repeats that finds each peak anew; where repeats are cells of a grid, such as prompts by seeds, both
+sides of the grid are drawn.
 """
 
 from __future__ import annotations
@@ -22,15 +23,31 @@ class Interval:
     high: float
 
 
-class Curves:
-    """Gold at each n, one row a repeat, for each arm: the same repeats in each."""
+def drawn_shares(repeats: int, rng: np.random.Generator) -> np.ndarray:
+    """Return each repeat's share of a bootstrap sample, (DRAWS, repeats)."""
+    rows = rng.integers(repeats, size=(DRAWS, repeats))
+    return np.stack([np.bincount(r, minlength=repeats) for r in rows]) / repeats
 
-    def __init__(self, gold: dict[str, np.ndarray], *, seed: int = 0) -> None:
+
+class Curves:
+    """Gold at each n, one row a repeat, for each arm: the same repeats in each.
+
+    `grid` says that the rows are the cells of a table, such as (prompts, seeds), row by row.
+    """
+
+    def __init__(
+        self,
+        gold: dict[str, np.ndarray],
+        *,
+        grid: tuple[int, int] | None = None,
+        seed: int = 0,
+    ) -> None:
         self.gold = gold
         (self.repeats,) = {len(rows) for rows in gold.values()}
+        first, second = grid or (self.repeats, 1)
         rng = np.random.default_rng(seed)
-        rows = rng.integers(self.repeats, size=(DRAWS, self.repeats))
-        counts = np.stack([np.bincount(r, minlength=self.repeats) for r in rows]) / self.repeats
+        sides = drawn_shares(first, rng), drawn_shares(second, rng)
+        counts = (sides[0][:, :, None] * sides[1][:, None, :]).reshape(DRAWS, first * second)
         self._drawn = {arm: counts @ rows for arm, rows in gold.items()}  # (DRAWS, n_sizes)
 
     def _interval(self, statistic: object, *arms: str) -> Interval:
@@ -45,6 +62,14 @@ class Curves:
 
     def final(self, arm: str) -> Interval:
         return self._interval(lambda c: c[:, -1], arm)
+
+    def at(self, arm: str, size: int) -> Interval:
+        """Gold at the `size`-th n."""
+        return self._interval(lambda c: c[:, size], arm)
+
+    def gain_at(self, arm: str, reference: str, size: int) -> Interval:
+        """An arm's gold at the `size`-th n less the reference's, paired."""
+        return self._interval(lambda a, b: a[:, size] - b[:, size], arm, reference)
 
     def drop(self, arm: str) -> Interval:
         return self._interval(drop, arm)
