@@ -85,23 +85,25 @@ def mean_kl(model: Any, reference: Any | None, encoded: Sequence[Encoded]) -> fl
     encoded : sequence of Encoded
         The policy's samples.
     """
-    other = model if reference is None else reference
-    training, found = model.training, []
+    adapted, training, found = model, model.training, []
     model.eval()
+    if reference is None and not adapted.active_peft_config.is_prompt_learning:
+        model = adapted.get_base_model()  # holds the adapter, and need not make a prompt's logits
+    other = model if reference is None else reference
     # The class's own, as in the reference: under autocast the two would differ from the start.
     patched = vars(model).pop("forward", None)
     try:
         for batch in batches(encoded, token_budget=_KL_TOKENS, device=model.device):
             with torch.no_grad():
                 ours, inside = token_log_probs(model, batch)
-                with model.disable_adapter() if reference is None else nullcontext():
+                with adapted.disable_adapter() if reference is None else nullcontext():
                     theirs, _ = token_log_probs(other, batch)
             kl = sequence_kl(
                 ours.cpu().numpy(), theirs.cpu().numpy(), inside.cpu().numpy(), estimator="k3"
             )
             found.append(kl)
     finally:
-        model.train(training)
+        adapted.train(training)
         if patched is not None:
             vars(model)["forward"] = patched
     return float(np.concatenate(found).mean())
