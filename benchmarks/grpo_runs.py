@@ -300,7 +300,8 @@ def turn(prompt: str) -> dict[str, str]:
 def config_of(run: Run, plan: Plan, output: Path) -> GRPOConfig:
     return GRPOConfig(
         output_dir=str(output),
-        model_init_kwargs={"dtype": "bfloat16"},
+        # On a CPU the fused attention's backward pass takes as long as all matrix products.
+        model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "eager"},
         per_device_train_batch_size=plan.prompts * plan.copies,
         num_generations=plan.copies,
         max_completion_length=plan.tokens,
