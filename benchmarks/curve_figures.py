@@ -68,7 +68,7 @@ class Curves:
         return self._interval(lambda c: c[:, size], arm)
 
     def gain_at(self, arm: str, reference: str, size: int) -> Interval:
-        """An arm's gold at the `size`-th n less the reference's, paired."""
+        """Compare two arms' gold at the `size`-th n, paired."""
         return self._interval(lambda a, b: a[:, size] - b[:, size], arm, reference)
 
     def drop(self, arm: str) -> Interval:

@@ -1,4 +1,4 @@
-"""The gold of `overoptimisation_lm.py`: whole MiniLM models, fine-tuned on all of hh_rlhf.
+"""The gold of `overoptimisation_lm.py`: a whole MiniLM model, fine-tuned on hh_rlhf.
 
 The proxies read SmolLM2, so that gold shares no feature with them; only `mixed` has heads on
 MiniLM, frozen, which gold began from. Kept as a saved ensemble; made where it is missing.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common import HERE
 from preference_runs import package_folder
 
 from ensemble_rm import Recipe, RewardEnsemble, TrunkOptions, load_preferences, train
 
-DATA = HERE.parents[1] / "shared" / "data"
-MEMBERS, HELD, TOKENS = 2, 0.05, 128
+HELD, TOKENS = 0.05, 128
 
 
 def make_gold(folder: Path, data: Path, *, pairs: int | None = None) -> RewardEnsemble:
@@ -28,7 +26,7 @@ def make_gold(folder: Path, data: Path, *, pairs: int | None = None) -> RewardEn
         validation,
         backbone=package_folder("minilm"),
         kind="full",
-        members=MEMBERS if pairs is None else 1,
+        members=1,
         recipe=Recipe.of("full", epochs=2 if pairs is None else 1, learning_rate=5e-5),
         options=TrunkOptions(max_length=TOKENS, dtype="bfloat16", device="cpu"),
         out=folder,

@@ -57,7 +57,7 @@ class HeadReader:
         return found
 
     def score(self, samples: Sequence[Sample], file: Path) -> dict[str, np.ndarray]:
-        """Return normalised (n_samples, n_members) by ensemble; raw heads give wider views zeros."""
+        """Return normalised scores by ensemble, (n_samples, n_members) each."""
         read = self.read(samples, file)
         found = {}
         for name, scorer in self.scorers.items():

@@ -53,7 +53,7 @@ class Sizes:
     tokens: int = 24
 
 
-QUICK = Sizes(prompts=3, completions=64, training=60, tokens=8)
+QUICK = Sizes(prompts=2, completions=64, training=30, tokens=8)
 
 
 def requests(data: Path) -> list[str]:
