@@ -1,6 +1,6 @@
 """Over-optimisation in GRPO: one head, the mean and the conservative ensemble, on a real policy.
 
-SmolLM2-135M-Instruct with LoRA under TRL's GRPOTrainer, bfloat16, a step of 3 prompts with 8
+SmolLM2-135M-Instruct with LoRA under TRL's GRPOTrainer, bfloat16, a step of 2 prompts with 8
 completions of at most 24 tokens each. Gold and proxies are those of `overoptimisation_lm.py`, noisy
 labels: `single` is one head on the last layer and token, `views` five heads, each with a view of
 its own of the same pass; UWO at λ = ½. The prompts of a seed, their order, the adapters' beginning
@@ -31,7 +31,7 @@ import torch
 from common import HERE, Figures, make_parser
 from grpo_figures import Course, picture, report
 from grpo_runs import ARMS, Plan, Run, prompt_order, read_rows, run_one
-from lm_proxies import within_unit
+from lm_proxies import make_proxy, within_unit
 from lm_world import CACHE, DATA, requests
 from overoptimisation_lm import Study
 from preference_runs import package_folder
@@ -45,10 +45,10 @@ BASE_COPIES = 16  # completions of a prompt before training
 class World:
     """Gold, proxies, prompts and where runs are kept."""
 
-    def __init__(self, args: argparse.Namespace, plan: Plan, seeds: int) -> None:
+    def __init__(self, args: argparse.Namespace, plan: Plan) -> None:
         self.plan, self.folder = plan, args.work
         self.study = Study(
-            args.world, args.data, args.cache, quick=args.quick, seeds=seeds, branched=[]
+            args.world, args.data, args.cache, quick=args.quick, seeds=0, branched=[]
         )
 
     @cached_property
@@ -64,13 +64,21 @@ class World:
     def order(self, seed: int) -> list[str]:
         return prompt_order(self.prompts, self.study.world.policy.tokenizer, self.plan, seed)
 
-    @cached_property
-    def proxies(self) -> dict[str, RewardEnsemble]:
-        return self.study.proxies(("single", "views"), ["noise"])
-
     def proxy(self, arm: str, seed: int) -> RewardEnsemble:
+        """Return an arm's ensemble, trained if it is missing."""
         kind, aggregator = ARMS[arm]
-        return self.proxies[f"{kind}-noise-seed{seed}"].with_aggregator(aggregator)
+        study = self.study
+        made = make_proxy(
+            study.work / "proxies",
+            kind,
+            "noise",
+            seed,
+            samples=study.world.training(),
+            gold=study.train_gold,
+            labels=study.labels,
+            cache_dir=study.cache_dir,
+        )
+        return made.with_aggregator(aggregator)
 
     def start(self, seed: int) -> dict[str, list[float]]:
         """Return each step's mean gold, and mean reward by arm, before any training."""
@@ -138,7 +146,7 @@ def main() -> None:
     args.world = args.world or args.cache / ("lm_world/quick" if args.quick else "lm_world")
     args.work = args.work or args.cache / ("grpo/quick" if args.quick else "grpo")
     figures = Figures(args)
-    world = World(args, plan, args.seeds)
+    world = World(args, plan)
     runs = [
         Run(arm, beta, seed) for seed in range(args.seeds) for beta in args.betas for arm in ARMS
     ]

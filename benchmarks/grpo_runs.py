@@ -60,11 +60,11 @@ class Plan:
         Steps from one checkpoint to the next.
     """
 
-    steps: int = 60
-    prompts: int = 3
+    steps: int = 40
+    prompts: int = 2
     copies: int = 8
     tokens: int = 24
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     rank: int = 16
     kl_every: int = 2
     save_every: int = 5
