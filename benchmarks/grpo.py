@@ -16,7 +16,7 @@ the same seed and β.
     python benchmarks/grpo.py --json FILE --report   # of the runs that are there
 
 Runs are in the order of β within a seed, so that a set that is cut is balanced. All is kept under
---work; a run that was cut goes on from its last checkpoint.
+--work; a run that was cut, or is now to be longer, goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -83,10 +83,12 @@ class World:
     def start(self, seed: int) -> dict[str, list[float]]:
         """Return each step's mean gold, and mean reward by arm, before any training."""
         file = self.folder / f"start-seed{seed}.json"
-        if not file.exists():
+        said = json.loads(file.read_text()) if file.exists() else {"gold": []}
+        if len(said["gold"]) < self.plan.steps:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(self._measure_start(seed)))
-        return json.loads(file.read_text())
+            said = self._measure_start(seed)
+            file.write_text(json.dumps(said))
+        return said
 
     def _measure_start(self, seed: int) -> dict[str, list[float]]:
         asked, policy, plan = self.order(seed), self.study.world.policy, self.plan
@@ -118,7 +120,7 @@ class World:
         unit = within_unit(self.study.train_gold.reshape(-1, 2))
         found = []
         for run in runs:
-            rows = read_rows(self.folder / run.name / "rows.jsonl")
+            rows = read_rows(self.folder / run.name / "rows.jsonl")[: self.plan.steps]
             if len(rows) < self.plan.steps:
                 print(f"{run.name}: {len(rows)} steps of {self.plan.steps}, left out", flush=True)
                 continue

@@ -9,7 +9,6 @@ was cut goes on as if it had not been. Knows nothing of figures.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -220,19 +219,22 @@ def run_one(
         The proxy's aggregator is the arm's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    said = json.dumps(asdict(plan) | asdict(run))
-    (plan_file := folder / "plan.json").touch()
-    if plan_file.read_text() not in ("", said):
-        raise SystemExit(f"{folder} is of another plan: delete it, or give another --work")
-    plan_file.write_text(said)
+    check_plan(folder / "plan.json", asdict(plan) | asdict(run))
     rows = read_rows(folder / "rows.jsonl")
-    if len(rows) >= plan.steps:
-        return rows
-    trainer = make_trainer(run, plan, folder, policy, prompts, proxy, gold)
-    with completions_alone():
-        trainer.train(resume_from_checkpoint=checkpoint_of(folder / "checkpoints"))
-    shutil.rmtree(folder / "checkpoints")
-    return read_rows(folder / "rows.jsonl")
+    if len(rows) < plan.steps:
+        trainer = make_trainer(run, plan, folder, policy, prompts, proxy, gold)
+        with completions_alone():
+            trainer.train(resume_from_checkpoint=checkpoint_of(folder / "checkpoints"))
+    return read_rows(folder / "rows.jsonl")[: plan.steps]
+
+
+def check_plan(file: Path, said: dict[str, Any]) -> None:
+    """Hold a folder to one plan; how long its run is may change, for the rate is constant."""
+    free = {"steps", "save_every"}
+    kept = json.loads(file.read_text()) if file.exists() and file.stat().st_size else said
+    if any(kept[name] != said[name] for name in said.keys() - free):
+        raise SystemExit(f"{file.parent} is of another plan: delete it, or give another --work")
+    file.write_text(json.dumps(said))
 
 
 @contextmanager
