@@ -26,7 +26,7 @@ PANELS = {
     "gold": "gold, gain over the beginning\n(std of a prompt's samples)",
     "proxy": "proxy, gain over the beginning\n(normalised units)",
     "kl": "KL, nats a completion",
-    "length": "tokens a completion",
+    "length": "characters a completion\n(geometric mean)",
     "std": "members' std (normalised units)",
 }
 
@@ -87,7 +87,7 @@ class Course:
             "gold": (column("gold") - before["gold"]) / unit,
             "proxy": column("reward") - before[arm],
             "kl": column("kl"),
-            "length": column("length"),
+            "length": np.exp(column("log_length")),
             "std": column("member_std"),
         }
         return cls(arm, beta, seed, steps, values, float(np.median(column("processor_seconds"))))

@@ -24,21 +24,19 @@ def tiny_run(
     import trl
     from transformers import AutoTokenizer
 
+    settings = {"max_steps": 3, "logging_steps": 1, "save_strategy": "no"} | options
     config = getattr(trl, f"{kind}Config")(
         output_dir=str(tmp_path / "run"),
         per_device_train_batch_size=batch,
         num_generations=4,
         max_completion_length=6,
-        max_steps=3,
-        logging_steps=1,
-        save_strategy="no",
         report_to=[],
         use_cpu=True,
         activation_checkpointing=False,
         bf16=False,
         disable_tqdm=True,
         seed=1,
-        **options,
+        **settings,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return getattr(trl, f"{kind}Trainer")(
