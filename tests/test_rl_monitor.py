@@ -24,7 +24,7 @@ from ensemble_rm import (
     mean,
     reward_function,
 )
-from ensemble_rm.errors import EmptyDataError, NoPenaltyError, OptionError
+from ensemble_rm.errors import DataError, EmptyDataError, NoPenaltyError, OptionError
 from ensemble_rm.loading import read_comparisons
 from ensemble_rm.reports.run import draw_run
 from ensemble_rm.rl.monitor import OverOptimisationMonitor
@@ -223,6 +223,41 @@ def test_records_and_their_picture(tmp_path: Path) -> None:
     step(monitor, ensemble, 1, "x", "xx")
     lines = monitor.save(tmp_path / "deep" / "records.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["step"] == 1
+
+
+TEXTS = [("x", "xx"), ("xxz", "xxxx"), ("xxxxx", "x"), ("xxxxxxx", "xxzz")]
+
+
+def test_a_monitor_goes_on_where_its_run_was_cut(tmp_path: Path) -> None:
+    ensemble = members()
+    whole = OverOptimisationMonitor(ensemble)
+    for i, texts in enumerate(TEXTS, 1):
+        step(whole, ensemble, i, *texts)
+        if i == 3:
+            whole.check_gold(0.5, kl=1.0)
+            file = whole.save(tmp_path / "records.jsonl")  # one step more than the checkpoint
+    later = OverOptimisationMonitor(ensemble)
+    later.restore(file, until=2)
+    for i, texts in enumerate(TEXTS[2:], 3):
+        step(later, ensemble, i, *texts)
+        if i == 3:
+            later.check_gold(0.5, kl=1.0)
+    assert [r.to_json() for r in later.records] == [r.to_json() for r in whole.records]
+    with pytest.raises(OptionError, match="step 4 already"):
+        later.restore(file, until=2)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": 2, "length_slopes": 3}'])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    ensemble = members()
+    monitor = OverOptimisationMonitor(ensemble)
+    step(monitor, ensemble, 1, *TEXTS[0])
+    file = monitor.save(tmp_path / "records.jsonl")
+    file.write_text(file.read_text() + line + "\n")
+    fresh = OverOptimisationMonitor(ensemble)
+    with pytest.raises(DataError, match="line 2"):
+        fresh.restore(file, until=2)
+    assert fresh.records == ()
 
 
 @pytest.fixture

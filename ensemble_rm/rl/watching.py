@@ -89,7 +89,7 @@ class StepRecord:
             slopes = {str(name): number(slope) for name, slope in said["length_slopes"].items()}
             return cls(step=int(said["step"]), length_slopes=slopes, **values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{dict(said)!r:.200} is no step of a run: {error!r}") from error
+            raise DataError(f"{said!r:.200} is no step of a run: {error!r}") from error
 
 
 _NUMBERS = [f.name for f in fields(StepRecord) if f.name not in ("step", "length_slopes")]
