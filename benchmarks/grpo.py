@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import HERE, Figures, make_parser
 from grpo_figures import Course, picture, report
@@ -98,10 +99,15 @@ class World:
             encoded = [policy.encode(prompt) for prompt in own]
             texts = policy.write(encoded, BASE_COPIES, plan.tokens, seed=(seed, 12, step))
             samples += [Sample(own[i // BASE_COPIES], text) for i, text in enumerate(texts)]
-        scorers = {"gold": self.study.gold} | {arm: self.proxy(arm, seed) for arm in ARMS}
+        rewards = {"gold": self.study.gold.score(samples).reward}
+        members: dict[str, np.ndarray] = {}  # by kind: arms differ in the aggregator alone
+        for arm, (kind, aggregator) in ARMS.items():
+            if kind not in members:
+                members[kind] = self.proxy(arm, seed).score(samples).members
+            rewards[arm] = aggregator(members[kind])
         return {
-            name: scorer.score(samples).reward.reshape(plan.steps, -1).mean(axis=1).tolist()
-            for name, scorer in scorers.items()
+            name: values.reshape(plan.steps, -1).mean(axis=1).tolist()
+            for name, values in rewards.items()
         }
 
     def train(self, run: Run) -> None:
