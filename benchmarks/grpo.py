@@ -9,8 +9,9 @@ was trained on these prompts.
 
 Gold is in standard deviations of a prompt's samples, proxies are in their normalised units, both as
 gains over the policy of the beginning on the same prompts. `…_final` is the mean of the last tenth
-of the steps, `gold_drop` the peak less that, `gold_gain` the final gold less the single head's of
-the same seed and β.
+of the steps, `gold_mean` that of all; `gold_drop` is the peak less the final gold, above 0 by the
+noise of a tenth's mean alone; `gold_gain` the final gold less the single head's of the same seed
+and β.
 
     python benchmarks/grpo.py --json FILE            # trains what is missing
     python benchmarks/grpo.py --json FILE --report   # of the runs that are there

@@ -129,6 +129,7 @@ def report(figures: Figures, courses: Sequence[Course]) -> None:
         name = f"{arm}_beta{beta:g}"
         figures.add_repeats(f"gold_final_{name}", [c.final("gold") for c in own])
         figures.add_repeats(f"gold_peak_{name}", [c.peak("gold") for c in own])
+        figures.add_repeats(f"gold_mean_{name}", [float(c.values["gold"].mean()) for c in own])
         drops = [c.peak("gold") - c.final("gold") for c in own]
         figures.add_repeats(f"gold_drop_{name}", drops)
         for what in ("proxy", "kl", "length", "std"):
