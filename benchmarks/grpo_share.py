@@ -120,7 +120,7 @@ def report(figures: Figures, spent: dict[str, list[float]]) -> None:
         shares["seconds_per_step"].append(step)
         shares["reward_share"].append(spent["reward"][i] / step)
         shares["logging_share"].append(spent["_log"][i] / step)
-        shares["monitor_share"].append((spent["on_step_end"][i] - kl) / step)
+        shares["monitor_share"].append(spent["on_step_end"][i] / step)
         shares["kl_share"].append(kl / 20 / step)
     for name, values in shares.items():
         figures.add_repeats(name, values)

@@ -52,7 +52,7 @@ FLOORS = {
 
 # Third party -> the rooms that may import it.
 HOMES = {
-    "torch": {"members", "training", "demo.make_data", "rl.trl_monitor"},
+    "torch": {"members", "training", "demo.make_data", "rl.trl_kl", "rl.trl_monitor"},
     "transformers": {"members", "training", "demo.make_data", "rl.trl_monitor"},
     "accelerate": {"members", "training", "demo.make_data", "rl.trl_monitor"},
     "sklearn": {"calibration", "metrics"},

@@ -24,7 +24,7 @@ from ensemble_rm import (
     mean,
     reward_function,
 )
-from ensemble_rm.errors import EmptyDataError, NoPenaltyError, OptionError
+from ensemble_rm.errors import DataError, EmptyDataError, NoPenaltyError, OptionError
 from ensemble_rm.loading import read_comparisons
 from ensemble_rm.reports.run import draw_run
 from ensemble_rm.rl.monitor import OverOptimisationMonitor
@@ -225,6 +225,41 @@ def test_records_and_their_picture(tmp_path: Path) -> None:
     assert json.loads(lines[0])["step"] == 1
 
 
+TEXTS = [("x", "xx"), ("xxz", "xxxx"), ("xxxxx", "x"), ("xxxxxxx", "xxzz")]
+
+
+def test_a_monitor_goes_on_where_its_run_was_cut(tmp_path: Path) -> None:
+    ensemble = members()
+    whole = OverOptimisationMonitor(ensemble)
+    for i, texts in enumerate(TEXTS, 1):
+        step(whole, ensemble, i, *texts)
+        if i == 3:
+            whole.check_gold(0.5, kl=1.0)
+            file = whole.save(tmp_path / "records.jsonl")  # one step more than the checkpoint
+    later = OverOptimisationMonitor(ensemble)
+    later.restore(file, until=2)
+    for i, texts in enumerate(TEXTS[2:], 3):
+        step(later, ensemble, i, *texts)
+        if i == 3:
+            later.check_gold(0.5, kl=1.0)
+    assert [r.to_json() for r in later.records] == [r.to_json() for r in whole.records]
+    with pytest.raises(OptionError, match="step 4 already"):
+        later.restore(file, until=2)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": 2, "length_slopes": 3}'])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    ensemble = members()
+    monitor = OverOptimisationMonitor(ensemble)
+    step(monitor, ensemble, 1, *TEXTS[0])
+    file = monitor.save(tmp_path / "records.jsonl")
+    file.write_text(file.read_text() + line + "\n")
+    fresh = OverOptimisationMonitor(ensemble)
+    with pytest.raises(DataError, match="line 2"):
+        fresh.restore(file, until=2)
+    assert fresh.records == ()
+
+
 @pytest.fixture
 def folder(two_heads: Callable[..., HeadScorer], tmp_path: Path) -> Path:
     ensemble = RewardEnsemble((two_heads(),), Normaliser.identity(2), mean())
@@ -259,10 +294,16 @@ def test_the_callback_measures_what_trl_does_not(
     trainer.train()
     records = callback.monitor.records
     assert [r.step for r in records] == [1, 2, 3]
-    # The first is measured after the first update; a large rate moves the policy visibly.
-    assert all(r.kl > 0 for r in records) and records[-1].kl > 1e-3
-    logged = [row["rewards/ensemble/mean"] for row in trainer.state.log_history if "reward" in row]
-    assert [r.reward for r in records] == pytest.approx(logged, abs=1e-5)
+    # The policy that samples first has not moved; a large rate then moves it visibly.
+    assert records[0].kl == pytest.approx(0, abs=1e-9)
+    assert all(r.kl > 0 for r in records[1:]) and records[-1].kl > 1e-3
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    assert [r.reward for r in records] == pytest.approx(
+        [row["rewards/ensemble/mean"] for row in logged], abs=1e-5
+    )
+    if beta > 0:  # TRL's own, of a token, on the same tokens
+        theirs = [row["kl"] * row["completions/mean_length"] for row in logged]
+        assert [r.kl for r in records] == pytest.approx(theirs, rel=1e-3, abs=1e-6)
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 3
     assert trainer.model.training
     if beta == 0:
@@ -301,15 +342,15 @@ def test_the_callback_stops_and_raises(tiny_policy: Path, folder: Path, tmp_path
     trainer = run(tiny_policy, reward, tmp_path, learning_rate=0.05)
     callback.attach(trainer)
     trainer.train()
-    assert trainer.state.global_step == 1
+    assert trainer.state.global_step == 2  # the first step's policy has not moved yet
     assert [alarm.kind for alarm in callback.alarms] == ["kl"]
 
     reward, callback = watched(folder, always, kl_every=1, action="raise_beta", beta_factor=3.0)
     trainer = run(tiny_policy, reward, tmp_path, beta=0.01, learning_rate=0.05)
     callback.attach(trainer)
     trainer.train()
-    # Raised at the first step, and again after each window of one step.
-    assert trainer.beta == pytest.approx(0.01 * 27)
+    # Raised at the second step, and again after each window of one step.
+    assert trainer.beta == pytest.approx(0.01 * 9)
 
     reward, callback = watched(folder, {}, action="raise_beta")
     with pytest.raises(NoPenaltyError, match="started with β > 0"):

@@ -192,7 +192,7 @@ def test_a_trainer_learns_from_it_and_logs_it(
 
     reward = reward_function(folder, device="cpu", asynchronous=asynchronous)
     seen: list[list[float | None]] = []
-    reward.watched_by(lambda _, rewards: seen.append(rewards.listed()))
+    reward.watched_by(lambda _, rewards, __: seen.append(rewards.listed()))
     data = Dataset.from_dict(
         {"prompt": ["Say hello", "Say no", "Why"] * 2, "reference": ["hi"] * 6}
     )

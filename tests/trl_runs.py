@@ -14,27 +14,29 @@ def tiny_run(
     *,
     kind: str = "GRPO",
     lora: Any = None,
+    batch: int = 4,
     **options: Any,
 ) -> Any:
-    """Return a trainer of three steps of four completions of at most six tokens."""
+    """Return a trainer of three steps of four completions of at most six tokens.
+
+    `batch` is each rank's: two ranks share a step of four.
+    """
     import trl
     from transformers import AutoTokenizer
 
+    settings = {"max_steps": 3, "logging_steps": 1, "save_strategy": "no"} | options
     config = getattr(trl, f"{kind}Config")(
         output_dir=str(tmp_path / "run"),
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=batch,
         num_generations=4,
         max_completion_length=6,
-        max_steps=3,
-        logging_steps=1,
-        save_strategy="no",
         report_to=[],
         use_cpu=True,
         activation_checkpointing=False,
         bf16=False,
         disable_tqdm=True,
         seed=1,
-        **options,
+        **settings,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return getattr(trl, f"{kind}Trainer")(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.aggregator import Aggregator, mean, minimum
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.errors import OptionError
+from ensemble_rm.errors import DataError, OptionError
 from ensemble_rm.rl.measures import (
     disagreement,
     length_controlled,
@@ -213,6 +213,35 @@ class OverOptimisationMonitor:
         self._pool.parent.mkdir(parents=True, exist_ok=True)
         with self._pool.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({**row, "step": step}, ensure_ascii=False) + "\n")
+
+    def restore(self, path: str | Path, *, until: int) -> None:
+        """Go on where a run was cut: its records are this one's, and the first is its beginning.
+
+        Parameters
+        ----------
+        path : str or Path
+            What `save` has written.
+        until : int
+            The step that the run goes on from; records beyond it are of steps that will be taken
+            again.
+
+        Raises
+        ------
+        OptionError
+            If this monitor has seen a step already.
+        DataError
+            If a line is no record.
+        """
+        if self._records:
+            raise OptionError(f"this monitor has seen step {self._records[-1].step} already")
+        found = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                found.append(StepRecord.from_json(json.loads(line)))
+            except (DataError, json.JSONDecodeError) as error:
+                raise DataError(f"{path}, line {number}: {error}") from error
+        self._records = [record for record in found if record.step <= until]
+        self._start = self._records[0].log_length if self._records else None
 
     def save(self, path: str | Path) -> Path:
         """Write the records as JSONL, one step a line.

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 LogMetric: TypeAlias = Callable[[str, float], None]
 LogExtra: TypeAlias = Callable[[str, list[Any]], None]
-Watcher: TypeAlias = Callable[["list[Sample | Exception]", LoopRewards], None]
+Watcher: TypeAlias = Callable[
+    ["list[Sample | Exception]", LoopRewards, "list[list[int] | None]"], None
+]
 
 
 class TRLReward:
@@ -65,7 +67,14 @@ class TRLReward:
         self._watcher: Watcher | None = None
 
     def watched_by(self, watcher: Watcher) -> None:
-        """Hand every call's samples and rewards to a watcher of this process, a monitor."""
+        """Hand each call's samples, rewards and sampled tokens to a watcher of this process.
+
+        Parameters
+        ----------
+        watcher : callable
+            Of samples, rewards and, for each sample, the policy's own token ids: None where they
+            are not those of the scored completion alone.
+        """
         self._watcher = watcher
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,7 +84,7 @@ class TRLReward:
         self,
         prompts: Sequence[object],
         completions: Sequence[object],
-        completion_ids: object = None,  # noqa: ARG002 - TRL's
+        completion_ids: Sequence[Sequence[int]] | None = None,
         *,
         log_metric: LogMetric | None = None,
         log_extra: LogExtra | None = None,
@@ -88,8 +97,8 @@ class TRLReward:
         ----------
         prompts, completions : sequence of str or of messages
             One prompt a completion.
-        completion_ids : object, optional
-            Not read: each member has a tokenizer of its own.
+        completion_ids : sequence of sequence of int, optional
+            The policy's own tokens, for a watcher: each member has a tokenizer of its own.
         log_metric, log_extra : callable, optional
             TRL's, for a figure of the call and for a column of the completions table.
         trainer_state : object, optional
@@ -98,6 +107,7 @@ class TRLReward:
             The data set's other columns; the one that holds references is read.
         """
         samples, rewards = self._score(prompts, completions, columns.get(self.reference_column))
+        self._watch(samples, rewards, completions, completion_ids)
         self._log(samples, rewards, log_metric, log_extra)
         return rewards.listed()
 
@@ -123,6 +133,26 @@ class TRLReward:
         except CalibrationError:
             return None
 
+    def _watch(
+        self,
+        samples: list[Sample | Exception],
+        rewards: LoopRewards,
+        completions: Sequence[object],
+        completion_ids: Sequence[Sequence[int]] | None,
+    ) -> None:
+        if self._watcher is None:
+            return
+        tokens: list[list[int] | None] = [None] * len(samples)
+        if completion_ids is not None:
+            # After calls of tools the tokens are those of several messages, and of the tools.
+            tokens = [
+                list(ids)
+                if isinstance(said, str) or (isinstance(said, list) and len(said) == 1)
+                else None
+                for said, ids in zip(completions, completion_ids, strict=True)
+            ]
+        self._watcher(samples, rewards, tokens)
+
     def _log(
         self,
         samples: list[Sample | Exception],
@@ -130,8 +160,6 @@ class TRLReward:
         log_metric: LogMetric | None,
         log_extra: LogExtra | None,
     ) -> None:
-        if self._watcher is not None:
-            self._watcher(samples, rewards)
         if log_metric is None and log_extra is None:
             return
         beats = self._beats_reference(rewards)
@@ -206,7 +234,7 @@ class AsyncTRLReward(TRLReward):
         self,
         prompts: Sequence[object],
         completions: Sequence[object],
-        completion_ids: object = None,  # noqa: ARG002 - TRL's
+        completion_ids: Sequence[Sequence[int]] | None = None,
         *,
         log_metric: LogMetric | None = None,
         log_extra: LogExtra | None = None,
@@ -216,6 +244,7 @@ class AsyncTRLReward(TRLReward):
         """Return what the synchronous one returns."""
         references = columns.get(self.reference_column)
         found = await asyncio.to_thread(self._score, prompts, completions, references)
+        self._watch(*found, completions, completion_ids)
         self._log(*found, log_metric, log_extra)
         return found[1].listed()
 

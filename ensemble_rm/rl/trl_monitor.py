@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import nullcontext
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,20 +19,17 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from ensemble_rm.errors import NoPenaltyError, OptionError
-from ensemble_rm.members.batching import batches
-from ensemble_rm.members.implicit import token_log_probs
-from ensemble_rm.members.text import TextEncoder
-from ensemble_rm.rl.kl import sequence_kl
 from ensemble_rm.rl.monitor import OverOptimisationMonitor
 from ensemble_rm.rl.scoring import LoopRewards
 from ensemble_rm.rl.trl import TRLReward
-from ensemble_rm.rl.watching import Alarm
+from ensemble_rm.rl.trl_kl import encode_sampled, mean_kl
+from ensemble_rm.rl.watching import Alarm, mean_of
 from ensemble_rm.samples import Sample
 
 Action: TypeAlias = Literal["warn", "stop", "raise_beta"]
 _ACTIONS = ("warn", "stop", "raise_beta")
-_MAX_LENGTH = 4096
-_KL_TOKENS = 2048
+_Call: TypeAlias = "tuple[list[Sample | Exception], LoopRewards, list[list[int] | None]]"
+PREFIX = "monitor/"
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +85,11 @@ class MonitorCallback(TrainerCallback):
         self.reference, self.records = reference, records
         self.alarms: list[Alarm] = []
         self._trainer: Any = None
-        self._calls: list[tuple[list[Sample | Exception], LoopRewards]] = []
+        self._calls: list[_Call] = []
+        self._kl: float | None = None  # of the step that is being taken
         self._active: dict[str, int] = {}  # alarm -> step of its last action
+        self._figures: list[dict[str, float]] = []  # of the steps since the last log
+        self._logged = 0  # the last log's step
 
     def attach(self, trainer: Any) -> MonitorCallback:
         """Watch a trainer.
@@ -117,15 +118,23 @@ class MonitorCallback(TrainerCallback):
                 raise NoPenaltyError("use_liger_kernel fixes β at the start; switch it off")
         self._trainer = trainer
         self.reward.watched_by(self._collect)
-        trainer.add_callback(self)
+        # Before those that report: what it adds to the logs is seen by the callbacks after it.
+        trainer.callback_handler.callbacks.insert(0, self)
         return self
 
-    def _collect(self, samples: list[Sample | Exception], rewards: LoopRewards) -> None:
+    def _collect(
+        self,
+        samples: list[Sample | Exception],
+        rewards: LoopRewards,
+        tokens: list[list[int] | None],
+    ) -> None:
         if self._trainer.model.training:  # an evaluation is not the run
-            self._calls.append((samples, rewards))
+            self._calls.append((samples, rewards, tokens))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Keep the policy that the run begins with, where nobody else does."""
+        """Keep the policy that the run begins with; one that was cut goes on with its records."""
+        if state.global_step > 0 and self.records is not None and Path(self.records).is_file():
+            self.monitor.restore(self.records, until=state.global_step)
         model = self._policy()
         if self.kl_every == 0 or self.reference is not None or hasattr(model, "disable_adapter"):
             return
@@ -142,24 +151,63 @@ class MonitorCallback(TrainerCallback):
         vars(reference).pop("forward", None)
         self.reference = reference
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Measure the KL while the policy is the one that has sampled."""
+        step = state.global_step + 1
+        due = self.kl_every > 0 and (step % self.kl_every == 0 or not self.monitor.records)
+        if due and self._calls:
+            samples = [sample for part, _rewards, _tokens in self._calls for sample in part]
+            tokens = [ids for _samples, _rewards, part in self._calls for ids in part]
+            self._kl = self.measure_kl(samples, tokens)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ARG002
         """Take in the step's reward calls, and act."""
         calls, self._calls = self._calls, []
+        kl, self._kl = self._kl, None
         alarms: list[Alarm] = []
+        figures: dict[str, float] = {}
         if calls:
-            samples = [sample for part, _rewards in calls for sample in part]
-            due = self.kl_every > 0 and (
-                state.global_step % self.kl_every == 0 or not self.monitor.records
-            )
-            kl = self.measure_kl(samples) if due else None
-            rewards = joined([rewards for _samples, rewards in calls])
+            samples = [sample for part, _rewards, _tokens in calls for sample in part]
+            rewards = joined([rewards for _samples, rewards, _tokens in calls])
             alarms = self.monitor.observe(state.global_step, samples, rewards, kl=kl)
+            figures = self._of_step(state.global_step, alarms)
             if self.records is not None:
                 self.monitor.save(self.records)
         # Every rank acts as one: a rank that stopped alone would leave the others waiting.
-        alarms = gather_object(alarms)
-        self._act(alarms, state.global_step, control)
+        ranks = gather_object([(alarms, figures)])
+        self._figures.append(averaged([figures for _alarms, figures in ranks]))
+        self._act([a for alarms, _figures in ranks for a in alarms], state.global_step, control)
         return control
+
+    def _of_step(self, step: int, alarms: list[Alarm]) -> dict[str, float]:
+        """Return what the reward's own metrics do not hold; nothing where all samples failed."""
+        records = self.monitor.records
+        if not records or records[-1].step != step:
+            return {}
+        last = records[-1]
+        slopes = {f"length_slope/{name}": slope for name, slope in last.length_slopes.items()}
+        return slopes | {
+            "length_controlled": last.length_controlled,
+            "log_length": last.log_length,
+            "outside_range": last.outside_range,
+            "kl": last.kl,
+            "alarms": float(len({alarm.kind for alarm in alarms})),
+        }
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+        """Add the figures to the trainer's logs, as means over the steps since the last one."""
+        logs = given["logs"]
+        if "loss" not in logs:  # an evaluation, or the run's summary
+            return
+        figures, self._figures = averaged(self._figures), []
+        fresh = [r.gold for r in self.monitor.records if r.step > self._logged]
+        figures["gold"] = mean_of(fresh)
+        if self.action == "raise_beta":
+            figures["beta"] = float(self._trainer.beta)
+        self._logged = state.global_step
+        named = {PREFIX + name: value for name, value in figures.items() if math.isfinite(value)}
+        logs.update(named)
+        state.log_history[-1].update(named)
 
     def _act(self, alarms: list[Alarm], step: int, control: Any) -> None:
         kinds = {alarm.kind for alarm in alarms}
@@ -183,51 +231,38 @@ class MonitorCallback(TrainerCallback):
     def _policy(self) -> Any:
         return self._trainer.accelerator.unwrap_model(self._trainer.model)
 
-    def measure_kl(self, samples: list[Sample | Exception]) -> float | None:
+    def measure_kl(
+        self,
+        samples: Sequence[Sample | Exception],
+        tokens: Sequence[list[int] | None] | None = None,
+    ) -> float | None:
         """Estimate KL(policy ‖ the run's first policy), nats a completion, on some samples.
 
-        By the estimator k3, on the completions' text in the policy's own template; None where no
-        sample can be read. Neither dropout nor a generator has a part in it.
+        By the estimator k3, on the tokens that the policy has sampled; None where no sample can be
+        read.
 
         Parameters
         ----------
-        samples : list of Sample or Exception
+        samples : sequence of Sample or Exception
             The policy's own.
+        tokens : sequence of (list of int or None), optional
+            Of each completion. Where they are not known the text is tokenised, with what ends it
+            in the policy's template.
         """
-        kept = [sample for sample in samples if isinstance(sample, Sample) and sample.completion]
+        tokens = [None] * len(samples) if tokens is None else tokens
+        kept = [
+            (sample, ids)
+            for sample, ids in zip(samples, tokens, strict=True)
+            if isinstance(sample, Sample) and (sample.completion if ids is None else ids)
+        ]
         if not kept:
             return None
         places = np.linspace(0, len(kept) - 1, min(self.kl_samples, len(kept))).astype(int)
-        encoder = TextEncoder(self._trainer.processing_class, max_length=_MAX_LENGTH)
-        if encoder.template == "pair":
-            encoder = TextEncoder(encoder.tokenizer, template="plain", max_length=_MAX_LENGTH)
-        encoded = encoder.encode([kept[place] for place in places])
-        model = self._policy()
-        reference = model if self.reference is None else self.reference
-        training, found = model.training, []
-        model.eval()
-        # The class's own, as in the reference: under autocast the two would differ from the start.
-        patched = vars(model).pop("forward", None)
-        try:
-            for batch in batches(encoded, token_budget=_KL_TOKENS, device=model.device):
-                with torch.no_grad():
-                    ours, inside = token_log_probs(model, batch)
-                    plain = model.disable_adapter() if self.reference is None else nullcontext()
-                    with plain:
-                        theirs, _ = token_log_probs(reference, batch)
-                found.append(
-                    sequence_kl(
-                        ours.cpu().numpy(),
-                        theirs.cpu().numpy(),
-                        inside.cpu().numpy(),
-                        estimator="k3",
-                    )
-                )
-        finally:
-            model.train(training)
-            if patched is not None:
-                vars(model)["forward"] = patched
-        return float(np.concatenate(found).mean())
+        chosen = [kept[place] for place in places]
+        encoded = encode_sampled(
+            self._trainer.processing_class, [s for s, _ in chosen], [ids for _, ids in chosen]
+        )
+        return mean_kl(self._policy(), self.reference, encoded)
 
 
 def joined(calls: list[LoopRewards]) -> LoopRewards:
@@ -238,3 +273,9 @@ def joined(calls: list[LoopRewards]) -> LoopRewards:
         np.concatenate([call.reference_reward for call in calls]),
         tuple(error for call in calls for error in call.errors),
     )
+
+
+def averaged(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Average each figure over the parts that know it; NaN where none does."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: mean_of([part.get(name, math.nan) for part in parts]) for name in names}

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from ensemble_rm.bestofn import CurveFit, fit_curve
-from ensemble_rm.errors import OptionError
+from ensemble_rm.errors import DataError, OptionError
 
 AlarmKind: TypeAlias = Literal["gold", "disagreement", "length", "kl"]
 
@@ -66,6 +66,33 @@ class StepRecord:
         said = {name: known(value) for name, value in asdict(self).items()}
         said["length_slopes"] = {k: known(v) for k, v in self.length_slopes.items()}
         return said
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> StepRecord:
+        """Read what `to_json` has written.
+
+        Parameters
+        ----------
+        said : mapping
+
+        Raises
+        ------
+        DataError
+            If it is no such object.
+        """
+
+        def number(value: Any) -> float:
+            return math.nan if value is None else float(value)
+
+        try:
+            values = {name: number(said[name]) for name in _NUMBERS}
+            slopes = {str(name): number(slope) for name, slope in said["length_slopes"].items()}
+            return cls(step=int(said["step"]), length_slopes=slopes, **values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{said!r:.200} is no step of a run: {error!r}") from error
+
+
+_NUMBERS = [f.name for f in fields(StepRecord) if f.name not in ("step", "length_slopes")]
 
 
 @dataclass(frozen=True)

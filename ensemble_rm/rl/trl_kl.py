@@ -1,0 +1,109 @@
+"""KL of a policy from the one that its run began with, measured on what it has sampled.
+
+Knows models, tokenizers and samples; knows nothing of trainers or rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from ensemble_rm.members.batching import batches
+from ensemble_rm.members.implicit import token_log_probs
+from ensemble_rm.members.text import Encoded, TextEncoder
+from ensemble_rm.rl.kl import sequence_kl
+from ensemble_rm.samples import Prompt, Sample
+
+_MAX_LENGTH = 4096
+_KL_TOKENS = 2048
+
+
+def encode_sampled(
+    tokenizer: Any, samples: Sequence[Sample], tokens: Sequence[list[int] | None]
+) -> list[Encoded]:
+    """Encode prompts as TRL does, each followed by what the policy has sampled.
+
+    Where a sample's tokens are not known its text is encoded, with what ends it in the template:
+    tokens that a completion which was cut does not have.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        The policy's own.
+    samples : sequence of Sample
+    tokens : sequence of (list of int or None)
+        Of each sample's completion.
+    """
+    unknown = [sample for sample, ids in zip(samples, tokens, strict=True) if ids is None]
+    rendered = iter(_encode_texts(tokenizer, unknown))
+    prefixes: dict[Prompt, list[int]] = {}
+    found = []
+    for sample, ids in zip(samples, tokens, strict=True):
+        if ids is None:
+            found.append(next(rendered))
+            continue
+        if sample.prompt not in prefixes:
+            prefixes[sample.prompt] = _prompt_ids(tokenizer, sample.prompt)
+        before = prefixes[sample.prompt]
+        found.append(Encoded([*before, *ids], len(before)))
+    return found
+
+
+def _prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
+    told = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    return list(told["input_ids"])
+
+
+def _encode_texts(tokenizer: Any, samples: Sequence[Sample]) -> list[Encoded]:
+    if not samples:
+        return []
+    encoder = TextEncoder(tokenizer, max_length=_MAX_LENGTH)
+    if encoder.template == "pair":
+        encoder = TextEncoder(tokenizer, template="plain", max_length=_MAX_LENGTH)
+    return encoder.encode(samples)
+
+
+def mean_kl(model: Any, reference: Any | None, encoded: Sequence[Encoded]) -> float:
+    """Estimate KL(policy ‖ reference) by k3, nats a completion, as a mean over samples.
+
+    Neither dropout nor a generator has a part in it, and gradients that wait for the optimiser
+    stay as they are.
+
+    Parameters
+    ----------
+    model : transformers or peft model
+        The policy.
+    reference : torch.nn.Module, optional
+        None for an adapter's own base.
+    encoded : sequence of Encoded
+        The policy's samples.
+    """
+    adapted, training, found = model, model.training, []
+    model.eval()
+    if reference is None and not adapted.active_peft_config.is_prompt_learning:
+        model = adapted.get_base_model()  # holds the adapter, and need not make a prompt's logits
+    other = model if reference is None else reference
+    # The class's own, as in the reference: under autocast the two would differ from the start.
+    patched = vars(model).pop("forward", None)
+    try:
+        for batch in batches(encoded, token_budget=_KL_TOKENS, device=model.device):
+            with torch.no_grad():
+                ours, inside = token_log_probs(model, batch)
+                with adapted.disable_adapter() if reference is None else nullcontext():
+                    theirs, _ = token_log_probs(other, batch)
+            kl = sequence_kl(
+                ours.cpu().numpy(), theirs.cpu().numpy(), inside.cpu().numpy(), estimator="k3"
+            )
+            found.append(kl)
+    finally:
+        adapted.train(training)
+        if patched is not None:
+            vars(model)["forward"] = patched
+    return float(np.concatenate(found).mean())
