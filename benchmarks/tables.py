@@ -147,6 +147,18 @@ CLAIMS = (
         *("overoptimisation_lm", "gold_at_1024_mixed_uwo", "{:.2f}"),
     ),
     (
+        "GRPO on a real policy, β = .05, 40 steps, two seeds: gold at the end with one head",
+        *("grpo", "gold_final_single_beta0.05", "{:.2f}"),
+    ),
+    ("with the mean of five views", "grpo", "gold_final_views_mean_beta0.05", "{:.2f}"),
+    ("with five views, UWO at ½", "grpo", "gold_final_views_uwo_beta0.05", "{:.2f}"),
+    (
+        "the same without a penalty: with one head",
+        *("grpo", "gold_final_single_beta0", "{:.2f}"),
+    ),
+    ("with the mean of five views", "grpo", "gold_final_views_mean_beta0", "{:.2f}"),
+    ("with five views, UWO at ½", "grpo", "gold_final_views_uwo_beta0", "{:.2f}"),
+    (
         "comparisons sent to a judge: 20 % of them by epistemic uncertainty, share of its gain had",
         *("routing", "recovered_epistemic_at_20_harmless", "{:.2f}"),
     ),
