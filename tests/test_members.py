@@ -40,12 +40,25 @@ def texts(n: int, seed: int = 0) -> list[Sample]:
     ]
 
 
-@given(st.lists(st.integers(1, 600), max_size=80), st.integers(64, 4096))
-def test_batches_hold_each_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    groups = plan(lengths, token_budget=budget)
+@given(
+    st.lists(st.integers(1, 600), max_size=80), st.integers(64, 4096), st.sampled_from([0.02, 0.1])
+)
+def test_batches_hold_each_row_once_within_the_budget(
+    lengths: list[int], budget: int, cost: float
+) -> None:
+    groups = plan(lengths, token_budget=budget, cost=cost)
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or len(group) * max(lengths[r] for r in group) <= budget
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=60), st.integers(600, 4096))
+def test_cheaper_passes_leave_less_padding(lengths: list[int], budget: int) -> None:
+    def padded(cost: float) -> int:
+        groups = plan(lengths, token_budget=budget, cost=cost)
+        return sum(len(group) * max(lengths[row] for row in group) for group in groups)
+
+    assert sum(lengths) == padded(0.0) <= padded(0.02) <= padded(0.1)
 
 
 @given(st.integers(1, 40), st.integers(1, 12))

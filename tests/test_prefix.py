@@ -179,6 +179,23 @@ def test_each_prompt_is_read_once(decoder: Path) -> None:
     assert sum(seen) <= prompt + sum(len(e.ids) - prompt for e in encoded) + len(encoded)
 
 
+def test_nobody_runs_the_last_block_of_a_prompt_to_its_end(decoder: Path) -> None:
+    trunk = Trunk(locate(decoder), OPTIONS)
+    encoded = trunk.encoder.encode([Sample("the quick fox " * 5, f"dog {w}") for w in WORDS])
+    ended: dict[int, list[int]] = {0: [], 3: []}
+    for block, widths in ended.items():
+        trunk.blocks[block].register_forward_hook(
+            lambda _m, args, _o, widths=widths: widths.append(args[0].shape[1])
+        )
+    splits = trunk.splits
+    for widths in ended.values():
+        widths.clear()
+    trunk.pooled(encoded, [(4, "last")])
+    prompt = encoded[0].start
+    assert prompt in ended[0]
+    assert (prompt in ended[3]) != splits
+
+
 def test_an_encoder_shares_nothing_and_says_so(
     minilm_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ensemble_rm.members.cascade import KEYWORD, cascade_attention
+from ensemble_rm.members.cascade import KEYWORD, LAST, KeysKept, cascade_attention
 
 NAME = "ensemble_rm_grouped_sdpa"
 _SPECIAL = ("position_bias", "cache", "softcap", "s_aux")
@@ -46,16 +46,23 @@ def grouped_attention(
         As transformers passes them.
     **more
         What only some models pass; then transformers' function answers. Prompts that the rows
-        continue come as `KEYWORD`.
+        continue come as `KEYWORD`, and the last block whose keys are wanted as `LAST`.
 
     Returns
     -------
     torch.Tensor
         (B, T, heads, D), and None in place of weights.
+
+    Raises
+    ------
+    KeysKept
+        In the last block whose keys are wanted, in the place of attention.
     """
     plain = attention_mask is None or query.shape[1] == key.shape[1]
     special = any(more.get(name) is not None for name in _SPECIAL)
-    prompts = more.pop(KEYWORD, None)
+    prompts, last = more.pop(KEYWORD, None), more.pop(LAST, None)
+    if last is not None and last == getattr(module, "layer_idx", None):
+        raise KeysKept  # transformers caches before it attends
     if prompts is not None and more.get("sliding_window") is None and not special:
         layer: Any = module.layer_idx
         return cascade_attention(query, key, value, prompts, layer, scaling), None

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ensemble_rm.members.budget import PASS_COST, pass_cost
 from ensemble_rm.members.prefix import Prefix
 from ensemble_rm.members.text import Encoded
-
-_BESIDE = 0.1  # of the budget: what a pass costs beside its tokens (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +74,42 @@ class Batch:
         return inputs
 
 
-def plan(lengths: Sequence[int], *, token_budget: int, max_rows: int = 512) -> list[list[int]]:
+def plan(
+    lengths: Sequence[int],
+    *,
+    token_budget: int,
+    max_rows: int = 512,
+    cost: float = PASS_COST,
+) -> list[list[int]]:
     """Group rows by length, longest first, each group within the budget of padded tokens.
 
     Of all ways to cut the sorted rows, the one whose padded tokens, and what each pass costs beside
     them, are fewest: dynamic programming over the places where a group may begin.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        In tokens.
+    token_budget : int
+        Padded tokens of a group.
+    max_rows : int
+        Of a group.
+    cost : float
+        Of a pass beside its tokens, as a share of the budget; see `pass_cost`.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     widths = np.asarray(lengths, dtype=np.int64)[order]
-    n, beside = len(widths), token_budget * _BESIDE
-    cost, begin = np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)
+    n, beside = len(widths), token_budget * cost
+    spent, begin = np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)
     low = 0
     for end in range(1, n + 1):
         # A wider first row and more of them only grow a group: its earliest beginning moves on.
         low = max(low, end - max_rows)
         while low < end - 1 and (end - low) * widths[low] > token_budget:
             low += 1
-        total = cost[low:end] + np.arange(end - low, 0, -1) * widths[low:end]
+        total = spent[low:end] + np.arange(end - low, 0, -1) * widths[low:end]
         best = int(np.argmin(total))
-        cost[end], begin[end] = total[best] + beside, low + best
+        spent[end], begin[end] = total[best] + beside, low + best
     cuts = [n]
     while cuts[-1] > 0:
         cuts.append(int(begin[cuts[-1]]))
@@ -129,5 +145,6 @@ def batches(
     encoded: Sequence[Encoded], *, token_budget: int, device: torch.device
 ) -> Iterator[Batch]:
     """Yield every sample once, in batches of similar length."""
-    for rows in plan([len(e.ids) for e in encoded], token_budget=token_budget):
+    lengths = [len(e.ids) for e in encoded]
+    for rows in plan(lengths, token_budget=token_budget, cost=pass_cost(device)):
         yield collate(encoded, rows, device=device)

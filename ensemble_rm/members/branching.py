@@ -13,13 +13,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.batching import Batch
 from ensemble_rm.members.passes import passes
 from ensemble_rm.members.pooling import Pooling, Rule, pool
-from ensemble_rm.members.prefix import Prefix, keeps_a_cache, padded, splits_attention
+from ensemble_rm.members.prefix import (
+    Prefix,
+    keeps_a_cache,
+    padded,
+    read_keys,
+    splits_attention,
+)
 from ensemble_rm.members.text import Encoded
 from ensemble_rm.members.trunk import Trunk, View
 
@@ -165,8 +171,7 @@ class Branching:
         if self.shares and prefix.states is None:
             raise OptionError("the trunk kept no states of these prompts; ask passes for them")
         model = self._driver(blocks, prefix.states)
-        cache = DynamicCache(config=self.trunk.model.config)
-        model(**prefix.inputs(), past_key_values=cache, use_cache=True)
+        cache = read_keys(model, prefix)
         cache.layers[: self.trunk.top] = prefix.cache.layers[: self.trunk.top]
         return replace(prefix, cache=cache, first=self.trunk.top)
 

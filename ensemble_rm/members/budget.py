@@ -19,6 +19,9 @@ CUDA_SHARE = 1 / 4
 CUDA_CAP = 32768
 MPS_TOKENS = 8192
 LEAST = 512
+PASS_COST = 0.1
+"""Of a pass beside its tokens, as a share of the budget: measured with AMX (benchmarks/LOG.md)."""
+_CHEAP = 0.02  # where tokens are dear: a CPU without AMX
 _COPIES = 6  # of a block's widest tensor, which are alive at once
 _CACHED = 5  # tokens with keys and values in every block, to each of a batch's
 
@@ -69,6 +72,12 @@ def pick_token_budget(
     free, _ = torch.cuda.mem_get_info(device)
     kept = _CACHED * depth * 2 * width * size  # as if no heads were grouped
     return min(_power(CUDA_SHARE * free / (_COPIES * row + kept)), CUDA_CAP)
+
+
+def pass_cost(device: torch.device) -> float:
+    """Return what a pass costs beside its tokens, as a share of the budget, by the device."""
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)  # torch 2.4 does not know
+    return _CHEAP if device.type == "cpu" and not has_amx() else PASS_COST
 
 
 def _power(tokens: float) -> int:

@@ -19,7 +19,13 @@ import torch
 
 KEYWORD = "shared_prompts"
 """Under which a forward pass hands them down to attention, as transformers' models do."""
+LAST = "last_keys"
+"""Under which goes the place of the block whose keys are the last that anyone wants."""
 _LONGER = 2  # times a completion: shorter prompts are copied as quickly
+
+
+class KeysKept(Exception):  # noqa: N818 - no error: it ends a pass that has done its work
+    """The last block has put its keys and values into the cache."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ensemble_rm.members.batching import Batch, batches, collate, plan
+from ensemble_rm.members.budget import pass_cost
 from ensemble_rm.members.prefix import Prefix, joined
 from ensemble_rm.members.text import Encoded
 
@@ -61,7 +62,8 @@ def passes(
     if read is None or not groups:
         return
     lengths = [encoded[rows[0]].start for rows in groups]
-    planned = plan(lengths, token_budget=token_budget)
+    cost = pass_cost(device)
+    planned = plan(lengths, token_budget=token_budget, cost=cost)
     for held in _held(planned, lengths, _HELD * token_budget) if splits else [[p] for p in planned]:
         prefix = joined(
             [read([encoded[groups[i][0]].ids[: lengths[i]] for i in part]) for part in held]
@@ -72,7 +74,7 @@ def passes(
         tails = [_tail(encoded[row]) for row in rows]
         room = 512 if splits else max(_SPREAD * token_budget // (prefix.ids.shape[1] + 1), 1)
         sizes = [len(tail.ids) for tail in tails]
-        for part in plan(sizes, token_budget=token_budget, max_rows=min(512, room)):
+        for part in plan(sizes, token_budget=token_budget, max_rows=min(512, room), cost=cost):
             part.sort(key=lambda i: owners[i])  # attention reads a prompt once for a run of rows
             batch = collate(tails, part, device=device)
             yield batch.renumbered(

@@ -8,6 +8,7 @@ Where a model keeps no such cache, nothing is shared.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Sequence
@@ -15,9 +16,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
-from ensemble_rm.members.cascade import KEYWORD, SharedPrompts, pays
+from ensemble_rm.members.cascade import KEYWORD, LAST, KeysKept, SharedPrompts, pays
 
 _log = logging.getLogger(__name__)
 
@@ -180,13 +186,13 @@ def splits_attention(model: Any, device: torch.device) -> bool:
     size = model.config.get_text_config().vocab_size
     text = (torch.arange(35, device=device).view(5, 7) * 7919 + 101) % size
     whole = model(input_ids=text, attention_mask=torch.ones_like(text)).last_hidden_state[:, 4:]
-    prefix = read_prefix(model, [[0], *text[:, :4].tolist()], device, splits=True)
-    layers: list[Any] = prefix.cache.layers
-    if any(type(layer) is not DynamicLayer for layer in layers):
-        return False
     owners, positions = torch.arange(1, 6), torch.arange(4, 7).expand(5, -1)
-    inputs = prefix.apart(owners, positions)
     try:
+        prefix = read_prefix(model, [[0], *text[:, :4].tolist()], device, splits=True)
+        layers: list[Any] = prefix.cache.layers
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            return False
+        inputs = prefix.apart(owners, positions)
         found = model(input_ids=text[:, 4:], **inputs).last_hidden_state
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False  # it hands nothing down to its attention, or torch lacks the kernel
@@ -201,10 +207,44 @@ def splits_attention(model: Any, device: torch.device) -> bool:
 
 @torch.inference_mode()
 def read_prefix(
-    model: Any, prompts: Sequence[Sequence[int]], device: torch.device, *, splits: bool = False
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    splits: bool = False,
+    whole: bool = False,
 ) -> Prefix:
-    """Read prompts and keep their keys and values."""
+    """Read prompts and keep their keys and values.
+
+    Parameters
+    ----------
+    model : transformers model
+    prompts : sequence of sequence of int
+        Token ids.
+    device : torch.device
+    splits : bool
+        Whether it attends to prompts and completions apart.
+    whole : bool
+        Whether the last block is run to its end: someone listens to what it returns.
+    """
     ids, mask = padded(prompts, device, right=splits)
     empty = Prefix(ids, mask, mask.sum(1), Cache(layers=[]), splits=splits)
+    if splits and not whole:
+        return replace(empty, cache=read_keys(model, empty))
     out = model(**empty.inputs(), use_cache=True)
     return replace(empty, cache=out.past_key_values)
+
+
+@torch.inference_mode()
+def read_keys(model: Any, prefix: Prefix) -> Cache:
+    """Run a model over prompts for the sake of every block's keys and values.
+
+    Nobody reads what its last block makes of a prompt: where the model splits its attention, it
+    stops when that block has its keys.
+    """
+    cache = DynamicCache(config=model.config)
+    places = (getattr(module, "layer_idx", None) for module in model.modules())
+    last = {LAST: max(i for i in places if i is not None)} if prefix.splits else {}
+    with contextlib.suppress(KeysKept):
+        model(**prefix.inputs(), past_key_values=cache, use_cache=True, **last)
+    return cache

@@ -239,7 +239,7 @@ class Trunk:
             found: list[torch.Tensor] = []
             listen = {self.top} if states else set()
             with self._listening(listen, lambda _, out: found.append(out)):
-                prefix = read_prefix(self.model, prompts, self.device, splits=splits)
+                prefix = read_prefix(self.model, prompts, self.device, splits=splits, whole=states)
             return replace(prefix, states=found[0]) if states else prefix
 
         return passes(
