@@ -129,7 +129,7 @@ def normalised(
     source = {"source": reference.source, "pairs": len(reference), "digest": reference.digest}
     return RewardEnsemble(
         tuple(scorers),
-        fit_normaliser(raw, reference.sample_groups(), baseline=below),
+        fit_normaliser(raw, reference.sample_groups(), baseline=below, nan=aggregator.nan),
         aggregator,
         provenance=provenance | {"reference": source},
         model_pool=pool,

@@ -43,8 +43,11 @@ class Scores:
 
     @property
     def std(self) -> Floats:
-        """Spread of the members (ddof 1), shape (n_samples,); one member is an error."""
-        return member_std(self.members)
+        """Spread of the members that scored (ddof 1), shape (n_samples,); NaN of fewer than two.
+
+        An ensemble of one member is an error.
+        """
+        return member_std(self.members, nan="omit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +82,13 @@ class Comparison:
 
     @cached_property
     def uncertainty(self) -> PairUncertainty:
-        """The split of total into aleatoric and epistemic, on the mixture; one member: an error."""
-        return split_uncertainty(self.member_margins, mixture_temperature=self.mixture_temperature)
+        """The split of total into aleatoric and epistemic, on the mixture of those that scored.
+
+        NaN of fewer than two; an ensemble of one member is an error.
+        """
+        return split_uncertainty(
+            self.member_margins, mixture_temperature=self.mixture_temperature, nan="omit"
+        )
 
     @property
     def mixture_probability(self) -> Floats:

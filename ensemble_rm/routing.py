@@ -31,6 +31,7 @@ from ensemble_rm.progress import Progress, silent
 from ensemble_rm.results import Comparison
 from ensemble_rm.samples import Preference, Preferences
 from ensemble_rm.selection.select import SelectedPair, SelectedPairs, pair_name
+from ensemble_rm.uncertainty import unknown_as_most
 
 Route: TypeAlias = Literal["ensemble", "judge"]
 UNCERTAINTIES = ("epistemic", "total", "aleatoric", "predictive")
@@ -99,7 +100,7 @@ class Routed:
     routes : tuple of {"ensemble", "judge"}
         Whose it is; a judgment that failed leaves the ensemble's.
     uncertainty : ndarray, shape (n_pairs,)
-        The ensemble's, in nats.
+        The ensemble's, in nats; see `pair_uncertainty`.
     threshold : float
         The least uncertainty that was routed.
     comparison : Comparison
@@ -138,6 +139,7 @@ def pair_uncertainty(comparison: Comparison, uncertainty: str) -> Floats:
     Returns
     -------
     ndarray, shape (n_pairs,)
+        ln 2, the most there is, for a pair that fewer than two members scored.
 
     Raises
     ------
@@ -152,7 +154,7 @@ def pair_uncertainty(comparison: Comparison, uncertainty: str) -> Floats:
         p = comparison.probability
         return np.asarray(entr(p) + entr(1.0 - p), dtype=np.float64)
     found: Floats = getattr(comparison.uncertainty, uncertainty)
-    return found
+    return unknown_as_most(found)
 
 
 def threshold_for_share(uncertainty: ArrayLike, share: float) -> float:

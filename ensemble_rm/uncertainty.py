@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import entr, expit
 
-from ensemble_rm.aggregation.aggregator import score_matrix
+from ensemble_rm.aggregation.aggregator import NanPolicy, score_matrix
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import NonFiniteScoreError, OneMemberError, OptionError
 
@@ -38,16 +38,25 @@ class PairUncertainty:
     epistemic: Floats
 
 
-def _several(scores: ArrayLike, what: str) -> Floats:
+def _several(scores: ArrayLike, what: str, nan: NanPolicy = "raise") -> Floats:
     matrix = score_matrix(scores)
     if matrix.shape[1] < 2:
         raise OneMemberError(f"{what} needs at least 2 members, not 1; train an ensemble")
-    if not np.isfinite(matrix).all():
+    bad = np.isinf(matrix) if nan == "omit" else ~np.isfinite(matrix)
+    if bad.any():
         raise NonFiniteScoreError(f"{what} needs finite scores; some are NaN or infinite")
     return matrix
 
 
-def member_std(scores: ArrayLike, *, ddof: int = 1) -> Floats:
+def _mean_of_present(values: Floats, *, fewest: int = 2) -> Floats:
+    """Mean of each row's numbers that are not NaN; NaN where there are fewer than so many."""
+    there = ~np.isnan(values)
+    counts = there.sum(axis=1)
+    sums = np.where(there, values, 0.0).sum(axis=1)
+    return np.where(counts >= fewest, sums / np.maximum(counts, 1), np.nan)
+
+
+def member_std(scores: ArrayLike, *, ddof: int = 1, nan: NanPolicy = "raise") -> Floats:
     """Spread of the members at each sample.
 
     Parameters
@@ -57,6 +66,9 @@ def member_std(scores: ArrayLike, *, ddof: int = 1) -> Floats:
     ddof : int
         Divisor k − ddof; 1 is the unbiased variance. At k = 5 the variance itself is uncertain
         by about 71 %.
+    nan : {"raise", "omit"}
+        What a member without a score is: an error, or left out. Where fewer than two are left, the
+        spread is NaN.
 
     Returns
     -------
@@ -67,8 +79,13 @@ def member_std(scores: ArrayLike, *, ddof: int = 1) -> Floats:
     ------
     OneMemberError
         If there is one member: it has no epistemic uncertainty.
+    NonFiniteScoreError
+        If a score is infinite, or is NaN against `nan`.
     """
-    return np.asarray(_several(scores, "the members' std").std(axis=1, ddof=ddof), dtype=np.float64)
+    matrix = _several(scores, "the members' std", nan)
+    counts = (~np.isnan(matrix)).sum(axis=1)
+    squares = _mean_of_present((matrix - _mean_of_present(matrix)[:, None]) ** 2)
+    return np.asarray(np.sqrt(squares * (counts / np.maximum(counts - ddof, 1))))
 
 
 def binary_entropy(p: ArrayLike) -> Floats:
@@ -77,7 +94,9 @@ def binary_entropy(p: ArrayLike) -> Floats:
     return np.asarray(entr(q) + entr(1.0 - q), dtype=np.float64)
 
 
-def split_uncertainty(member_margins: ArrayLike, *, mixture_temperature: float) -> PairUncertainty:
+def split_uncertainty(
+    member_margins: ArrayLike, *, mixture_temperature: float, nan: NanPolicy = "raise"
+) -> PairUncertainty:
     """Split each pair's uncertainty into aleatoric and epistemic [1]_.
 
     Parameters
@@ -86,6 +105,9 @@ def split_uncertainty(member_margins: ArrayLike, *, mixture_temperature: float) 
         Normalised score of the first minus that of the second.
     mixture_temperature : float
         T_mix > 0, fitted on the NLL of the mixture.
+    nan : {"raise", "omit"}
+        What a member that did not score both sides is: an error, or left out of the mixture. A pair
+        that fewer than two scored is NaN in all parts: nothing is known of what they disagree on.
 
     Returns
     -------
@@ -96,35 +118,47 @@ def split_uncertainty(member_margins: ArrayLike, *, mixture_temperature: float) 
     ------
     OneMemberError
         If there is one member.
+    NonFiniteScoreError
+        If a margin is infinite, or is NaN against `nan`.
     """
-    margins = _several(member_margins, "epistemic uncertainty")
+    margins = _several(member_margins, "epistemic uncertainty", nan)
     if not mixture_temperature > 0:
         raise OptionError(f"mixture_temperature must be > 0, not {mixture_temperature!r}")
     p = np.asarray(expit(margins / mixture_temperature))
-    mixture = np.asarray(p.mean(axis=1), dtype=np.float64)
+    mixture = _mean_of_present(p)
     total = binary_entropy(mixture)
-    aleatoric = np.minimum(binary_entropy(p).mean(axis=1), total)
+    aleatoric = np.minimum(_mean_of_present(binary_entropy(p)), total)
     return PairUncertainty(mixture, total, aleatoric, total - aleatoric)
 
 
-def margin_correlation(member_margins: ArrayLike) -> Floats:
+def unknown_as_most(nats: Floats) -> Floats:
+    """Return uncertainties with ln 2, the most there is of two verdicts, in the place of NaN."""
+    return np.where(np.isnan(nats), np.log(2.0), nats)
+
+
+def margin_correlation(member_margins: ArrayLike, *, nan: NanPolicy = "raise") -> Floats:
     """Correlate the members' margins with one another.
 
     Parameters
     ----------
     member_margins : array_like, shape (n_pairs, n_members)
         Margins in any unit.
+    nan : {"raise", "omit"}
+        What a missing margin is: an error, or left out, so that two members are correlated over the
+        pairs that both scored.
 
     Returns
     -------
     ndarray, shape (n_members, n_members)
         Pearson correlations about zero: a pair's orientation is arbitrary, so its mean is.
     """
-    margins = _several(member_margins, "the correlation of margins")
-    norms = np.sqrt((margins**2).sum(axis=0))
-    if not (norms > 0).all():
-        raise OptionError(f"member {int(np.argmin(norms))} has only zero margins")
-    return np.asarray(margins.T @ margins / np.outer(norms, norms), dtype=np.float64)
+    margins = _several(member_margins, "the correlation of margins", nan)
+    there = ~np.isnan(margins)
+    known = np.where(there, margins, 0.0)
+    squares = (known**2).T @ there  # of the row's member, over the pairs that the column's scored
+    if not (squares > 0).all():
+        raise OptionError(f"member {int(np.argmin(squares.min(axis=1)))} has only zero margins")
+    return np.asarray(known.T @ known / np.sqrt(squares * squares.T), dtype=np.float64)
 
 
 def mean_correlation(correlation: ArrayLike) -> float:

@@ -91,7 +91,7 @@ def calibrated(t: float, *, aggregator: Aggregator | None = None, n: int = 400) 
     return RewardEnsemble(members, Normaliser.identity(2), aggregator, calibration)
 
 
-def write_run(folder: Path, t: float) -> Path:
+def write_run(folder: Path, t: float, *, aggregator: Aggregator | None = None) -> Path:
     """Write a plain ensemble's folder that a function's members stand for; see `loader`.
 
     Function members cannot be saved, so that the folder names a kind that no loader knows: a job
@@ -99,7 +99,7 @@ def write_run(folder: Path, t: float) -> Path:
     """
     from ensemble_rm.versions.files import json_bytes
 
-    ensemble = calibrated(t)
+    ensemble = calibrated(t, aggregator=aggregator)
     assert ensemble.calibration is not None
     (folder / "members/0").mkdir(parents=True)
     (folder / "members/0/function.json").write_text("{}")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from ensemble_rm.aggregation.aggregator import score_matrix
+from ensemble_rm.aggregation.aggregator import NanPolicy, score_matrix
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import BaselineError, NonFiniteScoreError, OptionError
 
@@ -90,7 +90,11 @@ def _above(matrix: Floats, baseline: ArrayLike | None) -> Floats:
 
 
 def fit_normaliser(
-    scores: ArrayLike, groups: ArrayLike, *, baseline: ArrayLike | None = None
+    scores: ArrayLike,
+    groups: ArrayLike,
+    *,
+    baseline: ArrayLike | None = None,
+    nan: NanPolicy = "raise",
 ) -> Normaliser:
     """Fit offset (the mean) and scale (the RMS deviation within prompts) of each member.
 
@@ -106,6 +110,8 @@ def fit_normaliser(
     baseline : array_like, shape (n_samples, n_members), optional
         Raw scores of the reference completion of each sample's prompt; the normaliser then
         subtracts them.
+    nan : {"raise", "omit"}
+        What a score that is NaN is: an error, or left out of its member's offset and scale.
 
     Returns
     -------
@@ -115,27 +121,39 @@ def fit_normaliser(
     Raises
     ------
     NonFiniteScoreError
-        If a score is NaN or infinite.
+        If a score is infinite, or is NaN against `nan`.
     OptionError
-        If a member gives every completion of a prompt the same score.
+        If a member gives every completion of a prompt the same score, or scores no two of one.
     """
     matrix = _above(score_matrix(scores), baseline)
-    if not np.isfinite(matrix).all():
-        raise NonFiniteScoreError("reference scores hold NaN or infinity")
     labels = np.unique(np.asarray(groups), return_inverse=True)[1]
+    fits = [_fit_member(i, column, labels, nan) for i, column in enumerate(matrix.T)]
+    offset, scale = zip(*fits, strict=True)
+    return Normaliser(offset, scale, baseline is not None)
+
+
+def _fit_member(
+    member: int, scores: Floats, labels: NDArray[np.intp], nan: NanPolicy
+) -> tuple[float, float]:
+    """Return one member's offset and scale."""
+    there = ~np.isnan(scores) if nan == "omit" else np.ones(len(scores), dtype=np.bool_)
+    x, labels = scores[there], labels[there]
+    if not np.isfinite(x).all():
+        raise NonFiniteScoreError(
+            f"reference scores of member {member} hold NaN or infinity; an aggregator with "
+            "nan='omit' leaves out what is NaN"
+        )
     counts = np.bincount(labels)
-    sums = np.zeros((len(counts), matrix.shape[1]))
-    np.add.at(sums, labels, matrix)
-    within = matrix - (sums / counts[:, None])[labels]
+    sums = np.bincount(labels, x)
+    within = x - (sums / np.maximum(counts, 1))[labels]
     several = counts[labels] > 1
     freedom = int(several.sum() - (counts > 1).sum())
     if freedom == 0:
-        raise OptionError("no prompt has two reference completions; the scale within is undefined")
-    scale = np.sqrt((within[several] ** 2).sum(axis=0) / freedom)
-    tiny = scale <= 1e-12 * np.maximum(np.abs(matrix).max(axis=0), 1e-30)
-    if tiny.any():
         raise OptionError(
-            f"member {int(np.flatnonzero(tiny)[0])} scores all completions of a prompt alike"
+            f"no prompt has two reference completions that member {member} scores; the scale "
+            "within is undefined"
         )
-    offset = tuple(matrix.mean(axis=0).tolist())
-    return Normaliser(offset, tuple(scale.tolist()), baseline is not None)
+    scale = float(np.sqrt((within[several] ** 2).sum() / freedom))
+    if scale <= 1e-12 * max(float(np.abs(x).max()), 1e-30):
+        raise OptionError(f"member {member} scores all completions of a prompt alike")
+    return float(x.mean()), scale

@@ -225,9 +225,15 @@ def fit_inverse(x: Floats, y: Floats, w: Floats, start: float = 1.0) -> float:
 
 
 def mixture_probability(member_margins: ArrayLike, temperature: float) -> Floats:
-    """Return p̄ = mean over members of σ(Δᵢ/T), shape (n_pairs,)."""
+    """Return p̄ = mean of σ(Δᵢ/T) over the members whose margin is not NaN, shape (n_pairs,).
+
+    NaN where there is none.
+    """
     matrix = score_matrix(member_margins)
-    return np.asarray(expit(matrix / temperature).mean(axis=1), dtype=np.float64)
+    there = ~np.isnan(matrix)
+    sums = np.where(there, expit(matrix / temperature), 0.0).sum(axis=1)
+    counts = there.sum(axis=1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def fit_mixture_temperature(
@@ -236,11 +242,37 @@ def fit_mixture_temperature(
     """Fit T_mix on the NLL of the mixture p̄; not the T of the aggregated margin.
 
     The likelihood of a mixture need not be convex, so a grid over log T is refined.
+
+    Parameters
+    ----------
+    member_margins : array_like, shape (n_pairs, n_members)
+        Normalised; NaN where a member did not score both sides, and is left out of the mixture. A
+        pair without any is left out of the fit.
+    targets : array_like, shape (n_pairs,)
+        P(first is preferred), in [0, 1].
+    weights : array_like, shape (n_pairs,), optional
+        How much each judgment counts, > 0.
+
+    Returns
+    -------
+    float
+        T_mix > 0, in the unit of the margins.
+
+    Raises
+    ------
+    NonFiniteScoreError
+        If a margin is infinite.
+    NoPositiveTemperatureError
+        If every margin is zero, or none is there.
     """
-    matrix = score_matrix(member_margins)
-    y = _vector(targets, len(matrix), 0.5)
-    w = _vector(weights, len(matrix), 1.0)
-    scale = float(np.sqrt((matrix**2).mean()))
+    every = score_matrix(member_margins)
+    if np.isinf(every).any():
+        raise NonFiniteScoreError("members' margins hold infinity")
+    known = ~np.isnan(every).all(axis=1)
+    matrix = every[known]
+    y = _vector(targets, len(every), 0.5)[known]
+    w = _vector(weights, len(every), 1.0)[known]
+    scale = float(np.sqrt(np.nanmean(matrix**2))) if len(matrix) else 0.0
     if not scale > 0:
         raise NoPositiveTemperatureError("every margin is zero: no temperature fits")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -242,6 +243,11 @@ def write_jsonl(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     scratch.replace(path)
+
+
+def known(value: float) -> float | None:
+    """Return a number as JSON has it: null in the place of NaN."""
+    return None if math.isnan(value) else float(value)
 
 
 def say(args: argparse.Namespace, found: Mapping[str, Any], text: str) -> None:

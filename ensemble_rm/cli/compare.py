@@ -17,6 +17,7 @@ from ensemble_rm.cli.common import (
     add_json,
     add_out_file,
     add_rows,
+    known,
     open_ensemble,
     say,
     write_jsonl,
@@ -58,9 +59,9 @@ def run(args: argparse.Namespace) -> None:
         say(args, found, f"{len(pairs)} pairs in {args.out} by {ensemble.aggregator}")
 
 
-def _rows(verdict: Comparison, *, several: bool) -> Iterator[dict[str, float]]:
+def _rows(verdict: Comparison, *, several: bool) -> Iterator[dict[str, float | None]]:
     for i in range(len(verdict.probability)):
-        row = {
+        row: dict[str, float | None] = {
             "probability": float(verdict.probability[i]),
             "margin": float(verdict.margin[i]),
         }
@@ -68,9 +69,9 @@ def _rows(verdict: Comparison, *, several: bool) -> Iterator[dict[str, float]]:
             row["tie_probability"] = float(verdict.tie_probability[i])
         if several:
             row |= {
-                "mixture_probability": float(verdict.mixture_probability[i]),
-                "total": float(verdict.total[i]),
-                "aleatoric": float(verdict.aleatoric[i]),
-                "epistemic": float(verdict.epistemic[i]),
+                "mixture_probability": known(verdict.mixture_probability[i]),
+                "total": known(verdict.total[i]),
+                "aleatoric": known(verdict.aleatoric[i]),
+                "epistemic": known(verdict.epistemic[i]),
             }
         yield row

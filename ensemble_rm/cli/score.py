@@ -8,7 +8,6 @@ chunk. FILE.partial becomes FILE once every row is there.
 from __future__ import annotations
 
 import argparse
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -22,6 +21,7 @@ from ensemble_rm.cli.common import (
     add_json,
     add_out_file,
     add_rows,
+    known,
     open_ensemble,
     read_aggregator,
     say,
@@ -104,26 +104,15 @@ def score_rows(
 
 
 def _rows(scores: Scores) -> Iterator[dict[str, Any]]:
-    """Return a row a sample; a member without a score is null, and so is a spread without it."""
-    import numpy as np
-
-    from ensemble_rm.uncertainty import member_std
-
-    whole = ~np.isnan(scores.members.sum(axis=1))
+    """Return a row a sample; a member without a score is null, and so is the spread of one."""
     several = len(scores.names) > 1
-    std = np.full(len(scores.reward), np.nan)
-    if several and whole.any():
-        std[whole] = member_std(scores.members[whole])
+    std = scores.std if several else ()
     for i, reward in enumerate(scores.reward):
-        members = [_known(score) for score in scores.members[i].tolist()]
+        members = [known(score) for score in scores.members[i].tolist()]
         row: dict[str, Any] = {
             "reward": float(reward),
             "members": dict(zip(scores.names, members, strict=True)),
         }
         if several:
-            row["std"] = _known(float(std[i]))
+            row["std"] = known(float(std[i]))
         yield row
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value

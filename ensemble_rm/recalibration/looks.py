@@ -205,7 +205,7 @@ def _unlabelled(
     if evidence is None:
         raise DataError(f"version {version.number} has no scores stored with it to compare with")
     fresh = window.times >= life_start(version, calibration) + 1
-    members, groups, distance = _sides(window, table, np.flatnonzero(fresh))
+    members, groups, distance = _whole(*_sides(window, table, np.flatnonzero(fresh)))
     names = tuple(f"member {i}" for i in range(evidence.members))
     aggregator = calibration.aggregator
 
@@ -216,6 +216,7 @@ def _unlabelled(
     then = np.concatenate([evidence.first, evidence.second])
     labels = np.concatenate([evidence.groups, evidence.groups])
     far = evidence.distances.T.reshape(-1) if evidence.distances.size else None
+    then, labels, far = _whole(then, labels, far)
     reference = Reference(names, ScoredSet.read(scores(then), labels, far))
     return unlabelled_drift(
         *(reference, scores(members), groups),
@@ -223,6 +224,12 @@ def _unlabelled(
         alpha=options.alpha,
         looks=options.looks,
     )
+
+
+def _whole(members: Any, groups: Any, distance: Any) -> tuple[Any, Any, Any]:
+    """Leave out samples that a member did not score: what compares members needs all of them."""
+    there = np.isfinite(members).all(axis=1)
+    return members[there], groups[there], None if distance is None else distance[there]
 
 
 def _evidence(versions: Versions, version: Version) -> ScoredPairs | None:

@@ -69,18 +69,18 @@ def window_margins(
         If the texts of a pair are not in the store any more.
     """
     found = read_margins(table, window.keys, aggregator, members, progress=progress)
-    missing = int(found.missing.sum())
-    if not missing:
+    wanted = found.missing | found.failed
+    if not wanted.any():
         return found
     ensemble, done = load(), 0
-    for chunk in _unscored(window, store, found.missing):
+    for chunk in _unscored(window, store, wanted):
         names = list(chunk)
         sides, distances = _score(ensemble, list(chunk.values()))
         found.fill(_places(window, names), sides, aggregator)
         if not table.read_only:
             table.put(names, sides, distances)
         done += len(names)
-        progress("scoring pairs", done, missing)
+        progress("scoring pairs", done, int(wanted.sum()))
     if found.missing.any():
         raise DataError(
             f"{int(found.missing.sum())} pairs of the window have no texts in {store.name} any "

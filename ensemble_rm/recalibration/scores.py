@@ -173,7 +173,8 @@ class PairMargins:
     margins : ndarray, shape (n_pairs,)
         Aggregated reward of the first side minus that of the second; NaN where unknown.
     members : ndarray of float32, shape (n_pairs, n_members)
-        The same of each member: for T_mix, which needs no more digits.
+        The same of each member: for T_mix, which needs no more digits. NaN where a member failed
+        and the aggregator leaves it out.
     """
 
     margins: Floats
@@ -183,6 +184,11 @@ class PairMargins:
     def missing(self) -> NDArray[np.bool_]:
         """Which are unknown."""
         return np.isnan(self.margins)
+
+    @property
+    def failed(self) -> NDArray[np.bool_]:
+        """Which lack a member's score: a failure, of a server perhaps, which is tried again."""
+        return np.asarray(np.isnan(self.members).any(axis=1))
 
     def fill(self, places: NDArray[Any], sides: Floats, aggregator: Aggregator) -> None:
         """Enter the margins of pairs whose scores are there."""

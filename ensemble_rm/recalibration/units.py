@@ -61,7 +61,7 @@ def same_units(
     samples, groups = reference.samples(), reference.sample_groups()
     wanted = reward_units(incumbent.score(samples, progress=progress).reward, groups)
     scores = candidate.score(samples, progress=progress).members
-    own = fit_normaliser(scores, groups)
+    own = fit_normaliser(scores, groups, nan=incumbent.aggregator.nan)
     factor = _factor(own(scores), groups, incumbent.aggregator, wanted.scale[0])
     level = reward_units(incumbent.aggregator(factor * own(scores)), groups).offset[0]
     normaliser = _chain(candidate.normaliser, own, factor, wanted.offset[0] - level)

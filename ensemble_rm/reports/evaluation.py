@@ -8,7 +8,7 @@ row has what its calibration says: a curve, or each subset's temperature, where 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,26 @@ from ensemble_rm.metrics import Interval, auroc, bootstrap, error_auroc
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.reports.measures import Row, SubsetRow, measure_gain, measure_row, measure_subsets
 from ensemble_rm.samples import Preferences, require_pairs
-from ensemble_rm.uncertainty import margin_correlation, mean_correlation, split_uncertainty
+from ensemble_rm.uncertainty import (
+    margin_correlation,
+    mean_correlation,
+    split_uncertainty,
+    unknown_as_most,
+)
 
 
-def default_aggregators() -> tuple[Aggregator, ...]:
-    """Return the aggregators that an evaluation sets side by side."""
-    return (mean(), minimum(), lcb(1.0), uwo(0.5), entropic(1.0), median(), cvar(0.5))
+def default_aggregators(like: Aggregator | None = None) -> tuple[Aggregator, ...]:
+    """Return the aggregators that an evaluation sets side by side.
+
+    Parameters
+    ----------
+    like : Aggregator, optional
+        Whose policy for missing members they have.
+    """
+    every = (mean(), minimum(), lcb(1.0), uwo(0.5), entropic(1.0), median(), cvar(0.5))
+    if like is None:
+        return every
+    return tuple(replace(a, nan=like.nan, min_members=like.min_members) for a in every)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +140,8 @@ def evaluate(
         Pairs that neither training nor calibration saw. Their sides are exchanged at random
         first, so that their order tells nothing. Their weights count in accuracy, NLL and Brier.
     aggregators : sequence of Aggregator, optional
-        Beside the ensemble's own; a usual set where not given.
+        Beside the ensemble's own; a usual set, with its policy for missing members, where not
+        given.
     draws : int
         Bootstrap samples, over prompts, of each interval.
     seed : int
@@ -148,7 +163,8 @@ def evaluate(
     test = test.shuffled_sides(seed=seed)
     scored = ensemble.judge(test, progress=progress)
     evidence = None if ensemble.calibration is None else ensemble.calibration.evidence
-    chosen = dict.fromkeys([*(aggregators or default_aggregators()), ensemble.aggregator])
+    usual = default_aggregators(ensemble.aggregator)
+    chosen = dict.fromkeys([*(aggregators or usual), ensemble.aggregator])
     if scored.members == 1:
         chosen = dict.fromkeys([ensemble.aggregator])
     ways: list[tuple[str, str, Callable[[ScoredPairs], Floats]]] = [
@@ -188,7 +204,7 @@ def evaluate(
             )
             for name, doubt in doubts.items()
         },
-        mean_correlation(margin_correlation(scored.member_margins)) if scored.members > 1 else None,
+        _correlation(scored) if scored.members > 1 else None,
         _length_auroc(test),
         measure_subsets(
             scored, p, temperature_of=_subset_temperature(ensemble, own), draws=draws, seed=seed
@@ -243,11 +259,16 @@ def _doubts(scored: ScoredPairs, p: Floats, ensemble: RewardEnsemble) -> dict[st
             split = split_uncertainty(
                 scored.member_margins,
                 mixture_temperature=ensemble.calibration.mixture_temperature,
+                nan="omit",
             )
         except OneMemberError:
             return found
-        found["epistemic"] = split.epistemic
+        found["epistemic"] = unknown_as_most(split.epistemic)
     return found
+
+
+def _correlation(scored: ScoredPairs) -> float:
+    return mean_correlation(margin_correlation(scored.member_margins, nan="omit"))
 
 
 def _length_auroc(test: Preferences) -> float | None:

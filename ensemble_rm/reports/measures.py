@@ -45,6 +45,8 @@ class Row:
     temperature : TemperatureFit, optional
     refusal : str
         Why there is no temperature, where there is none.
+    missing : int
+        Pairs that a member did not score on both sides; it is measured on the others.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Row:
     null_after: EceNull | None
     temperature: TemperatureFit | None
     refusal: str = ""
+    missing: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON."""
@@ -69,6 +72,8 @@ class Row:
         found["temperature"] = self.temperature and vars(self.temperature)
         if self.refusal:
             found["refusal"] = self.refusal
+        if self.missing:
+            found["missing"] = self.missing
         return found
 
 
@@ -137,15 +142,21 @@ def measure_row(
         Of the bootstrap.
     """
     margins = margins_of(scored)
+    there = ~np.isnan(margins)
+    missing = int((~there).sum())
+    if missing:  # a member is measured on what it scored
+        scored, margins = scored.take(np.flatnonzero(there)), margins[there]
     before = np.asarray(expit(margins))
     fit, refusal = None, "the ensemble has no calibration"
     if evidence is not None:
+        judged = margins_of(evidence)
+        known = ~np.isnan(judged)
         try:
             fit = fit_temperature(
-                margins_of(evidence),
-                evidence.targets,
-                weights=evidence.weights,
-                groups=evidence.groups,
+                judged[known],
+                evidence.targets[known],
+                weights=evidence.weights[known],
+                groups=evidence.groups[known],
                 min_judgments=2,
             )
             refusal = ""
@@ -163,6 +174,7 @@ def measure_row(
         None if after is None else ece_null(after, seed=seed),
         fit,
         refusal,
+        missing,
     )
 
 
@@ -204,6 +216,8 @@ def measure_gain(
 ) -> Interval:
     """Say what pooling buys: mean member NLL − pooled NLL in nats, each at its own held-out T.
 
+    On the pairs that every member scored.
+
     Parameters
     ----------
     scored : ScoredPairs
@@ -217,6 +231,8 @@ def measure_gain(
     draws, seed : int
         Of the bootstrap.
     """
+    whole = np.flatnonzero(~np.isnan(scored.member_margins).any(axis=1))
+    scored, margins = scored.take(whole), margins[whole]
     y = scored.targets
     own = [
         pair_nll(expit(scored.member_margins[:, i] / fit.temperature), y)

@@ -96,6 +96,11 @@ def evaluation_text(evaluation: Evaluation) -> str:
         notes.append(f"mean correlation of members' margins: {evaluation.margin_correlation:.2f}")
     if evaluation.longer_first_auroc is not None:
         notes.append(f"AUROC of length alone: {evaluation.longer_first_auroc:.3f}")
+    notes += [
+        f"{row.name} scored {evaluation.pairs - row.missing} of the pairs, and is measured on those"
+        for row in evaluation.rows
+        if row.missing
+    ]
     refused = {row.refusal for row in evaluation.rows if row.refusal}
     notes += [f"not calibrated: {reason}" for reason in sorted(refused)]
     return "\n".join([*parts, "", *notes])

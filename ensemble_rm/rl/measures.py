@@ -35,10 +35,10 @@ def reference_range(evidence: ScoredPairs) -> Floats:
     Returns
     -------
     ndarray, shape (2, n_members)
-        Low and high, in normalised units.
+        Low and high, in normalised units; of those that the member scored.
     """
     scores = np.concatenate([evidence.first, evidence.second])
-    return np.asarray(np.quantile(scores, RANGE, axis=0), dtype=np.float64)
+    return np.asarray(np.nanquantile(scores, RANGE, axis=0), dtype=np.float64)
 
 
 def outside_range(members: Floats, span: Floats) -> NDArray[np.bool_]:

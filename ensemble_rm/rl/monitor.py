@@ -30,6 +30,7 @@ from ensemble_rm.rl.measures import (
 from ensemble_rm.rl.scoring import LoopRewards
 from ensemble_rm.rl.watching import Alarm, AlarmRule, StepRecord
 from ensemble_rm.samples import Sample, prompt_json
+from ensemble_rm.uncertainty import member_std
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
@@ -100,7 +101,7 @@ class OverOptimisationMonitor:
             self._span = reference_range(evidence)
             if self._several:
                 judged = np.concatenate([evidence.first, evidence.second])
-                self.reference_std = float(judged.std(axis=1, ddof=1).mean())
+                self.reference_std = float(np.nanmean(member_std(judged, nan="omit")))
         self._records: list[StepRecord] = []
         self._start: float | None = None  # mean log length of the first step
 

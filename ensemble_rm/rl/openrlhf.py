@@ -12,11 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from ensemble_rm.errors import DataError, OptionError, RawTextError
 from ensemble_rm.rl.gathering import GatheredScores
 from ensemble_rm.rl.pinned import PinnedEnsemble
 from ensemble_rm.rl.scoring import LoopRewards
 from ensemble_rm.samples import Prompt, Sample, as_prompt
+from ensemble_rm.uncertainty import member_std
 
 if TYPE_CHECKING:
     from ensemble_rm.aggregation.aggregator import Aggregator
@@ -106,9 +109,9 @@ def openrlhf_reward(
 
 def answer(rewards: LoopRewards) -> dict[str, Any]:
     """Return what OpenRLHF reads: a number for one sample, lists for several; all are numeric."""
-    logs = {"member_mean": rewards.members.mean(axis=1)}
+    logs = {"member_mean": np.nanmean(rewards.members, axis=1)}
     if rewards.members.shape[1] > 1:
-        logs["member_std"] = rewards.members.std(axis=1, ddof=1)
+        logs["member_std"] = member_std(rewards.members, nan="omit")
     found: dict[str, Any] = {"rewards": rewards.reward, "scores": rewards.reward}
     alone = len(rewards) == 1  # it makes a tensor of [value]: a list would be one axis too many
 

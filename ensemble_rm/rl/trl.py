@@ -27,6 +27,7 @@ from ensemble_rm.rl.measures import (
 from ensemble_rm.rl.pinned import PinnedEnsemble
 from ensemble_rm.rl.scoring import FailurePolicy, LoopRewards, check_policy, score_for_loop
 from ensemble_rm.samples import Sample
+from ensemble_rm.uncertainty import member_std
 
 if TYPE_CHECKING:
     from ensemble_rm.aggregation.aggregator import Aggregator
@@ -216,7 +217,7 @@ class TRLReward:
             "failure": list(rewards.failures),
         }
         if members.shape[1] > 1:
-            found["member_std"] = plain(members.std(axis=1, ddof=1))
+            found["member_std"] = plain(member_std(members, nan="omit"))
         for name, column in zip(self.pinned.ensemble.names, members.T, strict=True):
             found[f"score/{name}"] = plain(column)
         if span is not None:

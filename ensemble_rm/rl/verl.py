@@ -6,6 +6,7 @@ no veRL.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,6 +17,7 @@ from ensemble_rm.errors import DataError
 from ensemble_rm.rl.gathering import GatheredScores
 from ensemble_rm.rl.pinned import PinnedEnsemble
 from ensemble_rm.samples import Sample, as_prompt
+from ensemble_rm.uncertainty import member_std
 
 if TYPE_CHECKING:
     from ensemble_rm.aggregation.aggregator import Aggregator
@@ -76,13 +78,13 @@ def verl_reward(
         if error is not None:
             raise error
         members = rewards.members[0]
-        spread = float(members.std(ddof=1)) if len(members) > 1 else float("nan")
+        spread = member_std(members[None], nan="omit")[0] if len(members) > 1 else math.nan
         return {
             "score": float(rewards.reward[0]),
-            "member_mean": float(members.mean()),
-            "member_std": spread,
-            "member_min": float(members.min()),
-            "member_max": float(members.max()),
+            "member_mean": float(np.nanmean(members)),
+            "member_std": float(spread),
+            "member_min": float(np.nanmin(members)),
+            "member_max": float(np.nanmax(members)),
         }
 
     return compute_score

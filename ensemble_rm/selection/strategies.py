@@ -95,7 +95,8 @@ def utility(margins: PoolMargins, strategy: str) -> Floats | None:
     strategy : {"bald", "margin", "disagreement", "random"}
         The mutual information of verdict and member [1]_, in nats; less |margin|, whose order is
         that of the predictive entropy under one temperature [2]_; the std of the members' margins
-        [3]_; nothing.
+        [3]_; nothing. A pair that fewer than two members scored comes last in the first and the
+        third, and has the floor's probability.
 
     Returns
     -------
@@ -115,14 +116,21 @@ def utility(margins: PoolMargins, strategy: str) -> Floats | None:
     if strategy == "margin":
         return -np.abs(margins.margin)
     if strategy == "disagreement":
-        return member_std(margins.member_margins)
+        return _known(member_std(margins.member_margins, nan="omit"))
     if strategy == "bald":
         if margins.mixture_temperature is None:
             raise NotCalibratedError(
                 "BALD weighs probabilities, and this ensemble has no calibration: run "
                 "`ensemble-rm calibrate` first, or take strategy 'disagreement' or 'margin'"
             )
-        return split_uncertainty(
-            margins.member_margins, mixture_temperature=margins.mixture_temperature
-        ).epistemic
+        split = split_uncertainty(
+            margins.member_margins,
+            mixture_temperature=margins.mixture_temperature,
+            nan="omit",
+        )
+        return _known(split.epistemic)
     raise OptionError(f"strategy must be one of {STRATEGIES}, not {strategy!r}")
+
+
+def _known(values: Floats) -> Floats:
+    return np.where(np.isnan(values), -1.0, values)

@@ -5,6 +5,7 @@ Knows scores and arrays; knows nothing of HTTP, wire formats or batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -45,8 +46,10 @@ class Scored:
     @property
     def std(self) -> float | None:
         """Spread of the members that are there (ddof 1); None of a single one."""
-        there = self.members[np.isfinite(self.members)]
-        return float(member_std(there[None, :])[0]) if len(there) > 1 else None
+        if len(self.members) < 2:
+            return None
+        spread = float(member_std(self.members[None], nan="omit")[0])
+        return None if math.isnan(spread) else spread
 
 
 Outcome: TypeAlias = Scored | Exception

@@ -150,8 +150,10 @@ class CompareAnswer(BaseModel):
     version: str
     probability: list[float] = Field(description="P(a human prefers the first)")
     margin: list[float] = Field(description="reward of the first minus that of the second")
-    epistemic: list[float] | None = Field(description="nats; null for one member")
-    aleatoric: list[float] | None = Field(description="nats; null for one member")
+    epistemic: list[float | None] | None = Field(
+        description="nats; null for one member, and where fewer than two scored a pair"
+    )
+    aleatoric: list[float | None] | None = Field(description="nats; null where epistemic is")
     tie_probability: list[float] | None = Field(description="null without a model of ties")
 
 
@@ -256,7 +258,7 @@ def compare_answer(comparison: Comparison, *, version: str) -> dict[str, Any]:
         "version": version,
         "probability": comparison.probability.tolist(),
         "margin": comparison.margin.tolist(),
-        "epistemic": comparison.epistemic.tolist() if several else None,
-        "aleatoric": comparison.aleatoric.tolist() if several else None,
+        "epistemic": numbers(comparison.epistemic) if several else None,
+        "aleatoric": numbers(comparison.aleatoric) if several else None,
         "tie_probability": None if ties is None else ties.tolist(),
     }

@@ -1,0 +1,276 @@
+"""Members without a score: what an aggregator leaves out, everything that follows leaves out."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+from recalibration_runs import calibrated, judged, score_of, stored, write_run
+from scipy.special import entr, expit
+from starlette.testclient import TestClient
+
+from ensemble_rm import (
+    FunctionScorer,
+    Normaliser,
+    Preference,
+    Preferences,
+    RewardEnsemble,
+    Sample,
+    combine,
+    evaluate,
+    make_aggregator,
+    mean,
+    route,
+)
+from ensemble_rm.calibration.normaliser import fit_normaliser
+from ensemble_rm.calibration.temperature import fit_mixture_temperature
+from ensemble_rm.errors import NonFiniteScoreError, OptionError
+from ensemble_rm.judgments.selection import Selection
+from ensemble_rm.recalibration.job import recalibrate
+from ensemble_rm.recalibration.looks import look
+from ensemble_rm.recalibration.pairs import evidence_of
+from ensemble_rm.recalibration.scores import ScoreTable
+from ensemble_rm.recalibration.window import read_window
+from ensemble_rm.reports.text import evaluation_text
+from ensemble_rm.rl.openrlhf import answer
+from ensemble_rm.rl.scoring import LoopRewards
+from ensemble_rm.selection.select import select_pairs
+from ensemble_rm.server.app import create_app
+from ensemble_rm.uncertainty import margin_correlation, member_std, split_uncertainty
+from ensemble_rm.versions.repository import Versions
+
+Floats = NDArray[np.float64]
+NOW = datetime(2026, 7, 10, tzinfo=UTC)
+OMIT = make_aggregator("mean", nan="omit")
+
+
+@st.composite
+def holed(draw: st.DrawFn) -> Floats:
+    """A matrix of margins in which some are missing."""
+    shape = (draw(st.integers(1, 8)), draw(st.integers(2, 5)))
+    values = draw(arrays(np.float64, shape, elements=st.floats(-9, 9, width=32)))
+    return np.where(draw(arrays(np.bool_, shape)), np.nan, values)
+
+
+@given(holed(), st.floats(0.1, 5))
+def test_uncertainty_is_that_of_the_members_that_scored(margins: Floats, t: float) -> None:
+    found = split_uncertainty(margins, mixture_temperature=t, nan="omit")
+    spread = member_std(margins, nan="omit")
+    for i, row in enumerate(margins):
+        there = row[~np.isnan(row)]
+        if len(there) < 2:
+            assert np.isnan([found.epistemic[i], found.total[i], spread[i]]).all()
+            continue
+        p = expit(there / t)
+        entropy = entr(p) + entr(1 - p)
+        total = entr(p.mean()) + entr(1 - p.mean())
+        np.testing.assert_allclose(found.total[i], total, atol=1e-12)
+        np.testing.assert_allclose(found.epistemic[i], total - entropy.mean(), atol=1e-12)
+        np.testing.assert_allclose(spread[i], there.std(ddof=1), atol=1e-12)
+
+
+@given(holed())
+def test_two_members_are_correlated_over_what_both_scored(margins: Floats) -> None:
+    k = margins.shape[1]
+    wanted = np.ones((k, k))
+    for i in range(k):
+        for j in range(k):
+            both = ~np.isnan(margins[:, i] + margins[:, j])
+            x, y = margins[both, i], margins[both, j]
+            norm = np.linalg.norm(x) * np.linalg.norm(y)
+            assume(norm > 1e-3)
+            wanted[i, j] = x @ y / norm
+    np.testing.assert_allclose(margin_correlation(margins, nan="omit"), wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_without_that_policy_a_hole_is_an_error(bad: float) -> None:
+    margins = np.array([[1.0, bad], [0.0, 1.0]])
+    with pytest.raises(NonFiniteScoreError):
+        member_std(margins)
+    with pytest.raises(NonFiniteScoreError):
+        split_uncertainty(margins, mixture_temperature=1.0)
+    with pytest.raises(NonFiniteScoreError):
+        fit_normaliser(margins, [0, 0])
+    if np.isinf(bad):
+        with pytest.raises(NonFiniteScoreError):
+            member_std(margins, nan="omit")
+        with pytest.raises(NonFiniteScoreError):
+            fit_mixture_temperature(margins, [1.0, 0.0])
+
+
+def test_a_member_that_scored_nothing_and_pairs_that_nobody_scored_change_no_mixture() -> None:
+    rng = np.random.default_rng(0)
+    margins = rng.normal(size=(200, 3))
+    y = (rng.random(200) < expit(margins.mean(axis=1))).astype(float)
+    plain = fit_mixture_temperature(margins, y)
+    beside = np.column_stack([margins, np.full(200, np.nan)])
+    longer = np.concatenate([beside, np.full((5, 4), np.nan)])
+    assert fit_mixture_temperature(beside, y) == pytest.approx(plain, rel=1e-9)
+    assert fit_mixture_temperature(longer, [*y, 1, 0, 1, 0, 1]) == pytest.approx(plain, rel=1e-9)
+
+
+def test_offset_and_scale_are_fitted_on_what_a_member_scored() -> None:
+    rng = np.random.default_rng(1)
+    scores, groups = rng.normal(size=(60, 3)), np.repeat(np.arange(20), 3)
+    scores[rng.random(scores.shape) < 0.2] = np.nan
+    found = fit_normaliser(scores, groups, nan="omit")
+    for i, column in enumerate(scores.T):
+        there = ~np.isnan(column)
+        own = fit_normaliser(column[there, None], groups[there])
+        assert (found.offset[i], found.scale[i]) == (own.offset[0], own.scale[0])
+    scores[:, 1] = np.nan
+    with pytest.raises(OptionError, match="member 1"):
+        fit_normaliser(scores, groups, nan="omit")
+
+
+# End to end --------------------------------------------------------------------------------------
+
+
+def number(text: str) -> float:
+    return (zlib.crc32(text.encode()) % 1000) / 250 - 2
+
+
+def rejects(completion: str) -> bool:
+    """What a server rejects for good, such as a text too long for it."""
+    return zlib.crc32(b"far" + completion.encode()) % 20 == 0
+
+
+def member(name: str) -> FunctionScorer:
+    def score(sample: Sample) -> float:
+        if name == "far" and rejects(sample.completion):
+            return float("nan")
+        own = zlib.crc32((name + sample.completion).encode()) % 100
+        return number(sample.completion) + own / 100
+
+    return FunctionScorer(name, score)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Preferences:
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(400):
+        sides = [f"answer {i} {w} {'x' * (i % 7)}" for w in ("a", "b")]
+        won = rng.random() < expit(number(sides[0]) - number(sides[1]))
+        rows.append(Preference(f"q{i}", *(sides if won else sides[::-1])))
+    return Preferences(tuple(rows))
+
+
+@pytest.fixture(scope="module")
+def holed_pairs(pairs: Preferences) -> NDArray[np.bool_]:
+    return np.array([rejects(p.chosen) or rejects(p.rejected) for p in pairs])
+
+
+def test_one_rejected_sample_stops_no_combining_calibrating_or_evaluating(
+    pairs: Preferences, holed_pairs: NDArray[np.bool_]
+) -> None:
+    names = ("near", "nearer", "far")
+    made = combine({name: member(name) for name in names}, pairs, aggregator=OMIT)
+    ensemble = made.calibrate(pairs)
+    found = evaluate(ensemble, pairs, draws=20)
+    assert 0 < holed_pairs.sum() < len(pairs)
+    assert [found.row(name).missing for name in names] == [0, 0, holed_pairs.sum()]
+    assert f"far scored {len(pairs) - holed_pairs.sum()} of the pairs" in evaluation_text(found)
+    whole = pairs.take(np.flatnonzero(~holed_pairs))
+    alone = evaluate(ensemble, whole, draws=20).row("far").after["nll"].estimate
+    assert found.row("far").after["nll"].estimate == pytest.approx(alone, rel=1e-9)
+    assert select_pairs(ensemble, pairs, strategy="bald", budget=20)
+    with pytest.raises(NonFiniteScoreError, match="omit"):
+        combine({name: member(name) for name in names}, pairs, aggregator=mean())
+
+
+def test_pairs_of_which_too_few_members_know_go_to_the_judge_first(
+    pairs: Preferences, holed_pairs: NDArray[np.bool_]
+) -> None:
+    members = (member("near"), member("far"))
+    ensemble = RewardEnsemble(members, Normaliser.identity(2), OMIT).calibrate(pairs)
+    found = route(ensemble, pairs, share=float(holed_pairs.mean()), audit_share=0.0)
+    np.testing.assert_allclose(found.uncertainty[holed_pairs], np.log(2))
+    np.testing.assert_array_equal(found.uncertainty >= found.threshold, holed_pairs)
+    assert len(found.pool) == holed_pairs.sum()
+    assert np.isfinite(found.probability).all()
+
+
+def test_the_server_says_null_where_nothing_is_known(
+    pairs: Preferences, holed_pairs: NDArray[np.bool_]
+) -> None:
+    members = (member("near"), member("far"))
+    ensemble = RewardEnsemble(members, Normaliser.identity(2), OMIT).calibrate(pairs)
+    rows = [int(np.flatnonzero(holed_pairs)[0]), int(np.flatnonzero(~holed_pairs)[0])]
+    asked = [
+        {"prompt": p.prompt, "first": p.chosen, "second": p.rejected} for p in pairs.take(rows)
+    ]
+    with TestClient(create_app(lambda: ensemble)) as client:
+        said = client.post("/v1/compare", json={"pairs": asked}).json()
+    for part in ("epistemic", "aleatoric"):
+        assert said[part][0] is None and said[part][1] >= 0
+    assert all(0 < p < 1 for p in said["probability"])
+
+
+def test_trainers_logs_hold_numbers() -> None:
+    members = np.array([[1.0, np.nan, 3.0], [0.5, np.nan, np.nan]])
+    none = np.full(2, np.nan)
+    logs = answer(LoopRewards(np.array([2.0, 0.5]), members, none, (None, None)))["extra_logs"]
+    assert logs["member_mean"] == [2.0, 0.5]
+    assert logs["member_std"][0] == pytest.approx(np.std([1, 3], ddof=1))
+
+
+# Recalibration -----------------------------------------------------------------------------------
+
+
+class Failing:
+    """Loads an ensemble whose second member fails for a share of the texts, until it is mended."""
+
+    def __init__(self) -> None:
+        self.mended = False
+        self.calls = 0
+
+    def __call__(self, folder: Path, *, version: int | None = None) -> RewardEnsemble:
+        assert folder.is_dir() and version in (None, 1)
+        self.calls += 1
+        ensemble = calibrated(1.0, aggregator=OMIT)
+
+        def score(sample: Sample) -> float:
+            failed = not self.mended and zlib.crc32(sample.completion.encode()) % 25 == 0
+            return float("nan") if failed else score_of(sample) + 1.0
+
+        return replace(ensemble, scorers=(ensemble.scorers[0], FunctionScorer("b", score)))
+
+
+def test_a_failure_is_tried_again_by_the_next_job_and_is_never_nought(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 1.0, aggregator=OMIT)
+    store = stored(tmp_path / "judgments.db", judged(2.0, 3000, seed=1))
+    load = Failing()
+    given: dict[str, Any] = {"load": load, "clock": lambda: NOW, "window": 400.0}
+    first = recalibrate(run, store, **given)
+    assert first.verdict == "published"
+    window = read_window(store, Selection(), progress=lambda *_: None)
+    table = ScoreTable(run, Versions(run).current().members, read_only=True)
+    ((_, sides),) = table.blocks(window.keys)
+    holes = np.isnan(sides[..., 1])
+    assert holes.any() and np.isfinite(sides[..., 0]).all()
+    evidence = evidence_of(window, table)
+    assert evidence is not None
+    assert int(np.isnan(evidence.first).sum() + np.isnan(evidence.second).sum()) == holes.sum()
+    store.add(judged(2.0, 200, seed=2, start=181, days=5))
+    report = look(run, store, **given)
+    assert report.unlabelled is not None  # over the samples that every member scored
+
+    load.mended, load.calls = True, 0
+    recalibrate(run, store, **given)
+    ((_, mended),) = table.blocks(window.keys)
+    assert load.calls == 1
+    np.testing.assert_allclose(mended[..., 1], mended[..., 0] + 1)
+    load.calls = 0
+    look(run, store, dry_run=True, **given)
+    assert load.calls == 0
