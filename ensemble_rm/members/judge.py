@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,16 +11,18 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import OptionError, RemoteFailureWarning, StorageError
+from ensemble_rm.errors import RemoteFailureWarning
 from ensemble_rm.members.judging.asking import Judge, JudgeOptions, Reply
 from ensemble_rm.members.judging.reading import Rating, read_rating
-from ensemble_rm.members.judging.rubric import Rubric, read_rubric
+from ensemble_rm.members.judging.rubric import Rubric
+from ensemble_rm.members.judging.rubric_judge import RubricJudge
 from ensemble_rm.members.judging.usage import Usage
 from ensemble_rm.members.remote.address import Token
+from ensemble_rm.members.remote.stored import StoredElsewhere
 from ensemble_rm.samples import Sample
 
 
-class JudgeScorer:
+class JudgeScorer(RubricJudge, StoredElsewhere):
     """Rates completions by asking a judge model; the rating is the raw score.
 
     The rating is the expectation over the ratings' tokens (Liu et al. 2023, arXiv 2303.16634)
@@ -59,6 +60,7 @@ class JudgeScorer:
     """
 
     kind = "judge"
+    wants = "pointwise"
 
     def __init__(
         self,
@@ -71,13 +73,11 @@ class JudgeScorer:
         transport: Any = None,
         **options: Any,
     ) -> None:
-        self.rubric = read_rubric(rubric)
-        if self.rubric.kind != "pointwise":
-            raise OptionError(f"a scorer needs a pointwise rubric; {self.rubric.name} compares")
+        super().__init__(
+            url, model=model, rubric=rubric, token=token, transport=transport, **options
+        )
         self.names = (name,)
-        self.options = JudgeOptions(url=url, model=model, **options)
         self.usage = Usage()
-        self._judge = Judge(self.options, token=token, transport=transport)
 
     @property
     def address(self) -> str:
@@ -105,7 +105,7 @@ class JudgeScorer:
             If it refuses the address, the token or the model.
         """
         questions = [self.rubric.ask(s.prompt, completion=s.completion) for s in samples]
-        replies, usage = self._judge.ask(questions, max_tokens=self.rubric.max_tokens)
+        replies, usage = self._ask(questions)
         read = [self._read(reply) for reply in replies]
         failed = [one for one in read if isinstance(one, str)]
         self.usage += usage.with_read(len(read) - len(failed))
@@ -118,10 +118,6 @@ class JudgeScorer:
             )
         scores = [one.value if isinstance(one, Rating) else np.nan for one in read]
         return np.array(scores, dtype=np.float64).reshape(len(samples), 1)
-
-    def close(self) -> None:
-        """Close the connections; the next score opens new ones."""
-        self._judge.close()
 
     def with_token(self, token: Token | None) -> Self:
         """Return the same member with another token."""
@@ -137,7 +133,7 @@ class JudgeScorer:
     # Storage -----------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it: no token."""
+        """Return what is saved, and what provenance and reports say of it: no token."""
         return {
             "kind": self.kind,
             "name": self.names[0],
@@ -145,43 +141,11 @@ class JudgeScorer:
             "rubric": self.rubric.to_json(),
         }
 
-    def save(self, folder: Path) -> None:
-        """Write ``member.json``: the address, the options and the rubric, never the token.
-
-        Raises
-        ------
-        StorageError
-            If a transport was given.
-        """
-        if self._judge.transport is not None:
-            raise StorageError(
-                f"member {self.names[0]!r} has a transport, which cannot be saved; add the member "
-                "again after loading"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.describe(), indent=1, ensure_ascii=False)
-        (folder / "member.json").write_text(text + "\n", encoding="utf-8")
+    def _python(self) -> str | None:
+        return None if self._judge.transport is None else "a transport"
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        *,
-        backbone: str | Path | None = None,  # noqa: ARG003 - members over a model have one
-        device: str | None = None,  # noqa: ARG003
-        cache_dir: Path | None = None,  # noqa: ARG003
-    ) -> Self:
-        """Read what `save` wrote; it has no token, see `with_token`.
-
-        Raises
-        ------
-        StorageError
-            If the folder is incomplete.
-        """
-        try:
-            said = json.loads((folder / "member.json").read_text(encoding="utf-8"))
-            options = JudgeOptions.from_json(said["judge"])
-            fields = {name: getattr(options, name) for name in options.__dataclass_fields__}
-            return cls(name=said["name"], rubric=said["rubric"], **fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(f"{folder} holds no saved judge: {error!r}") from error
+    def _of(cls, said: Mapping[str, Any]) -> Self:
+        options = JudgeOptions.from_json(said["judge"])
+        fields = {name: getattr(options, name) for name in options.__dataclass_fields__}
+        return cls(name=said["name"], rubric=said["rubric"], **fields)

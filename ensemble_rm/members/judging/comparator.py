@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.judging.asking import Judge, JudgeOptions, Reply
+from ensemble_rm.members.judging.asking import Reply
 from ensemble_rm.members.judging.reading import Source, Verdict, read_verdict
-from ensemble_rm.members.judging.rubric import Rubric, read_rubric
+from ensemble_rm.members.judging.rubric import Rubric
+from ensemble_rm.members.judging.rubric_judge import RubricJudge
 from ensemble_rm.members.judging.usage import Usage
 from ensemble_rm.members.remote.address import Token
 from ensemble_rm.samples import Prompt, as_prompt
@@ -64,7 +65,7 @@ class JudgeVerdicts:
         return float((known[:, 0] + (1.0 - known[:, 1])).mean() / 2 - 0.5)
 
 
-class JudgeComparator:
+class JudgeComparator(RubricJudge):
     """Compares completions by asking a judge model.
 
     Every pair is asked in both orders. Where both replies have log-probabilities, the verdicts'
@@ -95,6 +96,8 @@ class JudgeComparator:
         If httpx is not installed.
     """
 
+    wants = "pairwise"
+
     def __init__(
         self,
         url: str,
@@ -105,11 +108,9 @@ class JudgeComparator:
         transport: Any = None,
         **options: Any,
     ) -> None:
-        self.rubric = read_rubric(rubric)
-        if self.rubric.kind != "pairwise":
-            raise OptionError(f"a comparator needs a pairwise rubric, and {self.rubric.name} rates")
-        self.options = JudgeOptions(url=url, model=model, **options)
-        self._judge = Judge(self.options, token=token, transport=transport)
+        super().__init__(
+            url, model=model, rubric=rubric, token=token, transport=transport, **options
+        )
 
     def compare(
         self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]
@@ -142,13 +143,9 @@ class JudgeComparator:
         for prompt, a, b in zip(map(as_prompt, prompts), first, second, strict=True):
             questions += [self.rubric.ask(prompt, first=a, second=b)]
             questions += [self.rubric.ask(prompt, first=b, second=a)]
-        replies, usage = self._judge.ask(questions, max_tokens=self.rubric.max_tokens)
+        replies, usage = self._ask(questions)
         read = [self._read(reply) for reply in replies]
         return _verdicts(read[::2], read[1::2], usage, ties=len(self.rubric.verdicts) == 3)
-
-    def close(self) -> None:
-        """Close the connections; the next comparison opens new ones."""
-        self._judge.close()
 
     def _read(self, reply: Reply) -> Verdict | str:
         if isinstance(reply, str):

@@ -8,10 +8,9 @@ what becomes of it; a server that cannot be reached is an error, unless that pol
 from __future__ import annotations
 
 import copy
-import json
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
@@ -26,12 +25,12 @@ from ensemble_rm.errors import (
     RemoteAnswerError,
     RemoteFailureWarning,
     RemoteUnavailableError,
-    StorageError,
 )
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
 from ensemble_rm.members.remote.running import LoopThread, work_through
 from ensemble_rm.members.remote.self_test import SELF_TESTS, SelfTest, SelfTestReport, probe
+from ensemble_rm.members.remote.stored import StoredElsewhere
 from ensemble_rm.members.remote.text import Rendered, Renderer, TextTemplate
 from ensemble_rm.members.remote.wire import Asked, Scored, Wire, find_wire
 from ensemble_rm.samples import Sample
@@ -57,7 +56,7 @@ class RemoteScores:
     failures: tuple[str | None, ...]
 
 
-class RemoteScorer:
+class RemoteScorer(StoredElsewhere):
     """A reward model behind HTTP as one member.
 
     Parameters
@@ -277,7 +276,7 @@ class RemoteScorer:
     # Storage -----------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it: no token."""
+        """Return what is saved, and what provenance and reports say of it: no token."""
         template = self._renderer.template
         tokenizer = self._renderer.tokenizer
         return {
@@ -297,45 +296,15 @@ class RemoteScorer:
             "client": asdict(self.options),
         }
 
-    def save(self, folder: Path) -> None:
-        """Write ``member.json``: the address and the options, never the token.
-
-        Raises
-        ------
-        StorageError
-            If the template is a function, or a transport was given.
-        """
-        if not isinstance(self._renderer.template, str) or self._transport is not None:
-            raise StorageError(
-                f"member {self.names[0]!r} has a template or a transport that is Python code, "
-                "which cannot be saved; name a template, or add the member again after loading"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "member.json").write_text(json.dumps(self.describe(), indent=1) + "\n")
+    def _python(self) -> str | None:
+        if not isinstance(self._renderer.template, str):
+            return "a template"
+        return None if self._transport is None else "a transport"
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        *,
-        backbone: str | Path | None = None,  # noqa: ARG003 - members over a model have one
-        device: str | None = None,  # noqa: ARG003
-        cache_dir: Path | None = None,  # noqa: ARG003
-    ) -> Self:
-        """Read what `save` wrote; it has no token, see `with_token`.
-
-        Raises
-        ------
-        StorageError
-            If the folder is incomplete.
-        """
-        try:
-            said = json.loads((folder / "member.json").read_text())
-            said.pop("kind")
-            said["client"] = ClientOptions(**said["client"])
-            return cls(said.pop("url"), **said)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(f"{folder} holds no saved remote member: {error!r}") from error
+    def _of(cls, said: Mapping[str, Any]) -> Self:
+        options = {name: value for name, value in said.items() if name not in ("kind", "url")}
+        return cls(said["url"], **options | {"client": ClientOptions(**said["client"])})
 
 
 class _Call:

@@ -1,0 +1,68 @@
+"""A judge that is asked by one rubric: what a scorer and a comparator have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ensemble_rm.errors import OptionError
+from ensemble_rm.members.judging.asking import Judge, JudgeOptions, Messages, Reply
+from ensemble_rm.members.judging.rubric import Rubric, read_rubric
+from ensemble_rm.members.judging.usage import Usage
+from ensemble_rm.members.remote.address import Token
+
+
+class RubricJudge:
+    """Asks a judge by a rubric of its own kind.
+
+    Parameters
+    ----------
+    url : str
+        Of an OpenAI-compatible server.
+    model : str
+        The judge's name there.
+    rubric : str, Path, mapping or Rubric
+        What is asked.
+    token : str or callable, optional
+        A bearer token, or what returns the one that holds now.
+    transport : httpx.AsyncBaseTransport, optional
+        In the place of the network.
+    **options : Any
+        The other fields of `JudgeOptions`.
+
+    Raises
+    ------
+    OptionError
+        If an option cannot be used, or the rubric is of the other kind.
+    MissingExtraError
+        If httpx is not installed.
+    """
+
+    wants: str
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str,
+        rubric: str | Path | Mapping[str, Any] | Rubric,
+        token: Token | None = None,
+        transport: Any = None,
+        **options: Any,
+    ) -> None:
+        self.rubric = read_rubric(rubric)
+        if self.rubric.kind != self.wants:
+            raise OptionError(
+                f"{type(self).__name__} needs a {self.wants} rubric, and {self.rubric.name} is "
+                f"{self.rubric.kind}"
+            )
+        self.options = JudgeOptions(url=url, model=model, **options)
+        self._judge = Judge(self.options, token=token, transport=transport)
+
+    def close(self) -> None:
+        """Close the connections; the next question opens new ones."""
+        self._judge.close()
+
+    def _ask(self, questions: Sequence[Messages]) -> tuple[list[Reply], Usage]:
+        return self._judge.ask(questions, max_tokens=self.rubric.max_tokens)
