@@ -28,7 +28,7 @@ from ensemble_rm.members.baseline import score_with_references
 from ensemble_rm.members.model_pool import ModelPool
 from ensemble_rm.members.reading import score_and_features
 from ensemble_rm.members.score_cache import ScoreCache
-from ensemble_rm.members.scorer import Scorer, score_all, unloaded
+from ensemble_rm.members.scorer import FeatureScorer, Scorer, score_all, unloaded
 from ensemble_rm.members.text import Truncation
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.results import Comparison, Ranking, Scores, compare_scored
@@ -140,13 +140,14 @@ class RewardEnsemble(Stored):
             If no feature space was kept at training: no member exposes features, or the ensemble
             was not trained by this library.
         """
-        found = self.score_with_distance(samples, progress=progress)[1]
-        if found is None:
+        if self.feature_space is None:
             raise NoFeaturesError(
                 "the ensemble has no feature space: no member exposes features, or none was kept; "
                 "fit one with fit_feature_space(scorer_features(ensemble.scorers, training))"
             )
-        return found
+        reading = [scorer for scorer in self.scorers if isinstance(scorer, FeatureScorer)]
+        parts = score_and_features(reading, samples, pool=self.model_pool, progress=progress)
+        return np.concatenate([self.feature_space.distance(features) for *_, features in parts])
 
     def score_with_distance(
         self, samples: Sequence[Sample], *, progress: Progress = silent
@@ -156,9 +157,7 @@ class RewardEnsemble(Stored):
         if space is None:
             return self.score(samples, progress=progress), None
         if self.normaliser.baseline or self.score_cache is not None:
-            read = score_and_features(self.scorers, samples, pool=self.model_pool, progress=silent)
-            far = [space.distance(features) for _, _, features in read]
-            return self.score(samples, progress=progress), np.concatenate(far)
+            return self.score(samples, progress=progress), self.distance(samples)
         raws, cuts, far = [], [], []
         for raw, cut, features in score_and_features(
             self.scorers, samples, pool=self.model_pool, progress=progress

@@ -85,6 +85,28 @@ def test_scores_without_distances_leave_the_others_to_be_tested(tmp_path: Path) 
     assert [shift.name for shift in found.shifts] == ["reward", "std", "correlation"]
 
 
+def test_a_distance_asks_no_member_without_features_and_a_score_asks_it_once(
+    tmp_path: Path,
+) -> None:
+    asked: list[int] = []
+
+    class Dear(FunctionScorer):  # such as a judge
+        def score(self, samples: Sequence[Sample]) -> np.ndarray:
+            asked.append(len(samples))
+            return super().score(samples)
+
+    whole = loaded()
+    ensemble = replace(whole, scorers=(whole.scorers[0], Dear("dear", score_of)))
+    samples = [Sample("p", f"I say {i}") for i in range(5)]
+    ensemble.distance(samples)
+    assert not asked
+    for one in (ensemble, ensemble.with_score_cache(ScoreCache(tmp_path))):
+        asked.clear()
+        _, far = one.score_with_distance(samples)
+        assert asked == [5] and far is not None
+        np.testing.assert_array_equal(far, ensemble.distance(samples))
+
+
 def test_training_keeps_where_its_inputs_lie(small_folder: Path, tmp_path: Path) -> None:
     fit, validation = few_pairs(160)
     held = validation
