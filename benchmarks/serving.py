@@ -163,21 +163,23 @@ def measure_closed(
             for name, value in said.items():
                 found[side].setdefault(name, []).append(value)
             print(side, {name: round(value, 4) for name, value in said.items()}, flush=True)
-            settle(server)
+            settle(server, again=side == "one" or i + 1 < args.rounds)
     return found
 
 
-def settle(server: Server) -> None:
+def settle(server: Server, *, again: bool) -> None:
     """Leave nothing behind that clients asked for and gave up.
 
-    Ours drops it. A plain endpoint scores it all the same, for minutes, and is started anew.
+    Ours drops it. A plain endpoint scores it all the same, for minutes, and is started anew, if it
+    will be asked again.
     """
     if server.side == "ours":
         while server.metric("queue_samples") > 0:
             time.sleep(0.2)
     else:
         server.kill()
-        server.start()
+        if again:
+            server.start()
 
 
 def sweep(
@@ -288,7 +290,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.quick:
-        args.prompts, args.clients, args.rounds, args.seconds, args.warm = 2, 16, 1, 4.0, 1.0
+        args.prompts, args.clients, args.rounds, args.seconds, args.warm = 2, 16, 1, 3.0, 1.0
     torch.set_num_threads(args.threads)
     figures = Figures(args)
     with tempfile.TemporaryDirectory() as name:

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from server_process import lengths
-from server_runs import client, one
+from server_runs import client, one, server
 
 from ensemble_rm.cli.main import make_parser
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "deployment"
+
+
+def tool(name: str) -> str | None:
+    """Where a program lies: on the path, beside this Python, or where only root's path looks."""
+    places = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", "/sbin"]
+    return shutil.which(name, path=os.pathsep.join(places))
 
 
 def understood(command: list[str]) -> None:
@@ -39,12 +53,12 @@ def test_the_unit_starts_a_command_that_exists() -> None:
     assert float(unit["Service"]["TimeoutStopSec"]) >= args.drain_seconds + args.stop_seconds
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze")
+@pytest.mark.skipif(tool("systemd-analyze") is None, reason="no systemd-analyze")
 def test_systemd_verifies_the_unit(tmp_path: Path) -> None:
     text = (FOLDER / "ensemble-rm.service").read_text()
     file = tmp_path / "ensemble-rm.service"
     file.write_text(text.replace("/opt/ensemble-rm/bin/ensemble-rm", "/bin/true"))
-    command = ["systemd-analyze", "verify", "--man=no", str(file)]
+    command = [str(tool("systemd-analyze")), "verify", "--man=no", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert file.name not in done.stderr, done.stderr
 
@@ -72,9 +86,9 @@ def test_the_image_is_what_it_should_be() -> None:
     compile(code, "healthcheck", "exec")
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint")
+@pytest.mark.skipif(tool("hadolint") is None, reason="no hadolint")
 def test_hadolint_has_nothing_to_say() -> None:
-    subprocess.run(["hadolint", str(FOLDER / "Dockerfile")], check=True)
+    subprocess.run([str(tool("hadolint")), str(FOLDER / "Dockerfile")], check=True)
 
 
 def test_every_alert_reads_a_figure_that_the_server_writes() -> None:
@@ -92,9 +106,11 @@ def test_every_alert_reads_a_figure_that_the_server_writes() -> None:
         assert rule["expr"].count("(") == rule["expr"].count(")")
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool")
+@pytest.mark.skipif(tool("promtool") is None, reason="no promtool")
 def test_promtool_takes_the_rules() -> None:
-    subprocess.run(["promtool", "check", "rules", str(FOLDER / "alerts.yml")], check=True)
+    subprocess.run(
+        [str(tool("promtool")), "check", "rules", str(FOLDER / "alerts.yml")], check=True
+    )
 
 
 def test_nginx_gives_no_more_than_the_server_takes() -> None:
@@ -109,13 +125,105 @@ def test_nginx_gives_no_more_than_the_server_takes() -> None:
     assert "location = /v1/refresh { return 403; }" in text
 
 
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="no nginx")
-def test_nginx_takes_its_configuration(tmp_path: Path) -> None:
+# nginx itself ------------------------------------------------------------------------------------
+
+needs_nginx = pytest.mark.skipif(tool("nginx") is None, reason="no nginx")
+
+
+def nginx_command(folder: Path, *, listen: int = 8443, replicas: tuple[int, ...] = ()) -> list[str]:
+    """Write the shipped file for this machine, without TLS; return what starts nginx on it."""
     text = (FOLDER / "nginx.conf").read_text()
-    text = text.replace("listen 443 ssl;", "listen 127.0.0.1:8443;")
-    text = re.sub(r"\s*ssl_certificate.*;", "", text).replace("/var/log/nginx", str(tmp_path))
-    file = tmp_path / "nginx.conf"
-    file.write_text(f"pid {tmp_path}/nginx.pid;\nerror_log {tmp_path}/error.log;\n{text}")
-    command = ["nginx", "-t", "-c", str(file), "-p", str(tmp_path)]
+    text = text.replace("listen 443 ssl;", f"listen 127.0.0.1:{listen};")
+    text = re.sub(r"\s*ssl_certificate.*;", "", text).replace("/var/log/nginx", str(folder))
+    for host, port in zip(("10.0.0.11:8000", "10.0.0.12:8000"), replicas, strict=False):
+        assert host in text
+        text = text.replace(host, f"127.0.0.1:{port}")
+    kept = "".join(
+        f"{name}_temp_path {folder}/{name};\n"
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    text = text.replace("http {\n", "http {\n" + kept, 1)
+    file = folder / "nginx.conf"
+    user = "user root;\n" if os.geteuid() == 0 else ""
+    file.write_text(f"{user}pid {folder}/nginx.pid;\nerror_log {folder}/error.log;\n{text}")
+    return [str(tool("nginx")), "-c", str(file), "-p", str(folder), "-e", f"{folder}/error.log"]
+
+
+@needs_nginx
+def test_nginx_takes_its_configuration(tmp_path: Path) -> None:
+    command = [*nginx_command(tmp_path), "-t"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@contextlib.contextmanager
+def balancer(folder: Path, replicas: tuple[int, ...]) -> Iterator[int]:
+    """nginx before these replicas, until the end; yields its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    command = nginx_command(folder, listen=port, replicas=replicas)
+    running = subprocess.Popen([*command, "-g", "daemon off;"])
+    try:
+        for _ in range(500):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert running.poll() is None, (folder / "error.log").read_text()
+            threading.Event().wait(0.02)
+        yield port
+    finally:
+        running.terminate()
+        running.wait()
+
+
+def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        said = None if body is None else json.dumps(body)
+        connection.request(method, path, said, headers)
+        answer = connection.getresponse()
+        text = answer.read()
+        is_json = answer.headers.get_content_type() == "application/json"
+        return answer.status, json.loads(text) if is_json else {}
+    finally:
+        connection.close()
+
+
+@needs_nginx
+@pytest.mark.slow
+def test_a_replica_that_is_killed_behind_nginx_costs_no_answer(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two", "nginx")]
+    for folder in folders:
+        folder.mkdir()
+    wrong: list[Any] = []
+    options = ("--slow-seconds", 0.01, "--rows", 4)
+    with (
+        server(folders[0], *options) as first,
+        server(folders[1], *options) as second,
+        balancer(folders[2], (first.port, second.port)) as port,
+    ):
+        for path in ("/v1/refresh", "/metrics"):
+            assert ask(port, "POST" if path == "/v1/refresh" else "GET", path)[0] == 403
+
+        def load(client: int) -> None:
+            for i in range(25):
+                text = "slow" + "x" * (25 * client + i)
+                try:
+                    status, said = ask(port, "POST", "/v1/score", one(text))
+                except (OSError, HTTPException) as error:
+                    wrong.append(error)
+                    continue
+                if status != 200 or said["raw"][0][0] != len(text):
+                    wrong.append((status, said))
+
+        clients = [threading.Thread(target=load, args=(i,)) for i in range(8)]
+        for client_ in clients:
+            client_.start()
+        first.wait(lambda: first.metric("requests_total") > 15)
+        second.wait(lambda: second.metric("requests_total") > 15)
+        second.process.kill()
+        for client_ in clients:
+            client_.join()
+        assert first.process.poll() is None and second.process.wait() != 0
+    assert not wrong
