@@ -163,6 +163,26 @@ CLAIMS = (
         *("routing", "recovered_epistemic_at_20_harmless", "{:.2f}"),
     ),
     (
+        "served to 64 clients with one sample each: requests a second of five branches, over those "
+        "of a plain endpoint with **one** model",
+        *("serving", "throughput_vs_one", "{:.1f}"),
+    ),
+    ("over those of a loop of five", "serving", "throughput_vs_loop", "{:.1f}"),
+    ("p99 latency of the endpoint with one model, over ours", "serving", "p99_vs_one", "{:.1f}"),
+    (
+        "server and wire, of the wall time at full load",
+        *("serving", "overhead_share", "{:.3f}"),
+    ),
+    (
+        "ten minutes with three kills, slow clients and some that leave: answers lost",
+        *("serving", "soak_lost", "{:.0f}"),
+    ),
+    ("doubled or mixed up", "serving", "soak_doubled_or_mixed_up", "{:.0f}"),
+    (
+        "memory of its last minutes over that of those before",
+        *("serving", "soak_memory_growth", "{:.2f}"),
+    ),
+    (
         "best-of-n estimator, 12,600 samples and 1,000 prompts: the plain loop's time over ours",
         *("bestofn", "loop_ratio", "{:.1f}"),
     ),

@@ -5,7 +5,7 @@ Immutable: what changes something returns the changed ensemble.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from ensemble_rm.members.baseline import score_with_references
 from ensemble_rm.members.model_pool import ModelPool
 from ensemble_rm.members.reading import score_and_features
 from ensemble_rm.members.score_cache import ScoreCache
-from ensemble_rm.members.scorer import FeatureScorer, Scorer, score_all, unloaded
+from ensemble_rm.members.scorer import FeatureScorer, Scorer, score_all, unloaded, with_tokens
 from ensemble_rm.members.text import Truncation
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.results import Comparison, Ranking, Scores, compare_scored
@@ -360,6 +360,21 @@ class RewardEnsemble(Stored):
     def with_score_cache(self, cache: ScoreCache | None) -> RewardEnsemble:
         """Keep members' raw scores on disk and read them there; None, the default, does neither."""
         return replace(self, score_cache=cache)
+
+    def with_tokens(self, tokens: Mapping[str, str | Callable[[], str]]) -> RewardEnsemble:
+        """Let members on other servers in: bearer tokens by member, which are never saved.
+
+        Parameters
+        ----------
+        tokens : mapping of str to str or callable
+            By the member's name: a token, or what returns the one that holds now.
+
+        Raises
+        ------
+        OptionError
+            If a name is none of a member on another server.
+        """
+        return replace(self, scorers=with_tokens(self.scorers, tokens))
 
     def with_max_loaded_models(self, n: int | None) -> RewardEnsemble:
         """Hold at most n scorers' models in memory, the others unloaded; all where n is None.

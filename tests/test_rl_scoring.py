@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from wire_doubles import serving
 
 from ensemble_rm import (
     FunctionScorer,
     HeadScorer,
     Message,
     Normaliser,
+    RemoteScorer,
     RewardEnsemble,
     Sample,
     mean,
@@ -28,6 +34,7 @@ from ensemble_rm.errors import (
     OneMemberError,
     OptionError,
     PinnedVersionError,
+    RemoteRefusalError,
     StorageError,
 )
 from ensemble_rm.rl.chat import read_completion, read_samples
@@ -191,6 +198,34 @@ def test_a_version_is_pinned(folder: Path, two_heads: Callable[..., HeadScorer])
     with pytest.raises(PinnedVersionError, match="has changed since"):
         _ = pickle.loads(crossed).ensemble
     assert PinnedEnsemble(folder, device="cpu").version != pinned.version
+
+
+def test_members_on_other_servers_get_tokens_that_no_folder_holds(tmp_path: Path) -> None:
+    seen: list[str | None] = []
+
+    async def get_reward(request: Request) -> JSONResponse:
+        seen.append(request.headers.get("authorization"))
+        if seen[-1] != "Bearer let-me-in-please":
+            return JSONResponse({}, status_code=401)
+        queries = (await request.json())["query"]
+        return JSONResponse({"rewards": [len(query) / 7 for query in queries]})
+
+    app = Starlette(routes=[Route("/get_reward", get_reward, methods=["POST"])])
+    with serving(app) as url:
+        far = RemoteScorer(url, protocol="openrlhf", name="far", template="plain", self_test="off")
+        one = RewardEnsemble((far,), Normaliser.identity(1), mean())
+        place = one.save_pretrained(tmp_path / "far")
+        pinned = PinnedEnsemble(place, device="cpu", tokens={"far": "let-me-in-please"})
+        assert all(b"let-me-in" not in f.read_bytes() for f in place.rglob("*") if f.is_file())
+        crossed = pickle.loads(pickle.dumps(pinned)).ensemble
+        assert crossed.score([Sample("Hi", "you")]).reward[0] == pytest.approx(5 / 7)
+        assert set(seen) == {"Bearer let-me-in-please"}
+        with pytest.raises(RemoteRefusalError, match="401"):
+            PinnedEnsemble(place, device="cpu").ensemble.score([Sample("Hi", "you")])
+        with pytest.raises(OptionError, match=r"'fra'.*'far'"):
+            one.with_tokens({"fra": "x" * 20})
+    with pytest.raises(OptionError, match="tokens is for a saved"):
+        PinnedEnsemble(one, tokens={"far": "x"})
 
 
 def test_a_named_version_is_the_provenances(ensemble: RewardEnsemble) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -229,6 +229,30 @@ def with_tokens_of(scorers: Sequence[Scorer], others: Sequence[Scorer]) -> tuple
     return tuple(
         one.with_token(known[one.address])
         if isinstance(one, TokenScorer) and one.token is None and known.get(one.address) is not None
+        else one
+        for one in scorers
+    )
+
+
+def with_tokens(
+    scorers: Sequence[Scorer], tokens: Mapping[str, str | Callable[[], str]]
+) -> tuple[Scorer, ...]:
+    """Return the same members, those that are named here with these tokens.
+
+    Raises
+    ------
+    OptionError
+        If a name is none of a member on another server.
+    """
+    there = {name for one in scorers if isinstance(one, TokenScorer) for name in one.names}
+    if unknown := sorted(set(tokens) - there):
+        raise OptionError(
+            f"tokens name {', '.join(map(repr, unknown))}; members on other servers are "
+            f"{', '.join(map(repr, sorted(there))) or 'none'}"
+        )
+    return tuple(
+        one.with_token(tokens[one.names[0]])
+        if isinstance(one, TokenScorer) and one.names[0] in tokens
         else one
         for one in scorers
     )

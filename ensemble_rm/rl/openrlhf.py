@@ -16,7 +16,7 @@ import numpy as np
 
 from ensemble_rm.errors import DataError, OptionError, RawTextError
 from ensemble_rm.rl.gathering import GatheredScores
-from ensemble_rm.rl.pinned import PinnedEnsemble
+from ensemble_rm.rl.pinned import PinnedEnsemble, Tokens
 from ensemble_rm.rl.scoring import LoopRewards
 from ensemble_rm.samples import Prompt, Sample, as_prompt
 from ensemble_rm.uncertainty import member_std
@@ -39,6 +39,7 @@ def openrlhf_reward(
     device: str | None = None,
     backbone: str | Path | None = None,
     max_loaded_models: int | None = None,
+    tokens: Tokens | None = None,
     digest: str | None = None,
 ) -> OpenRLHFReward:
     """Make the function that OpenRLHF's ``--reward.remote_url FILE.py`` looks for.
@@ -54,7 +55,7 @@ def openrlhf_reward(
     raw_text_members : sequence of str
         Members that may score a prompt in the policy's own template, where a label holds no
         messages: all of the ensemble's, or the sample is refused.
-    aggregator, device, backbone, max_loaded_models, digest : optional
+    aggregator, device, backbone, max_loaded_models, tokens, digest : optional
         As of `PinnedEnsemble`.
 
     Returns
@@ -75,6 +76,7 @@ def openrlhf_reward(
             device=device,
             backbone=backbone,
             max_loaded_models=max_loaded_models,
+            tokens=tokens,
             digest=digest,
         )
     )

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ensemble_rm.errors import OptionError, PinnedVersionError, StorageError
 
 if TYPE_CHECKING:
     from ensemble_rm.aggregation.aggregator import Aggregator
     from ensemble_rm.ensemble import RewardEnsemble
+
+Tokens: TypeAlias = "Mapping[str, str | Callable[[], str]]"
 
 _BLOCK = 1 << 20
 
@@ -64,6 +67,9 @@ class PinnedEnsemble:
         Where the backbone lies now, if not where training found it.
     max_loaded_models : int, optional
         Models in memory at once; all by default.
+    tokens : mapping of str to str or callable, optional
+        Of a saved ensemble's members on other servers, by the member's name; see
+        `RewardEnsemble.with_tokens`. They cross to other processes with it, and must pickle then.
     digest : str, optional
         What a saved ensemble must be, as `folder_digest` says it; what it is now by default. Give
         it where processes that start at different times share a version.
@@ -86,9 +92,11 @@ class PinnedEnsemble:
         device: str | None = None,
         backbone: str | Path | None = None,
         max_loaded_models: int | None = None,
+        tokens: Tokens | None = None,
         digest: str | None = None,
     ) -> None:
         self.aggregator = aggregator
+        self._tokens = tokens
         self._options = {
             "device": device,
             "backbone": None if backbone is None else str(backbone),
@@ -110,7 +118,8 @@ class PinnedEnsemble:
             return
         if digest is not None:
             raise OptionError("digest is for a saved ensemble; this one is loaded already")
-        if given := [name for name, value in self._options.items() if value is not None]:
+        folder_only = self._options | {"tokens": tokens}
+        if given := [name for name, value in folder_only.items() if value is not None]:
             raise OptionError(f"{given[0]} is for a saved ensemble; this one is loaded already")
         self._ensemble = self._with_aggregator(source)
         self.digest = live_digest(source)
@@ -148,7 +157,10 @@ class PinnedEnsemble:
         assert self.folder is not None
         self._checked(self.digest)
         options: dict[str, Any] = self._options
-        return self._with_aggregator(RewardEnsemble.from_pretrained(self.folder, **options))
+        loaded = RewardEnsemble.from_pretrained(self.folder, **options)
+        if self._tokens is not None:
+            loaded = loaded.with_tokens(self._tokens)
+        return self._with_aggregator(loaded)
 
     @property
     def version(self) -> str:

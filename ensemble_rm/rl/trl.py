@@ -24,7 +24,7 @@ from ensemble_rm.rl.measures import (
     reference_range,
     within_correlation,
 )
-from ensemble_rm.rl.pinned import PinnedEnsemble
+from ensemble_rm.rl.pinned import PinnedEnsemble, Tokens
 from ensemble_rm.rl.scoring import FailurePolicy, LoopRewards, check_policy, score_for_loop
 from ensemble_rm.samples import Sample
 from ensemble_rm.uncertainty import member_std
@@ -274,6 +274,7 @@ def reward_function(
     device: str | None = None,
     backbone: str | Path | None = None,
     max_loaded_models: int | None = None,
+    tokens: Tokens | None = None,
     digest: str | None = None,
 ) -> TRLReward:
     """Make the callable that TRL's GRPOTrainer and RLOOTrainer take as `reward_funcs`.
@@ -304,6 +305,8 @@ def reward_function(
         Where the backbone lies now, if not where training found it.
     max_loaded_models : int, optional
         Models in memory at once; all by default.
+    tokens : mapping, optional
+        Of members on other servers, by name; see `PinnedEnsemble`.
     digest : str, optional
         What a saved ensemble must be; see `PinnedEnsemble`.
 
@@ -328,6 +331,7 @@ def reward_function(
         device=device,
         backbone=backbone,
         max_loaded_models=max_loaded_models,
+        tokens=tokens,
         digest=digest,
     )
     kind = AsyncTRLReward if asynchronous else TRLReward

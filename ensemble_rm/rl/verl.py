@@ -15,7 +15,7 @@ import numpy as np
 
 from ensemble_rm.errors import DataError
 from ensemble_rm.rl.gathering import GatheredScores
-from ensemble_rm.rl.pinned import PinnedEnsemble
+from ensemble_rm.rl.pinned import PinnedEnsemble, Tokens
 from ensemble_rm.samples import Sample, as_prompt
 from ensemble_rm.uncertainty import member_std
 
@@ -33,6 +33,7 @@ def verl_reward(
     device: str | None = None,
     backbone: str | Path | None = None,
     max_loaded_models: int | None = None,
+    tokens: Tokens | None = None,
     digest: str | None = None,
 ) -> VerlReward:
     """Make the function that veRL's ``reward.custom_reward_function`` names.
@@ -43,7 +44,7 @@ def verl_reward(
     Parameters
     ----------
     ensemble : RewardEnsemble, str or Path
-    aggregator, device, backbone, max_loaded_models, digest : optional
+    aggregator, device, backbone, max_loaded_models, tokens, digest : optional
         As of `PinnedEnsemble`.
 
     Returns
@@ -61,6 +62,7 @@ def verl_reward(
             device=device,
             backbone=backbone,
             max_loaded_models=max_loaded_models,
+            tokens=tokens,
             digest=digest,
         )
     )
