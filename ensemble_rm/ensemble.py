@@ -109,6 +109,13 @@ class RewardEnsemble(Stored):
         BaselineError
             If the normaliser has a baseline and a sample names no reference completion.
         """
+        raw, members, cut = self._members(samples, progress)
+        return Scores(self.names, members, raw, self.aggregator(members), cut)
+
+    def _members(
+        self, samples: Sequence[Sample], progress: Progress
+    ) -> tuple[Floats, Floats, Truncation]:
+        """Return raw and normalised scores, and what was cut."""
         options: dict[str, Any] = {"cache": self.score_cache, "pool": self.model_pool}
         below = None
         if self.normaliser.baseline:
@@ -117,8 +124,7 @@ class RewardEnsemble(Stored):
             )
         else:
             raw, cut = score_all(self.scorers, samples, **options, progress=progress)
-        members = self.normaliser(raw, below)
-        return Scores(self.names, members, raw, self.aggregator(members), cut)
+        return raw, self.normaliser(raw, below), cut
 
     def distance(self, samples: Sequence[Sample], *, progress: Progress = silent) -> Floats:
         """Return how far samples lie from the training inputs, by the members' features.
@@ -153,11 +159,31 @@ class RewardEnsemble(Stored):
         self, samples: Sequence[Sample], *, progress: Progress = silent
     ) -> tuple[Scores, Floats | None]:
         """Score samples, and take their `distance` in the same pass; None without features."""
+        raw, members, cut, far = self._members_with_distance(samples, progress)
+        return Scores(self.names, members, raw, self.aggregator(members), cut), far
+
+    def members_with_distance(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
+    ) -> tuple[Floats, Floats | None]:
+        """Return normalised scores without a reward, and distances; None without features.
+
+        Returns
+        -------
+        members : ndarray, shape (n_samples, n_members)
+            NaN where a member has no score, whatever the aggregator makes of it.
+        distance : ndarray, shape (n_samples,), optional
+        """
+        _, members, _, far = self._members_with_distance(samples, progress)
+        return members, far
+
+    def _members_with_distance(
+        self, samples: Sequence[Sample], progress: Progress
+    ) -> tuple[Floats, Floats, Truncation, Floats | None]:
         space = self.feature_space
         if space is None:
-            return self.score(samples, progress=progress), None
+            return *self._members(samples, progress), None
         if self.normaliser.baseline or self.score_cache is not None:
-            return self.score(samples, progress=progress), self.distance(samples)
+            return *self._members(samples, progress), self.distance(samples)
         raws, cuts, far = [], [], []
         for raw, cut, features in score_and_features(
             self.scorers, samples, pool=self.model_pool, progress=progress
@@ -166,9 +192,7 @@ class RewardEnsemble(Stored):
             cuts.append(cut)
             far.append(space.distance(features))
         raw = np.concatenate(raws)
-        members = self.normaliser(raw, None)
-        scores = Scores(self.names, members, raw, self.aggregator(members), Truncation.joined(cuts))
-        return scores, np.concatenate(far)
+        return raw, self.normaliser(raw, None), Truncation.joined(cuts), np.concatenate(far)
 
     def compare(
         self,
@@ -268,8 +292,8 @@ class RewardEnsemble(Stored):
         ScoredPairs
             In the order of the pairs.
         """
-        scores, far = self.score_with_distance(pairs.samples(), progress=progress)
-        n, members = len(pairs), scores.members
+        members, far = self.members_with_distance(pairs.samples(), progress=progress)
+        n = len(pairs)
         verdicts = (pairs.targets, pairs.weights, pairs.groups, pairs.subsets, pairs.tie_shares)
         distances = np.zeros((n, 0)) if far is None else far.reshape(2, n).T
         return ScoredPairs(members[:n], members[n:], *verdicts, distances)

@@ -24,7 +24,7 @@ from scipy.special import entr, expit, logit
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.ensemble import RewardEnsemble
 from ensemble_rm.errors import EmptyDataError, NonFiniteScoreError, OptionError
-from ensemble_rm.members.comparator import Comparator
+from ensemble_rm.members.comparator import Comparator, Compared
 from ensemble_rm.members.judging.comparator import JudgeVerdicts
 from ensemble_rm.members.judging.usage import Usage
 from ensemble_rm.progress import Progress, silent
@@ -351,11 +351,16 @@ def _ask(
     if judge is None or len(rows) == 0:
         return said, tuple(failures), Usage()
     chosen = pairs.take(rows)
-    found = judge.compare(
+    sides: Any = (
         [pair.prompt for pair in chosen],
         [pair.chosen for pair in chosen],
         [pair.rejected for pair in chosen],
     )
+    if isinstance(judge, RewardEnsemble):
+        references = [pair.reference for pair in chosen]
+        found: Compared = judge.compare(*sides, subsets=chosen.subsets, references=references)
+    else:
+        found = judge.compare(*sides)
     said[rows] = found.probability
     named: Sequence[str | None] = [None] * len(rows)
     usage = Usage(calls=len(rows))

@@ -41,8 +41,10 @@ from ensemble_rm.recalibration.pairs import evidence_of
 from ensemble_rm.recalibration.scores import ScoreTable
 from ensemble_rm.recalibration.window import read_window
 from ensemble_rm.reports.text import evaluation_text
+from ensemble_rm.rl.monitor import OverOptimisationMonitor
 from ensemble_rm.rl.openrlhf import answer
 from ensemble_rm.rl.scoring import LoopRewards
+from ensemble_rm.rl.watching import AlarmRule
 from ensemble_rm.selection.select import select_pairs
 from ensemble_rm.server.app import create_app
 from ensemble_rm.uncertainty import margin_correlation, member_std, split_uncertainty
@@ -189,6 +191,92 @@ def test_one_rejected_sample_stops_no_combining_calibrating_or_evaluating(
         combine({name: member(name) for name in names}, pairs, aggregator=mean())
 
 
+def test_rows_of_one_score_are_left_out_of_what_needs_two(pairs: Preferences) -> None:
+    members = {name: member(name) for name in ("near", "far")}
+    ensemble = combine(members, pairs, aggregator=OMIT).calibrate(pairs)
+    found = evaluate(ensemble, pairs, draws=20)  # by lcb and uwo, too
+    holes = sum(rejects(p.chosen) or rejects(p.rejected) for p in pairs)
+    spread = [row for row in found.rows if row.name.startswith(("lcb", "uwo"))]
+    assert [row.missing for row in spread] == [holes] * 2 and found.unrewarded == 0
+
+
+def test_pairs_without_a_reward_are_counted_and_a_member_without_a_score_is_said(
+    pairs: Preferences, holed_pairs: NDArray[np.bool_]
+) -> None:
+    strict = make_aggregator("mean", nan="omit", min_members=2)
+    ensemble = RewardEnsemble((member("near"), member("far")), Normaliser.identity(2), strict)
+    fitted = ensemble.calibrate(pairs)
+    assert fitted.calibration is not None
+    assert fitted.calibration.fit.judgments == (~holed_pairs).sum()
+    found = evaluate(fitted, pairs, draws=20)
+    assert (found.pairs, found.unrewarded) == ((~holed_pairs).sum(), holed_pairs.sum())
+    assert f"{holed_pairs.sum()} pairs more have no reward" in evaluation_text(found)
+
+    out = FunctionScorer("out", lambda _: float("nan"))
+    beside = RewardEnsemble((member("near"), out), Normaliser.identity(2), OMIT)
+    said = evaluate(beside.calibrate(pairs), pairs, draws=20)
+    assert said.row("out").missing == len(pairs) and not said.row("out").before
+    assert said.margin_correlation is None and said.pooling_gain is None
+    assert "out scored no pair" in evaluation_text(said)
+    with pytest.raises(NonFiniteScoreError, match="none of the 400 pairs"):
+        evaluate(replace(beside, aggregator=strict), pairs)
+
+
+@given(holed(), st.sampled_from(["mean", "minimum", "lcb"]), st.integers(1, 3))
+def test_where_there_are_enough_scores_it_is_the_aggregators(
+    scores: Floats, name: str, fewest: int
+) -> None:
+    assume(scores.shape[1] >= max(fewest, 2))
+    options = {"kappa": 0.5} if name == "lcb" else {}
+    how = make_aggregator(name, nan="omit", min_members=fewest, **options)
+    found = how.where_enough(scores)
+    for row, value in zip(scores, found, strict=True):
+        if (~np.isnan(row)).sum() < max(fewest, 2 if name == "lcb" else 1):
+            assert np.isnan(value)
+        else:
+            assert value == how(row[None])[0]
+
+
+def test_a_judge_that_has_a_baseline_gets_the_references() -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(200):
+        sides = [f"answer {i} {w}" for w in ("a", "b")]
+        won = rng.random() < expit(number(sides[0]) - number(sides[1]))
+        rows.append(
+            Preference(f"q{i}", *(sides if won else sides[::-1]), reference=f"reference {i}")
+        )
+    pairs = Preferences(tuple(rows))
+    members = (member("near"), member("nearer"))
+    small = RewardEnsemble(members, Normaliser.identity(2), mean()).calibrate(pairs)
+    judge = combine({"a": member("near")}, pairs, baseline=True).calibrate(pairs)
+    found = route(small, pairs, share=0.2, judge=judge)
+    assert "judge" in found.routes and not any(found.failures)
+
+
+def test_the_monitor_goes_on_while_a_member_is_out() -> None:
+    members = tuple(member(name) for name in ("near", "nearer"))
+    ensemble = RewardEnsemble((*members, FunctionScorer("c", len_of)), Normaliser.identity(3), OMIT)
+    watch = OverOptimisationMonitor(ensemble, rule=AlarmRule(max_kl=5.0))
+    samples = [Sample(f"q{i // 4}", "x" * (i + 1)) for i in range(16)]
+    scores = ensemble.score(samples).members
+    whole = LoopRewards(scores.mean(axis=1), scores, np.full(16, np.nan), (None,) * 16)
+    assert not watch.observe(1, samples, whole, kl=1.0)
+    out = scores.copy()
+    out[:, 2] = np.nan
+    holed_rewards = replace(whole, members=out, reward=np.nanmean(out, axis=1))
+    assert [alarm.kind for alarm in watch.observe(2, samples, holed_rewards, kl=50.0)] == ["kl"]
+    last = watch.records[-1]
+    assert last.missing == pytest.approx(1 / 3) and np.isfinite(last.member_std)
+    assert np.isnan(last.disagreement)
+    np.testing.assert_allclose(last.member_std, member_std(out[:, :2]).mean())
+    assert set(last.length_slopes) == {"reward", "mean", "minimum"}
+
+
+def len_of(sample: Sample) -> float:
+    return float(len(sample.completion))
+
+
 def test_pairs_of_which_too_few_members_know_go_to_the_judge_first(
     pairs: Preferences, holed_pairs: NDArray[np.bool_]
 ) -> None:
@@ -233,6 +321,7 @@ class Failing:
 
     def __init__(self) -> None:
         self.mended = False
+        self.first = False  # whether the first member is out altogether
         self.calls = 0
 
     def __call__(self, folder: Path, *, version: int | None = None) -> RewardEnsemble:
@@ -244,7 +333,29 @@ class Failing:
             failed = not self.mended and zlib.crc32(sample.completion.encode()) % 25 == 0
             return float("nan") if failed else score_of(sample) + 1.0
 
-        return replace(ensemble, scorers=(ensemble.scorers[0], FunctionScorer("b", score)))
+        first = FunctionScorer("a", lambda s: float("nan")) if self.first else ensemble.scorers[0]
+        return replace(ensemble, scorers=(first, FunctionScorer("b", score)))
+
+
+def test_a_pair_that_nobody_can_score_stops_no_job(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 1.0, aggregator=OMIT)
+    store = stored(tmp_path / "judgments.db", judged(2.0, 3000, seed=1))
+    bad = next(store.read()).first
+
+    def load(_: Path, *, version: int | None = None) -> RewardEnsemble:
+        ensemble = calibrated(1.0, aggregator=OMIT)
+        rejecting = [
+            FunctionScorer(name, lambda s: float("nan") if s.completion == bad else score_of(s))
+            for name in "ab"
+        ]
+        return replace(ensemble, scorers=tuple(rejecting))
+
+    given: dict[str, Any] = {"load": load, "clock": lambda: NOW, "window": 400.0}
+    found = recalibrate(run, store, **given)
+    assert found.verdict == "published"
+    judgments = found.details["judgments"]
+    assert (judgments["count"], judgments["unscored"]) == (2999, 1)
+    assert look(run, store, **given).labelled is not None
 
 
 def test_a_failure_is_tried_again_by_the_next_job_and_is_never_nought(tmp_path: Path) -> None:
@@ -266,7 +377,15 @@ def test_a_failure_is_tried_again_by_the_next_job_and_is_never_nought(tmp_path: 
     report = look(run, store, **given)
     assert report.unlabelled is not None  # over the samples that every member scored
 
-    load.mended, load.calls = True, 0
+    load.first = True  # now the other fails, and what was stored of the second stays
+    store.add(judged(2.0, 20, seed=3, start=187, days=1))
+    recalibrate(run, store, **given)
+    ((_, both),) = table.blocks(window.keys)
+    assert np.isfinite(both[~holes, 1]).all() and np.isnan(both[holes, 1]).all()
+    assert np.isfinite(both[..., 0]).all()
+
+    load.mended, load.calls, load.first = True, 0, False
+    store.add(judged(2.0, 20, seed=4, start=188, days=1))
     recalibrate(run, store, **given)
     ((_, mended),) = table.blocks(window.keys)
     assert load.calls == 1

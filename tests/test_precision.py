@@ -147,3 +147,18 @@ def test_the_command_prints_a_table_or_json(
     assert "▸ mean()" in capsys.readouterr().out
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reward"]["rms"] > 0
+
+
+def test_drift_is_that_of_the_samples_that_were_scored_twice() -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.normal(size=40)
+    other = exact + rng.normal(0, 0.1, 40)
+    groups = [np.arange(20), np.arange(20, 40)]
+    holed = exact.copy()
+    holed[[3, 30]] = np.nan
+    kept = np.flatnonzero(~np.isnan(holed))
+    inside = [np.flatnonzero(np.isin(kept, rows)) for rows in groups]
+    found = measure_drift("far", holed, other, groups)
+    assert found == measure_drift("far", exact[kept], other[kept], inside)
+    with pytest.raises(OptionError, match="scores 0 of 40"):
+        measure_drift("far", np.full(40, np.nan), other, groups)

@@ -154,6 +154,26 @@ class Aggregator:
             raise NonFiniteScoreError(f"{self} overflows in row {row}; normalise the scores")
         return result
 
+    @property
+    def fewest(self) -> int:
+        """The fewest scores that make up one: `min_members`, and two where their spread counts."""
+        spread = self.name in ("uwo", "lcb") and any(value > 0 for _, value in self.parameters)
+        return max(self.min_members, 2 if spread else 1)
+
+    def where_enough(self, scores: ArrayLike) -> Floats:
+        """Aggregate as a call does; under ``nan="omit"``, NaN where fewer than `fewest` are left.
+
+        For judgments and reports, which go on without such a sample; a reward does not.
+        """
+        matrix = score_matrix(scores)
+        if self.nan == "raise" or matrix.shape[1] < self.fewest or np.isinf(matrix).any():
+            return self(matrix)
+        enough = (~np.isnan(matrix)).sum(axis=1) >= self.fewest
+        found = np.full(len(matrix), np.nan)
+        if enough.any():
+            found[enough] = self(matrix[enough])
+        return found
+
     def _sorted(self, scores: Floats) -> Sorted:
         if scores.shape[1] < self.min_members:
             raise OptionError(f"{self} got the scores of {scores.shape[1]} members")

@@ -169,7 +169,7 @@ def fit_calibration(
     Parameters
     ----------
     pairs : ScoredPairs
-        Judgments that no member was trained on.
+        Judgments that no member was trained on. Those that too few members scored are left out.
     aggregator : Aggregator
         Of the reward.
     method : str
@@ -195,6 +195,7 @@ def fit_calibration(
     """
     if slices and method != "temperature":
         raise OptionError(f"slices have temperatures; method={method!r} has none: leave one out")
+    pairs = pairs.rewarded(aggregator)
     margins = pairs.margins(aggregator)
     fit = fit_temperature(
         margins,

@@ -77,8 +77,16 @@ class ScoredPairs:
         return tuple(sorted({name for name in self.subsets if name is not None}))
 
     def margins(self, aggregator: Aggregator) -> Floats:
-        """Return the aggregated reward of the first minus the second side, shape (n_pairs,)."""
-        return aggregator(self.first) - aggregator(self.second)
+        """Return the aggregated reward of the first minus the second side, shape (n_pairs,).
+
+        NaN where too few members scored a side; see `Aggregator.where_enough`.
+        """
+        return aggregator.where_enough(self.first) - aggregator.where_enough(self.second)
+
+    def rewarded(self, aggregator: Aggregator) -> ScoredPairs:
+        """Return the pairs of which both sides have a reward."""
+        there = ~np.isnan(self.margins(aggregator))
+        return self if there.all() else self.take(np.flatnonzero(there))
 
     def take(self, rows: NDArray[np.int64]) -> ScoredPairs:
         """Return some of the pairs."""

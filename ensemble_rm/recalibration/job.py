@@ -150,6 +150,8 @@ class _Job:
         margins = window_margins(
             window, self.store, table, aggregator, members, loaded, progress=self.progress
         )
+        window = window.rewarded(margins)
+        case.details["judgments"] |= window.describe()
         data = window.with_margins(margins)
         case = replace(case, alarm=self._watch(case, data, window))
         now = self.versions.clock().isoformat(timespec="seconds")

@@ -145,7 +145,9 @@ class _Look:
         window = read_window(self.store, where, future=future, progress=self.progress)
         table = ScoreTable(folder, version.members, read_only=self.dry_run)
         at = latest.isoformat(timespec="seconds")
-        data = window.with_margins(self._margins(version, calibration, window, table))
+        margins = self._margins(version, calibration, window, table)
+        window = window.rewarded(margins)
+        data = window.with_margins(margins)
         state = watch(
             *(folder, version, calibration, data),
             inclusion=window.inclusion,

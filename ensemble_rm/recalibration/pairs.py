@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.pairs import ScoredPairs
-from ensemble_rm.errors import DataError
+from ensemble_rm.errors import DataError, RemoteUnavailableError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress
 from ensemble_rm.recalibration.judged import Ints
-from ensemble_rm.recalibration.scores import KEY, PairMargins, ScoreTable, read_margins
+from ensemble_rm.recalibration.scores import KEY, Keys, PairMargins, ScoreTable, read_margins
 from ensemble_rm.recalibration.window import Window
 from ensemble_rm.samples import Sample
 from ensemble_rm.versions.repository import Versions
@@ -61,7 +62,7 @@ def window_margins(
     Returns
     -------
     PairMargins
-        Of the window's `keys`.
+        Of the window's `keys`; NaN where too few members scored a side.
 
     Raises
     ------
@@ -69,24 +70,45 @@ def window_margins(
         If the texts of a pair are not in the store any more.
     """
     found = read_margins(table, window.keys, aggregator, members, progress=progress)
-    wanted = found.missing | found.failed
-    if not wanted.any():
+    unknown = ~found.stored
+    if not unknown.any():
         return found
     ensemble, done = load(), 0
-    for chunk in _unscored(window, store, wanted):
-        names = list(chunk)
-        sides, distances = _score(ensemble, list(chunk.values()))
-        found.fill(_places(window, names), sides, aggregator)
-        if not table.read_only:
-            table.put(names, sides, distances)
-        done += len(names)
-        progress("scoring pairs", done, int(wanted.sum()))
-    if found.missing.any():
+    # A member that failed, such as a server's, is tried again, now that the ensemble is loaded.
+    failed = found.failed & found.stored
+    for wanted in (unknown, failed):
+        for chunk in _unscored(window, store, wanted):
+            names = list(chunk)
+            places = _places(window, names)
+            try:
+                sides, distances = _score(ensemble, list(chunk.values()))
+            except RemoteUnavailableError:
+                if wanted is unknown:
+                    raise
+                break  # what is stored suffices
+            if wanted is failed:
+                sides = _kept(table, window.keys[places], sides)
+            found.fill(places, sides, aggregator)
+            if not table.read_only:
+                table.put(names, sides, distances)
+            done += len(names)
+            progress("scoring pairs", done, int((unknown | failed).sum()))
+    if not found.stored.all():
         raise DataError(
-            f"{int(found.missing.sum())} pairs of the window have no texts in {store.name} any "
+            f"{int((~found.stored).sum())} pairs of the window have no texts in {store.name} any "
             "more; restore it from a copy"
         )
     return found
+
+
+def _kept(table: ScoreTable, names: Keys, sides: Floats) -> Floats:
+    """Return new scores, with the stored ones where a member failed only now."""
+    order = np.argsort(names)
+    kept = sides.copy()
+    for places, old in table.blocks(names[order]):
+        rows = order[places]
+        kept[rows] = np.where(np.isnan(sides[rows]), old, sides[rows])
+    return kept
 
 
 def _unscored(
@@ -126,9 +148,9 @@ def _score(
         _, first, second = one.text_digests
         sides = (one.first, one.second) if first <= second else (one.second, one.first)
         samples += [Sample(one.prompt, side) for side in sides]
-    scores, far = ensemble.score_with_distance(samples)
+    members, far = ensemble.members_with_distance(samples)
     n = len(judged)
-    return scores.members.reshape(n, 2, -1), None if far is None else far.reshape(n, 2)
+    return members.reshape(n, 2, -1), None if far is None else far.reshape(n, 2)
 
 
 def evidence_of(window: Window, table: ScoreTable) -> ScoredPairs | None:

@@ -171,19 +171,18 @@ class PairMargins:
     Attributes
     ----------
     margins : ndarray, shape (n_pairs,)
-        Aggregated reward of the first side minus that of the second; NaN where unknown.
+        Aggregated reward of the first side minus that of the second; NaN where unknown, or where
+        too few members scored a side.
     members : ndarray of float32, shape (n_pairs, n_members)
         The same of each member: for T_mix, which needs no more digits. NaN where a member failed
         and the aggregator leaves it out.
+    stored : ndarray of bool, shape (n_pairs,)
+        Which were scored, well or not.
     """
 
     margins: Floats
     members: NDArray[np.float32]
-
-    @property
-    def missing(self) -> NDArray[np.bool_]:
-        """Which are unknown."""
-        return np.isnan(self.margins)
+    stored: NDArray[np.bool_]
 
     @property
     def failed(self) -> NDArray[np.bool_]:
@@ -192,7 +191,9 @@ class PairMargins:
 
     def fill(self, places: NDArray[Any], sides: Floats, aggregator: Aggregator) -> None:
         """Enter the margins of pairs whose scores are there."""
-        self.margins[places] = aggregator(sides[:, 0]) - aggregator(sides[:, 1])
+        first, second = (aggregator.where_enough(sides[:, i]) for i in (0, 1))
+        self.margins[places] = first - second
+        self.stored[places] = True
         self.members[places] = sides[:, 0] - sides[:, 1]
 
 
@@ -221,7 +222,10 @@ def read_margins(
     -------
     PairMargins
     """
-    found = PairMargins(np.full(len(keys), np.nan), np.zeros((len(keys), members), np.float32))
+    n = len(keys)
+    found = PairMargins(
+        np.full(n, np.nan), np.zeros((n, members), np.float32), np.zeros(n, dtype=np.bool_)
+    )
     done = 0
     for places, sides in table.blocks(keys):
         if sides.shape[2] != members:

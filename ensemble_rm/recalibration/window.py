@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -53,6 +53,8 @@ class Window:
         What was asked of the store.
     future : int
         Judgments that were left out because they are dated after the clock.
+    unscored : int
+        Judgments that were left out because too few members scored a side of their pair.
     """
 
     digest: str
@@ -67,6 +69,7 @@ class Window:
     subset_names: tuple[str, ...]
     where: Selection
     future: int
+    unscored: int = 0
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -84,10 +87,21 @@ class Window:
             self.subset_names,
         )
 
+    def rewarded(self, found: PairMargins) -> Window:
+        """Return the judgments of the pairs that have a margin."""
+        there = ~np.isnan(found.margins[self.pairs])
+        if there.all():
+            return self
+        rows = ("pairs", "targets", "inclusion", "weights", "groups", "times", "subsets")
+        kept = {name: getattr(self, name)[there] for name in rows}
+        return replace(self, **kept, unscored=int((~there).sum()))
+
     def describe(self) -> dict[str, Any]:
         """Return what provenance says of the judgments."""
         said: dict[str, Any] = {"digest": self.digest, "count": len(self), "future": self.future}
         said["pairs"] = len(self.keys)
+        if self.unscored:
+            said["unscored"] = self.unscored
         if len(self):
             ends = (float(self.times.min()), float(self.times.max()))
             said |= dict(zip(("first", "last"), map(iso, ends), strict=True))

@@ -28,7 +28,7 @@ from ensemble_rm.aggregation.aggregator import (
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.pairs import ScoredPairs
 from ensemble_rm.ensemble import RewardEnsemble
-from ensemble_rm.errors import OneMemberError
+from ensemble_rm.errors import NonFiniteScoreError, OneMemberError
 from ensemble_rm.metrics import Interval, auroc, bootstrap, error_auroc
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.reports.measures import Row, SubsetRow, measure_gain, measure_row, measure_subsets
@@ -83,6 +83,8 @@ class Evaluation:
         How well the longer completion alone predicts the verdict.
     subsets : tuple of SubsetRow
         The ensemble's own aggregator on each subset that the pairs name.
+    unrewarded : int
+        Pairs beside these, left out since too few members scored a side.
     pooling_gain : Interval, optional
         Mean member NLL − NLL of the own aggregator's margin in nats, each at its own temperature:
         what the ensemble buys. None where one of them has no temperature.
@@ -101,6 +103,7 @@ class Evaluation:
     longer_first_auroc: float | None = None
     subsets: tuple[SubsetRow, ...] = ()
     pooling_gain: Interval | None = None
+    unrewarded: int = 0
 
     def row(self, name: str) -> Row:
         """Return the row of that name."""
@@ -112,6 +115,7 @@ class Evaluation:
             "pairs": self.pairs,
             "prompts": self.prompts,
             "chosen": self.chosen,
+            "unrewarded": self.unrewarded,
             "rows": [row.to_json() for row in self.rows],
             "error_auroc": {k: vars(v) for k, v in self.error_auroc.items()},
             "margin_correlation": self.margin_correlation,
@@ -158,10 +162,12 @@ def evaluate(
     ------
     EmptyDataError
         If there is no pair.
+    NonFiniteScoreError
+        If none has a reward, or a score is NaN against the aggregator's policy.
     """
     require_pairs(test, "an evaluation")
     test = test.shuffled_sides(seed=seed)
-    scored = ensemble.judge(test, progress=progress)
+    test, scored, unrewarded = _rewarded(ensemble, test, progress)
     evidence = None if ensemble.calibration is None else ensemble.calibration.evidence
     usual = default_aggregators(ensemble.aggregator)
     chosen = dict.fromkeys([*(aggregators or usual), ensemble.aggregator])
@@ -210,7 +216,24 @@ def evaluate(
             scored, p, temperature_of=_subset_temperature(ensemble, own), draws=draws, seed=seed
         ),
         _pooling_gain(rows, own, scored, ensemble, draws, seed),
+        unrewarded,
     )
+
+
+def _rewarded(
+    ensemble: RewardEnsemble, test: Preferences, progress: Progress
+) -> tuple[Preferences, ScoredPairs, int]:
+    """Return the pairs that have a reward, scored, and how many have none."""
+    scored = ensemble.judge(test, progress=progress)
+    there = np.flatnonzero(~np.isnan(scored.margins(ensemble.aggregator)))
+    if len(there) == 0:
+        raise NonFiniteScoreError(
+            f"none of the {len(test)} pairs has a reward: {ensemble.aggregator} needs "
+            f"{ensemble.aggregator.fewest} members that score both sides"
+        )
+    if len(there) == len(test):
+        return test, scored, 0
+    return test.take(there), scored.take(there), len(test) - len(there)
 
 
 def _calibrated(ensemble: RewardEnsemble, scored: ScoredPairs) -> Floats | None:
@@ -246,7 +269,8 @@ def _pooling_gain(
 ) -> Interval | None:
     fits = [row.temperature for row in rows if row.kind == "member"]
     members = [fit for fit in fits if fit is not None]
-    if own.temperature is None or len(members) < len(fits):
+    whole = ~np.isnan(scored.member_margins).any(axis=1)
+    if own.temperature is None or len(members) < len(fits) or not whole.any():
         return None
     margins = scored.margins(ensemble.aggregator)
     return measure_gain(scored, members, own.temperature, margins, draws=draws, seed=seed)
@@ -267,8 +291,12 @@ def _doubts(scored: ScoredPairs, p: Floats, ensemble: RewardEnsemble) -> dict[st
     return found
 
 
-def _correlation(scored: ScoredPairs) -> float:
-    return mean_correlation(margin_correlation(scored.member_margins, nan="omit"))
+def _correlation(scored: ScoredPairs) -> float | None:
+    margins = scored.member_margins
+    there = ~np.isnan(margins)
+    if not (there.T.astype(np.int64) @ there).all():
+        return None  # two members scored no pair together
+    return mean_correlation(margin_correlation(margins, nan="omit"))
 
 
 def _length_auroc(test: Preferences) -> float | None:

@@ -39,8 +39,9 @@ class Row:
         A member's name, or an aggregator with its coefficients.
     kind : {"member", "aggregator"}
     before, after : dict of str to Interval
-        Metrics by name; `after` is empty where no temperature could be fitted.
-    null_before, null_after : EceNull
+        Metrics by name; `after` is empty where no temperature could be fitted, both where a member
+        scored nothing.
+    null_before, null_after : EceNull, optional
         What chance alone makes of the ECE.
     temperature : TemperatureFit, optional
     refusal : str
@@ -53,7 +54,7 @@ class Row:
     kind: str
     before: dict[str, Interval]
     after: dict[str, Interval]
-    null_before: EceNull
+    null_before: EceNull | None
     null_after: EceNull | None
     temperature: TemperatureFit | None
     refusal: str = ""
@@ -144,6 +145,8 @@ def measure_row(
     margins = margins_of(scored)
     there = ~np.isnan(margins)
     missing = int((~there).sum())
+    if missing == len(margins):
+        return Row(name, kind, {}, {}, None, None, None, f"{name} scored no pair", missing)
     if missing:  # a member is measured on what it scored
         scored, margins = scored.take(np.flatnonzero(there)), margins[there]
     before = np.asarray(expit(margins))

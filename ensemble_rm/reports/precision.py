@@ -179,10 +179,14 @@ def measure_drift(
     groups : sequence of ndarray of int
         The rows of each prompt.
     """
-    unit = float(exact.std(ddof=1))
+    there = ~np.isnan(exact + other)  # a member on a server may have failed
+    if there.sum() < 2:
+        raise OptionError(f"{name} scores {int(there.sum())} of {len(exact)} samples; give others")
+    unit = float(exact[there].std(ddof=1))
     if not unit > 0:
         raise OptionError(f"{name} scores all {len(exact)} samples alike; give others")
-    gap = (other - exact) / unit
+    gap = (other - exact)[there] / unit
+    groups = [rows[there[rows]] for rows in groups]
     apart, flipped, tied = 0, 0, 0
     for rows in groups:
         for i, row in enumerate(rows[:-1]):  # one against all that follow: memory stays linear
@@ -195,7 +199,7 @@ def measure_drift(
         name,
         rms=float(np.sqrt((gap**2).mean())),
         maximum=float(np.abs(gap).max()),
-        spearman=_spearman(exact, other),
+        spearman=_spearman(exact[there], other[there]),
         flips=flipped / apart if apart else float("nan"),
         ties=tied / apart if apart else float("nan"),
     )

@@ -96,6 +96,8 @@ def evaluation_text(evaluation: Evaluation) -> str:
         notes.append(f"mean correlation of members' margins: {evaluation.margin_correlation:.2f}")
     if evaluation.longer_first_auroc is not None:
         notes.append(f"AUROC of length alone: {evaluation.longer_first_auroc:.3f}")
+    if evaluation.unrewarded:
+        notes.append(f"{evaluation.unrewarded} pairs more have no reward: too few members scored")
     notes += [
         f"{row.name} scored {evaluation.pairs - row.missing} of the pairs, and is measured on those"
         for row in evaluation.rows

@@ -52,7 +52,7 @@ def within_prompts(values: Floats, groups: NDArray[np.int64]) -> Floats:
     counts = np.bincount(groups)
     sums = np.zeros((len(counts), *values.shape[1:]))
     np.add.at(sums, groups, values)
-    return values - (sums.T / counts).T[groups]
+    return values - (sums.T / np.maximum(counts, 1)).T[groups]
 
 
 def disagreement(members: Floats, groups: NDArray[np.int64]) -> float:

@@ -49,17 +49,22 @@ class Call:
 
     @classmethod
     def of(cls, samples: Sequence[Sample | Exception], rewards: LoopRewards) -> Call:
-        """Keep what was scored by every member."""
+        """Keep what has a reward."""
         rows = [
             i
             for i, (s, error) in enumerate(zip(samples, rewards.errors, strict=True))
-            if isinstance(s, Sample) and error is None and np.isfinite(rewards.members[i]).all()
+            if isinstance(s, Sample) and error is None
         ]
         kept = [s for i in rows if isinstance(s := samples[i], Sample)]
         failed = sum(error is not None for error in rewards.errors) / max(len(rewards), 1)
         lengths = np.log([max(len(s.completion), 1) for s in kept]).reshape(len(kept))
         groups = prompt_groups([s.prompt for s in kept])
         return cls(kept, rewards.reward[rows], rewards.members[rows], groups, lengths, failed)
+
+    @property
+    def whole(self) -> NDArray[np.intp]:
+        """The rows that every member scored."""
+        return np.flatnonzero(~np.isnan(self.members).any(axis=1))
 
 
 class OverOptimisationMonitor:
@@ -91,7 +96,9 @@ class OverOptimisationMonitor:
         given = {"mean": mean(), "minimum": minimum()} if aggregators is None else aggregators
         if "reward" in given:
             raise OptionError("'reward' is the run's own aggregator; give this one another name")
-        self._aggregators = {"reward": ensemble.aggregator, **given}
+        nan = ensemble.aggregator.nan
+        others = {name: replace(how, nan=nan) for name, how in given.items()}
+        self._aggregators = {"reward": ensemble.aggregator, **others}
         self._pool = None if pool is None else Path(pool)
         self._several = len(ensemble.names) > 1
         self._span: Floats | None = None
@@ -101,7 +108,9 @@ class OverOptimisationMonitor:
             self._span = reference_range(evidence)
             if self._several:
                 judged = np.concatenate([evidence.first, evidence.second])
-                self.reference_std = float(np.nanmean(member_std(judged, nan="omit")))
+                known = member_std(judged, nan="omit")
+                known = known[~np.isnan(known)]
+                self.reference_std = float(known.mean()) if len(known) else None
         self._records: list[StepRecord] = []
         self._start: float | None = None  # mean log length of the first step
 
@@ -179,21 +188,20 @@ class OverOptimisationMonitor:
         return self.alarms()
 
     def _record(self, step: int, call: Call, kl: float) -> StepRecord:
-        slopes = {
-            name: length_slope(how(call.members), call.log_length, call.groups)
-            for name, how in self._aggregators.items()
-        }
+        slopes = {name: _slope(how, call) for name, how in self._aggregators.items()}
         if self._start is None:
             self._start = float(call.log_length.mean())
         slope = slopes["reward"] if math.isfinite(slopes["reward"]) else 0.0
         controlled = length_controlled(call.reward, call.log_length, slope, self._start)
         spread = divided = math.nan
+        there = ~np.isnan(call.members)
         if self._several:
-            spread = float(call.members.std(axis=1, ddof=1).mean())
-            divided = disagreement(call.members, call.groups)
+            stds = member_std(call.members, nan="omit")
+            spread = float(stds[~np.isnan(stds)].mean()) if (~np.isnan(stds)).any() else math.nan
+            divided = disagreement(call.members[call.whole], call.groups[call.whole])
         outside = math.nan
         if self._span is not None:
-            outside = float(outside_range(call.members, self._span).mean())
+            outside = float(outside_range(call.members, self._span).sum() / there.sum())
         return StepRecord(
             step=step,
             reward=float(call.reward.mean()),
@@ -205,6 +213,7 @@ class OverOptimisationMonitor:
             outside_range=outside,
             failed=call.failed,
             kl=kl,
+            missing=1.0 - float(there.mean()),
         )
 
     def _send(self, step: int, call: Call) -> None:
@@ -262,6 +271,13 @@ class OverOptimisationMonitor:
         return file
 
 
+def _slope(how: Aggregator, call: Call) -> float:
+    """Return the slope of an aggregator's reward on log length, over the samples that it has."""
+    reward = how.where_enough(call.members)
+    there = ~np.isnan(reward)
+    return length_slope(reward[there], call.log_length[there], call.groups[there])
+
+
 def most_disputed(call: Call) -> dict[str, Any] | None:
     """Return the pair of one prompt on whose margin the members differ most; None without a pair.
 
@@ -270,7 +286,7 @@ def most_disputed(call: Call) -> dict[str, Any] | None:
     """
     best, found = 0.0, None
     for group in range(int(call.groups.max(initial=-1)) + 1):
-        rows = np.flatnonzero(call.groups == group)
+        rows = call.whole[call.groups[call.whole] == group]
         i, j = np.triu_indices(len(rows), 1)
         spread = (call.members[rows[i]] - call.members[rows[j]]).std(axis=1)
         if len(spread) and (place := int(np.argmax(spread))) >= 0 and spread[place] > best:

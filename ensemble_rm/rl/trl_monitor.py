@@ -190,6 +190,7 @@ class MonitorCallback(TrainerCallback):
             "length_controlled": last.length_controlled,
             "log_length": last.log_length,
             "outside_range": last.outside_range,
+            "missing": last.missing,
             "kl": last.kl,
             "alarms": float(len({alarm.kind for alarm in alarms})),
         }

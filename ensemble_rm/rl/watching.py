@@ -43,6 +43,9 @@ class StepRecord:
         From the policy that the run began with, nats a completion; NaN where it was not measured.
     gold : float
         Of a gold check at this step; NaN where there was none.
+    missing : float
+        Share of the members' scores that the rewarded samples lack, such as those of a server that
+        is out; spread and disagreement are of the samples that have them.
     """
 
     step: int
@@ -56,6 +59,7 @@ class StepRecord:
     failed: float = 0.0
     kl: float = math.nan
     gold: float = math.nan
+    missing: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object; what is not known is null."""
@@ -85,7 +89,8 @@ class StepRecord:
             return math.nan if value is None else float(value)
 
         try:
-            values = {name: number(said[name]) for name in _NUMBERS}
+            given = {"missing": 0.0} | dict(said)  # runs of before it was recorded
+            values = {name: number(given[name]) for name in _NUMBERS}
             slopes = {str(name): number(slope) for name, slope in said["length_slopes"].items()}
             return cls(step=int(said["step"]), length_slopes=slopes, **values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
