@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from starlette.applications import Starlette
@@ -122,32 +123,40 @@ def sglang(logit: Logit = logit_of) -> Starlette:
 
     async def classify(request: Request) -> Response:
         text = (await request.json())["text"]
-        found = [_embedding(logit, one) for one in ([text] if isinstance(text, str) else text)]
-        # orjson, as there: what is not finite becomes null.
-        said = json.dumps(_null(found[0] if isinstance(text, str) else found), allow_nan=False)
-        return Response(said, media_type="application/json")
+        texts = [text] if isinstance(text, str) else text
+        for one in texts:
+            if len(one) >= LONGEST:
+                message = f"The input ({len(one)} tokens) is longer than the "
+                message += f"model's context length ({LONGEST} tokens)."
+                return JSONResponse({"error": {"message": message}}, status_code=400)
+        found = [_embedding(logit, one) for one in texts]
+        # Not its orjson route: a NaN is an error inside, 500, in plain text.
+        return JSONResponse(found[0] if isinstance(text, str) else found)
 
     async def softmax(request: Request) -> Response:
         given = (await request.json())["input"]
         texts = [given] if isinstance(given, str) else given
-        data = [_class(i, 1.0) for i in range(len(texts))]
-        return JSONResponse({"id": "classify-0", "object": "list", "data": data})
+        used = sum(map(len, texts))
+        usage = {"prompt_tokens": used, "total_tokens": used, "completion_tokens": 0}
+        usage |= {"prompt_tokens_details": None, "reasoning_tokens": 0}
+        content = {
+            "id": f"classify-{uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": "reward",
+            "data": [_class(i, 1.0) for i in range(len(texts))],
+            "usage": usage | {"completion_tokens_details": None},
+        }
+        return JSONResponse(content)
 
     return _app({"/classify": classify, "/v1/classify": softmax})
 
 
 def _embedding(logit: Logit, text: str) -> dict[str, Any]:
-    meta = {"id": "0", "finish_reason": {"type": "length", "length": 0}, "prompt_tokens": 3}
-    meta |= {"weight_version": "default", "num_retractions": 0, "e2e_latency": 0.01}
+    meta = {"id": uuid4().hex, "finish_reason": {"type": "length", "length": 0}}
+    meta |= {"prompt_tokens": len(text), "weight_version": "default"}
+    meta |= {"num_retractions": 0, "e2e_latency": 0.01}
     return {"embedding": [logit(text)], "meta_info": meta}
-
-
-def _null(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _null(one) for key, one in value.items()}
-    return [_null(one) for one in value] if isinstance(value, list) else value
 
 
 # text-embeddings-inference -----------------------------------------------------------------------
