@@ -85,7 +85,7 @@ def test_a_pair_is_one_where_it_is_meant() -> None:
 
 @pytest.mark.parametrize(("protocol", "app"), CASES)
 def test_a_nan_of_the_model_is_no_score(protocol: str, app: Callable[[], Starlette]) -> None:
-    """500 in vLLM, SGLang and OpenRLHF, 424 in TEI: NaN for that sample alone."""
+    """400 and null in vLLM, 500 in SGLang and OpenRLHF, 424 in TEI: NaN for that sample alone."""
 
     def broken(text: str) -> float:
         return math.nan if text.endswith("bad") else doubles.logit_of(text)
