@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 
 from ensemble_rm import Message, RemoteScorer, Sample
-from ensemble_rm.errors import OptionError, RemoteAnswerError, RemoteFailureWarning
+from ensemble_rm.errors import (
+    OptionError,
+    RemoteAnswerError,
+    RemoteFailureWarning,
+    RemoteRefusalError,
+)
 from ensemble_rm.members.remote.text import Rendered
 from ensemble_rm.members.remote.wire import WIRES, Asked, read_number
 
@@ -104,6 +109,14 @@ def _impatient(url: str, protocol: str) -> RemoteScorer:
     from ensemble_rm import ClientOptions
 
     return scorer(url, protocol, client=ClientOptions(backoff=1e-3, attempts=2))
+
+
+def test_a_server_without_the_protocol_is_refused_at_once() -> None:
+    """A model that scores every token has no /classify: 501, whatever is asked."""
+    with doubles.serving(doubles.vllm(tokens=True)) as url:
+        with pytest.raises(RemoteRefusalError, match="501"):
+            scorer(url, "vllm-classify").score(SAMPLES)
+        assert np.isfinite(scorer(url, "vllm-pooling").score(SAMPLES)).all()
 
 
 @pytest.mark.parametrize("protocol", ["vllm-classify", "tei"])

@@ -69,6 +69,9 @@ def vllm(
     async def classify(request: Request) -> Response:
         body = await request.json()
         refused = _vllm_refusal(body, count, longest)
+        if tokens:
+            message = "The model does not support Classification API"
+            return _vllm_error(message, "NotImplementedError", 501)
         try:
             return refused or JSONResponse(_vllm_answer(body, logit, sizes, _class, "classify"))
         except ValueError:  # a NaN; Python 3.12 would name it
