@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 
 from ensemble_rm import Message, RemoteScorer, Sample
-from ensemble_rm.errors import OptionError, RemoteAnswerError, RemoteFailureWarning
+from ensemble_rm.errors import (
+    OptionError,
+    RemoteAnswerError,
+    RemoteFailureWarning,
+    RemoteRefusalError,
+)
 from ensemble_rm.members.remote.text import Rendered
 from ensemble_rm.members.remote.wire import WIRES, Asked, read_number
 
@@ -85,7 +90,7 @@ def test_a_pair_is_one_where_it_is_meant() -> None:
 
 @pytest.mark.parametrize(("protocol", "app"), CASES)
 def test_a_nan_of_the_model_is_no_score(protocol: str, app: Callable[[], Starlette]) -> None:
-    """500 in vLLM and OpenRLHF, null in SGLang, 424 in TEI: NaN for that sample alone."""
+    """400 and null in vLLM, 500 in SGLang and OpenRLHF, 424 in TEI: NaN for that sample alone."""
 
     def broken(text: str) -> float:
         return math.nan if text.endswith("bad") else doubles.logit_of(text)
@@ -104,6 +109,14 @@ def _impatient(url: str, protocol: str) -> RemoteScorer:
     from ensemble_rm import ClientOptions
 
     return scorer(url, protocol, client=ClientOptions(backoff=1e-3, attempts=2))
+
+
+def test_a_server_without_the_protocol_is_refused_at_once() -> None:
+    """A model that scores every token has no /classify: 501, whatever is asked."""
+    with doubles.serving(doubles.vllm(tokens=True)) as url:
+        with pytest.raises(RemoteRefusalError, match="501"):
+            scorer(url, "vllm-classify").score(SAMPLES)
+        assert np.isfinite(scorer(url, "vllm-pooling").score(SAMPLES)).all()
 
 
 @pytest.mark.parametrize("protocol", ["vllm-classify", "tei"])

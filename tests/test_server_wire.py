@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wire_doubles as doubles
 from server_process import lengths
 from server_runs import client, one
 from starlette.testclient import TestClient
@@ -158,6 +159,16 @@ def test_verl_reads_a_reward_of_vllm(asking: TestClient) -> None:
     assert set(output) == {"id", "object", "created", "model", "data", "usage"}
 
 
+def test_an_answer_has_the_keys_of_vllms_own_in_their_order(asking: TestClient) -> None:
+    """The double is held against a real server in test_remote_vllm.py."""
+    for body in ({"input": TEXT}, {"input": [TEXT, TEXT], "use_activation": False}):
+        ours = asking.post("/classify", json=body).json()
+        theirs = TestClient(doubles.vllm()).post("/classify", json=body).json()
+        assert list(ours) == list(theirs)
+        assert list(ours["usage"]) == list(theirs["usage"])
+        assert [list(row) for row in ours["data"]] == [list(row) for row in theirs["data"]]
+
+
 @pytest.mark.parametrize("activation", [{}, {"use_activation": None}, {"use_activation": True}])
 def test_vllm_applies_a_sigmoid_unless_it_is_told_not_to(
     asking: TestClient, activation: dict[str, Any]
@@ -188,6 +199,8 @@ def test_sglang_answers_alone_or_in_a_list(asking: TestClient, method: str) -> N
 def test_verl_reads_a_reward_of_sglang(asking: TestClient) -> None:
     output = asking.post("/v1/embeddings", json={"model": "any", "input": TEXT}).json()
     assert output["data"][-1]["embedding"][-1] == HELLO
+    soft = TestClient(doubles.sglang()).post("/v1/classify", json={"input": TEXT}).json()
+    assert list(output["usage"]) == list(soft["usage"])
     body = {"model": "any", "input": [TEXT], "encoding_format": "base64"}
     packed = asking.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
     assert struct.unpack("<f", base64.b64decode(packed)) == (HELLO,)

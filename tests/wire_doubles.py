@@ -4,7 +4,8 @@ Each answer was read from the released source, its traps included:
 
 - vLLM 0.33.0: ``vllm/entrypoints/pooling/classify/{protocol,serving}.py``, ``pooling/{protocol,
   serving}.py``, ``base/protocol.py``; the activation of one logit is a sigmoid
-  (``model_executor/layers/pooler/activations.py``, PoolerClassify).
+  (``model_executor/layers/pooler/activations.py``, PoolerClassify). Held against the server itself
+  in ``test_remote_vllm.py``.
 - SGLang 0.5.23: ``sglang/srt/entrypoints/http_server.py`` (classify_request), ``managers/
   tokenizer_manager.py`` (the dict of a request); ``/v1/classify`` is a softmax
   (``entrypoints/openai/serving_classify.py``).
@@ -26,7 +27,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from starlette.applications import Starlette
@@ -51,20 +54,39 @@ def sigmoid(x: float) -> float:
 # vLLM --------------------------------------------------------------------------------------------
 
 
-def vllm(logit: Logit = logit_of, *, tokens: bool = False) -> Starlette:
-    """``/classify`` and ``/pooling``; with `tokens`, of a model that scores every token."""
+def vllm(
+    logit: Logit = logit_of,
+    *,
+    tokens: bool = False,
+    count: Callable[[str], int] = len,
+    longest: int = LONGEST,
+) -> Starlette:
+    """``/classify`` and ``/pooling``; with `tokens`, of a model that scores every token.
+
+    A text has `count` tokens, of which the model takes the `longest`.
+    """
 
     async def classify(request: Request) -> Response:
         body = await request.json()
-        return _vllm_answer(body, logit, _class, "classify")
+        refused = _vllm_refusal(body, count, longest)
+        if tokens:
+            message = "The model does not support Classification API"
+            return _vllm_error(message, "NotImplementedError", 501)
+        try:
+            return refused or JSONResponse(_vllm_answer(body, logit, sizes, _class, "classify"))
+        except ValueError:  # a NaN; Python 3.12 would name it
+            return _vllm_error("Out of range float values are not JSON compliant")
 
     async def pooling(request: Request) -> Response:
         body = await request.json()
-        if body.get("task") in ("score", "encode"):
-            return _vllm_error(f"`{body['task']}` task was removed")
-        if body.get("encoding_format", "float") != "float":
-            return _vllm_error("this double answers floats")
-        return _vllm_answer(body, logit, lambda i, value: _pooled(i, value, tokens), "pool")
+        item = partial(_pooled, tokens=tokens)
+        # orjson, which makes null of what is not finite.
+        return _vllm_refusal(body, count, longest) or JSONResponse(
+            _null(_vllm_answer(body, logit, sizes, item, "pooling"))
+        )
+
+    def sizes(text: str) -> int:
+        return min(count(text), longest)
 
     return _app({"/classify": classify, "/pooling": pooling})
 
@@ -73,44 +95,88 @@ def _class(index: int, value: float) -> dict[str, Any]:
     return {"index": index, "label": "LABEL_0", "probs": [value], "num_classes": 1}
 
 
-def _pooled(index: int, value: float, tokens: bool) -> dict[str, Any]:
+def _pooled(index: int, value: float, *, tokens: bool) -> dict[str, Any]:
     data = [[value - 1.0], [value]] if tokens else [value]
     return {"index": index, "object": "pooling", "data": data}
+
+
+def _null(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _null(one) for key, one in value.items()}
+    return [_null(one) for one in value] if isinstance(value, list) else value
+
+
+def _vllm_texts(body: dict[str, Any]) -> list[str]:
+    if "messages" in body:
+        return ["".join(f"<|{m['role']}|>{m['content']}" for m in body["messages"])]
+    given = body.get("input")
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("this double reads texts")
+    return texts
+
+
+def _vllm_refusal(
+    body: dict[str, Any], count: Callable[[str], int], longest: int
+) -> Response | None:
+    try:
+        texts = _vllm_texts(body)
+    except TypeError as error:  # pydantic's own words, there
+        return _vllm_error(str(error), "Bad Request", param="body.input")
+    if "normalize" in body:
+        message = "Parameter `normalize` was removed; use `use_activation` instead."
+        return _vllm_error(f"{message} (parameter=normalize)", param="normalize")
+    if body.get("task") == "score":
+        message = "`score` task was removed; use `classify` instead. (parameter=task)"
+        return _vllm_error(message, param="task")
+    if body.get("model", "reward") != "reward":
+        message = f"The model `{body['model']}` does not exist."
+        return _vllm_error(message, "NotFoundError", 404)
+    if not texts:
+        return _vllm_error("You must pass at least one prompt")
+    if body.get("truncate_prompt_tokens") is None and max(map(count, texts)) > longest:
+        # Its tokenizer stops one token beyond what the model takes.
+        return _vllm_error(
+            f"This model's maximum context length is {longest} tokens. However, your prompt "
+            f"contains at least {longest + 1} input tokens, which exceeds this limit even without "
+            "any output tokens. Please reduce the length of the input prompt. "
+            f"(parameter=input_tokens, value={longest + 1})",
+            param="input_tokens",
+        )
+    if "" in texts and not body.get("add_special_tokens", "messages" not in body):
+        return _vllm_error("The decoder prompt cannot be empty")
+    return None
 
 
 def _vllm_answer(
     body: dict[str, Any],
     logit: Logit,
+    count: Callable[[str], int],
     item: Callable[[int, float], dict[str, Any]],
     prefix: str,
-) -> Response:
-    if "messages" in body:
-        texts = ["".join(f"<|{m['role']}|>{m['content']}" for m in body["messages"])]
-    else:
-        given = body["input"]
-        texts = [given] if isinstance(given, str) else list(given)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        return _vllm_error("input is a text or a list of texts")
-    if body.get("truncate_prompt_tokens") is None and max(map(len, texts)) > LONGEST:
-        return _vllm_error(f"This model's maximum context length is {LONGEST} tokens.")
+) -> dict[str, Any]:
+    texts = _vllm_texts(body)
     values = [logit(text) for text in texts]
     if body.get("use_activation") is not False:  # the default activates
         values = [sigmoid(value) for value in values]
-    used = sum(map(len, texts))
+    used = sum(map(count, texts))
     usage = {"prompt_tokens": used, "total_tokens": used, "completion_tokens": 0}
-    content = {
-        "id": f"{prefix}-0123456789abcdef",
+    return {
+        "id": f"{prefix}-{uuid4().hex[:16]}",
         "object": "list",
         "created": int(time.time()),
-        "model": body.get("model") or "reward",
+        "model": "reward",
         "data": [item(i, value) for i, value in enumerate(values)],
         "usage": usage | {"prompt_tokens_details": None, "completion_tokens_details": None},
     }
-    return JSONResponse(content)  # a NaN is an error inside, as there: 500
 
 
-def _vllm_error(message: str, code: int = 400) -> Response:
-    error = {"message": message, "type": "BadRequestError", "param": None, "code": code}
+def _vllm_error(
+    message: str, kind: str = "BadRequestError", code: int = 400, param: str | None = None
+) -> Response:
+    error = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": error}, status_code=code)
 
 
@@ -122,32 +188,40 @@ def sglang(logit: Logit = logit_of) -> Starlette:
 
     async def classify(request: Request) -> Response:
         text = (await request.json())["text"]
-        found = [_embedding(logit, one) for one in ([text] if isinstance(text, str) else text)]
-        # orjson, as there: what is not finite becomes null.
-        said = json.dumps(_null(found[0] if isinstance(text, str) else found), allow_nan=False)
-        return Response(said, media_type="application/json")
+        texts = [text] if isinstance(text, str) else text
+        for one in texts:
+            if len(one) >= LONGEST:
+                message = f"The input ({len(one)} tokens) is longer than the "
+                message += f"model's context length ({LONGEST} tokens)."
+                return JSONResponse({"error": {"message": message}}, status_code=400)
+        found = [_embedding(logit, one) for one in texts]
+        # Not its orjson route: a NaN is an error inside, 500, in plain text.
+        return JSONResponse(found[0] if isinstance(text, str) else found)
 
     async def softmax(request: Request) -> Response:
         given = (await request.json())["input"]
         texts = [given] if isinstance(given, str) else given
-        data = [_class(i, 1.0) for i in range(len(texts))]
-        return JSONResponse({"id": "classify-0", "object": "list", "data": data})
+        used = sum(map(len, texts))
+        usage = {"prompt_tokens": used, "total_tokens": used, "completion_tokens": 0}
+        usage |= {"prompt_tokens_details": None, "reasoning_tokens": 0}
+        content = {
+            "id": f"classify-{uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": "reward",
+            "data": [_class(i, 1.0) for i in range(len(texts))],
+            "usage": usage | {"completion_tokens_details": None},
+        }
+        return JSONResponse(content)
 
     return _app({"/classify": classify, "/v1/classify": softmax})
 
 
 def _embedding(logit: Logit, text: str) -> dict[str, Any]:
-    meta = {"id": "0", "finish_reason": {"type": "length", "length": 0}, "prompt_tokens": 3}
-    meta |= {"weight_version": "default", "num_retractions": 0, "e2e_latency": 0.01}
+    meta = {"id": uuid4().hex, "finish_reason": {"type": "length", "length": 0}}
+    meta |= {"prompt_tokens": len(text), "weight_version": "default"}
+    meta |= {"num_retractions": 0, "e2e_latency": 0.01}
     return {"embedding": [logit(text)], "meta_info": meta}
-
-
-def _null(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _null(one) for key, one in value.items()}
-    return [_null(one) for one in value] if isinstance(value, list) else value
 
 
 # text-embeddings-inference -----------------------------------------------------------------------

@@ -63,6 +63,9 @@ class EmbeddingsUsage(BaseModel):
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int = 0
+    prompt_tokens_details: None = None
+    reasoning_tokens: int = 0
+    completion_tokens_details: None = None
 
 
 class EmbeddingsAnswer(BaseModel):
@@ -99,6 +102,7 @@ def embeddings_answer(
 ) -> dict[str, Any]:
     """Return the answer to an `EmbeddingsRequest`; base64 holds little-endian float32."""
     values: list[Any] = [[one.reward] for one in found]
+    beside = {"prompt_tokens_details": None, "reasoning_tokens": 0}
     if encoding == "base64":
         values = [b64encode(struct.pack("<f", value)).decode() for (value,) in values]
     return {
@@ -108,5 +112,5 @@ def embeddings_answer(
         ],
         "model": name,
         "object": "list",
-        "usage": usage(samples),
+        "usage": usage(samples) | beside | {"completion_tokens_details": None},
     }

@@ -56,6 +56,7 @@ class Usage(BaseModel):
     total_tokens: int
     completion_tokens: int | None = 0
     prompt_tokens_details: None = None
+    completion_tokens_details: None = None
 
 
 class Classified(BaseModel):
@@ -134,5 +135,6 @@ def classify_answer(
             {"index": i, "label": "LABEL_0", "probs": [value], "num_classes": 1}
             for i, value in enumerate(values)
         ],
-        "usage": usage(samples) | {"prompt_tokens_details": None},
+        "usage": usage(samples)
+        | {"prompt_tokens_details": None, "completion_tokens_details": None},
     }

@@ -32,7 +32,8 @@ class Meaning(Enum):
 _MEANINGS = (
     dict.fromkeys((429,), Meaning.BUSY)
     | dict.fromkeys((502, 503, 504), Meaning.AWAY)
-    | dict.fromkeys((401, 403, 404, 405, 407, 410, 415, 421, 426), Meaning.REFUSED)
+    # 501: a vLLM whose model scores every token says so of /classify.
+    | dict.fromkeys((401, 403, 404, 405, 407, 410, 415, 421, 426, 501), Meaning.REFUSED)
     # 408: the server tired of waiting. 424: text-embeddings-inference's own failure.
     | dict.fromkeys((408, 424, 425), Meaning.BROKEN)
 )

@@ -6,10 +6,12 @@ And work that goes on at several places at once. Knows coroutines; knows nothing
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -46,9 +48,15 @@ class LoopThread:
     def close(self) -> None:
         """End the loop and its thread; another call would start new ones."""
         with self._lock:
-            if self._end is not None:
-                self._end()
+            # Detached and called: at the exit of the process a finaliser itself does nothing.
+            known = self._end.detach() if self._end is not None else None
+            ending = known[1](*known[2]) if known is not None else None
             self._loop = self._end = None
+        if ending is not None:
+            done, thread = ending
+            if threading.current_thread() is not thread:
+                done.result(_JOIN)
+                thread.join(_JOIN)
 
     def _running(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -58,35 +66,56 @@ class LoopThread:
                     self._end.detach()
                 loop = asyncio.new_event_loop()
                 thread = threading.Thread(
-                    target=loop.run_forever, name="ensemble_rm-remote", daemon=True
+                    target=_run, args=(loop,), name="ensemble_rm-remote", daemon=True
                 )
                 thread.start()
                 self._loop, self._process = loop, os.getpid()
                 self._end = weakref.finalize(self, _end, loop, thread, self._closing)
+                self._end.atexit = False  # at the exit they are waited for
+                _OPEN.add(self)
             return self._loop
+
+
+_OPEN: weakref.WeakSet[LoopThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for one in list(_OPEN):
+        one.close()
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 def _end(
     loop: asyncio.AbstractEventLoop,
     thread: threading.Thread,
     closing: Callable[[], Awaitable[None]],
-) -> None:
-    async def finish() -> None:
-        await closing()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+) -> tuple[Future[None], threading.Thread] | None:
+    """Ask a loop to end, and wait for nothing.
 
-    if thread.is_alive() and threading.current_thread() is not thread:
-        done = asyncio.run_coroutine_threadsafe(finish(), loop)
+    A garbage collection calls this in any thread, the loop's own too, whatever locks it holds; the
+    loop may need one of them, an import's, to close its connections.
+    """
+
+    async def finish() -> None:
         try:
-            done.result(_JOIN)
+            await closing()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
         finally:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(_JOIN)
-        if not thread.is_alive():
-            loop.close()
+            loop.call_soon(loop.stop)
+
+    if not thread.is_alive():
+        return None
+    return asyncio.run_coroutine_threadsafe(finish(), loop), thread
 
 
 async def work_through(
