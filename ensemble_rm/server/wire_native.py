@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from ensemble_rm.aggregation.aggregator import Aggregator, make_aggregator
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.errors import ScoringError
+from ensemble_rm.errors import EnsembleRMError, UnprocessableError
 from ensemble_rm.results import Comparison
 from ensemble_rm.samples import Message, Prompt, Sample
-from ensemble_rm.server.scored import Outcome, SampleError, Scored, first_error
+from ensemble_rm.server.scored import Outcome, SampleError, Scored, first_error, say_error
 
 
 class Body(BaseModel):
@@ -207,7 +207,10 @@ def numbers(row: Floats) -> list[float | None]:
 def aggregate(
     outcomes: Sequence[Outcome], aggregator: Aggregator | None
 ) -> list[float | Exception]:
-    """Return the rewards, by another aggregator where one is given; failures in their places."""
+    """Return the rewards, by another aggregator where one is given; failures in their places.
+
+    What that aggregator cannot do is the request's fault: an `UnprocessableError` by its cause.
+    """
     found: list[float | Exception] = []
     for one in outcomes:
         if isinstance(one, Exception) or aggregator is None:
@@ -215,8 +218,10 @@ def aggregate(
             continue
         try:
             found.append(float(aggregator(one.members[None, :])[0]))
-        except ScoringError as error:
-            found.append(error)
+        except EnsembleRMError as error:
+            refused = UnprocessableError(f"the aggregator asked for: {say_error(error)}")
+            refused.__cause__ = error
+            found.append(refused)
     return found
 
 
@@ -246,8 +251,13 @@ def score_answer(
         "members": [None if s is None else numbers(s.members) for s in scored],
         "raw": [None if s is None else numbers(s.raw) for s in scored],
         "truncated": [s is not None and (s.prompt_cut or s.completion_cut) for s in scored],
-        "errors": [type(r).__name__ if isinstance(r, Exception) else None for r in rewards],
+        "errors": [_name(r) if isinstance(r, Exception) else None for r in rewards],
     }
+
+
+def _name(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, UnprocessableError) else None
+    return type(error if cause is None else cause).__name__
 
 
 def compare_answer(comparison: Comparison, *, version: str) -> dict[str, Any]:
