@@ -142,9 +142,6 @@ def read_query(
             "OpenRLHF cuts prompts over its length: allow for longer ones. The query begins with "
             f"{query[:60]!r}, the prompt with {prompt[:60]!r}"
         )
-    completion = query[len(prompt) :]
-    while ends := [word for word in stop if word and completion.rstrip().endswith(word)]:
-        completion = completion.rstrip().removesuffix(max(ends, key=len))
     asked, reference = read_label(label)
     if asked is None:
         if refusing:
@@ -154,7 +151,20 @@ def read_query(
                 "members that take raw text"
             )
         asked = prompt
-    return Sample(asked, completion.strip(), reference)
+    return Sample(asked, without_stops(query[len(prompt) :], stop).strip(), reference)
+
+
+def without_stops(text: str, stop: Sequence[str]) -> str:
+    """Return a text without the ends of turns, and the white space about them, at its end."""
+    words = sorted(filter(None, stop), key=len, reverse=True)
+    end = len(text)
+    while True:
+        while end and text[end - 1].isspace():
+            end -= 1
+        word = next((word for word in words if text.endswith(word, 0, end)), None)
+        if word is None:
+            return text[:end]
+        end -= len(word)
 
 
 def read_label(label: object) -> tuple[Prompt | None, str | None]:
@@ -163,7 +173,7 @@ def read_label(label: object) -> tuple[Prompt | None, str | None]:
     if isinstance(label, str):
         try:
             said = json.loads(label)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None, None
     if isinstance(said, list) and said:
         return as_prompt(said), None

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic_core import PydanticCustomError
 
 from ensemble_rm.aggregation.aggregator import Aggregator, make_aggregator
 from ensemble_rm.aggregation.formulas import Floats
@@ -18,11 +19,21 @@ from ensemble_rm.results import Comparison
 from ensemble_rm.samples import Message, Prompt, Sample
 from ensemble_rm.server.scored import Outcome, SampleError, Scored, first_error, say_error
 
+_MOST_FIELDS = 32
+
 
 class Body(BaseModel):
     """A request's body; unknown fields are refused, since a misspelt option would do nothing."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"additionalProperties": False})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, body: object) -> object:
+        """Refuse at once what would be a fault a field."""
+        if isinstance(body, dict) and len(body) > _MOST_FIELDS:
+            raise PydanticCustomError("too_many_fields", "more fields than there are")
+        return body
 
 
 Text = Annotated[str, Field(pattern=r"\S")]  # more than white space
@@ -36,7 +47,7 @@ class Turn(Body):
 
 
 Asked = Annotated[
-    Text | Annotated[list[Turn], Field(min_length=1)],
+    Text | Annotated[list[Turn], Field(min_length=1, fail_fast=True)],
     Field(description="what the policy was asked"),
 ]
 
@@ -98,7 +109,7 @@ AggregatorChoice: TypeAlias = PlainAggregator | UWO | LCB | Entropic | Quantile 
 class ScoreRequest(Body):
     """Samples to score."""
 
-    samples: list[ScoredSample] = Field(min_length=1)
+    samples: list[ScoredSample] = Field(min_length=1, fail_fast=True)
     aggregator: Annotated[AggregatorChoice, Field(discriminator="name")] | None = Field(
         None, description="of these rewards, in normalised units; else the ensemble's own"
     )
@@ -141,7 +152,7 @@ class Pair(Body):
 class CompareRequest(Body):
     """Pairs to compare."""
 
-    pairs: list[Pair] = Field(min_length=1)
+    pairs: list[Pair] = Field(min_length=1, fail_fast=True)
 
 
 class CompareAnswer(BaseModel):

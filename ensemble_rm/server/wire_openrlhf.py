@@ -22,9 +22,9 @@ from ensemble_rm.server.wire_native import Text
 class OpenRLHFRequest(BaseModel):
     """Texts in the policy's template; the messages travel in `labels`, as JSON."""
 
-    query: list[Text] = Field(min_length=1)
-    prompts: list[str] | None = None
-    labels: list[JsonValue] | None = None
+    query: list[Text] = Field(min_length=1, fail_fast=True)
+    prompts: list[str] | None = Field(None, fail_fast=True)
+    labels: list[JsonValue] | None = Field(None, fail_fast=True)
 
 
 class OpenRLHFAnswer(BaseModel):
@@ -61,9 +61,10 @@ def _label(label: object) -> object:
     if not isinstance(label, str):
         return label
     try:
-        return parse_json(label.encode())
+        said = parse_json(label.encode())
     except BadRequestError:
         return None
+    return None if isinstance(said, str) else said  # text in text is not read again
 
 
 def openrlhf_answer(found: Sequence[Scored]) -> dict[str, Any]:

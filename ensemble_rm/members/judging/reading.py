@@ -222,8 +222,9 @@ def _place(entry: Mapping[str, Any]) -> Place:
         if not isinstance(one, Mapping):
             continue
         token, logprob = one.get("token"), one.get("logprob")
-        number = isinstance(logprob, int | float) and not isinstance(logprob, bool)
-        if isinstance(token, str) and number and logprob <= 1e-3:
+        if isinstance(logprob, bool) or not isinstance(logprob, int | float):
+            continue
+        if isinstance(token, str) and logprob <= 1e-3:
             options[token] = math.exp(max(min(logprob, 0), _LEAST))
     text = entry.get("token")
     return Place(text if isinstance(text, str) else "", options)
