@@ -62,7 +62,9 @@ def openrlhf_reward(
     -------
     callable
         ``reward_func(queries, prompts, labels)``. A label is JSON: a list of messages, or an object
-        with ``"prompt"`` (text or messages) and, for a baseline, ``"reference"``.
+        with ``"prompt"`` (text or messages) and, for a baseline, ``"reference"``. ``extra_logs``
+        hold the members' mean and their spread, which is left out for every sample where there is
+        one member, or the aggregator leaves members out: some samples would have none.
 
     Raises
     ------
@@ -104,16 +106,32 @@ def openrlhf_reward(
         for error in rewards.errors:
             if error is not None:
                 raise error
-        return answer(rewards)
+        return answer(rewards, spread=logs_spread(gathered.pinned.ensemble))
 
     return reward_func
 
 
-def answer(rewards: LoopRewards) -> dict[str, Any]:
-    """Return what OpenRLHF reads: a number for one sample, lists for several; all are numeric."""
+def logs_spread(ensemble: RewardEnsemble) -> bool:
+    """Whether every sample that has a reward has a spread of its members, too.
+
+    OpenRLHF asks for one sample at a time, and collects the same logs of all of them. Where the
+    aggregator leaves members out, a sample may have a single score, which has no spread.
+    """
+    return len(ensemble.names) > 1 and ensemble.aggregator.nan == "raise"
+
+
+def answer(rewards: LoopRewards, *, spread: bool) -> dict[str, Any]:
+    """Return what OpenRLHF reads: a number for one sample, lists for several; all are numeric.
+
+    Parameters
+    ----------
+    rewards : LoopRewards
+    spread : bool
+        Whether ``extra_logs`` hold ``member_std``; as `logs_spread` says of the ensemble.
+    """
     logs = {"member_mean": np.nanmean(rewards.members, axis=1)}
-    if rewards.members.shape[1] > 1:
-        logs["member_std"] = member_std(rewards.members, nan="omit")
+    if spread:
+        logs["member_std"] = member_std(rewards.members)
     found: dict[str, Any] = {"rewards": rewards.reward, "scores": rewards.reward}
     alone = len(rewards) == 1  # it makes a tensor of [value]: a list would be one axis too many
 

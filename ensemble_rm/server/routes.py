@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ensemble_rm.errors import NotReadyError, UnprocessableError
+from ensemble_rm.rl.openrlhf import logs_spread
 from ensemble_rm.samples import Sample
 from ensemble_rm.server import wire_llamafactory as llamafactory
 from ensemble_rm.server import wire_native as native
@@ -83,7 +84,8 @@ class Routes:
         self.options.limits.check_texts(asked.query)
         samples = openrlhf.read_openrlhf(asked, self.options.raw_text, held.ensemble.names)
         found = await self._scores(request, held, samples)
-        return json_answer(openrlhf.openrlhf_answer(found), version=held.version)
+        said = openrlhf.openrlhf_answer(found, spread=logs_spread(held.ensemble))
+        return json_answer(said, version=held.version)
 
     async def classify(self, request: Request) -> Response:
         """VLLM's body has `input` or `messages`, SGLang's `text`; each gets its own answer."""
