@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -96,7 +97,8 @@ class _Try:
 class RemoteClient:
     """Posts to one server; every request shares its connections and its circuit.
 
-    Used from one event loop, in which its first request opens the connections.
+    Used from one event loop, in which its first request opens the connections. A forked child has
+    an event loop, connections and a circuit of its own.
 
     Parameters
     ----------
@@ -104,7 +106,7 @@ class RemoteClient:
     token : str or callable, optional
         Sent as a bearer token; a callable is asked at every try.
     transport : httpx.AsyncBaseTransport, optional
-        In the place of the network: a proxy, own certificates, a test.
+        In the place of the network: a proxy, own certificates, a test. A forked child shares it.
     clock, sleep : callable
         Seconds that only grow, and what waits for some.
 
@@ -125,9 +127,15 @@ class RemoteClient:
     ) -> None:
         require_httpx()
         self.options = options
-        self.breaker = Breaker(options.open_after, options.reset_after, clock=clock)
         self._token, self._transport = token, transport
         self._clock, self._sleep = clock, sleep
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin in this process, with nothing open; what a parent has open stays open there."""
+        options = self.options
+        self._process = os.getpid()
+        self.breaker = Breaker(options.open_after, options.reset_after, clock=self._clock)
         self._generator = random.Random(options.seed)
         self._http: Any = None
         self._places: asyncio.Semaphore | None = None
@@ -160,6 +168,8 @@ class RemoteClient:
 
     async def aclose(self) -> None:
         """Close the connections; the next request opens new ones."""
+        if self._process != os.getpid():
+            self._begin()
         http, self._http, self._places = self._http, None, None
         if http is not None:
             await http.aclose()
@@ -255,6 +265,8 @@ class RemoteClient:
             raise RemoteAnswerError(f"{url} answers no JSON: {answer.text[:_SHOWN]!r}") from error
 
     def _open(self) -> None:
+        if self._process != os.getpid():
+            self._begin()
         if self._http is None:
             import httpx
 
