@@ -30,7 +30,17 @@ _SHOWN = 200  # characters of an error's body that a message shows
 
 
 class RejectedError(Exception):
-    """The server rejects this request, and may accept another; the caller decides what it means."""
+    """The server rejects this request, and may accept another; the caller decides what it means.
+
+    Attributes
+    ----------
+    kind : str
+        The status, without what the server said.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +100,7 @@ class _Try:
 
     meaning: Meaning
     reason: str
+    kind: str = ""
     data: Any = None
     wait: float = 0.0
 
@@ -198,7 +209,7 @@ class RemoteClient:
                     "send less at once"
                 )
             if found.meaning is Meaning.REJECTED or broken >= attempts:
-                raise RejectedError(found.reason)
+                raise RejectedError(found.reason, found.kind)
             last = found.reason
             wait = pause(
                 failed,
@@ -257,10 +268,11 @@ class RemoteClient:
             return _Try(Meaning.AWAY, f"{type(error).__name__}: {error}")
         means = meaning(answer.status_code)
         if means is not Meaning.DONE:
-            reason = f"status {answer.status_code}: {answer.text[:_SHOWN]}"
-            return _Try(means, reason, wait=retry_after(answer.headers.get("Retry-After")))
+            kind = f"status {answer.status_code}"
+            reason = f"{kind}: {answer.text[:_SHOWN]}"
+            return _Try(means, reason, kind, wait=retry_after(answer.headers.get("Retry-After")))
         try:
-            return _Try(Meaning.DONE, "", answer.json())
+            return _Try(Meaning.DONE, "", data=answer.json())
         except ValueError as error:
             raise RemoteAnswerError(f"{url} answers no JSON: {answer.text[:_SHOWN]!r}") from error
 
