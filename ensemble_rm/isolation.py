@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ensemble_rm.errors import RemoteRefusalError, RemoteUnavailableError
 from ensemble_rm.samples import Sample
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.results import Scores
+
+_ALL = (RemoteUnavailableError, RemoteRefusalError)  # of a server, whichever sample is asked about
 
 
 def score_apart(
@@ -22,6 +25,9 @@ def score_apart(
     failures: tuple[type[Exception], ...],
 ) -> Iterator[tuple[range, Scores | Exception]]:
     """Score all at once; where that fails, halve until the culprits stand alone.
+
+    A server that a member lives on, and that is out of reach or refuses, fails all samples alike:
+    they are not halved, since each part would wait for the whole deadline again.
 
     Parameters
     ----------
@@ -42,6 +48,10 @@ def score_apart(
         try:
             scores = ensemble.score(samples[rows.start : rows.stop])
         except failures as error:
+            if isinstance(error, _ALL):
+                for left in (rows, *reversed(waiting)):
+                    yield from ((range(i, i + 1), error) for i in left)
+                return
             if len(rows) == 1:
                 yield rows, error
                 continue

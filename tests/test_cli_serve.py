@@ -6,6 +6,7 @@ import builtins
 import json
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from server_runs import Process, one
 from ensemble_rm import HeadScorer, Normaliser, RewardEnsemble, Sample, mean
 from ensemble_rm.cli.main import main, make_parser
 from ensemble_rm.cli.serve import TOKEN_VARIABLE, read_options, read_token
-from ensemble_rm.errors import OptionError
+from ensemble_rm.errors import OptionError, RemoteFailureWarning
+from ensemble_rm.server import lifecycle
 
 SERVE = ("-m", "ensemble_rm", "serve", "--port", "0", "--json")
 SECRET = "correct-horse-battery-staple"
@@ -153,3 +155,19 @@ def test_an_ensemble_that_cannot_be_loaded_ends_it(tmp_path: Path) -> None:
     assert running.process.wait(timeout=300) == 4
     running.log.close()
     assert '"StorageError"' in running.log_text()
+
+
+def test_failures_of_members_elsewhere_are_figures_and_no_lines_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = []
+
+    def serve(*_: object, **__: object) -> None:
+        warnings.warn("1 of 1 samples", RemoteFailureWarning, stacklevel=1)
+        with pytest.raises(UserWarning, match="something else"):  # the tests' own filter
+            warnings.warn("something else", UserWarning, stacklevel=1)
+        served.append("here")
+
+    monkeypatch.setattr(lifecycle, "serve", serve)
+    main(["serve", str(tmp_path)])
+    assert served == ["here"]

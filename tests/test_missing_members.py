@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +33,7 @@ from ensemble_rm import (
     mean,
     route,
 )
+from ensemble_rm.aggregation.aggregator import NanPolicy
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.calibration.temperature import fit_mixture_temperature
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
@@ -42,11 +45,13 @@ from ensemble_rm.recalibration.scores import ScoreTable
 from ensemble_rm.recalibration.window import read_window
 from ensemble_rm.reports.text import evaluation_text
 from ensemble_rm.rl.monitor import OverOptimisationMonitor
-from ensemble_rm.rl.openrlhf import answer
+from ensemble_rm.rl.openrlhf import openrlhf_reward
 from ensemble_rm.rl.scoring import LoopRewards
 from ensemble_rm.rl.watching import AlarmRule
 from ensemble_rm.selection.select import select_pairs
 from ensemble_rm.server.app import create_app
+from ensemble_rm.server.raw_text import RawText
+from ensemble_rm.server.service import ServerOptions
 from ensemble_rm.uncertainty import margin_correlation, member_std, split_uncertainty
 from ensemble_rm.versions.repository import Versions
 
@@ -305,12 +310,36 @@ def test_the_server_says_null_where_nothing_is_known(
     assert all(0 < p < 1 for p in said["probability"])
 
 
-def test_trainers_logs_hold_numbers() -> None:
-    members = np.array([[1.0, np.nan, 3.0], [0.5, np.nan, np.nan]])
-    none = np.full(2, np.nan)
-    logs = answer(LoopRewards(np.array([2.0, 0.5]), members, none, (None, None)))["extra_logs"]
-    assert logs["member_mean"] == [2.0, 0.5]
-    assert logs["member_std"][0] == pytest.approx(np.std([1, 3], ddof=1))
+@pytest.mark.parametrize("nan", ["omit", "raise"])
+@pytest.mark.parametrize("names", [("near",), ("near", "far")])
+def test_a_trainers_logs_have_the_same_keys_for_every_sample(
+    nan: NanPolicy, names: tuple[str, ...], pairs: Preferences, holed_pairs: NDArray[np.bool_]
+) -> None:
+    """In a trainer's process and on a server, asked for one sample at a time or for several."""
+    members = tuple(member(name) for name in names)
+    aggregator = make_aggregator("mean", nan=nan)
+    ensemble = RewardEnsemble(members, Normaliser.identity(len(names)), aggregator)
+    texts = [text for pair in pairs.take(range(40)) for text in (pair.chosen, pair.rejected)]
+    texts = [text.strip() for text in texts]  # as wire formats do
+    asked = []
+    for text in texts:
+        with suppress(NonFiniteScoreError):
+            ensemble.score([Sample("q", text)])
+            asked.append(text)
+    assert (len(asked) < len(texts)) == (nan == "raise" and len(names) > 1)
+    label = json.dumps([{"role": "user", "content": "q"}])
+    inside = openrlhf_reward(ensemble, stop=["<|im_end|>"])
+    options = ServerOptions(raw_text=RawText(stop=("<|im_end|>",)))
+    keys = {"member_mean", "member_std"} if nan == "raise" and len(names) > 1 else {"member_mean"}
+    with TestClient(create_app(lambda: ensemble, options)) as client:
+        for rows in [[text] for text in asked] + [asked]:
+            body = {"query": rows, "prompts": [""] * len(rows), "labels": [label] * len(rows)}
+            served = client.post("/get_reward", json=body).json()["extra_logs"]
+            found = inside(*body.values())["extra_logs"]
+            assert set(served) == set(found) == keys
+            for key in keys:
+                np.testing.assert_allclose(served[key], np.atleast_1d(found[key]))
+                assert np.isfinite(served[key]).all()
 
 
 # Recalibration -----------------------------------------------------------------------------------

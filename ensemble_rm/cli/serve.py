@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from ensemble_rm.cli.common import (
     open_ensemble,
     read_aggregator,
 )
-from ensemble_rm.errors import MissingExtraError, OptionError
+from ensemble_rm.errors import MissingExtraError, OptionError, RemoteFailureWarning
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
@@ -159,17 +160,19 @@ def run(args: argparse.Namespace) -> None:
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(json.dumps(said) if args.json else f"listening on {where}", flush=True)
 
-    serve(
-        load,
-        options,
-        host=args.host,
-        port=args.port,
-        token=token,
-        drain_seconds=args.drain_seconds,
-        stop_seconds=args.stop_seconds,
-        access_log=args.access_log,
-        listening=listening,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RemoteFailureWarning)  # `/metrics` counts them by member
+        serve(
+            load,
+            options,
+            host=args.host,
+            port=args.port,
+            token=token,
+            drain_seconds=args.drain_seconds,
+            stop_seconds=args.stop_seconds,
+            access_log=args.access_log,
+            listening=listening,
+        )
 
 
 def read_token(file: Path | None) -> Token | None:

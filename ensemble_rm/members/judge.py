@@ -18,6 +18,7 @@ from ensemble_rm.members.judging.rubric import Rubric
 from ensemble_rm.members.judging.rubric_judge import RubricJudge
 from ensemble_rm.members.judging.usage import Usage
 from ensemble_rm.members.remote.address import Token
+from ensemble_rm.members.remote.failing import count_failures
 from ensemble_rm.members.remote.stored import StoredElsewhere
 from ensemble_rm.samples import Sample
 
@@ -97,6 +98,8 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, 1) ratings; NaN where there is none, with a warning.
 
+        The warning counts failures and names the first one's kind: it quotes no reply.
+
         Raises
         ------
         RemoteUnavailableError
@@ -110,12 +113,11 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         failed = [one for one in read if isinstance(one, str)]
         self.usage += usage.with_read(len(read) - len(failed))
         if failed:
-            warnings.warn(
-                f"{len(failed)} of {len(samples)} samples have no rating of {self.names[0]!r} at "
-                f"{self.options.url}; the first: {failed[0]}",
-                RemoteFailureWarning,
-                stacklevel=2,
+            where = f"{self.names[0]!r} at {self.options.url}"
+            text = count_failures(
+                failed, len(samples), what="rating", where=where, else_="a reply that is no rating"
             )
+            warnings.warn(text, RemoteFailureWarning, stacklevel=2)
         scores = [one.value if isinstance(one, Rating) else np.nan for one in read]
         return np.array(scores, dtype=np.float64).reshape(len(samples), 1)
 

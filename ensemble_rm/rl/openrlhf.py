@@ -62,7 +62,9 @@ def openrlhf_reward(
     -------
     callable
         ``reward_func(queries, prompts, labels)``. A label is JSON: a list of messages, or an object
-        with ``"prompt"`` (text or messages) and, for a baseline, ``"reference"``.
+        with ``"prompt"`` (text or messages) and, for a baseline, ``"reference"``. ``extra_logs``
+        hold the members' mean and their spread, which is left out for every sample where there is
+        one member, or the aggregator leaves members out: some samples would have none.
 
     Raises
     ------
@@ -104,16 +106,32 @@ def openrlhf_reward(
         for error in rewards.errors:
             if error is not None:
                 raise error
-        return answer(rewards)
+        return answer(rewards, spread=logs_spread(gathered.pinned.ensemble))
 
     return reward_func
 
 
-def answer(rewards: LoopRewards) -> dict[str, Any]:
-    """Return what OpenRLHF reads: a number for one sample, lists for several; all are numeric."""
+def logs_spread(ensemble: RewardEnsemble) -> bool:
+    """Whether every sample that has a reward has a spread of its members, too.
+
+    OpenRLHF asks for one sample at a time, and collects the same logs of all of them. Where the
+    aggregator leaves members out, a sample may have a single score, which has no spread.
+    """
+    return len(ensemble.names) > 1 and ensemble.aggregator.nan == "raise"
+
+
+def answer(rewards: LoopRewards, *, spread: bool) -> dict[str, Any]:
+    """Return what OpenRLHF reads: a number for one sample, lists for several; all are numeric.
+
+    Parameters
+    ----------
+    rewards : LoopRewards
+    spread : bool
+        Whether ``extra_logs`` hold ``member_std``; as `logs_spread` says of the ensemble.
+    """
     logs = {"member_mean": np.nanmean(rewards.members, axis=1)}
-    if rewards.members.shape[1] > 1:
-        logs["member_std"] = member_std(rewards.members, nan="omit")
+    if spread:
+        logs["member_std"] = member_std(rewards.members)
     found: dict[str, Any] = {"rewards": rewards.reward, "scores": rewards.reward}
     alone = len(rewards) == 1  # it makes a tensor of [value]: a list would be one axis too many
 
@@ -142,9 +160,6 @@ def read_query(
             "OpenRLHF cuts prompts over its length: allow for longer ones. The query begins with "
             f"{query[:60]!r}, the prompt with {prompt[:60]!r}"
         )
-    completion = query[len(prompt) :]
-    while ends := [word for word in stop if word and completion.rstrip().endswith(word)]:
-        completion = completion.rstrip().removesuffix(max(ends, key=len))
     asked, reference = read_label(label)
     if asked is None:
         if refusing:
@@ -154,7 +169,20 @@ def read_query(
                 "members that take raw text"
             )
         asked = prompt
-    return Sample(asked, completion.strip(), reference)
+    return Sample(asked, without_stops(query[len(prompt) :], stop).strip(), reference)
+
+
+def without_stops(text: str, stop: Sequence[str]) -> str:
+    """Return a text without the ends of turns, and the white space about them, at its end."""
+    words = sorted(filter(None, stop), key=len, reverse=True)
+    end = len(text)
+    while True:
+        while end and text[end - 1].isspace():
+            end -= 1
+        word = next((word for word in words if text.endswith(word, 0, end)), None)
+        if word is None:
+            return text[:end]
+        end -= len(word)
 
 
 def read_label(label: object) -> tuple[Prompt | None, str | None]:
@@ -163,7 +191,7 @@ def read_label(label: object) -> tuple[Prompt | None, str | None]:
     if isinstance(label, str):
         try:
             said = json.loads(label)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None, None
     if isinstance(said, list) and said:
         return as_prompt(said), None

@@ -62,6 +62,23 @@ class Limits:
         if size > self.body_bytes:
             raise TooLargeError(f"the body has more than {self.body_bytes} bytes; send fewer")
 
+    def check_lists(self, body: object) -> None:
+        """Raise `TooLargeError` where a list of a body is longer than a request's samples."""
+        values = body.values() if isinstance(body, dict) else ()
+        longest = max((len(value) for value in values if isinstance(value, list)), default=0)
+        if longest > self.samples:
+            raise TooLargeError(
+                f"a list of {longest} in one request, and {self.samples} at most; send several"
+            )
+
+    def check_texts(self, texts: str | Sequence[str]) -> None:
+        """Raise `TooLargeError` where a text, before it is taken apart, is longer than a sample."""
+        for i, text in enumerate([texts] if isinstance(texts, str) else texts):
+            if len(text) > self.characters:
+                raise TooLargeError(
+                    f"text {i} has {len(text)} characters, and may have {self.characters}"
+                )
+
     def check_samples(self, samples: Sequence[Sample]) -> None:
         """Raise an error where the samples of a request are none, too many or too long.
 

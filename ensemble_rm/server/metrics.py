@@ -40,6 +40,12 @@ class Metrics:
         self.failed = Counter(
             f"{prefix}failed_samples", "Samples without a reward.", ["error"], registry=registry
         )
+        self.missing = Counter(
+            f"{prefix}missing_member_scores",
+            "Of rewarded samples, scores that a member did not give.",
+            ["member"],
+            registry=registry,
+        )
         self.truncated = Counter(
             f"{prefix}truncated_samples", "Samples that a member read in part.", registry=registry
         )

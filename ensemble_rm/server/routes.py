@@ -6,13 +6,15 @@ Knows requests and the wire formats; knows nothing of models, files or sockets.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from uuid import uuid4
 
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ensemble_rm.errors import NotReadyError, UnprocessableError
+from ensemble_rm.rl.openrlhf import logs_spread
 from ensemble_rm.samples import Sample
 from ensemble_rm.server import wire_llamafactory as llamafactory
 from ensemble_rm.server import wire_native as native
@@ -26,6 +28,8 @@ from ensemble_rm.server.service import RewardService
 if TYPE_CHECKING:
     from ensemble_rm.server.holder import Held
     from ensemble_rm.server.scored import Scored
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class Routes:
@@ -41,7 +45,7 @@ class Routes:
     async def score(self, request: Request) -> Response:
         """Score samples: rewards with the members' scores and their spread."""
         held = self.service.current
-        asked = read_model(native.ScoreRequest, await self._body(request))
+        asked = self._read(native.ScoreRequest, await self._body(request))
         other = native.read_aggregator(asked.aggregator, held.ensemble.aggregator)
         samples = native.read_samples(asked)
         outcomes = await unless_gone(request, self.service.outcomes(held, samples))
@@ -60,7 +64,7 @@ class Routes:
     async def compare(self, request: Request) -> Response:
         """Compare pairs: the calibrated probability that a human prefers the first."""
         held = self.service.current
-        asked = read_model(native.CompareRequest, await self._body(request))
+        asked = self._read(native.CompareRequest, await self._body(request))
         samples, subsets = native.read_pairs(asked)
         found = await unless_gone(request, self.service.compare(held, samples, subsets))
         said = native.compare_answer(found, version=held.version)
@@ -76,10 +80,12 @@ class Routes:
     async def get_reward(self, request: Request) -> Response:
         """OpenRLHF: rewards of texts in the policy's template, messages beside them as labels."""
         held = self.service.current
-        asked = read_model(openrlhf.OpenRLHFRequest, await self._body(request))
+        asked = self._read(openrlhf.OpenRLHFRequest, await self._body(request))
+        self.options.limits.check_texts(asked.query)
         samples = openrlhf.read_openrlhf(asked, self.options.raw_text, held.ensemble.names)
         found = await self._scores(request, held, samples)
-        return json_answer(openrlhf.openrlhf_answer(found), version=held.version)
+        said = openrlhf.openrlhf_answer(found, spread=logs_spread(held.ensemble))
+        return json_answer(said, version=held.version)
 
     async def classify(self, request: Request) -> Response:
         """VLLM's body has `input` or `messages`, SGLang's `text`; each gets its own answer."""
@@ -92,12 +98,13 @@ class Routes:
                 "SGLang's"
             )
         if "text" in keys or "input_ids" in keys:
-            return await self._sglang(request, held, read_model(sglang.SGLangText, body))
+            return await self._sglang(request, held, self._read(sglang.SGLangText, body))
         asked: vllm.ClassifyChat | vllm.ClassifyText
         if "messages" in keys:
             asked = read_model(vllm.ClassifyChat, body)
         else:
-            asked = read_model(vllm.ClassifyText, body)
+            asked = self._read(vllm.ClassifyText, body)
+            self.options.limits.check_texts(asked.input)
         samples = vllm.read_classify(asked, self.options.raw_text, held.ensemble.names)
         found = await self._scores(request, held, samples)
         said = vllm.classify_answer(
@@ -111,8 +118,7 @@ class Routes:
         return json_answer(said, version=held.version)
 
     async def _sglang(self, request: Request, held: Held, asked: sglang.SGLangText) -> Response:
-        names = held.ensemble.names
-        samples = self.options.raw_text.each(asked.text, names)
+        samples = self._each(held, asked.text)
         found = await self._scores(request, held, samples)
         alone = isinstance(asked.text, str)
         said = sglang.sglang_answer(
@@ -123,8 +129,8 @@ class Routes:
     async def embeddings(self, request: Request) -> Response:
         """SGLang's: the embedding of a text is its reward."""
         held = self.service.current
-        asked = read_model(sglang.EmbeddingsRequest, await self._body(request))
-        samples = self.options.raw_text.each(asked.input, held.ensemble.names)
+        asked = self._read(sglang.EmbeddingsRequest, await self._body(request))
+        samples = self._each(held, asked.input)
         found = await self._scores(request, held, samples)
         said = sglang.embeddings_answer(
             found, samples, encoding=asked.encoding_format, name=self.options.name
@@ -134,8 +140,8 @@ class Routes:
     async def evaluation(self, request: Request) -> Response:
         """LLaMA-Factory: scores of texts in the policy's template."""
         held = self.service.current
-        asked = read_model(llamafactory.ScoreEvaluationRequest, await self._body(request))
-        samples = self.options.raw_text.each(asked.messages, held.ensemble.names)
+        asked = self._read(llamafactory.ScoreEvaluationRequest, await self._body(request))
+        samples = self._each(held, asked.messages)
         found = await self._scores(request, held, samples)
         said = llamafactory.evaluation_answer(found, model=asked.model, answer_id=uuid4().hex)
         return json_answer(said, version=held.version)
@@ -169,6 +175,14 @@ class Routes:
 
     async def _body(self, request: Request) -> object:
         return await read_json(request, self.options.limits)
+
+    def _read(self, kind: type[M], body: object) -> M:
+        self.options.limits.check_lists(body)
+        return read_model(kind, body)
+
+    def _each(self, held: Held, texts: str | list[str]) -> list[Sample]:
+        self.options.limits.check_texts(texts)
+        return self.options.raw_text.each(texts, held.ensemble.names)
 
     async def _scores(self, request: Request, held: Held, samples: list[Sample]) -> list[Scored]:
         return await unless_gone(request, self.service.scores(held, samples))

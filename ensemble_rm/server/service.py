@@ -156,7 +156,10 @@ class RewardService:
         for i, outcome in enumerate(found):
             if isinstance(outcome, Exception):
                 self.metrics.failed.labels(type(outcome).__name__).inc()
-            elif outcome.prompt_cut or outcome.completion_cut:
+                continue
+            for member in np.flatnonzero(np.isnan(outcome.raw)):
+                self.metrics.missing.labels(held.ensemble.names[member]).inc()
+            if outcome.prompt_cut or outcome.completion_cut:
                 self.metrics.truncated.inc()
                 if self.options.on_truncation == "refuse":
                     found[i] = TooLargeError("a sample is longer than a member reads")

@@ -19,7 +19,7 @@ class ScoreEvaluationRequest(BaseModel):
     """Texts in the policy's template."""
 
     model: str
-    messages: list[Text] = Field(min_length=1)
+    messages: list[Text] = Field(min_length=1, fail_fast=True)
     max_length: int | None = Field(
         None, description="has no effect: each member reads its own length"
     )

@@ -9,20 +9,31 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic_core import PydanticCustomError
 
 from ensemble_rm.aggregation.aggregator import Aggregator, make_aggregator
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.errors import ScoringError
+from ensemble_rm.errors import EnsembleRMError, UnprocessableError
 from ensemble_rm.results import Comparison
 from ensemble_rm.samples import Message, Prompt, Sample
-from ensemble_rm.server.scored import Outcome, SampleError, Scored, first_error
+from ensemble_rm.server.scored import Outcome, SampleError, Scored, first_error, say_error
+
+_MOST_FIELDS = 32
 
 
 class Body(BaseModel):
     """A request's body; unknown fields are refused, since a misspelt option would do nothing."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"additionalProperties": False})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, body: object) -> object:
+        """Refuse at once what would be a fault a field."""
+        if isinstance(body, dict) and len(body) > _MOST_FIELDS:
+            raise PydanticCustomError("too_many_fields", "more fields than there are")
+        return body
 
 
 Text = Annotated[str, Field(pattern=r"\S")]  # more than white space
@@ -36,7 +47,7 @@ class Turn(Body):
 
 
 Asked = Annotated[
-    Text | Annotated[list[Turn], Field(min_length=1)],
+    Text | Annotated[list[Turn], Field(min_length=1, fail_fast=True)],
     Field(description="what the policy was asked"),
 ]
 
@@ -98,7 +109,7 @@ AggregatorChoice: TypeAlias = PlainAggregator | UWO | LCB | Entropic | Quantile 
 class ScoreRequest(Body):
     """Samples to score."""
 
-    samples: list[ScoredSample] = Field(min_length=1)
+    samples: list[ScoredSample] = Field(min_length=1, fail_fast=True)
     aggregator: Annotated[AggregatorChoice, Field(discriminator="name")] | None = Field(
         None, description="of these rewards, in normalised units; else the ensemble's own"
     )
@@ -141,7 +152,7 @@ class Pair(Body):
 class CompareRequest(Body):
     """Pairs to compare."""
 
-    pairs: list[Pair] = Field(min_length=1)
+    pairs: list[Pair] = Field(min_length=1, fail_fast=True)
 
 
 class CompareAnswer(BaseModel):
@@ -207,7 +218,10 @@ def numbers(row: Floats) -> list[float | None]:
 def aggregate(
     outcomes: Sequence[Outcome], aggregator: Aggregator | None
 ) -> list[float | Exception]:
-    """Return the rewards, by another aggregator where one is given; failures in their places."""
+    """Return the rewards, by another aggregator where one is given; failures in their places.
+
+    What that aggregator cannot do is the request's fault: an `UnprocessableError` by its cause.
+    """
     found: list[float | Exception] = []
     for one in outcomes:
         if isinstance(one, Exception) or aggregator is None:
@@ -215,8 +229,10 @@ def aggregate(
             continue
         try:
             found.append(float(aggregator(one.members[None, :])[0]))
-        except ScoringError as error:
-            found.append(error)
+        except EnsembleRMError as error:
+            refused = UnprocessableError(f"the aggregator asked for: {say_error(error)}")
+            refused.__cause__ = error
+            found.append(refused)
     return found
 
 
@@ -246,8 +262,13 @@ def score_answer(
         "members": [None if s is None else numbers(s.members) for s in scored],
         "raw": [None if s is None else numbers(s.raw) for s in scored],
         "truncated": [s is not None and (s.prompt_cut or s.completion_cut) for s in scored],
-        "errors": [type(r).__name__ if isinstance(r, Exception) else None for r in rewards],
+        "errors": [_name(r) if isinstance(r, Exception) else None for r in rewards],
     }
+
+
+def _name(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, UnprocessableError) else None
+    return type(error if cause is None else cause).__name__
 
 
 def compare_answer(comparison: Comparison, *, version: str) -> dict[str, Any]:

@@ -17,14 +17,15 @@ from ensemble_rm.server.limits import parse_json
 from ensemble_rm.server.raw_text import RawText
 from ensemble_rm.server.scored import Scored
 from ensemble_rm.server.wire_native import Text
+from ensemble_rm.uncertainty import member_std
 
 
 class OpenRLHFRequest(BaseModel):
     """Texts in the policy's template; the messages travel in `labels`, as JSON."""
 
-    query: list[Text] = Field(min_length=1)
-    prompts: list[str] | None = None
-    labels: list[JsonValue] | None = None
+    query: list[Text] = Field(min_length=1, fail_fast=True)
+    prompts: list[str] | None = Field(None, fail_fast=True)
+    labels: list[JsonValue] | None = Field(None, fail_fast=True)
 
 
 class OpenRLHFAnswer(BaseModel):
@@ -61,16 +62,23 @@ def _label(label: object) -> object:
     if not isinstance(label, str):
         return label
     try:
-        return parse_json(label.encode())
+        said = parse_json(label.encode())
     except BadRequestError:
         return None
+    return None if isinstance(said, str) else said  # text in text is not read again
 
 
-def openrlhf_answer(found: Sequence[Scored]) -> dict[str, Any]:
-    """Return the answer to an `OpenRLHFRequest`."""
+def openrlhf_answer(found: Sequence[Scored], *, spread: bool) -> dict[str, Any]:
+    """Return the answer to an `OpenRLHFRequest`.
+
+    Parameters
+    ----------
+    found : sequence of Scored
+    spread : bool
+        Whether ``extra_logs`` hold ``member_std``: for every request of an ensemble, or for none.
+    """
     rewards = [one.reward for one in found]
     logs = {"member_mean": [float(np.nanmean(one.members)) for one in found]}
-    spread = [one.std for one in found]
-    if all(value is not None for value in spread):
-        logs["member_std"] = [value for value in spread if value is not None]
+    if spread:
+        logs["member_std"] = member_std(np.array([one.members for one in found])).tolist()
     return {"rewards": rewards, "scores": rewards, "extra_logs": logs}

@@ -21,7 +21,7 @@ from ensemble_rm.server.raw_text import RawText
 from ensemble_rm.server.scored import Scored
 from ensemble_rm.server.wire_native import Text
 
-Texts = Text | Annotated[list[Text], Field(min_length=1)]
+Texts = Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
 
 class ClassifyText(BaseModel):
@@ -43,7 +43,7 @@ class ChatTurn(BaseModel):
 class ClassifyChat(BaseModel):
     """One conversation, whose last message is the assistant's and is scored."""
 
-    messages: list[ChatTurn] = Field(min_length=2)
+    messages: list[ChatTurn] = Field(min_length=2, fail_fast=True)
     model: str | None = None
     use_activation: bool | None = None
     add_special_tokens: bool = False

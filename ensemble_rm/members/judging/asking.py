@@ -14,6 +14,7 @@ from ensemble_rm.errors import OptionError, RemoteAnswerError, RemoteUnavailable
 from ensemble_rm.members.judging.usage import Price, Usage, read_usage
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
+from ensemble_rm.members.remote.failing import Reason
 from ensemble_rm.members.remote.running import LoopThread, work_through
 
 Messages: TypeAlias = list[dict[str, str]]
@@ -132,7 +133,7 @@ class Judge:
 
         async def one(i: int) -> None:
             if outages:  # who waited for the whole deadline waited for all
-                replies[i] = str(outages[0])
+                replies[i] = Reason.of(outages[0])
                 return
             began = self._clock()
             try:
@@ -141,9 +142,9 @@ class Judge:
                 usages[i] = read_usage(answer, self._clock() - began, self.options.price)
             except RemoteUnavailableError as error:
                 outages.append(error)
-                replies[i] = str(error)
+                replies[i] = Reason.of(error)
             except (RejectedError, RemoteAnswerError) as error:
-                replies[i] = str(error)
+                replies[i] = Reason.of(error)
                 usages[i] = Usage(failed=1, seconds=self._clock() - began)
 
         await work_through(range(len(questions)), one, places=self.options.client.concurrency)

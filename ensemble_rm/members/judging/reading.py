@@ -23,6 +23,7 @@ COVERAGE = 0.5
 
 _TRIMMED = " \t\r\n*\"'`.()[]{}:"
 _SMALLEST = 1e-9
+_LEAST = -700  # a log-probability below which exp is nought for all purposes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +98,12 @@ def read_verdict(
     if word not in words:
         return f"the reply {_shown(choice)} is none of {', '.join(words)}"
     for place in _places(choice, after):
-        if _trim(place.text) == word:
+        if _trim(place.text) == word and _of(place, word):
             masses = [_mass(place, one) for one in words]
             total = sum(masses)
             return Verdict(tuple(mass / total for mass in masses), "logprobs")
         if place.text.strip(_TRIMMED):
-            break  # the word is spelt in several tokens
+            break  # the word is spelt in several tokens, or its own probability is not named
     return Verdict(tuple(float(one == word) for one in words), "words")
 
 
@@ -124,7 +125,7 @@ def read_rating(
         return Rating(expected, "logprobs")
     found = re.match(r"(\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?(?![\w.]*\w)", said.lstrip(_TRIMMED))
     low, high = scale
-    if found is None or (found[2] is not None and int(found[2]) != high):
+    if found is None or (found[2] is not None and float(found[2]) != high):
         return f"the reply {_shown(choice)} is no number from {low} to {high}"
     value = float(found[1])
     if not low <= value <= high:
@@ -157,11 +158,11 @@ def _expectation(places: Sequence[Place], scale: tuple[int, int]) -> float | Non
         for v in longer:
             share = sum(_of(follows, str(v)[len(str(value)) :]))
             mass[v] = mass[value] * share
-        mass[value] -= sum(mass[v] for v in longer)
+        mass[value] = max(mass[value] - sum(mass[v] for v in longer), 0.0)
     total = sum(mass.values())
     if total < COVERAGE:
         return None
-    return sum(value * p for value, p in mass.items()) / total
+    return min(max(sum(value * p for value, p in mass.items()) / total, low), high)
 
 
 def _mass(place: Place, word: str) -> float:
@@ -218,10 +219,15 @@ def _place(entry: Mapping[str, Any]) -> Place:
     named = entry.get("top_logprobs")
     options: dict[str, float] = {}
     for one in [entry, *(named if isinstance(named, list) else [])]:
+        if not isinstance(one, Mapping):
+            continue
         token, logprob = one.get("token"), one.get("logprob")
-        if isinstance(token, str) and isinstance(logprob, int | float) and logprob <= 1e-3:
-            options[token] = math.exp(min(logprob, 0.0))
-    return Place(str(entry.get("token", "")), options)
+        if isinstance(logprob, bool) or not isinstance(logprob, int | float):
+            continue
+        if isinstance(token, str) and logprob <= 1e-3:
+            options[token] = math.exp(max(min(logprob, 0), _LEAST))
+    text = entry.get("token")
+    return Place(text if isinstance(text, str) else "", options)
 
 
 def _shown(choice: Mapping[str, Any]) -> str:

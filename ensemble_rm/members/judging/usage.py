@@ -90,7 +90,7 @@ def read_usage(answer: Mapping[str, Any], seconds: float, price: Price | None) -
     """Return what one answered request took; a server that counts no tokens counts none."""
     said = answer.get("usage")
     counts = [
-        value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+        value if type(value) is int and 0 <= value < 2**63 else 0
         for value in (
             (said.get("prompt_tokens"), said.get("completion_tokens"))
             if isinstance(said, Mapping)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -29,7 +30,17 @@ _SHOWN = 200  # characters of an error's body that a message shows
 
 
 class RejectedError(Exception):
-    """The server rejects this request, and may accept another; the caller decides what it means."""
+    """The server rejects this request, and may accept another; the caller decides what it means.
+
+    Attributes
+    ----------
+    kind : str
+        The status, without what the server said.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +100,7 @@ class _Try:
 
     meaning: Meaning
     reason: str
+    kind: str = ""
     data: Any = None
     wait: float = 0.0
 
@@ -96,7 +108,8 @@ class _Try:
 class RemoteClient:
     """Posts to one server; every request shares its connections and its circuit.
 
-    Used from one event loop, in which its first request opens the connections.
+    Used from one event loop, in which its first request opens the connections. A forked child has
+    an event loop, connections and a circuit of its own.
 
     Parameters
     ----------
@@ -104,7 +117,7 @@ class RemoteClient:
     token : str or callable, optional
         Sent as a bearer token; a callable is asked at every try.
     transport : httpx.AsyncBaseTransport, optional
-        In the place of the network: a proxy, own certificates, a test.
+        In the place of the network: a proxy, own certificates, a test. A forked child shares it.
     clock, sleep : callable
         Seconds that only grow, and what waits for some.
 
@@ -125,9 +138,15 @@ class RemoteClient:
     ) -> None:
         require_httpx()
         self.options = options
-        self.breaker = Breaker(options.open_after, options.reset_after, clock=clock)
         self._token, self._transport = token, transport
         self._clock, self._sleep = clock, sleep
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin in this process, with nothing open; what a parent has open stays open there."""
+        options = self.options
+        self._process = os.getpid()
+        self.breaker = Breaker(options.open_after, options.reset_after, clock=self._clock)
         self._generator = random.Random(options.seed)
         self._http: Any = None
         self._places: asyncio.Semaphore | None = None
@@ -160,6 +179,8 @@ class RemoteClient:
 
     async def aclose(self) -> None:
         """Close the connections; the next request opens new ones."""
+        if self._process != os.getpid():
+            self._begin()
         http, self._http, self._places = self._http, None, None
         if http is not None:
             await http.aclose()
@@ -188,7 +209,7 @@ class RemoteClient:
                     "send less at once"
                 )
             if found.meaning is Meaning.REJECTED or broken >= attempts:
-                raise RejectedError(found.reason)
+                raise RejectedError(found.reason, found.kind)
             last = found.reason
             wait = pause(
                 failed,
@@ -247,14 +268,17 @@ class RemoteClient:
             return _Try(Meaning.AWAY, f"{type(error).__name__}: {error}")
         means = meaning(answer.status_code)
         if means is not Meaning.DONE:
-            reason = f"status {answer.status_code}: {answer.text[:_SHOWN]}"
-            return _Try(means, reason, wait=retry_after(answer.headers.get("Retry-After")))
+            kind = f"status {answer.status_code}"
+            reason = f"{kind}: {answer.text[:_SHOWN]}"
+            return _Try(means, reason, kind, wait=retry_after(answer.headers.get("Retry-After")))
         try:
-            return _Try(Meaning.DONE, "", answer.json())
+            return _Try(Meaning.DONE, "", data=answer.json())
         except ValueError as error:
             raise RemoteAnswerError(f"{url} answers no JSON: {answer.text[:_SHOWN]!r}") from error
 
     def _open(self) -> None:
+        if self._process != os.getpid():
+            self._begin()
         if self._http is None:
             import httpx
 

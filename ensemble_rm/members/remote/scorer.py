@@ -28,6 +28,7 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
+from ensemble_rm.members.remote.failing import Reason, count_failures
 from ensemble_rm.members.remote.running import LoopThread, work_through
 from ensemble_rm.members.remote.self_test import SELF_TESTS, SelfTest, SelfTestReport, probe
 from ensemble_rm.members.remote.stored import StoredElsewhere
@@ -200,6 +201,9 @@ class RemoteScorer(StoredElsewhere):
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, 1) raw logits; NaN where the server has no score, with a warning.
 
+        The warning counts failures and names the first one's kind, and quotes no server, which may
+        quote a sample; `score_explained` gives the reasons.
+
         Raises
         ------
         RemoteUnavailableError
@@ -212,12 +216,11 @@ class RemoteScorer(StoredElsewhere):
         found = self.score_explained(samples)
         failed = [reason for reason in found.failures if reason is not None]
         if failed:
-            warnings.warn(
-                f"{len(failed)} of {len(samples)} samples have no score of {self.names[0]!r} at "
-                f"{self.url}; the first: {failed[0]}",
-                RemoteFailureWarning,
-                stacklevel=2,
+            where = f"{self.names[0]!r} at {self.url}"
+            text = count_failures(
+                failed, len(samples), what="score", where=where, else_="an answer that is no score"
             )
+            warnings.warn(text, RemoteFailureWarning, stacklevel=2)
         return found.scores[:, None]
 
     def score_explained(self, samples: Sequence[Sample]) -> RemoteScores:
@@ -270,7 +273,7 @@ class RemoteScorer(StoredElsewhere):
         ):
             raise next(one for one in found if isinstance(one, RemoteUnavailableError))
         scores = [one if isinstance(one, float) else np.nan for one in found]
-        failures = tuple(None if isinstance(one, float) else str(one) for one in found)
+        failures = tuple(None if isinstance(one, float) else _reason(one) for one in found)
         return RemoteScores(np.array(scores, dtype=np.float64), failures)
 
     # Storage -----------------------------------------------------------------------------------
@@ -307,6 +310,10 @@ class RemoteScorer(StoredElsewhere):
         return cls(said["url"], **options | {"client": ClientOptions(**said["client"])})
 
 
+def _reason(failure: str | Exception) -> str:
+    return failure if isinstance(failure, str) else Reason.of(failure)
+
+
 class _Call:
     """One call's batches: asked concurrently, each in its own place."""
 
@@ -341,7 +348,7 @@ class _Call:
             return [error] * len(items)
         except (RejectedError, RemoteAnswerError) as error:
             if len(items) == 1 or self._client.breaker.state != "closed":
-                return [str(error)] * len(items)
+                return [Reason.of(error)] * len(items)
             middle = len(items) // 2
             left = await self._batch(items[:middle], attempts=_SPLIT_ATTEMPTS)
             return left + await self._batch(items[middle:], attempts=_SPLIT_ATTEMPTS)

@@ -1,0 +1,161 @@
+"""What a client's own mistake costs: a 4xx, and neither an alarm nor others' time."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+from server_process import length, lengths
+from server_runs import client, one
+
+from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, mean
+from ensemble_rm.errors import TooLargeError, UnprocessableError
+from ensemble_rm.rl.openrlhf import without_stops
+from ensemble_rm.server import raw_text
+from ensemble_rm.server import wire_llamafactory as llamafactory
+from ensemble_rm.server import wire_native as native
+from ensemble_rm.server import wire_openrlhf as openrlhf
+from ensemble_rm.server import wire_sglang as sglang
+from ensemble_rm.server import wire_vllm as vllm
+from ensemble_rm.server.limits import Limits, read_model
+from ensemble_rm.server.raw_text import RawText, TurnTemplate
+from ensemble_rm.server.service import ServerOptions
+
+
+def alone() -> RewardEnsemble:
+    return RewardEnsemble((FunctionScorer("length", length),), Normaliser.identity(1), mean())
+
+
+# An aggregator that the ensemble cannot be asked for ---------------------------------------------
+
+IMPOSSIBLE = [
+    ({"name": "lcb", "kappa": 1}, alone(), "OneMemberError"),
+    ({"name": "uwo", "lam": 0.5}, alone(), "OneMemberError"),
+    ({"name": "uwo", "lam": 1e308}, lengths(), "NonFiniteScoreError"),  # it overflows
+]
+
+
+@pytest.mark.parametrize(("aggregator", "ensemble", "name"), IMPOSSIBLE)
+def test_an_aggregator_that_cannot_be_asked_for_is_the_requests_fault(
+    aggregator: dict[str, Any],
+    ensemble: RewardEnsemble,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    body = one("Hello") | {"aggregator": aggregator}
+    with client(ensemble) as asking, caplog.at_level(logging.INFO, "ensemble_rm.server.http"):
+        answer = asking.post("/v1/score", json=body)
+        assert answer.status_code == 422 and name in answer.json()["error"]["message"]
+        partial = asking.post("/v1/score", json=body | {"partial": True}).json()
+        assert (partial["rewards"], partial["errors"]) == ([None], [name])
+    assert not [r for r in caplog.records if r.name == "ensemble_rm.server.http"]
+
+
+def test_an_aggregator_of_the_ensembles_own_is_not() -> None:
+    """A sample without a score fails by its own error, whatever aggregator was asked for."""
+    body = one("bad") | {"aggregator": {"name": "minimum"}}
+    with client(alone()) as asking:
+        answer = asking.post("/v1/score", json=body)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "NonFiniteScoreError")
+
+
+# Bodies of many faults ---------------------------------------------------------------------------
+
+MANY = 1000
+FAULTY: list[tuple[type[BaseModel], Any]] = [
+    (native.ScoreRequest, {"samples": [1] * MANY}),
+    (native.ScoreRequest, {"samples": [{}] * MANY}),
+    (native.ScoreRequest, {"samples": [{"prompt": [1] * MANY, "completion": ""}] * MANY}),
+    (native.ScoreRequest, {"samples": [dict.fromkeys(map(str, range(MANY)))]}),
+    (native.ScoreRequest, dict.fromkeys(map(str, range(MANY)))),
+    (native.ScoreRequest, one("a") | {"aggregator": dict.fromkeys(map(str, range(MANY)))}),
+    (
+        native.ScoreRequest,
+        one("a") | {"aggregator": {"name": "mean"} | dict.fromkeys(map(str, range(MANY)))},
+    ),
+    (native.CompareRequest, {"pairs": [1] * MANY}),
+    (openrlhf.OpenRLHFRequest, {"query": [1] * MANY}),
+    (openrlhf.OpenRLHFRequest, {"query": ["a"], "prompts": [1] * MANY}),
+    (vllm.ClassifyText, {"input": [1] * MANY}),
+    (vllm.ClassifyChat, {"messages": [1] * MANY}),
+    (vllm.ClassifyChat, {"messages": [{"role": "?", "content": 1}] * MANY}),
+    (sglang.SGLangText, {"text": [1] * MANY}),
+    (sglang.EmbeddingsRequest, {"input": [""] * MANY}),
+    (llamafactory.ScoreEvaluationRequest, {"model": "m", "messages": [1] * MANY}),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), FAULTY)
+def test_a_body_of_many_faults_is_refused_for_the_first(kind: type[BaseModel], body: Any) -> None:
+    """Each fault that is built costs time on the event loop and memory."""
+    with pytest.raises(UnprocessableError) as refused:
+        read_model(kind, body)
+    assert " more" not in str(refused.value).replace("more fields than", "")
+
+
+# Sizes before anything else ----------------------------------------------------------------------
+
+CHATML = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+LABEL = json.dumps([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/get_reward", lambda q: {"query": [q], "prompts": [CHATML], "labels": [LABEL]}),
+        ("/get_reward", lambda q: {"query": [q]}),
+        ("/classify", lambda q: {"input": [q]}),
+        ("/classify", lambda q: {"text": q}),
+        ("/v1/embeddings", lambda q: {"input": q}),
+        ("/v1/score/evaluation", lambda q: {"model": "m", "messages": [q]}),
+    ],
+)
+def test_a_text_that_is_too_long_is_not_taken_apart(
+    path: str, body: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ServerOptions(
+        limits=Limits(characters=1000), raw_text=RawText(TurnTemplate("chatml"))
+    )
+    with client(lengths(), options) as asking:
+        assert asking.post(path, json=body(f"{CHATML}Hello<|im_end|>")).status_code == 200
+        monkeypatch.setattr(raw_text, "read_query", None)
+        monkeypatch.setattr(TurnTemplate, "read", None)
+        answer = asking.post(path, json=body(CHATML + "<|im_end|>" * 100))
+    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "TooLargeError")
+
+
+@given(st.integers(0, 8), st.integers(1, 4), st.sampled_from(["samples", "pairs", "query"]))
+def test_a_list_is_as_long_as_a_request_may_be(n: int, most: int, name: str) -> None:
+    body = {"model": "m", name: [None] * n, "partial": True}
+    if n > most:
+        with pytest.raises(TooLargeError, match=f"list of {n}"):
+            Limits(samples=most).check_lists(body)
+    else:
+        Limits(samples=most).check_lists(body)
+
+
+STOPS = ["<e>", "<e><e>", "e>", "", " ", "x\n"]
+pieces = st.lists(
+    st.sampled_from(["<e>", "e>", ">", "x", " ", "\n", "\u2003", "Hello"]), max_size=12
+)
+
+
+@given(pieces, st.lists(st.sampled_from(STOPS), max_size=4))
+def test_what_ends_a_turn_is_cut_as_often_as_it_stands(parts: list[str], stop: list[str]) -> None:
+    """The longest first, again and again, with the white space between: the plain loop's result."""
+    text = expected = "".join(parts)
+    while ends := [word for word in stop if word and expected.rstrip().endswith(word)]:
+        expected = expected.rstrip().removesuffix(max(ends, key=len))
+    assert without_stops(text, stop) == expected.rstrip()
+
+
+def test_a_label_of_text_in_text_holds_no_messages() -> None:
+    deep = json.dumps("[" * 100_000)
+    body = {"query": [f"{CHATML}Hello"], "prompts": [CHATML], "labels": [deep]}
+    with client(lengths(), ServerOptions(raw_text=RawText(TurnTemplate("chatml")))) as asking:
+        assert asking.post("/get_reward", json=body).json()["rewards"] == [7.5]
