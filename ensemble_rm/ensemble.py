@@ -155,13 +155,6 @@ class RewardEnsemble(Stored):
         parts = score_and_features(reading, samples, pool=self.model_pool, progress=progress)
         return np.concatenate([self.feature_space.distance(features) for *_, features in parts])
 
-    def score_with_distance(
-        self, samples: Sequence[Sample], *, progress: Progress = silent
-    ) -> tuple[Scores, Floats | None]:
-        """Score samples, and take their `distance` in the same pass; None without features."""
-        raw, members, cut, far = self._members_with_distance(samples, progress)
-        return Scores(self.names, members, raw, self.aggregator(members), cut), far
-
     def members_with_distance(
         self, samples: Sequence[Sample], *, progress: Progress = silent
     ) -> tuple[Floats, Floats | None]:
@@ -173,26 +166,15 @@ class RewardEnsemble(Stored):
             NaN where a member has no score, whatever the aggregator makes of it.
         distance : ndarray, shape (n_samples,), optional
         """
-        _, members, _, far = self._members_with_distance(samples, progress)
-        return members, far
-
-    def _members_with_distance(
-        self, samples: Sequence[Sample], progress: Progress
-    ) -> tuple[Floats, Floats, Truncation, Floats | None]:
         space = self.feature_space
         if space is None:
-            return *self._members(samples, progress), None
+            return self._members(samples, progress)[1], None
         if self.normaliser.baseline or self.score_cache is not None:
-            return *self._members(samples, progress), self.distance(samples)
-        raws, cuts, far = [], [], []
-        for raw, cut, features in score_and_features(
-            self.scorers, samples, pool=self.model_pool, progress=progress
-        ):
-            raws.append(raw)
-            cuts.append(cut)
-            far.append(space.distance(features))
-        raw = np.concatenate(raws)
-        return raw, self.normaliser(raw, None), Truncation.joined(cuts), np.concatenate(far)
+            return self._members(samples, progress)[1], self.distance(samples)
+        parts = score_and_features(self.scorers, samples, pool=self.model_pool, progress=progress)
+        read = [(raw, space.distance(features)) for raw, _, features in parts]
+        raw, far = (np.concatenate(one) for one in zip(*read, strict=True))
+        return self.normaliser(raw, None), far
 
     def compare(
         self,

@@ -62,14 +62,6 @@ class Truncation:
         """Return that of `n` samples of which none was cut."""
         return cls(np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_))
 
-    @classmethod
-    def joined(cls, parts: Sequence[Truncation]) -> Truncation:
-        """Return that of all parts' samples, one part after the other."""
-        return cls(
-            np.concatenate([part.prompts for part in parts]),
-            np.concatenate([part.completions for part in parts]),
-        )
-
     def __or__(self, other: Truncation) -> Truncation:
         """Return which of the same samples one or the other cut."""
         return Truncation(self.prompts | other.prompts, self.completions | other.completions)
