@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import signal
 import socket
 import warnings
@@ -171,3 +172,14 @@ def test_failures_of_members_elsewhere_are_figures_and_no_lines_of_the_log(
     monkeypatch.setattr(lifecycle, "serve", serve)
     main(["serve", str(tmp_path)])
     assert served == ["here"]
+
+
+@pytest.mark.parametrize(("finished", "code"), [(True, []), (False, [0])])
+def test_a_thread_that_goes_on_does_not_keep_the_process(
+    finished: bool, code: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(lifecycle, "serve", lambda *_, **__: finished)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    main(["serve", str(tmp_path)])
+    assert ended == code

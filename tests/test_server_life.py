@@ -67,15 +67,30 @@ def test_it_is_not_ready_while_it_drains_and_serves_all_the_same(tmp_path: Path)
         assert running.process.wait(timeout=300) == 0
 
 
-def test_what_takes_too_long_to_finish_is_cut_off(tmp_path: Path) -> None:
+NEVER = 1_000_000  # seconds
+
+
+def test_what_takes_too_long_to_finish_is_refused(tmp_path: Path) -> None:
+    """Neither the queue nor the process waits for a call that does not come back."""
     with (
-        server(tmp_path, "--slow-seconds", 5, "--rows", 1, "--stop-seconds", 1) as running,
+        server(tmp_path, "--slow-seconds", NEVER, "--rows", 1, "--stop-seconds", 1) as running,
         ThreadPoolExecutor(3) as pool,
     ):
-        asked = begin(running, pool, 3)
+        body = one("slow")
+        asked = [pool.submit(running.request, "POST", "/v1/score", body) for _ in range(3)]
+        running.wait(lambda: running.metric("queue_samples") >= 2)
+        running.process.send_signal(signal.SIGTERM)
+        for future in asked:
+            status, said, _ = future.result()
+            assert (status, said["error"]["type"]) == (503, "NotReadyError")
+        assert running.process.wait(timeout=300) == 0
+
+
+def test_a_signal_ends_a_load_that_does_not_end(tmp_path: Path) -> None:
+    with server(tmp_path, "--load-seconds", NEVER, ready=False) as running:
+        running.wait(lambda: running.request("GET", "/health")[0] == 200)
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(timeout=300) == 0
-        assert any(f.exception() is not None for f in asked)
 
 
 def retried(running: Process, completion: str, prompt: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from ensemble_rm import (
     Scorer,
     make_aggregator,
 )
+from ensemble_rm.members.remote.failing import Reason
 
 MARK = "zebra-crossing"
 PATIENT = ClientOptions(backoff=1e-4, open_after=1000)
@@ -108,4 +110,6 @@ def test_the_whole_reason_is_there_for_whom_asks() -> None:
     scorer = member(quoting(lambda text: httpx.Response(422, text=of_text(text))))
     (reason,) = scorer.score_explained([Sample("q", MARK)]).failures
     assert reason is not None and reason.startswith("status 422: ") and MARK in reason
+    again = copy.deepcopy(reason)
+    assert isinstance(again, Reason) and (again, again.kind) == (reason, "status 422")
     scorer.close()

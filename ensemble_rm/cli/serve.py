@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RemoteFailureWarning)  # `/metrics` counts them by member
-        serve(
+        finished = serve(
             load,
             options,
             host=args.host,
@@ -173,6 +173,10 @@ def run(args: argparse.Namespace) -> None:
             access_log=args.access_log,
             listening=listening,
         )
+    if finished is False:  # Python would end a thread in the middle of native code with an abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def read_token(file: Path | None) -> Token | None:

@@ -186,7 +186,20 @@ class Batcher(Generic[K, S, R]):
         self._closing = True
         self._arrived.set()
         if self._task is not None:
-            await self._task
+            await asyncio.wait([self._task])
+            if not self._task.cancelled():
+                self._task.result()
+
+    def abandon(self) -> None:
+        """Take nothing more, and end: what waits or is being scored fails.
+
+        Whoever submitted it raises `NotReadyError`.
+        """
+        self._closing = True
+        if self._task is not None:
+            self._task.cancel()
+        for ticket in list(self._waiting):
+            self._fail(ticket, NotReadyError("the server shuts down"))
 
     async def _run(self) -> None:
         while True:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ensemble_rm.errors import NotReadyError
 from ensemble_rm.rl.pinned import folder_digest, live_digest
 from ensemble_rm.samples import Sample
+from ensemble_rm.server.threads import CallThread
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
@@ -62,11 +64,21 @@ class Holder:
         self._load = load
         self._held: Held | None = None
         self._changing = asyncio.Lock()
+        self._thread = CallThread("loading")
 
     @property
     def loaded(self) -> bool:
         """Whether there is an ensemble that has scored once."""
         return self._held is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether it loads."""
+        return self._thread.busy
+
+    def close(self) -> None:
+        """Let the thread that loads end."""
+        self._thread.close()
 
     @property
     def current(self) -> Held:
@@ -84,7 +96,7 @@ class Holder:
     async def load(self) -> Held:
         """Load the ensemble, let it score once, and serve it."""
         async with self._changing:
-            self._held = await asyncio.to_thread(self._warmed, self._load, None)
+            self._held = await self._thread.run(partial(self._warmed, self._load, None))
             return self._held
 
     async def refresh(self) -> tuple[Held, bool]:
@@ -94,7 +106,8 @@ class Holder:
         """
         async with self._changing:
             old = self.current
-            new = await asyncio.to_thread(self._warmed, old.ensemble.refresh, old)
+            warmed = partial(self._warmed, old.ensemble.refresh, old)
+            new = await self._thread.run(warmed)
             self._held = new
             return new, new is not old
 

@@ -1,13 +1,15 @@
 """Run the server until it is told to stop, and then let it finish what it accepted.
 
 On SIGTERM or SIGINT `/ready` turns false at once; after `drain_seconds`, in which load balancers
-take notice and requests are still served, nothing new is accepted, and the rest is answered. A
-second signal ends it sooner. Knows uvicorn and signals; knows nothing of scores.
+take notice and requests are still served, nothing new is accepted, and the rest is answered: with
+scores, or after `stop_seconds` with a refusal. A second signal ends it sooner. Knows uvicorn and
+signals; knows nothing of scores.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
 
 _BACKLOG = 2048
+_ANSWERING = 2  # seconds, of a client that does not read
 _KEEP_ALIVE = 65  # seconds; longer than balancers keep theirs, so that they close first
 
 
@@ -40,13 +43,24 @@ class Server(uvicorn.Server):
         Called when a signal comes.
     drain_seconds : float
         From the signal until nothing new is accepted.
+    abandoning : callable
+        Called when what was accepted has had its time.
+    stop_seconds : float
+        From then on until that.
     """
 
     def __init__(
-        self, config: uvicorn.Config, *, draining: Callable[[], None], drain_seconds: float
+        self,
+        config: uvicorn.Config,
+        *,
+        draining: Callable[[], None],
+        drain_seconds: float,
+        abandoning: Callable[[], None],
+        stop_seconds: float,
     ) -> None:
         super().__init__(config)
         self._draining, self._drain_seconds = draining, drain_seconds
+        self._abandoning, self._stop_seconds = abandoning, stop_seconds
         self._stop_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -64,6 +78,14 @@ class Server(uvicorn.Server):
         if self._stop_at is not None and monotonic() >= self._stop_at:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let what was accepted finish, for its time."""
+        over = asyncio.get_running_loop().call_later(self._stop_seconds, self._abandoning)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            over.cancel()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -101,7 +123,7 @@ def serve(
     stop_seconds: float = 300.0,
     access_log: bool = False,
     listening: Callable[[str, int], None] | None = None,
-) -> None:
+) -> bool:
     """Serve an ensemble until a signal comes.
 
     Parameters
@@ -116,11 +138,18 @@ def serve(
     drain_seconds : float
         From the signal until nothing new is accepted; `/ready` is false meanwhile.
     stop_seconds : float
-        For what was accepted, from then on; what is not answered by then is cut off.
+        For what was accepted, from then on; what is not scored by then is answered 503.
     access_log : bool
         Whether uvicorn logs a line a request: address, path, status.
     listening : callable, optional
         Called with the address once it is bound.
+
+    Returns
+    -------
+    bool
+        Whether its threads have finished, too. Where not, one of them still scores or loads, or
+        waits for a member's server, and cannot be interrupted: a daemon thread, which keeps no
+        process from ending; `os._exit` ends it in whatever native code it is.
 
     Raises
     ------
@@ -151,17 +180,24 @@ def serve(
         proxy_headers=False,
         limit_concurrency=options.limits.connections,
         timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=max(int(stop_seconds), 1),
+        timeout_graceful_shutdown=math.ceil(stop_seconds) + _ANSWERING,
     )
     service = app.state.service
 
     def drain() -> None:
         service.draining = True
 
-    server = Server(config, draining=drain, drain_seconds=drain_seconds)
+    server = Server(
+        config,
+        draining=drain,
+        drain_seconds=drain_seconds,
+        abandoning=service.abandon,
+        stop_seconds=stop_seconds,
+    )
     with bound:
         if listening is not None:
             listening(*bound.getsockname()[:2])
         asyncio.run(server.serve(sockets=[bound]))
     if failed:
         raise failed[0]
+    return not service.busy

@@ -61,7 +61,8 @@ _REFUSALS = {
     422: "JSON of another shape, or what cannot be scored.",
     429: "As much waits as may: come again after Retry-After seconds.",
     500: "Scoring failed, by this name.",
-    503: "Not loaded yet, or shutting down.",
+    502: "A member's server refuses, or answers what cannot be read.",
+    503: "Not loaded yet, shutting down, or a member's server is out of reach.",
 }
 
 

@@ -131,10 +131,21 @@ class RewardService:
         return held, changed
 
     async def close(self) -> None:
-        """Finish what was accepted, and let the thread end."""
+        """Finish what was accepted, and let the threads end."""
         self.draining = True
         await self.batcher.close()
         self.worker.close()
+        self.holder.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread scores or loads."""
+        return self.worker.busy or self.holder.busy
+
+    def abandon(self) -> None:
+        """Refuse what was accepted and is not answered yet, whatever the scoring thread does."""
+        self.draining = True
+        self.batcher.abandon()
 
     # Scoring ---------------------------------------------------------------------------------
 

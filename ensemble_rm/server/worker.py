@@ -5,14 +5,14 @@ Knows threads and ensembles; knows nothing of HTTP or of queues.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from ensemble_rm.samples import Sample
 from ensemble_rm.server.scored import Outcome, score_outcomes
+from ensemble_rm.server.threads import CallThread
 
 if TYPE_CHECKING:
     from ensemble_rm.server.holder import Held
@@ -22,9 +22,14 @@ class ScoringThread:
     """Scores samples in a thread of its own, one call after the other."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+        self._thread = CallThread("scoring")
         self._spent = 0.0
         self._began: float | None = None  # of the call that runs
+
+    @property
+    def busy(self) -> bool:
+        """Whether it scores."""
+        return self._thread.busy
 
     @property
     def seconds(self) -> float:
@@ -34,8 +39,7 @@ class ScoringThread:
 
     async def __call__(self, held: Held, samples: Sequence[Sample]) -> list[Outcome]:
         """Return one outcome a sample, in their order."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._score, held, samples)
+        return await self._thread.run(partial(self._score, held, samples))
 
     def _score(self, held: Held, samples: Sequence[Sample]) -> list[Outcome]:
         self._began = began = monotonic()
@@ -46,5 +50,5 @@ class ScoringThread:
             self._spent += monotonic() - began
 
     def close(self) -> None:
-        """Let the thread end."""
-        self._pool.shutdown(wait=False)
+        """Let the thread end, once it has scored what it scores."""
+        self._thread.close()

@@ -22,7 +22,7 @@ class Reason(str):
     __slots__ = ("kind",)
     kind: str
 
-    def __new__(cls, text: str, *, kind: str) -> Self:
+    def __new__(cls, text: str, *, kind: str = "") -> Self:  # copies set it afterwards
         """Make one of its text and kind."""
         found = super().__new__(cls, text)
         found.kind = kind
