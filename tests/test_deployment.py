@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 import yaml
-from server_process import lengths
+from server_process import length, lengths
 from server_runs import client, one, server
 
+from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, make_aggregator
 from ensemble_rm.cli.main import make_parser
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "deployment"
@@ -98,6 +99,11 @@ def test_every_alert_reads_a_figure_that_the_server_writes() -> None:
     with client(lengths()) as asking:
         asking.post("/v1/score", json=one("bad"))
         text = asking.get("/metrics").text
+    members = (FunctionScorer("near", lambda sample: 1.0), FunctionScorer("far", length))
+    omit = make_aggregator("mean", nan="omit")
+    with client(RewardEnsemble(members, Normaliser.identity(2), omit)) as asking:
+        asking.post("/v1/score", json=one("bad"))
+        text += asking.get("/metrics").text
     there = {re.split(r"[ {]", line)[0] for line in text.splitlines() if not line.startswith("#")}
     for rule in rules:
         assert {"alert", "expr", "for", "labels", "annotations"} == set(rule)
