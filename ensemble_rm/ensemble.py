@@ -109,13 +109,13 @@ class RewardEnsemble(Stored):
         BaselineError
             If the normaliser has a baseline and a sample names no reference completion.
         """
-        raw, members, cut = self._members(samples, progress)
+        raw, members, cut = self.score_members(samples, progress=progress)
         return Scores(self.names, members, raw, self.aggregator(members), cut)
 
-    def _members(
-        self, samples: Sequence[Sample], progress: Progress
+    def score_members(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
     ) -> tuple[Floats, Floats, Truncation]:
-        """Return raw and normalised scores, and what was cut."""
+        """Return raw and normalised scores, NaN where one is missing, and what was cut."""
         options: dict[str, Any] = {"cache": self.score_cache, "pool": self.model_pool}
         below = None
         if self.normaliser.baseline:
@@ -168,9 +168,9 @@ class RewardEnsemble(Stored):
         """
         space = self.feature_space
         if space is None:
-            return self._members(samples, progress)[1], None
+            return self.score_members(samples, progress=progress)[1], None
         if self.normaliser.baseline or self.score_cache is not None:
-            return self._members(samples, progress)[1], self.distance(samples)
+            return self.score_members(samples, progress=progress)[1], self.distance(samples)
         parts = score_and_features(self.scorers, samples, pool=self.model_pool, progress=progress)
         read = [(raw, space.distance(features)) for raw, _, features in parts]
         raw, far = (np.concatenate(one) for one in zip(*read, strict=True))

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import RemoteRefusalError, RemoteUnavailableError
+from ensemble_rm.members.text import Truncation
+from ensemble_rm.results import Scores
 from ensemble_rm.samples import Sample
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
-    from ensemble_rm.results import Scores
 
 _ALL = (RemoteUnavailableError, RemoteRefusalError)  # of a server, whichever sample is asked about
 
@@ -26,6 +28,7 @@ def score_apart(
 ) -> Iterator[tuple[range, Scores | Exception]]:
     """Score all at once; where that fails, halve until the culprits stand alone.
 
+    A score that is missing is the aggregator's to judge, row by row: no member is asked again.
     A server that a member lives on, and that is out of reach or refuses, fails all samples alike:
     they are not halved, since each part would wait for the whole deadline again.
 
@@ -46,7 +49,7 @@ def score_apart(
     while waiting:
         rows = waiting.pop()
         try:
-            scores = ensemble.score(samples[rows.start : rows.stop])
+            found = ensemble.score_members(samples[rows.start : rows.stop])
         except failures as error:
             if isinstance(error, _ALL):
                 for left in (rows, *reversed(waiting)):
@@ -58,4 +61,33 @@ def score_apart(
             middle = (rows.start + rows.stop) // 2
             waiting += [range(middle, rows.stop), range(rows.start, middle)]
         else:
-            yield rows, scores
+            yield from _rewarded(ensemble, rows, *found, failures)
+
+
+def _rewarded(
+    ensemble: RewardEnsemble,
+    rows: range,
+    raw: Floats,
+    members: Floats,
+    cut: Truncation,
+    failures: tuple[type[Exception], ...],
+) -> Iterator[tuple[range, Scores | Exception]]:
+    """Aggregate all rows at once; where that fails, each by itself."""
+
+    def scores(at: slice) -> Scores:
+        reward = ensemble.aggregator(members[at])
+        truncation = Truncation(cut.prompts[at], cut.completions[at])
+        return Scores(ensemble.names, members[at], raw[at], reward, truncation)
+
+    try:
+        whole = scores(slice(None))
+    except failures:
+        for i, row in enumerate(rows):
+            found: Scores | Exception
+            try:
+                found = scores(slice(i, i + 1))
+            except failures as error:
+                found = error
+            yield range(row, row + 1), found
+    else:
+        yield rows, whole

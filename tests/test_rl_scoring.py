@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +198,23 @@ def test_a_version_is_pinned(folder: Path, two_heads: Callable[..., HeadScorer])
     with pytest.raises(PinnedVersionError, match="has changed since"):
         _ = pickle.loads(crossed).ensemble
     assert PinnedEnsemble(folder, device="cpu").version != pinned.version
+
+
+def test_a_missing_score_asks_no_member_again() -> None:
+    asked: list[int] = []
+
+    class Dear(FunctionScorer):  # such as a judge, of whom each question costs
+        def score(self, samples: Sequence[Sample]) -> np.ndarray:
+            asked.append(len(samples))
+            return super().score(samples)
+
+    members = (FunctionScorer("near", lambda _: 1.0), Dear("dear", length))
+    ensemble = RewardEnsemble(members, Normaliser.identity(2), mean())
+    texts = ["good", "bad", "fine", "bad too", "x"]
+    rewards = score_for_loop(ensemble, [Sample("p", text) for text in texts])
+    assert asked == [5]
+    assert rewards.listed() == [2.5, None, 2.5, None, 1.0]
+    assert isinstance(rewards.errors[1], NonFiniteScoreError)
 
 
 def test_members_on_other_servers_get_tokens_that_no_folder_holds(tmp_path: Path) -> None:

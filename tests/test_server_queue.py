@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemble_rm.errors import NotReadyError, OptionError, QueueFullError, TooLargeError
+from ensemble_rm.server import batching
 from ensemble_rm.server.batching import Batcher, BatchOptions
 from ensemble_rm.server.queueing import FairQueue, Part, Ticket
 
@@ -219,6 +220,34 @@ def test_requests_that_come_while_a_batch_is_scored_are_the_next_one() -> None:
         await batcher.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_burst_is_taken_in_whole_by_a_worker_that_was_idle(
+    idle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batcher's own clock is turned by hand; each request comes 0.9 windows after another."""
+    clock = [100.0]
+    monkeypatch.setattr(batching, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(batching, "_LONGEST_WAIT", 10.0)
+
+    async def run() -> list[list[int]]:
+        worker = Worker()
+        batcher = make(worker, rows=4, window_seconds=1.0)
+        batcher._ended = clock[0] - (20.0 if idle else 5.0)
+        batcher.start()
+        asked = []
+        for i in range(4):
+            asked.append(asyncio.ensure_future(batcher.submit(0, [i])))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            clock[0] += 0.9
+        await asyncio.gather(*asked)
+        await batcher.close()
+        return worker.batches
+
+    sizes = [len(batch) for batch in asyncio.run(run())]
+    assert sizes == [4] if idle else len(sizes) > 1
 
 
 def test_what_a_client_gave_up_is_not_scored() -> None:

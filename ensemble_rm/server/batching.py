@@ -22,9 +22,9 @@ K = TypeVar("K", bound=Hashable)
 S = TypeVar("S")
 R = TypeVar("R")
 
-_QUIET = 1 / 4  # of the window: as long without an arrival, and an idle worker waits no more
+_QUIET = 1 / 4  # of the window: as long without another, and an idle worker waits no more
 _SHARE = 0.02  # of the last batch's time
-_LONGEST_WAIT = 0.1  # seconds
+_LONGEST_WAIT = 0.1  # seconds; a worker that was idle for as long loses nothing by it
 _FIRST_RATE = 500.0  # tokens a second, until a batch has been measured
 _SMOOTHING = 0.2
 _LONGEST = 60  # seconds of Retry-After
@@ -42,7 +42,8 @@ class BatchOptions:
         Samples of a batch at most.
     window_seconds : float
         How long a free worker waits at most for others to come; after a batch of several requests,
-        2 % of what that took, where it is more, but never over 0.1 s.
+        2 % of what that took, where it is more, but never over 0.1 s; where it was idle for 0.1 s,
+        as long as others keep coming within the window of one another, 0.1 s at most.
     queue_samples, queue_tokens : int
         That wait at most; what comes then is told when to come again.
     """
@@ -223,11 +224,16 @@ class Batcher(Generic[K, S, R]):
         """Wait for others while they come.
 
         Those that were answered together ask again together: right after such a batch the wait may
-        take a small share of what the batch took, where that is more than the window.
+        take a small share of what the batch took, where that is more than the window. A trainer's
+        step asks for all its groups at once: a worker that was idle takes in such a burst, so that
+        each prompt is read once.
         """
         now, window = monotonic(), self._options.window_seconds
-        patient = self._together and now - self._ended <= self._patience
-        deadline = now + (self._patience if patient else window)
+        idle = now - self._ended
+        patient = self._together and idle <= self._patience
+        rested = idle > _LONGEST_WAIT
+        wait = self._patience if patient else max(window, _LONGEST_WAIT) if rested else window
+        deadline = now + wait
         quiet = window if patient else window * _QUIET
         while not self.queue.full_batch and not self._closing:
             left = deadline - monotonic()
@@ -239,6 +245,7 @@ class Batcher(Generic[K, S, R]):
                     await self._arrived.wait()
             except TimeoutError:
                 return
+            quiet = window
 
     async def _serve(self, parts: Sequence[Part[K, S]]) -> None:
         samples = [sample for part in parts for sample in part.samples]
