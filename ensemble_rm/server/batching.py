@@ -25,6 +25,7 @@ R = TypeVar("R")
 _QUIET = 1 / 4  # of the window: as long without another, and an idle worker waits no more
 _SHARE = 0.02  # of the last batch's time
 _LONGEST_WAIT = 0.1  # seconds; a worker that was idle for as long loses nothing by it
+_TURNS = 32  # of the loop, in which a request that is being read arrives
 _FIRST_RATE = 500.0  # tokens a second, until a batch has been measured
 _SMOOTHING = 0.2
 _LONGEST = 60  # seconds of Retry-After
@@ -244,8 +245,17 @@ class Batcher(Generic[K, S, R]):
                 async with asyncio.timeout(min(left, quiet)):
                     await self._arrived.wait()
             except TimeoutError:
-                return
+                if not await self._turns():
+                    return
             quiet = window
+
+    async def _turns(self) -> bool:
+        """Say whether another comes in the loop's next turns: a busy loop is late with it."""
+        for _ in range(_TURNS):
+            if self._arrived.is_set():
+                return True
+            await asyncio.sleep(0)
+        return False
 
     async def _serve(self, parts: Sequence[Part[K, S]]) -> None:
         samples = [sample for part in parts for sample in part.samples]
