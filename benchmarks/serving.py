@@ -170,12 +170,14 @@ def measure_closed(
 def settle(server: Server, *, again: bool) -> None:
     """Leave nothing behind that clients asked for and gave up.
 
-    Ours drops it. A plain endpoint scores it all the same, for minutes, and is started anew, if it
+    Ours drops it, but for the batch that it scores. A plain endpoint scores it all the same, for minutes, and is started anew, if it
     will be asked again.
     """
     if server.side == "ours":
-        while server.metric("queue_samples") > 0:
-            time.sleep(0.2)
+        spent = -1.0
+        while server.metric("queue_samples") > 0 or spent != server.metric("scoring_seconds_total"):
+            spent = server.metric("scoring_seconds_total")
+            time.sleep(0.5)
     else:
         server.kill()
         if again:
