@@ -170,8 +170,8 @@ def measure_closed(
 def settle(server: Server, *, again: bool) -> None:
     """Leave nothing behind that clients asked for and gave up.
 
-    Ours drops it, but for the batch that it scores. A plain endpoint scores it all the same, for minutes, and is started anew, if it
-    will be asked again.
+    Ours drops it, but for the batch that it scores. A plain endpoint scores it all the same, for
+    minutes, and is started anew, if it will be asked again.
     """
     if server.side == "ours":
         spent = -1.0

@@ -163,8 +163,7 @@ CLAIMS = (
         *("routing", "recovered_epistemic_at_20_harmless", "{:.2f}"),
     ),
     (
-        "served to 64 clients with one sample each: requests a second of five branches, over those "
-        "of a plain endpoint with **one** model",
+        "64 clients, one sample each: requests a second of five branches, over an endpoint's of **one**",
         *("serving", "throughput_vs_one", "{:.1f}"),
     ),
     ("over those of a loop of five", "serving", "throughput_vs_loop", "{:.1f}"),
