@@ -163,10 +163,10 @@ CLAIMS = (
         *("routing", "recovered_epistemic_at_20_harmless", "{:.2f}"),
     ),
     (
-        "64 clients, one sample each: requests a second of five branches, over an endpoint's of **one**",
+        "served to 64 clients: five branches, times the requests a second of **one** plain model",
         *("serving", "throughput_vs_one", "{:.1f}"),
     ),
-    ("over those of a loop of five", "serving", "throughput_vs_loop", "{:.1f}"),
+    ("of a loop of five", "serving", "throughput_vs_loop", "{:.1f}"),
     ("p99 latency of the endpoint with one model, over ours", "serving", "p99_vs_one", "{:.1f}"),
     (
         "server and wire, of the wall time at full load",
