@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy.special import entr, expit
 
 from ensemble_rm.aggregation.aggregator import NanPolicy, score_matrix
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.aggregation.formulas import Floats, mean_of_present
 from ensemble_rm.errors import NonFiniteScoreError, OneMemberError, OptionError
 
 
@@ -48,14 +48,6 @@ def _several(scores: ArrayLike, what: str, nan: NanPolicy = "raise") -> Floats:
     return matrix
 
 
-def _mean_of_present(values: Floats, *, fewest: int = 2) -> Floats:
-    """Mean of each row's numbers that are not NaN; NaN where there are fewer than so many."""
-    there = ~np.isnan(values)
-    counts = there.sum(axis=1)
-    sums = np.where(there, values, 0.0).sum(axis=1)
-    return np.where(counts >= fewest, sums / np.maximum(counts, 1), np.nan)
-
-
 def member_std(scores: ArrayLike, *, ddof: int = 1, nan: NanPolicy = "raise") -> Floats:
     """Spread of the members at each sample.
 
@@ -84,7 +76,7 @@ def member_std(scores: ArrayLike, *, ddof: int = 1, nan: NanPolicy = "raise") ->
     """
     matrix = _several(scores, "the members' std", nan)
     counts = (~np.isnan(matrix)).sum(axis=1)
-    squares = _mean_of_present((matrix - _mean_of_present(matrix)[:, None]) ** 2)
+    squares = mean_of_present((matrix - mean_of_present(matrix)[:, None]) ** 2, fewest=2)
     return np.asarray(np.sqrt(squares * (counts / np.maximum(counts - ddof, 1))))
 
 
@@ -125,9 +117,9 @@ def split_uncertainty(
     if not mixture_temperature > 0:
         raise OptionError(f"mixture_temperature must be > 0, not {mixture_temperature!r}")
     p = np.asarray(expit(margins / mixture_temperature))
-    mixture = _mean_of_present(p)
+    mixture = mean_of_present(p, fewest=2)
     total = binary_entropy(mixture)
-    aleatoric = np.minimum(_mean_of_present(binary_entropy(p)), total)
+    aleatoric = np.minimum(mean_of_present(binary_entropy(p), fewest=2), total)
     return PairUncertainty(mixture, total, aleatoric, total - aleatoric)
 
 

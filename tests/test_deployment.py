@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -175,7 +176,7 @@ def balancer(folder: Path, replicas: tuple[int, ...]) -> Iterator[int]:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             assert running.poll() is None, (folder / "error.log").read_text()
-            threading.Event().wait(0.02)
+            time.sleep(0.02)
         yield port
     finally:
         running.terminate()

@@ -43,6 +43,16 @@ class Sorted:
         return self.values[np.arange(len(self.values)), ranks]
 
 
+def mean_of_present(values: Floats, *, fewest: int = 1) -> Floats:
+    """Mean of each row's numbers that are not NaN; NaN where there are fewer than so many."""
+    there = ~np.isnan(values)
+    if there.all() and values.shape[1] >= fewest:
+        return np.asarray(values.mean(axis=1))
+    counts = there.sum(axis=1)
+    sums = np.where(there, values, 0.0).sum(axis=1)
+    return np.where(counts >= fewest, sums / np.maximum(counts, 1), np.nan)
+
+
 def _mean(rows: Sorted) -> Floats:
     # Rounding alone could leave the range of the members: [.1, .1, .1] has the mean .1 + 1 ulp.
     return np.clip(rows.average(rows.values), rows.lowest(), rows.at(rows.counts - 1))

@@ -85,6 +85,8 @@ class ScoredPairs:
 
     def rewarded(self, aggregator: Aggregator) -> ScoredPairs:
         """Return the pairs of which both sides have a reward."""
+        if aggregator.nan == "raise":  # then all have one, or `margins` raises
+            return self
         there = ~np.isnan(self.margins(aggregator))
         return self if there.all() else self.take(np.flatnonzero(there))
 

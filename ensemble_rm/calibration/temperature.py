@@ -21,7 +21,7 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 from ensemble_rm.aggregation.aggregator import score_matrix
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.aggregation.formulas import Floats, mean_of_present
 from ensemble_rm.errors import (
     NonFiniteScoreError,
     NoPositiveTemperatureError,
@@ -229,11 +229,7 @@ def mixture_probability(member_margins: ArrayLike, temperature: float) -> Floats
 
     NaN where there is none.
     """
-    matrix = score_matrix(member_margins)
-    there = ~np.isnan(matrix)
-    sums = np.where(there, expit(matrix / temperature), 0.0).sum(axis=1)
-    counts = there.sum(axis=1)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return mean_of_present(expit(score_matrix(member_margins) / temperature))
 
 
 def fit_mixture_temperature(

@@ -102,7 +102,7 @@ def _add_batching(parser: argparse.ArgumentParser) -> None:
     for name, kind, default, what in (
         ("batch-tokens", int, 8192, "of a batch at most; a shared prompt counts once"),
         ("batch-samples", int, 256, "of a batch at most"),
-        ("window-ms", float, 5.0, "that a free worker waits at most for others to come"),
+        ("window-ms", float, 5.0, "that a free worker waits for others; for a burst, up to 100"),
         ("queue-samples", int, 4096, "that wait at most; what comes then is answered 429"),
         ("queue-tokens", int, 1 << 20, "that wait at most"),
     ):

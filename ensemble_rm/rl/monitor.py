@@ -28,7 +28,7 @@ from ensemble_rm.rl.measures import (
     reference_range,
 )
 from ensemble_rm.rl.scoring import LoopRewards
-from ensemble_rm.rl.watching import Alarm, AlarmRule, StepRecord
+from ensemble_rm.rl.watching import Alarm, AlarmRule, StepRecord, mean_of
 from ensemble_rm.samples import Sample, prompt_json
 from ensemble_rm.uncertainty import member_std
 
@@ -108,9 +108,8 @@ class OverOptimisationMonitor:
             self._span = reference_range(evidence)
             if self._several:
                 judged = np.concatenate([evidence.first, evidence.second])
-                known = member_std(judged, nan="omit")
-                known = known[~np.isnan(known)]
-                self.reference_std = float(known.mean()) if len(known) else None
+                usual = mean_of(member_std(judged, nan="omit").tolist())
+                self.reference_std = None if math.isnan(usual) else usual
         self._records: list[StepRecord] = []
         self._start: float | None = None  # mean log length of the first step
 
@@ -196,9 +195,9 @@ class OverOptimisationMonitor:
         spread = divided = math.nan
         there = ~np.isnan(call.members)
         if self._several:
-            stds = member_std(call.members, nan="omit")
-            spread = float(stds[~np.isnan(stds)].mean()) if (~np.isnan(stds)).any() else math.nan
-            divided = disagreement(call.members[call.whole], call.groups[call.whole])
+            spread = mean_of(member_std(call.members, nan="omit").tolist())
+            whole = call.whole
+            divided = disagreement(call.members[whole], call.groups[whole])
         outside = math.nan
         if self._span is not None:
             outside = float(outside_range(call.members, self._span).sum() / there.sum())
@@ -284,9 +283,10 @@ def most_disputed(call: Call) -> dict[str, Any] | None:
     The margins' standard deviation over the members: what all members hold of a prompt is no
     dispute. Of equals, the first.
     """
+    whole = call.whole
     best, found = 0.0, None
     for group in range(int(call.groups.max(initial=-1)) + 1):
-        rows = call.whole[call.groups[call.whole] == group]
+        rows = whole[call.groups[whole] == group]
         i, j = np.triu_indices(len(rows), 1)
         spread = (call.members[rows[i]] - call.members[rows[j]]).std(axis=1)
         if len(spread) and (place := int(np.argmax(spread))) >= 0 and spread[place] > best:
