@@ -1,12 +1,15 @@
 """uvicorn's HTTP/1.1 connections, with a deadline for headers: it has none of its own.
 
 A connection that sends nothing, or its headers byte by byte, is answered 408 and closed; one that
-does not read its answer is cut off. Knows uvicorn; knows nothing of routes.
+does not read its answer is cut off. An answer's head and body leave in one write: a server that is
+killed has sent all of a short answer or nothing, and a balancer then asks the next. Knows uvicorn;
+knows nothing of routes.
 """
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
@@ -20,6 +23,42 @@ _SAID = (
 )
 
 
+class OneWrite:
+    """A transport that sends together what is written in one turn of the event loop.
+
+    Parameters
+    ----------
+    transport : asyncio.Transport
+        What is not said here is asked of it.
+    loop : asyncio.AbstractEventLoop
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._held: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the transport itself has."""
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send these bytes when this turn ends."""
+        if data and not self._held:
+            self._loop.call_soon(self._send)
+        if data:
+            self._held.append(data)
+
+    def close(self) -> None:
+        """Send what is held, and close."""
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._transport.write(b"".join(held))
+
+
 class DeadlineProtocol(H11Protocol):
     """One connection. `with_deadline` makes the class that uvicorn takes."""
 
@@ -28,7 +67,7 @@ class DeadlineProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, with a deadline for the first request's headers."""
-        super().connection_made(transport)
+        super().connection_made(OneWrite(transport, self.loop))  # type: ignore[arg-type]
         self._arm()
 
     def data_received(self, data: bytes) -> None:
