@@ -139,6 +139,46 @@ def test_a_list_is_as_long_as_a_request_may_be(n: int, most: int, name: str) -> 
         Limits(samples=most).check_lists(body)
 
 
+@given(
+    st.recursive(
+        st.none() | st.text(max_size=2),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner),
+        max_leaves=20,
+    )
+)
+def test_a_body_has_as_many_entries_as_its_tokens_allow(body: Any) -> None:
+    def entries(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value
+        own = len(value) if isinstance(value, list) else 0
+        return own + sum(entries(v) for v in inner if isinstance(v, dict | list)) if inner else own
+
+    n = entries(body) if isinstance(body, dict | list) else 0
+    Limits(tokens=4 * n + 1, samples=1).check_entries(body)
+    if n > 4:
+        Limits(tokens=4 * (n - 4), samples=1).check_entries(body)
+    if n > 5:
+        with pytest.raises(TooLargeError, match=f"more than {n - 1} messages"):
+            Limits(tokens=4 * (n - 5), samples=1).check_entries(body)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/score", lambda turns: {"samples": [{"prompt": turns, "completion": ""}]}),
+        ("/v1/compare", lambda turns: {"pairs": [{"prompt": turns, "first": "", "second": ""}]}),
+        ("/classify", lambda turns: {"messages": turns}),
+    ],
+)
+def test_many_tiny_messages_are_refused_before_their_shape_is_read(
+    path: str, body: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": "user", "content": ""}] * 100_000
+    monkeypatch.setattr(BaseModel, "model_validate", None)
+    with client(lengths()) as asking:
+        answer = asking.post(path, json=body(turns))
+    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "TooLargeError")
+
+
 STOPS = ["<e>", "<e><e>", "e>", "", " ", "x\n"]
 pieces = st.lists(
     st.sampled_from(["<e>", "e>", ">", "x", " ", "\n", "\u2003", "Hello"]), max_size=12

@@ -18,6 +18,7 @@ from ensemble_rm.samples import Prompt, Sample
 
 _BYTES_A_TOKEN = 4
 _TOKENS_A_TURN = 4  # what a template puts around it
+_LISTS = 4  # of a body, as long as its samples
 _SHOWN = 5  # faults of a body that a message names
 
 M = TypeVar("M", bound=BaseModel)
@@ -70,6 +71,28 @@ class Limits:
             raise TooLargeError(
                 f"a list of {longest} in one request, and {self.samples} at most; send several"
             )
+
+    def check_entries(self, body: object) -> None:
+        """Raise `TooLargeError` where a body's lists have more entries than its tokens allow.
+
+        Each turn is some tokens, however short; to read a body of hundreds of thousands in shape
+        would hold the event loop for seconds, only to refuse it.
+        """
+        most = self.tokens // _TOKENS_A_TURN + _LISTS * self.samples
+        count, left = 0, [body]
+        while left:
+            value = left.pop()
+            if isinstance(value, list):
+                count += len(value)
+                if count > most:
+                    raise TooLargeError(
+                        f"more than {most} messages and texts in one request; send several"
+                    )
+            elif isinstance(value, dict):
+                value = value.values()
+            else:
+                continue
+            left += [entry for entry in value if isinstance(entry, dict | list)]
 
     def check_texts(self, texts: str | Sequence[str]) -> None:
         """Raise `TooLargeError` where a text, before it is taken apart, is longer than a sample."""

@@ -174,7 +174,9 @@ class Routes:
     # -----------------------------------------------------------------------------------------
 
     async def _body(self, request: Request) -> object:
-        return await read_json(request, self.options.limits)
+        body: object = await read_json(request, self.options.limits)
+        self.options.limits.check_entries(body)
+        return body
 
     def _read(self, kind: type[M], body: object) -> M:
         self.options.limits.check_lists(body)
