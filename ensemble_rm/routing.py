@@ -351,16 +351,15 @@ def _ask(
     if judge is None or len(rows) == 0:
         return said, tuple(failures), Usage()
     chosen = pairs.take(rows)
-    sides: Any = (
-        [pair.prompt for pair in chosen],
-        [pair.chosen for pair in chosen],
-        [pair.rejected for pair in chosen],
-    )
+    found: Compared
     if isinstance(judge, RewardEnsemble):
-        references = [pair.reference for pair in chosen]
-        found: Compared = judge.compare(*sides, subsets=chosen.subsets, references=references)
+        found = _compare(judge, chosen, silent)
     else:
-        found = judge.compare(*sides)
+        found = judge.compare(
+            [pair.prompt for pair in chosen],
+            [pair.chosen for pair in chosen],
+            [pair.rejected for pair in chosen],
+        )
     said[rows] = found.probability
     named: Sequence[str | None] = [None] * len(rows)
     usage = Usage(calls=len(rows))

@@ -38,8 +38,8 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         The judge's name there.
     name : str
         The column's.
-    rubric : str, Path, mapping or Rubric
-        What is asked: ``"pointwise"``, a JSON file or its content; saved as it is.
+    rubric : str, Path, mapping or Rubric, optional
+        What is asked: ``"pointwise"`` (default), a JSON file or its content; saved as it is.
     token : str or callable, optional
         A bearer token, or what returns the one that holds now. Never saved.
     transport : httpx.AsyncBaseTransport, optional
@@ -69,7 +69,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         *,
         model: str,
         name: str,
-        rubric: str | Path | Mapping[str, Any] | Rubric = "pointwise",
+        rubric: str | Path | Mapping[str, Any] | Rubric | None = None,
         token: Token | None = None,
         transport: Any = None,
         **options: Any,

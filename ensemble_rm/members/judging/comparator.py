@@ -9,10 +9,8 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +18,8 @@ from numpy.typing import NDArray
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.judging.asking import Reply
 from ensemble_rm.members.judging.reading import Source, Verdict, read_verdict
-from ensemble_rm.members.judging.rubric import Rubric
 from ensemble_rm.members.judging.rubric_judge import RubricJudge
 from ensemble_rm.members.judging.usage import Usage
-from ensemble_rm.members.remote.address import Token
 from ensemble_rm.samples import Prompt, as_prompt
 
 Floats = NDArray[np.float64]
@@ -79,8 +75,8 @@ class JudgeComparator(RubricJudge):
         Of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
     model : str
         The judge's name there.
-    rubric : str, Path, mapping or Rubric
-        What is asked: ``"pairwise"``, ``"pairwise_ties"``, a JSON file or its content.
+    rubric : str, Path, mapping or Rubric, optional
+        What is asked: ``"pairwise"`` (default), ``"pairwise_ties"``, a JSON file or its content.
     token : str or callable, optional
         A bearer token, or what returns the one that holds now.
     transport : httpx.AsyncBaseTransport, optional
@@ -97,20 +93,6 @@ class JudgeComparator(RubricJudge):
     """
 
     wants = "pairwise"
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        model: str,
-        rubric: str | Path | Mapping[str, Any] | Rubric = "pairwise",
-        token: Token | None = None,
-        transport: Any = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            url, model=model, rubric=rubric, token=token, transport=transport, **options
-        )
 
     def compare(
         self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]

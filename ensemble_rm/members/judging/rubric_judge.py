@@ -22,8 +22,8 @@ class RubricJudge:
         Of an OpenAI-compatible server.
     model : str
         The judge's name there.
-    rubric : str, Path, mapping or Rubric
-        What is asked.
+    rubric : str, Path, mapping or Rubric, optional
+        What is asked; by default the rubric that is named as its kind.
     token : str or callable, optional
         A bearer token, or what returns the one that holds now.
     transport : httpx.AsyncBaseTransport, optional
@@ -40,18 +40,19 @@ class RubricJudge:
     """
 
     wants: str
+    """The kind of rubric, and the name of the usual one."""
 
     def __init__(
         self,
         url: str,
         *,
         model: str,
-        rubric: str | Path | Mapping[str, Any] | Rubric,
+        rubric: str | Path | Mapping[str, Any] | Rubric | None = None,
         token: Token | None = None,
         transport: Any = None,
         **options: Any,
     ) -> None:
-        self.rubric = read_rubric(rubric)
+        self.rubric = read_rubric(self.wants if rubric is None else rubric)
         if self.rubric.kind != self.wants:
             raise OptionError(
                 f"{type(self).__name__} needs a {self.wants} rubric, and {self.rubric.name} is "
