@@ -61,7 +61,13 @@ if TYPE_CHECKING:
     from ensemble_rm.members.remote.scorer import RemoteScorer, RemoteScores
     from ensemble_rm.members.remote.self_test import SelfTestReport
     from ensemble_rm.members.score_cache import ScoreCache
-    from ensemble_rm.members.scorer import FeatureScorer, FunctionScorer, Scorer, scorer_features
+    from ensemble_rm.members.scorer import (
+        ElsewhereScorer,
+        FeatureScorer,
+        FunctionScorer,
+        Scorer,
+        scorer_features,
+    )
     from ensemble_rm.members.trunk import TrunkOptions, View
     from ensemble_rm.merging import merge
     from ensemble_rm.recalibration.decision import GateOptions
@@ -150,7 +156,7 @@ _HOMES = {
     "members.remote.scorer": "RemoteScorer RemoteScores",
     "members.remote.self_test": "SelfTestReport",
     "members.score_cache": "ScoreCache",
-    "members.scorer": "FeatureScorer FunctionScorer Scorer scorer_features",
+    "members.scorer": "ElsewhereScorer FeatureScorer FunctionScorer Scorer scorer_features",
     "members.trunk": "TrunkOptions View",
     "merging": "merge",
     "recalibration.drift.anchors": "anchor_votes",
@@ -206,6 +212,7 @@ __all__ = [
     "CurveFit",
     "DriftReport",
     "DriftTest",
+    "ElsewhereScorer",
     "Evaluation",
     "FeatureScorer",
     "FeatureSpace",

@@ -19,6 +19,7 @@ from ensemble_rm.members.judging.rubric_judge import RubricJudge
 from ensemble_rm.members.judging.usage import Usage
 from ensemble_rm.members.remote.address import Token
 from ensemble_rm.members.remote.failing import count_failures
+from ensemble_rm.members.remote.running import Pending
 from ensemble_rm.members.remote.stored import StoredElsewhere
 from ensemble_rm.samples import Sample
 
@@ -107,19 +108,26 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         RemoteRefusalError
             If it refuses the address, the token or the model.
         """
+        return self.begin_score(samples).result()
+
+    def begin_score(self, samples: Sequence[Sample]) -> Pending[NDArray[np.float64]]:
+        """Ask for what `score` returns, and do not wait; what it raises, the result raises."""
         questions = [self.rubric.ask(s.prompt, completion=s.completion) for s in samples]
-        replies, usage = self._ask(questions)
+        return self._begin(questions, self._ratings)
+
+    def _ratings(self, said: tuple[list[Reply], Usage]) -> NDArray[np.float64]:
+        replies, usage = said
         read = [self._read(reply) for reply in replies]
         failed = [one for one in read if isinstance(one, str)]
         self.usage += usage.with_read(len(read) - len(failed))
         if failed:
             where = f"{self.names[0]!r} at {self.options.url}"
             text = count_failures(
-                failed, len(samples), what="rating", where=where, else_="a reply that is no rating"
+                failed, len(read), what="rating", where=where, else_="a reply that is no rating"
             )
-            warnings.warn(text, RemoteFailureWarning, stacklevel=2)
+            warnings.warn(text, RemoteFailureWarning, stacklevel=4)
         scores = [one.value if isinstance(one, Rating) else np.nan for one in read]
-        return np.array(scores, dtype=np.float64).reshape(len(samples), 1)
+        return np.array(scores, dtype=np.float64).reshape(len(read), 1)
 
     def with_token(self, token: Token | None) -> Self:
         """Return the same member with another token."""

@@ -15,6 +15,7 @@ from ensemble_rm.members.model_pool import ModelPool
 from ensemble_rm.members.scorer import (
     FeatureScorer,
     Scorer,
+    asked_ahead,
     checked_features,
     checked_scores,
     score_all,
@@ -62,6 +63,7 @@ def score_and_features(
     cut : Truncation
     features : ndarray, shape (n, n_features)
     """
+    blind = [scorer for scorer in scorers if not isinstance(scorer, FeatureScorer)]
     for begin in range(0, max(len(samples), 1), CHUNK):
         chunk = samples[begin : begin + CHUNK]
 
@@ -69,14 +71,20 @@ def score_and_features(
             share = done / total if total else 1.0
             progress(stage, begin + int(share * len(chunk)), len(samples))  # noqa: B023
 
-        columns, cut, read = [], Truncation.none(len(chunk)), []
-        for scorer in scorers:
-            scores, more, features = _read(scorer, chunk, pool, within)
-            columns.append(scores)
-            cut |= more
-            if features is not None:
-                read.append(features)
-        yield np.concatenate(columns, axis=1), cut, np.concatenate(read, axis=1)
+        cut = Truncation.none(len(chunk))
+        columns: dict[int, NDArray[np.float64]] = {}
+        read = []
+        with asked_ahead(blind, chunk) as asked:
+            for scorer in scorers:
+                if id(scorer) in asked:
+                    continue
+                columns[id(scorer)], more, features = _read(scorer, chunk, pool, within)
+                cut |= more
+                if features is not None:
+                    read.append(features)
+            columns |= {key: waited() for key, waited in asked.items()}
+        scores = np.concatenate([columns[id(scorer)] for scorer in scorers], axis=1)
+        yield scores, cut, np.concatenate(read, axis=1)
 
 
 def _read(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -110,6 +110,27 @@ class TokenScorer(Scorer, Protocol):
 
     def with_token(self, token: str | Callable[[], str] | None) -> Scorer:
         """Return the same member with another token."""
+        ...
+
+
+class PendingScores(Protocol):
+    """Scores that were asked for and have not been read."""
+
+    def result(self) -> NDArray[np.float64]:
+        """Wait for the (n_samples, n_members) raw scores."""
+        ...
+
+    def cancel(self) -> None:
+        """Give up what is not done."""
+        ...
+
+
+@runtime_checkable
+class ElsewhereScorer(Scorer, Protocol):
+    """A scorer that waits for others: all such members of an ensemble are asked at once."""
+
+    def begin_score(self, samples: Sequence[Sample]) -> PendingScores:
+        """Ask for what `score` returns, and do not wait."""
         ...
 
 
@@ -268,6 +289,8 @@ def score_all(
 ) -> tuple[NDArray[np.float64], Truncation]:
     """Return every member's raw scores, (n_samples, n_members), and which samples were cut.
 
+    Members on other servers are asked first, and waited for last.
+
     Parameters
     ----------
     scorers : sequence of Scorer
@@ -281,15 +304,52 @@ def score_all(
     """
     columns: dict[int, NDArray[np.float64]] = {}
     cut = Truncation.none(len(samples))
-    for scorer in scorers if pool is None else pool.loaded_first(scorers):
-        compute = partial(_score, scorer, pool=pool, progress=progress)
-        if cache is not None and len(samples) > 0 and isinstance(scorer, DigestedScorer):
-            scores, more = cache.scores(scorer.digest, samples, compute)
-        else:
-            scores, more = compute(samples)
-        columns[id(scorer)] = scores
-        cut |= more
+    with asked_ahead(scorers, samples) as asked:
+        for scorer in scorers if pool is None else pool.loaded_first(scorers):
+            if id(scorer) in asked:
+                continue
+            compute = partial(_score, scorer, pool=pool, progress=progress)
+            if cache is not None and len(samples) > 0 and isinstance(scorer, DigestedScorer):
+                scores, more = cache.scores(scorer.digest, samples, compute)
+            else:
+                scores, more = compute(samples)
+            columns[id(scorer)] = scores
+            cut |= more
+        columns |= {key: waited() for key, waited in asked.items()}
     return np.concatenate([columns[id(scorer)] for scorer in scorers], axis=1), cut
+
+
+@contextmanager
+def asked_ahead(
+    scorers: Sequence[Scorer], samples: Sequence[Sample]
+) -> Iterator[dict[int, Callable[[], NDArray[np.float64]]]]:
+    """Ask all members on other servers; what is not done in the end is given up.
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+    samples : sequence of Sample
+
+    Yields
+    ------
+    dict of int to callable
+        By a scorer's id, in their order, what waits for its scores.
+    """
+    asked: list[PendingScores] = []
+    found: dict[int, Callable[[], NDArray[np.float64]]] = {}
+    try:
+        for scorer in scorers:
+            if isinstance(scorer, ElsewhereScorer):
+                asked.append(scorer.begin_score(samples))
+                found[id(scorer)] = partial(_waited, scorer, asked[-1], len(samples))
+        yield found
+    finally:
+        for one in asked:
+            one.cancel()
+
+
+def _waited(scorer: Scorer, pending: PendingScores, n: int) -> NDArray[np.float64]:
+    return checked_scores(scorer, pending.result(), n)
 
 
 def _score(

@@ -8,15 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar
 
 from ensemble_rm.errors import OptionError, RemoteAnswerError, RemoteUnavailableError
 from ensemble_rm.members.judging.usage import Price, Usage, read_usage
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
 from ensemble_rm.members.remote.failing import Reason
-from ensemble_rm.members.remote.running import LoopThread, work_through
+from ensemble_rm.members.remote.running import LoopThread, Pending, work_through
 
+T = TypeVar("T")
 Messages: TypeAlias = list[dict[str, str]]
 Reply: TypeAlias = "Mapping[str, Any] | str"
 """One choice of a chat completion, or why there is none."""
@@ -106,8 +107,14 @@ class Judge:
         self._thread = LoopThread(self._client.aclose)
         self._offers_logprobs = options.logprobs
 
-    def ask(self, questions: Sequence[Messages], *, max_tokens: int) -> tuple[list[Reply], Usage]:
-        """Return a reply a question, in their order, and what they took.
+    def begin(
+        self,
+        questions: Sequence[Messages],
+        read: Callable[[tuple[list[Reply], Usage]], T],
+        *,
+        max_tokens: int,
+    ) -> Pending[T]:
+        """Ask; what is read is a reply a question, in their order, and what they took.
 
         Raises
         ------
@@ -116,9 +123,7 @@ class Judge:
         RemoteRefusalError
             If it refuses the address, the token or the model.
         """
-        if not questions:
-            return [], Usage()
-        return self._thread.run(self._all(questions, max_tokens))
+        return self._thread.begin(self._all(questions, max_tokens), read)
 
     def close(self) -> None:
         """Close the connections; the next question opens new ones."""

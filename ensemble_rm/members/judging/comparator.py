@@ -125,9 +125,11 @@ class JudgeComparator(RubricJudge):
         for prompt, a, b in zip(map(as_prompt, prompts), first, second, strict=True):
             questions += [self.rubric.ask(prompt, first=a, second=b)]
             questions += [self.rubric.ask(prompt, first=b, second=a)]
-        replies, usage = self._ask(questions)
-        read = [self._read(reply) for reply in replies]
-        return _verdicts(read[::2], read[1::2], usage, ties=len(self.rubric.verdicts) == 3)
+        return self._begin(questions, self._verdicts).result()
+
+    def _verdicts(self, said: tuple[list[Reply], Usage]) -> JudgeVerdicts:
+        read = [self._read(reply) for reply in said[0]]
+        return _verdicts(read[::2], read[1::2], said[1], ties=len(self.rubric.verdicts) == 3)
 
     def _read(self, reply: Reply) -> Verdict | str:
         if isinstance(reply, str):

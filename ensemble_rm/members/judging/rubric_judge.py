@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.judging.asking import Judge, JudgeOptions, Messages, Reply
 from ensemble_rm.members.judging.rubric import Rubric, read_rubric
 from ensemble_rm.members.judging.usage import Usage
 from ensemble_rm.members.remote.address import Token
+from ensemble_rm.members.remote.running import Pending
+
+T = TypeVar("T")
 
 
 class RubricJudge:
@@ -65,5 +68,7 @@ class RubricJudge:
         """Close the connections; the next question opens new ones."""
         self._judge.close()
 
-    def _ask(self, questions: Sequence[Messages]) -> tuple[list[Reply], Usage]:
-        return self._judge.ask(questions, max_tokens=self.rubric.max_tokens)
+    def _begin(
+        self, questions: Sequence[Messages], read: Callable[[tuple[list[Reply], Usage]], T]
+    ) -> Pending[T]:
+        return self._judge.begin(questions, read, max_tokens=self.rubric.max_tokens)

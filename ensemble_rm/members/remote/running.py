@@ -12,12 +12,39 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
 _JOIN = 5.0  # seconds that a closing loop may take
+
+
+class Pending(Generic[T]):
+    """What goes on in a loop's thread: to be waited for, or given up.
+
+    Parameters
+    ----------
+    future : concurrent.futures.Future
+    read : callable
+        Makes of the future's result, in the thread of whoever waits, what `result` returns.
+    """
+
+    def __init__(self, future: Future[Any], read: Callable[[Any], T]) -> None:
+        self._future, self._read = future, read
+
+    def result(self) -> T:
+        """Wait; who is interrupted gives it up."""
+        try:
+            found = self._future.result()
+        except BaseException:
+            self._future.cancel()
+            raise
+        return self._read(found)
+
+    def cancel(self) -> None:
+        """Give up what is not done."""
+        self._future.cancel()
 
 
 class LoopThread:
@@ -38,12 +65,11 @@ class LoopThread:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Wait for a coroutine; one that is interrupted is cancelled."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return self.begin(coroutine, lambda found: found).result()
+
+    def begin(self, coroutine: Coroutine[Any, Any, Item], read: Callable[[Item], T]) -> Pending[T]:
+        """Begin a coroutine, whose result is read when it is waited for."""
+        return Pending(asyncio.run_coroutine_threadsafe(coroutine, self._running()), read)
 
     def close(self) -> None:
         """End the loop and its thread; another call would start new ones."""

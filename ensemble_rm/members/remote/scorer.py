@@ -8,12 +8,11 @@ what becomes of it; a server that cannot be reached is an error, unless that pol
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +28,23 @@ from ensemble_rm.errors import (
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
 from ensemble_rm.members.remote.failing import Reason, count_failures
-from ensemble_rm.members.remote.running import LoopThread, work_through
-from ensemble_rm.members.remote.self_test import SELF_TESTS, SelfTest, SelfTestReport, probe
+from ensemble_rm.members.remote.running import LoopThread, Pending, work_through
+from ensemble_rm.members.remote.self_test import (
+    PROBES,
+    SELF_TESTS,
+    SelfTest,
+    SelfTestReport,
+    compare_orders,
+)
 from ensemble_rm.members.remote.stored import StoredElsewhere
 from ensemble_rm.members.remote.text import Rendered, Renderer, TextTemplate
 from ensemble_rm.members.remote.wire import Asked, Scored, Wire, find_wire
 from ensemble_rm.samples import Sample
 
+T = TypeVar("T")
 Outage: TypeAlias = Literal["raise", "nan"]
+_Found: TypeAlias = "Scored | RemoteUnavailableError"
+_Orders: TypeAlias = "tuple[list[_Found], list[_Found]]"
 
 _SPLIT_ATTEMPTS = 2  # tries of a part of a batch that failed as a whole
 
@@ -181,7 +189,6 @@ class RemoteScorer(StoredElsewhere):
         self._client = RemoteClient(self.options, token=token, transport=self._transport)
         self._thread = LoopThread(self._client.aclose)
         self._tested = self.self_test_mode == "off"
-        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"RemoteScorer({self.url!r}, protocol={self.protocol!r}, name={self.names[0]!r})"
@@ -213,21 +220,15 @@ class RemoteScorer(StoredElsewhere):
         RemoteActivationError
             If the self-test fails, and is an error.
         """
-        found = self.score_explained(samples)
-        failed = [reason for reason in found.failures if reason is not None]
-        if failed:
-            where = f"{self.names[0]!r} at {self.url}"
-            text = count_failures(
-                failed, len(samples), what="score", where=where, else_="an answer that is no score"
-            )
-            warnings.warn(text, RemoteFailureWarning, stacklevel=2)
-        return found.scores[:, None]
+        return self.begin_score(samples).result()
+
+    def begin_score(self, samples: Sequence[Sample]) -> Pending[NDArray[np.float64]]:
+        """Ask for what `score` returns, and do not wait; what it raises, the result raises."""
+        return self._begin(samples, self._warned)
 
     def score_explained(self, samples: Sequence[Sample]) -> RemoteScores:
         """Score as `score` does, and say why a sample has no score instead of warning."""
-        if not self._tested:
-            self.self_test()
-        return self._ask(samples)
+        return self._begin(samples, lambda found: found).result()
 
     def self_test(self) -> SelfTestReport:
         """Send the probes; scores that can be no raw logits warn or raise, as `self_test` says.
@@ -237,19 +238,62 @@ class RemoteScorer(StoredElsewhere):
         RemoteActivationError
             Under ``"error"``.
         """
-        with self._lock:
-            report = probe(lambda samples: self._ask(samples).scores)
-            if np.isnan(report.scores).all():
-                return report  # nobody answered, and nothing is known: to be tested another time
-            if report.problems:
-                text = f"{self.names[0]!r} at {self.url}: " + "; ".join(report.problems)
-                if self.self_test_mode == "error":
-                    raise RemoteActivationError(
-                        f"{text}. Serve the model's raw logit, or pass self_test='warn'"
-                    )
-                if self.self_test_mode == "warn":
-                    warnings.warn(text, RemoteActivationWarning, stacklevel=3)
-            self._tested = True
+        call, probes = self._call(), self._renderer.render(PROBES)
+        return self._thread.begin(call.both_orders(probes, self.batch_size), self._tell).result()
+
+    def _begin(self, samples: Sequence[Sample], read: Callable[[RemoteScores], T]) -> Pending[T]:
+        """Ask, behind the probes where they were never answered; read what was said."""
+        call = self._call()
+        probes = [] if self._tested else self._renderer.render(PROBES)
+        items = self._renderer.render(samples)
+
+        async def ask() -> tuple[_Orders, list[_Found]]:
+            orders = await call.both_orders(probes, self.batch_size)
+            return orders, await call.score(items, self.batch_size)
+
+        def told(said: tuple[_Orders, list[_Found]]) -> T:
+            if not self._tested:
+                self._tell(said[0])
+            return read(self._scores(said[1]))
+
+        return self._thread.begin(ask(), told)
+
+    def _call(self) -> _Call:
+        return _Call(self._client, self._wire, self._asked, self._endpoint)
+
+    def _scores(self, found: Sequence[_Found]) -> RemoteScores:
+        away = [one for one in found if isinstance(one, RemoteUnavailableError)]
+        if self.on_outage == "raise" and found and len(away) == len(found):
+            raise away[0]
+        scores = [one if isinstance(one, float) else np.nan for one in found]
+        failures = tuple(None if isinstance(one, float) else _reason(one) for one in found)
+        return RemoteScores(np.array(scores, dtype=np.float64), failures)
+
+    def _warned(self, found: RemoteScores) -> NDArray[np.float64]:
+        failed = [reason for reason in found.failures if reason is not None]
+        if failed:
+            where = f"{self.names[0]!r} at {self.url}"
+            n = len(found.scores)
+            text = count_failures(
+                failed, n, what="score", where=where, else_="an answer that is no score"
+            )
+            warnings.warn(text, RemoteFailureWarning, stacklevel=4)
+        return found.scores[:, None]
+
+    def _tell(self, orders: _Orders) -> SelfTestReport:
+        """Say what the probes told, unless nobody answered: then they are sent another time."""
+        report = compare_orders(*(self._scores(found).scores for found in orders))
+        if np.isnan(report.scores).all():
+            return report
+        if report.problems:
+            text = f"{self.names[0]!r} at {self.url}: " + "; ".join(report.problems)
+            if self.self_test_mode == "error":
+                raise RemoteActivationError(
+                    f"{text}. Serve the model's raw logit, or pass self_test='warn'"
+                )
+            if self.self_test_mode == "warn":
+                warnings.warn(text, RemoteActivationWarning, stacklevel=4)
+        self._tested = True
         return report
 
     def close(self) -> None:
@@ -261,20 +305,6 @@ class RemoteScorer(StoredElsewhere):
         twin = copy.copy(self)
         twin._connect(token)
         return twin
-
-    def _ask(self, samples: Sequence[Sample]) -> RemoteScores:
-        rendered = self._renderer.render(samples)
-        call = _Call(self._client, self._wire, self._asked, self._endpoint)
-        found = self._thread.run(call.score(rendered, self.batch_size)) if rendered else []
-        if (
-            self.on_outage == "raise"
-            and found
-            and all(isinstance(one, RemoteUnavailableError) for one in found)
-        ):
-            raise next(one for one in found if isinstance(one, RemoteUnavailableError))
-        scores = [one if isinstance(one, float) else np.nan for one in found]
-        failures = tuple(None if isinstance(one, float) else _reason(one) for one in found)
-        return RemoteScores(np.array(scores, dtype=np.float64), failures)
 
     # Storage -----------------------------------------------------------------------------------
 
@@ -321,10 +351,13 @@ class _Call:
         self._client, self._wire, self._asked, self._url = client, wire, asked, url
         self._outage: RemoteUnavailableError | None = None
 
-    async def score(
-        self, items: Sequence[Rendered], size: int
-    ) -> list[Scored | RemoteUnavailableError]:
-        found: list[Scored | RemoteUnavailableError] = [""] * len(items)
+    async def both_orders(self, probes: Sequence[Rendered], size: int) -> _Orders:
+        """Ask in their order and in reverse; both answers in their order."""
+        forward = await self.score(probes, size)
+        return forward, (await self.score(probes[::-1], size))[::-1]
+
+    async def score(self, items: Sequence[Rendered], size: int) -> list[_Found]:
+        found: list[_Found] = [""] * len(items)
 
         async def ask(start: int) -> None:
             found[start : start + size] = await self._batch(items[start : start + size])
@@ -335,7 +368,7 @@ class _Call:
 
     async def _batch(
         self, items: Sequence[Rendered], *, attempts: int | None = None
-    ) -> list[Scored | RemoteUnavailableError]:
+    ) -> list[_Found]:
         """Ask for a batch; one that fails as a whole is halved until the culprits stand alone."""
         if self._outage is not None:  # who waited for the whole deadline waited for all
             return [self._outage] * len(items)

@@ -59,8 +59,17 @@ def probe(score: Callable[[Sequence[Sample]], NDArray[np.float64]]) -> SelfTestR
     score : callable
         Samples → (n_samples,) scores, NaN where there is none.
     """
-    forward = score(PROBES)
-    backward = score(PROBES[::-1])[::-1]
+    return compare_orders(score(PROBES), score(PROBES[::-1])[::-1])
+
+
+def compare_orders(forward: NDArray[np.float64], backward: NDArray[np.float64]) -> SelfTestReport:
+    """Say what two sets of the probes' scores tell: asked in their order, and asked in reverse.
+
+    Parameters
+    ----------
+    forward, backward : ndarray, shape (n_probes,)
+        Both in the order of the probes; NaN where there is no score.
+    """
     return SelfTestReport(tuple(forward.tolist()), tuple(_problems(forward, backward)))
 
 
