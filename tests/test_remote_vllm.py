@@ -1,7 +1,6 @@
 """A real vLLM server as a member, against the same model in transformers, and against its double.
 
-Runs where there is a vLLM: the environment variable ENSEMBLE_RM_VLLM names its command, or `vllm`
-is on the path.
+`make vllm` installs one, in an environment of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from vllm_server import (
     find_command,
     free_port,
     kill_engine,
+    make_decoder,
     make_reference,
     ready,
     running,
@@ -52,10 +52,7 @@ FAR = Sample("", "word " * 600)  # of a model that takes 512 tokens
 @pytest.fixture(scope="module")
 def command() -> str:
     """The vLLM command."""
-    found = find_command()
-    if found is None:
-        pytest.skip("no vLLM: ENSEMBLE_RM_VLLM names no command, and there is no vllm on the path")
-    return found
+    return find_command()
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +68,7 @@ def reference(
 @pytest.fixture(scope="module")
 def url(command: str, reference: Reference) -> Iterator[str]:
     """A server that is ready."""
-    with ready(command, reference.folder) as address:
+    with ready(command, reference.folder, *_exact(reference)) as address:
         yield address
 
 
@@ -80,8 +77,13 @@ def token_url(command: str, reference: Reference) -> Iterator[str]:
     """A server whose model scores every token, and which has a key."""
     task = json.dumps({"task": "token_classify"})
     more = ["--pooler-config", task, "--api-key", KEY]
-    with ready(command, reference.folder, *more) as address:
+    with ready(command, reference.folder, *_exact(reference), *more) as address:
         yield address
+
+
+def _exact(reference: Reference) -> list[str]:
+    chat = str(reference.folder / "chat.jinja")
+    return [*reference.options, "--dtype", "float32", "--chat-template", chat]
 
 
 def scorer(url: str, protocol: str, **options: Any) -> RemoteScorer:
@@ -138,6 +140,40 @@ def test_of_a_model_that_scores_every_token_the_last_counts(
             states = reference.model.bert(**inputs).last_hidden_state
             expected.append(reference.model.classifier(states[0, -1])[0].item())
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5, atol=NEAR["atol"])
+
+
+# Decoders ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 2e-3), ("bfloat16", 0.5)])
+def test_a_decoder_is_scored_at_its_last_token(
+    command: str, smollm2_folder: Path, tmp_path: Path, dtype: str, near: float
+) -> None:
+    """What vLLM is for: a language model with a head; the logits reach beyond [0, 1]."""
+    decoder = make_decoder(smollm2_folder, tmp_path)
+    served = [*decoder.options, "--dtype", dtype, "--max-model-len", "512"]
+    turns = (Message("system", "Be brief."), Message("user", "How do I boil an egg?"))
+    texts = ["Seven minutes in boiling water.", "No.", "egg " * 100]
+    with ready(command, tmp_path, *served) as address:
+        member = scorer(
+            address, "vllm-classify", template="chat", tokenizer=tmp_path, self_test="error"
+        )
+        found = member.score([Sample(turns, text) for text in texts])
+        there = scorer(address, "vllm-pooling", template="messages").score(
+            [Sample(turns, text) for text in texts]
+        )
+        member.close()
+    asked = [{"role": turn.role, "content": turn.content} for turn in turns]
+    rendered = [
+        decoder.tokenizer.apply_chat_template(
+            [*asked, {"role": "assistant", "content": text}], tokenize=False
+        )
+        for text in texts
+    ]
+    expected = decoder.logits(rendered, special=False)
+    assert np.ptp(expected) > 5
+    np.testing.assert_allclose(found[:, 0], expected, rtol=0, atol=near)
+    np.testing.assert_allclose(there, found, rtol=0, atol=near)
 
 
 # Refusals ----------------------------------------------------------------------------------------
@@ -289,6 +325,9 @@ def test_the_double_answers_as_the_server_does(
     def count(text: str) -> int:
         return len(reference.tokenizer(text).input_ids)
 
+    version = httpx.get(f"{url}/version").json()["version"]
+    if path == "/pooling" and "NaN" in asked and version.startswith("0.32."):
+        pytest.skip("vLLM 0.32 refuses a NaN here, as in /classify; the double answers as 0.33")
     app = doubles.vllm(logit, count=count, longest=512)
     real, double = _asked_both(url, path, REQUESTS[asked], app)
     assert double.status_code == real.status_code
@@ -336,7 +375,7 @@ def test_a_server_that_ends_and_comes_back_costs_no_score(
     threads = [threading.Thread(target=load, args=(i,)) for i in range(CLIENTS)]
     for thread in threads:
         thread.start()
-    with running(command, reference.folder, port) as process:
+    with running(command, reference.folder, port, *_exact(reference)) as process:
         for _ in range(CLIENTS * CALLS // 3):
             assert done.acquire(timeout=600)
         if how == "its engine killed":
@@ -347,7 +386,7 @@ def test_a_server_that_ends_and_comes_back_costs_no_score(
             process.wait(timeout=300)
         end(process)
         assert any(thread.is_alive() for thread in threads)  # killed in mid-load
-    with running(command, reference.folder, port):
+    with running(command, reference.folder, port, *_exact(reference)):
         for thread in threads:
             thread.join(timeout=600)
         assert not any(thread.is_alive() for thread in threads)

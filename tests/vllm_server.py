@@ -1,6 +1,7 @@
-"""vLLM servers in processes of their own, over MiniLM with one output; the same in transformers.
+"""vLLM servers in processes of their own, over real backbones; the same models in transformers.
 
-A token's embedding is NaN, so that a text which holds it has no score.
+A reward model over MiniLM has a token whose embedding is NaN, so that a text which holds it has no
+score.
 """
 
 from __future__ import annotations
@@ -26,9 +27,17 @@ SPOILED = "volcano"  # the token
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"  # the double's
 
 
-def find_command() -> str | None:
-    """What ENSEMBLE_RM_VLLM names, or vllm."""
-    return shutil.which(os.environ.get("ENSEMBLE_RM_VLLM") or "vllm")
+ROOT = Path(__file__).resolve().parent.parent
+MADE = ROOT / ".venv-vllm" / "bin" / "vllm"  # by `make vllm`
+
+
+def find_command() -> str:
+    """What ENSEMBLE_RM_VLLM names, what `make vllm` made, or vllm; skips where there is none."""
+    named = os.environ.get("ENSEMBLE_RM_VLLM")
+    found = shutil.which(named or (str(MADE) if MADE.exists() else "vllm"))
+    if found is None:
+        pytest.skip("no vLLM: `make vllm` installs it, and ENSEMBLE_RM_VLLM may name another")
+    return found
 
 
 @dataclass
@@ -38,6 +47,8 @@ class Reference:
     folder: Path
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
+
+    longest: int = 512
 
     def logits(self, texts: Sequence[str], *, special: bool = True) -> NDArray[np.float64]:
         """The raw logit of each text alone, cut at the model's own limit."""
@@ -49,12 +60,17 @@ class Reference:
                 text,
                 return_tensors="pt",
                 truncation=True,
-                max_length=512,
+                max_length=self.longest,
                 add_special_tokens=special,
             )
             with torch.no_grad():
                 found.append(self.model(**inputs).logits[0, 0].item())
         return np.array(found)
+
+    @property
+    def options(self) -> list[str]:
+        """What vLLM serves it with."""
+        return ["--runner", "pooling", "--served-model-name", "reward"]
 
 
 def make_reference(backbone: Path, folder: Path) -> Reference:
@@ -78,6 +94,25 @@ def make_reference(backbone: Path, folder: Path) -> Reference:
     return Reference(folder, model, tokenizer)
 
 
+def make_decoder(backbone: Path, folder: Path) -> Reference:
+    """Save a decoder with a head drawn from a seed."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification.from_pretrained(
+            backbone, num_labels=1, dtype=torch.float32
+        )
+        torch.nn.init.normal_(model.score.weight, std=0.5)
+    model.config.pad_token_id = tokenizer.eos_token_id
+    model.eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Reference(folder, model, tokenizer)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -88,13 +123,16 @@ def free_port() -> int:
 def running(command: str, folder: Path, port: int, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start a server, which is not there yet, in a session of its own; end all of it."""
     arguments = [command, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    arguments += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager"]
-    arguments += ["--served-model-name", "reward", "--chat-template", str(folder / "chat.jinja")]
-    arguments += more
+    arguments += ["--enforce-eager", *more]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}  # a GiB
     log = folder / f"server-{port}.log"
     with log.open("ab") as out:
         process = subprocess.Popen(
-            arguments, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            arguments,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | settings,
         )
     try:
         yield process
