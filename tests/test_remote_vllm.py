@@ -145,11 +145,11 @@ def test_of_a_model_that_scores_every_token_the_last_counts(
 # Decoders ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "near"), [("float32", 2e-3), ("bfloat16", 0.5)])
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 2e-3), ("bfloat16", 2.0)])
 def test_a_decoder_is_scored_at_its_last_token(
     command: str, smollm2_folder: Path, tmp_path: Path, dtype: str, near: float
 ) -> None:
-    """What vLLM is for: a language model with a head; the logits reach beyond [0, 1]."""
+    """What vLLM is for: a language model with a head. In bfloat16 a head this large drifts by one."""
     decoder = make_decoder(smollm2_folder, tmp_path)
     served = [*decoder.options, "--dtype", dtype, "--max-model-len", "512"]
     turns = (Message("system", "Be brief."), Message("user", "How do I boil an egg?"))
