@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from server_process import length, lengths
 from server_runs import client, one
 
-from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, mean
+from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, Sample, mean
 from ensemble_rm.errors import TooLargeError, UnprocessableError
 from ensemble_rm.rl.openrlhf import without_stops
 from ensemble_rm.server import raw_text
@@ -199,3 +199,34 @@ def test_a_label_of_text_in_text_holds_no_messages() -> None:
     body = {"query": [f"{CHATML}Hello"], "prompts": [CHATML], "labels": [deep]}
     with client(lengths(), ServerOptions(raw_text=RawText(TurnTemplate("chatml")))) as asking:
         assert asking.post("/get_reward", json=body).json()["rewards"] == [7.5]
+
+
+# What is nobody's mistake -------------------------------------------------------------------------
+
+
+def test_a_panic_in_a_member_costs_its_request_alone() -> None:
+    class PanicError(BaseException):
+        """As those of libraries in Rust, which are no `Exception`."""
+
+    def panicking(sample: Sample) -> float:
+        if "panic" in sample.completion:
+            raise PanicError("index out of range")
+        return length(sample)
+
+    ensemble = RewardEnsemble((FunctionScorer("a", panicking),), Normaliser.identity(1), mean())
+    with client(ensemble) as asking:
+        answer = asking.post("/v1/score", json=one("panic"))
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "RuntimeError")
+        assert asking.post("/v1/score", json=one("Hello")).json()["rewards"] == [5.0]
+        assert asking.get("/ready").status_code == 200
+
+
+def test_a_server_that_scores_no_more_is_not_ready() -> None:
+    with client(lengths()) as asking:
+        service = asking.app.state.service  # type: ignore[attr-defined]
+        assert asking.portal is not None
+        asking.portal.call(service.batcher.abandon)
+        for answer in (asking.get("/ready"), asking.post("/v1/score", json=one("Hello"))):
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "NotReadyError")
+        assert "ensemble_rm_ready 0.0" in asking.get("/metrics").text
+        assert asking.get("/health").status_code == 200

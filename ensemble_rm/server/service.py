@@ -102,7 +102,7 @@ class RewardService:
     @property
     def ready(self) -> bool:
         """Whether requests are served: loaded, warmed up, and not shutting down."""
-        return self.holder.loaded and not self.draining
+        return self.holder.loaded and self.batcher.serving and not self.draining
 
     async def load(self) -> None:
         """Load the ensemble and begin to score."""
