@@ -169,20 +169,23 @@ def serve(
         server.should_exit = True
 
     app = create_app(load, options, token=token, on_failure=fail)
+    service = app.state.service
     config = uvicorn.Config(
         app,
-        http=with_deadline(options.limits.header_seconds),
+        http=with_deadline(
+            options.limits.header_seconds,
+            connections=options.limits.connections,
+            refused=service.metrics.requests.labels("other", "503").inc,
+        ),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=access_log,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=options.limits.connections,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=math.ceil(stop_seconds) + _ANSWERING,
     )
-    service = app.state.service
 
     def drain() -> None:
         service.draining = True
