@@ -48,7 +48,7 @@
     │       ├── UnauthorisedError     no token, or a wrong one
     │       ├── SlowRequestError      the body did not arrive in time
     │       ├── TooLargeError         the body, a sample or their number is over a limit
-    │       ├── MediaTypeError        the body is declared as something other than JSON
+    │       ├── MediaTypeError        the body is declared as other than JSON, or as compressed
     │       ├── UnprocessableError    the body is JSON of another shape, or cannot be scored
     │       ├── QueueFullError        as much waits as may; come again after `retry_after`
     │       └── NotReadyError         the ensemble is not loaded yet, or the server shuts down
@@ -300,7 +300,7 @@ class TooLargeError(RequestError):
 
 
 class MediaTypeError(RequestError):
-    """A request's body is declared as something other than JSON."""
+    """A request's body is declared as something other than JSON, or as compressed."""
 
     status = 415
 

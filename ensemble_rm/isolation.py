@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.errors import RemoteRefusalError, RemoteUnavailableError
+from ensemble_rm.errors import RemoteActivationError, RemoteRefusalError, RemoteUnavailableError
 from ensemble_rm.members.text import Truncation
 from ensemble_rm.results import Scores
 from ensemble_rm.samples import Sample
@@ -17,7 +17,8 @@ from ensemble_rm.samples import Sample
 if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
 
-_ALL = (RemoteUnavailableError, RemoteRefusalError)  # of a server, whichever sample is asked about
+# Of a server, whichever sample is asked about.
+_ALL = (RemoteUnavailableError, RemoteRefusalError, RemoteActivationError)
 
 
 def score_apart(

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--stop-seconds", type=float, default=30.0)
     parser.add_argument("--header-seconds", type=float, default=1.0)
     parser.add_argument("--body-seconds", type=float, default=1.0)
+    parser.add_argument("--max-connections", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--queue-samples", type=int, default=4096)
     parser.add_argument("--token")
@@ -68,7 +69,11 @@ def main() -> None:
     template = None if args.policy_template is None else TurnTemplate(args.policy_template)
     options = ServerOptions(
         raw_text=RawText(template, members=tuple(args.raw_text_members), stop=tuple(args.stop)),
-        limits=Limits(header_seconds=args.header_seconds, body_seconds=args.body_seconds),
+        limits=Limits(
+            header_seconds=args.header_seconds,
+            body_seconds=args.body_seconds,
+            connections=args.max_connections,
+        ),
         batching=BatchOptions(rows=args.rows, queue_samples=args.queue_samples),
     )
     serve(

@@ -80,12 +80,22 @@ def test_a_taken_address_is_a_named_error(
         ["--batch-samples", "0"],
         ["--window-ms", "5000"],
         ["--kappa", "1"],
+        ["--port", "99999"],
+        ["--port", "-1"],
+        *(
+            [f"--{name}-seconds", value]
+            for name in ("drain", "stop")
+            for value in ("nan", "inf", "-5")
+        ),
     ],
 )
 def test_options_are_checked_before_anything_is_loaded(
     options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert refused(capsys, tmp_path, *options)["error"] == "OptionError"
+    said = refused(capsys, tmp_path, *options)
+    assert (said["error"], said["exit_code"]) == ("OptionError", 2)
+    if options[0] in ("--port", "--drain-seconds", "--stop-seconds"):
+        assert options[1] in said["message"]
 
 
 def test_without_the_extra_the_extra_is_named(

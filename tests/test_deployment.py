@@ -26,6 +26,7 @@ from server_runs import client, one, server
 
 from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, make_aggregator
 from ensemble_rm.cli.main import make_parser
+from ensemble_rm.server.lifecycle import _ANSWERING
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "deployment"
 
@@ -65,6 +66,9 @@ def test_systemd_verifies_the_unit(tmp_path: Path) -> None:
     assert file.name not in done.stderr, done.stderr
 
 
+DOCKER_STOPS = 10  # seconds from `docker stop` to its SIGKILL, unless it is told otherwise
+
+
 def dockerfile() -> list[tuple[str, str]]:
     """The instructions, with their arguments."""
     text = (FOLDER / "Dockerfile").read_text()
@@ -82,10 +86,22 @@ def test_the_image_is_what_it_should_be() -> None:
     assert last["USER"] not in ("0", "root")
     command = json.loads(last["ENTRYPOINT"])[1:] + json.loads(last["CMD"])
     understood(command)
-    assert make_parser().parse_args(command).token_file is not None
     assert not any(word in json.dumps(found).lower() for word in ("password", "secret="))
+    args = make_parser().parse_args(command)
+    assert args.token_file is not None
+    assert args.drain_seconds + args.stop_seconds + _ANSWERING < DOCKER_STOPS
     code = json.loads(last["HEALTHCHECK"].partition("CMD ")[2])[2]
     compile(code, "healthcheck", "exec")
+
+
+def test_the_image_has_what_a_served_ensemble_may_need() -> None:
+    """Members of every kind: those on other servers are asked with an extra of their own."""
+    (installed,) = [rest for word, rest in dockerfile() if word == "RUN" and "pip install" in rest]
+    (extras,) = re.findall(r'"\.\[([\w,]+)\]"', installed)
+    assert {"server", "remote"} <= set(extras.split(","))
+    declared = configparser.ConfigParser()
+    declared.read(FOLDER.parent.parent / "setup.cfg")
+    assert set(extras.split(",")) <= set(declared["options.extras_require"])
 
 
 @pytest.mark.skipif(tool("hadolint") is None, reason="no hadolint")

@@ -13,9 +13,18 @@ from pydantic import BaseModel
 from server_process import length, lengths
 from server_runs import client, one
 
-from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, mean
-from ensemble_rm.errors import TooLargeError, UnprocessableError
-from ensemble_rm.rl.openrlhf import without_stops
+from ensemble_rm import (
+    FunctionScorer,
+    Normaliser,
+    Preference,
+    Preferences,
+    RewardEnsemble,
+    Sample,
+    make_aggregator,
+    mean,
+)
+from ensemble_rm.errors import DataError, TooLargeError, UnprocessableError
+from ensemble_rm.rl.openrlhf import read_label, without_stops
 from ensemble_rm.server import raw_text
 from ensemble_rm.server import wire_llamafactory as llamafactory
 from ensemble_rm.server import wire_native as native
@@ -199,3 +208,120 @@ def test_a_label_of_text_in_text_holds_no_messages() -> None:
     body = {"query": [f"{CHATML}Hello"], "prompts": [CHATML], "labels": [deep]}
     with client(lengths(), ServerOptions(raw_text=RawText(TurnTemplate("chatml")))) as asking:
         assert asking.post("/get_reward", json=body).json()["rewards"] == [7.5]
+
+
+ANSWERS = ["42", "x = 3", "[0, 1]", "[]", "[[1, 2], [3]]", '["a", "b"]', '[{"x": 1}]', "null"]
+ANSWERS += ["3.5", '{"answer": 3}', '"B"']
+
+
+@pytest.mark.parametrize("label", [*ANSWERS, *map(json.loads, ANSWERS[2:]), None])
+def test_a_label_that_is_a_right_answer_holds_no_messages(label: object) -> None:
+    """Whatever JSON it happens to be: the query's template says what was asked."""
+    assert read_label(label) == (None, None)
+    body = {"query": [f"{CHATML}Hello"], "prompts": [CHATML], "labels": [label]}
+    with client(lengths(), ServerOptions(raw_text=RawText(TurnTemplate("chatml")))) as asking:
+        assert asking.post("/get_reward", json=body).json()["rewards"] == [7.5]
+
+
+@pytest.mark.parametrize("turns", [[{"role": "user"}], [*json.loads(LABEL), 3]])
+def test_messages_that_cannot_be_read_are_no_right_answer(turns: list[Any]) -> None:
+    """Passed over, they would leave a member that reads raw text with another prompt."""
+    for label in (turns, json.dumps(turns)):
+        with pytest.raises(DataError):
+            read_label(label)
+
+
+# Numbers that JSON, or a format, does not have ----------------------------------------------------
+
+
+def giving(*scores: float) -> RewardEnsemble:
+    members = tuple(FunctionScorer(f"m{i}", lambda _, s=s: s) for i, s in enumerate(scores))  # type: ignore[misc]
+    return RewardEnsemble(members, Normaliser.identity(len(scores)), mean())
+
+
+RAW = ServerOptions(raw_text=RawText(members=("m0", "m1")))
+
+
+@pytest.mark.parametrize("most", [1e200, 1.5e308])
+@pytest.mark.parametrize("aggregator", ["median", "minimum"])
+def test_a_spread_that_is_beyond_a_float_is_null(most: float, aggregator: str) -> None:
+    ensemble = giving(most, -most).with_aggregator(make_aggregator(aggregator))  # type: ignore[arg-type]
+    with client(ensemble, RAW) as asking:
+        for partial in (False, True):
+            answer = asking.post("/v1/score", json=one("Hello") | {"partial": partial})
+            assert answer.status_code == 200, answer.text
+            said = answer.json()
+            assert said["std"] == [None] and said["members"] == [[most, -most]]
+            assert said["rewards"] == ensemble.score([Sample("Hi", "Hello")]).reward.tolist()
+
+
+@pytest.mark.parametrize("scores", [(1e200, -1e200), (1.5e308, 1.4e308)])
+def test_openrlhfs_logs_hold_finite_numbers_or_the_request_has_an_error(
+    scores: tuple[float, float],
+) -> None:
+    """Its trainer collects the same keys of all answers: one cannot be left out."""
+    ensemble = giving(*scores).with_aggregator(make_aggregator("minimum"))
+    with client(ensemble, RAW) as asking:
+        answer = asking.post("/get_reward", json={"query": ["Hello"] * 2})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "NonFiniteScoreError")
+    assert "sample 0" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("score", "fits"), [(3e38, True), (1e39, False), (-1e200, False)])
+def test_an_embedding_in_base64_is_a_float32_or_the_request_has_an_error(
+    score: float, fits: bool
+) -> None:
+    body = {"input": "Hello", "encoding_format": "base64"}
+    with client(giving(score), ServerOptions(raw_text=RawText(members=("m0",)))) as asking:
+        answer = asking.post("/v1/embeddings", json=body)
+        assert asking.post("/v1/embeddings", json={"input": "Hello"}).status_code == 200
+    if fits:
+        assert answer.status_code == 200
+    else:
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "NonFiniteScoreError")
+
+
+def test_a_margin_that_is_beyond_a_float_is_an_error_of_its_name() -> None:
+    huge = {"high": 1.5e308, "low": -1.5e308}
+    first = FunctionScorer("m0", lambda s: huge.get(s.completion, float(len(s.completion))))
+    ensemble = RewardEnsemble((first,), Normaliser.identity(1), mean())
+    sides = [Preference("q", "long" * (i % 7 + 2), "no") for i in range(60)]
+    sides += [Preference("q", "no", "long" * (i % 3 + 1)) for i in range(30)]
+    fine = {"prompt": "q", "first": "yes", "second": "no"}
+    with client(ensemble.calibrate(Preferences(tuple(sides)))) as asking:
+        pairs = [fine, fine | {"first": "high", "second": "low"}]
+        answer = asking.post("/v1/compare", json={"pairs": pairs})
+        assert asking.post("/v1/compare", json={"pairs": [fine]}).status_code == 200
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "NonFiniteScoreError")
+    assert "sample 2" in answer.json()["error"]["message"]  # the sides are 2 and 3
+
+
+# What is nobody's mistake -------------------------------------------------------------------------
+
+
+def test_a_panic_in_a_member_costs_its_request_alone() -> None:
+    class PanicError(BaseException):
+        """As those of libraries in Rust, which are no `Exception`."""
+
+    def panicking(sample: Sample) -> float:
+        if "panic" in sample.completion:
+            raise PanicError("index out of range")
+        return length(sample)
+
+    ensemble = RewardEnsemble((FunctionScorer("a", panicking),), Normaliser.identity(1), mean())
+    with client(ensemble) as asking:
+        answer = asking.post("/v1/score", json=one("panic"))
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "RuntimeError")
+        assert asking.post("/v1/score", json=one("Hello")).json()["rewards"] == [5.0]
+        assert asking.get("/ready").status_code == 200
+
+
+def test_a_server_that_scores_no_more_is_not_ready() -> None:
+    with client(lengths()) as asking:
+        service = asking.app.state.service  # type: ignore[attr-defined]
+        assert asking.portal is not None
+        asking.portal.call(service.batcher.abandon)
+        for answer in (asking.get("/ready"), asking.post("/v1/score", json=one("Hello"))):
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "NotReadyError")
+        assert "ensemble_rm_ready 0.0" in asking.get("/metrics").text
+        assert asking.get("/health").status_code == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from base64 import b64encode
@@ -148,6 +149,19 @@ def test_a_browsers_form_is_no_request(asking: TestClient, media: str) -> None:
     body = json.dumps(sample())
     answer = asking.post("/v1/score", content=body, headers={"Content-Type": media})
     assert (answer.status_code, answer.json()["error"]["type"]) == (415, "MediaTypeError")
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "gzip, identity", MARK])
+def test_a_compressed_body_is_no_request(asking: TestClient, coding: str) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": coding}
+    for path in PATHS:
+        answer = asking.post(path, content=gzip.compress(b"{}"), headers=headers)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (415, "MediaTypeError")
+        assert "Content-Encoding" in answer.json()["error"]["message"]
+        refused(answer.json(), answer.text)
+    plain = headers | {"Content-Encoding": "Identity"}
+    body = json.dumps(sample())
+    assert asking.post("/v1/score", content=body, headers=plain).status_code == 200
 
 
 @pytest.mark.parametrize(

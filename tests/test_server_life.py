@@ -210,6 +210,26 @@ def test_a_client_that_sends_too_much_sees_why(tmp_path: Path) -> None:
         connection.close()
 
 
+def test_connections_over_the_limit_are_refused_and_counted(tmp_path: Path) -> None:
+    """Those that are open already are served, the last of them too."""
+    with server(tmp_path, "--max-connections", 2, "--header-seconds", 60) as running:
+        first = HTTPConnection("127.0.0.1", running.port, timeout=60)
+        first.request("GET", "/health")
+        assert first.getresponse().read()
+        with raw(running) as second:
+            second.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert second.recv(4096).startswith(b"HTTP/1.1 200")
+            with raw(running) as third:
+                third.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+                answer = read_all(third)
+                assert answer.startswith(b"HTTP/1.1 503") and b"NotReadyError" in answer
+            first.request("GET", "/metrics")
+            counted = 'ensemble_rm_requests_total{path="other",status="503"} 1.0'
+            assert counted in first.getresponse().read().decode()
+        first.close()
+        running.wait(lambda: running.request("GET", "/health")[0] == 200)
+
+
 def test_what_its_client_gave_up_on_is_not_scored(tmp_path: Path) -> None:
     with server(tmp_path, "--slow-seconds", 0.5, "--rows", 1) as running:
         body = json.dumps(one("slow")).encode()

@@ -14,6 +14,7 @@ from server_runs import client, one
 from ensemble_rm import Normaliser, RewardEnsemble, Sample, mean
 from ensemble_rm.errors import (
     NonFiniteScoreError,
+    RemoteActivationError,
     RemoteError,
     RemoteRefusalError,
     RemoteUnavailableError,
@@ -43,7 +44,9 @@ def ensemble(scorer: Elsewhere) -> RewardEnsemble:
     return RewardEnsemble((scorer,), Normaliser.identity(1), mean())
 
 
-errors = st.sampled_from([RemoteUnavailableError("gone"), RemoteRefusalError("no")])
+errors = st.sampled_from(
+    [RemoteUnavailableError("gone"), RemoteRefusalError("no"), RemoteActivationError("soft")]
+)
 texts = st.lists(st.sampled_from(["a", "bb", "bad"]), max_size=12)
 
 

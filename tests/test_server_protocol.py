@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
-from ensemble_rm.server.protocol import OneWrite, with_deadline
+from ensemble_rm.server.protocol import DeadlineProtocol, OneWrite, with_deadline
 
 
 class Recorder(asyncio.Transport):
@@ -22,6 +24,7 @@ class Recorder(asyncio.Transport):
         super().__init__()
         self.writes: list[bytes] = []
         self.closed = False
+        self.protocol: asyncio.BaseProtocol | None = None
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return default
@@ -35,6 +38,12 @@ class Recorder(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return self.closed
+
+    def write_eof(self) -> None:
+        self.close()
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
 
     def pause_reading(self) -> None:
         pass
@@ -125,3 +134,82 @@ def test_nothing_is_lost_or_moved(turns: list[list[bytes]], close: bool) -> None
     said = asyncio.run(go())
     assert said.writes == [b"".join(turn) for turn in turns if any(turn)]
     assert said.closed is close
+
+
+# How many, and for how long ----------------------------------------------------------------------
+
+
+async def turns() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def opener(app: Any, **options: Any) -> Callable[[], tuple[Any, Recorder]]:
+    """What opens one connection after the other to one server."""
+    kind = with_deadline(10, **options)
+    config = uvicorn.Config(app, http=kind, lifespan="off", log_level="error")
+    config.load()
+    state = ServerState()
+
+    def connect() -> tuple[DeadlineProtocol, Recorder]:
+        connection, transport = kind(config, state, {}), Recorder()
+        connection.connection_made(transport)
+        return connection, transport
+
+    return connect
+
+
+async def early(_: Any, __: Any, send: Any) -> None:
+    """Answers before it has read the body, as a refusal does."""
+    head = {"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]}
+    await send(head)
+    await send({"type": "http.response.body"})
+
+
+@given(st.integers(1, 4), st.integers(0, 3))
+def test_as_many_connections_are_served_as_may_be_and_those_go_on(most: int, over: int) -> None:
+    refused: list[str] = []
+
+    async def go() -> None:
+        connect = opener(early, connections=most, refused=lambda: refused.append("one"))
+        opened = [connect() for _ in range(most)]
+        beyond = [connect() for _ in range(over)]
+        assert len(refused) == over
+        for connection, transport in opened:
+            connection.data_received(ASKED)
+            await turns()
+            assert transport.writes[0].startswith(b"HTTP/1.1 401") and not transport.closed
+        for _, transport in beyond:
+            head, _, body = b"".join(transport.writes).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503") and b"connection: close" in head
+            assert b"retry-after: 1" in head and b"content-length: %d" % len(body) in head
+            said = json.loads(body)["error"]
+            assert (said["type"], said["code"]) == ("NotReadyError", 503)
+        opened[0][0].connection_lost(None)
+        assert connect()[1].protocol is None and len(refused) == over
+
+    asyncio.run(go())
+
+
+def test_an_idle_connection_is_not_told_that_it_is_late() -> None:
+    """Though the rest of a body came behind the answer to its request."""
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\n"
+
+    async def go() -> None:
+        connection, transport = opener(early)()
+        connection.data_received(head)
+        await turns()
+        assert transport.writes[0].startswith(b"HTTP/1.1 401")
+        connection.data_received(b"bo")
+        assert connection._deadline is not None  # a body that drips is no reason to wait
+        connection.data_received(b"dy")
+        assert connection._deadline is None
+        assert connection.timeout_keep_alive_task is not None
+        connection.data_received(b"GET / HT")
+        assert connection._deadline is not None and connection.timeout_keep_alive_task is None
+        connection.data_received(b"TP/1.1\r\nhost: x\r\n\r\n")
+        await turns()
+        assert connection._deadline is None and len(transport.writes) == 2
+        connection.connection_lost(None)
+
+    asyncio.run(go())

@@ -322,6 +322,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
         assert refused.value.retry_after >= 1 and refused.value.status == 429
         with pytest.raises(TooLargeError):
             await batcher.submit(0, list(range(5)))
+        assert batcher.counts.refused == 1  # the other was never one for this queue
         worker.free.set()
         assert await asyncio.gather(first, *waiting) == [[0], [0], [2], [4], [6]]
         assert await batcher.submit(0, [9]) == [18]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Sequence
 
@@ -10,9 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, Sample, mean
 from ensemble_rm.errors import NotReadyError
+from ensemble_rm.server import worker
 from ensemble_rm.server.batching import Batcher, BatchOptions
+from ensemble_rm.server.holder import Held
+from ensemble_rm.server.scored import Scored
 from ensemble_rm.server.threads import CallThread
+from ensemble_rm.server.worker import ScoringThread
 
 
 @given(st.lists(st.integers(-3, 3), max_size=20))
@@ -104,3 +110,99 @@ def test_what_is_abandoned_is_refused_and_nothing_waits_for_it(requests: int, ro
 
     assert [type(one) for one in asyncio.run(ask())] == [NotReadyError] * requests
     assert begun == 1
+
+
+class PanicError(BaseException):
+    """As those of libraries in Rust, which are no `Exception`."""
+
+
+def panicking(sample: Sample) -> float:
+    if "panic" in sample.completion:
+        raise PanicError("index out of range")
+    return float(len(sample.completion))
+
+
+def held() -> Held:
+    member = FunctionScorer("length", panicking)
+    return Held(RewardEnsemble((member,), Normaliser.identity(1), mean()), "1")
+
+
+def test_a_panic_is_an_error_of_its_call() -> None:
+    def panic() -> None:
+        raise PanicError("index out of range")
+
+    async def ask() -> str:
+        thread = CallThread("calls")
+        with pytest.raises(RuntimeError, match="PanicError") as raised:
+            await thread.run(panic)
+        assert isinstance(raised.value.__cause__, PanicError)
+        try:
+            return await thread.run(lambda: "next")
+        finally:
+            thread.close()
+
+    assert asyncio.run(ask()) == "next"
+
+
+@given(st.lists(st.sampled_from(["a", "bb", "panic"]), max_size=9))
+def test_a_panic_is_its_own_samples_failure(texts: list[str]) -> None:
+    """Others of its batch have their rewards."""
+
+    async def ask() -> Sequence[object]:
+        scoring = ScoringThread()
+        try:
+            return await scoring(held(), [Sample("q", text) for text in texts])
+        finally:
+            scoring.close()
+
+    found = asyncio.run(ask())
+    assert len(found) == len(texts)
+    for text, outcome in zip(texts, found, strict=True):
+        if text == "panic":
+            assert isinstance(outcome, RuntimeError)
+        else:
+            assert isinstance(outcome, Scored) and outcome.reward == len(text)
+
+
+@pytest.mark.parametrize("text", ["a", "panic"])
+def test_the_time_spent_in_scoring_never_falls(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read wherever its clock is: a counter that falls reads as one that began anew."""
+    scoring, now, seen = ScoringThread(), 0.0, [0.0]
+
+    def clock() -> float:
+        nonlocal now
+        now += 1
+        if inspect.stack()[1].function != "seconds":
+            seen.append(scoring.seconds)
+        return now
+
+    monkeypatch.setattr(worker, "monotonic", clock)
+    for _ in range(3):
+        scoring._score(held(), [Sample("q", text)])
+        seen.append(scoring.seconds)
+    assert seen == sorted(seen) and seen[-1] > 0
+
+
+def test_a_batcher_whose_task_ended_takes_nothing_and_leaves_nobody_waiting() -> None:
+    async def score(_: str, samples: Sequence[int]) -> Sequence[int]:
+        await asyncio.Event().wait()
+        return samples
+
+    async def ask() -> None:
+        options = BatchOptions(window_seconds=0)
+        batcher: Batcher[str, int, int] = Batcher(
+            score, group=lambda sample: sample, cost=lambda _: (1, 1), options=options
+        )
+        assert not batcher.serving
+        batcher.start()
+        asked = asyncio.ensure_future(batcher.submit("v", [0]))
+        await asyncio.sleep(0)
+        assert batcher.serving and batcher._task is not None
+        batcher._task.cancel()
+        with pytest.raises(NotReadyError):
+            await asked
+        assert not batcher.serving
+        with pytest.raises(NotReadyError):
+            await batcher.submit("v", [0])
+
+    asyncio.run(ask())

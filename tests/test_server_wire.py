@@ -251,6 +251,9 @@ def test_models_health_ready_metrics(asking: TestClient) -> None:
     assert asking.get("/health").json() == {"status": "alive"}
     assert asking.get("/ready").json()["status"] == "ready"
     asking.post("/v1/score", json=one("Hello"))
+    for path in ("/health", "/ready"):  # some balancers ask for no body
+        assert asking.head(path).status_code == 200
+        assert "head" not in asking.get("/openapi.json").json()["paths"][path]
     text = asking.get("/metrics").text
     for name in (
         "requests_total",

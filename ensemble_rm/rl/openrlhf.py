@@ -186,15 +186,22 @@ def without_stops(text: str, stop: Sequence[str]) -> str:
 
 
 def read_label(label: object) -> tuple[Prompt | None, str | None]:
-    """Return the prompt and the reference that a label holds; None for what it does not."""
+    """Return the prompt and the reference that a label holds; None for what it does not.
+
+    Raises
+    ------
+    DataError
+        If a list has a turn with a role, or there is a ``"prompt"``, and it cannot be read.
+    """
     said = label
     if isinstance(label, str):
         try:
             said = json.loads(label)
         except (ValueError, RecursionError):
             return None, None
-    if isinstance(said, list) and said:
-        return as_prompt(said), None
+    if isinstance(said, list):  # a right answer may be a list, too: of no turns
+        turns = any(isinstance(turn, dict) and "role" in turn for turn in said)
+        return (as_prompt(said) if turns else None), None
     if not isinstance(said, dict) or "prompt" not in said:
         return None, None
     reference = said.get("reference")

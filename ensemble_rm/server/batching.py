@@ -67,7 +67,7 @@ class BatchOptions:
 
 @dataclass
 class Counts:
-    """What a batcher has done so far."""
+    """What a batcher has done so far; `refused` are those that found the queue full."""
 
     batches: int = 0
     samples: int = 0
@@ -138,7 +138,7 @@ class Batcher(Generic[K, S, R]):
             If the batcher was closed.
         """
         if self._closing:
-            raise NotReadyError("the server shuts down")
+            raise NotReadyError("the server scores no more")
         if not samples:
             return []
         ticket = Ticket(
@@ -162,7 +162,6 @@ class Batcher(Generic[K, S, R]):
     def _check_room(self, ticket: Ticket[K, S]) -> None:
         options, queue = self._options, self.queue
         if ticket.left > options.queue_samples or ticket.tokens_left > options.queue_tokens:
-            self.counts.refused += 1
             raise TooLargeError(
                 f"{ticket.left} samples of about {ticket.tokens_left} tokens in one request; the "
                 f"queue holds {options.queue_samples} and {options.queue_tokens}: send several"
@@ -182,6 +181,12 @@ class Batcher(Generic[K, S, R]):
     def start(self) -> None:
         """Begin to score, in a task of the running loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(lambda _: self.abandon())  # nobody waits for a task that ended
+
+    @property
+    def serving(self) -> bool:
+        """Whether it takes requests and scores them."""
+        return self._task is not None and not self._task.done() and not self._closing
 
     async def close(self) -> None:
         """Take nothing more, score what was taken, and end."""
@@ -201,7 +206,7 @@ class Batcher(Generic[K, S, R]):
         if self._task is not None:
             self._task.cancel()
         for ticket in list(self._waiting):
-            self._fail(ticket, NotReadyError("the server shuts down"))
+            self._fail(ticket, NotReadyError("the server scores no more"))
 
     async def _run(self) -> None:
         while True:

@@ -57,13 +57,17 @@ async def read_json(request: Request, limits: Limits) -> Any:
     Raises
     ------
     MediaTypeError, TooLargeError, SlowRequestError, BadRequestError
-        If it is declared as no JSON, too large, too slow, or no JSON.
+        If it is declared as no JSON or as compressed, too large, too slow, or no JSON.
     ClientDisconnect
         If the client leaves.
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json" and not media.endswith("+json"):
         raise MediaTypeError("send JSON, with the header Content-Type: application/json")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise MediaTypeError(
+            "send the body as it is, without Content-Encoding: none is undone here"
+        )
     declared = request.headers.get("content-length", "")
     body = bytearray()
     try:

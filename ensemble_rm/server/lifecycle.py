@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from ensemble_rm.errors import ServerError
+from ensemble_rm.errors import OptionError, ServerError
 from ensemble_rm.server.app import create_app
 from ensemble_rm.server.auth import Token, check_bind
 from ensemble_rm.server.protocol import with_deadline
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
 
 _BACKLOG = 2048
+_LAST_PORT = 2**16 - 1
 _ANSWERING = 2  # seconds, of a client that does not read
 _KEEP_ALIVE = 65  # seconds; longer than balancers keep theirs, so that they close first
 
@@ -112,6 +113,15 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
+def _check_numbers(port: int, **seconds: float) -> None:
+    """Raise `OptionError` where a number would bind another port, or let the server never end."""
+    if not 0 <= port <= _LAST_PORT:
+        raise OptionError(f"the port must lie between 0 and {_LAST_PORT}, not {port}")
+    for name, value in seconds.items():
+        if not 0 <= value < math.inf:
+            raise OptionError(f"{name} must be a finite number of seconds ≥ 0, not {value:g}")
+
+
 def serve(
     load: Callable[[], RewardEnsemble],
     options: ServerOptions,
@@ -153,6 +163,8 @@ def serve(
 
     Raises
     ------
+    OptionError
+        If the port is none, or the seconds are negative, infinite or NaN.
     BindError
         If others reach the host, and there is no token.
     ServerError
@@ -160,6 +172,7 @@ def serve(
     EnsembleRMError
         What loading the ensemble raised.
     """
+    _check_numbers(port, drain_seconds=drain_seconds, stop_seconds=stop_seconds)
     check_bind(host, token)
     bound = bind(host, port)
     failed: list[BaseException] = []
@@ -169,20 +182,23 @@ def serve(
         server.should_exit = True
 
     app = create_app(load, options, token=token, on_failure=fail)
+    service = app.state.service
     config = uvicorn.Config(
         app,
-        http=with_deadline(options.limits.header_seconds),
+        http=with_deadline(
+            options.limits.header_seconds,
+            connections=options.limits.connections,
+            refused=service.metrics.requests.labels("other", "503").inc,
+        ),
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=access_log,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=options.limits.connections,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=math.ceil(stop_seconds) + _ANSWERING,
     )
-    service = app.state.service
 
     def drain() -> None:
         service.draining = True

@@ -57,7 +57,7 @@ _REFUSALS = {
     408: "The body came too slowly.",
     409: "No calibration of this aggregator.",
     413: "Over a limit.",
-    415: "Not declared as JSON.",
+    415: "Not declared as JSON, or declared as compressed.",
     422: "JSON of another shape, or what cannot be scored.",
     429: "As much waits as may: come again after Retry-After seconds.",
     500: "Scoring failed, by this name.",
@@ -168,7 +168,8 @@ def describe(app: FastAPI, routes: Routes, wrap: Callable[[Handler], Handler]) -
     _add(app, _REFRESH, wrap(routes.refresh), ("POST",), also)
     for path, name in _GETS:
         codes = {code: _REFUSALS[code] for code in ((503,) if path in OPEN else (401, 503))}
-        _add(app, path, wrap(getattr(routes, name)), ("GET",), codes)
+        methods = ("GET", "HEAD") if path in OPEN else ("GET",)  # some balancers ask by HEAD
+        _add(app, path, wrap(getattr(routes, name)), methods, codes)
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     return [post.path for post in _POSTS] + [_REFRESH, "/openapi.json"] + [p for p, _ in _GETS]
 

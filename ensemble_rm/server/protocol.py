@@ -1,5 +1,6 @@
-"""uvicorn's HTTP/1.1 connections, with a deadline for headers: it has none of its own.
+"""uvicorn's HTTP/1.1 connections, with a deadline for headers and a limit of their number.
 
+uvicorn has no such deadline, and its own limit refuses requests of connections that are open.
 A connection that sends nothing, or its headers byte by byte, is answered 408 and closed; one that
 does not read its answer is cut off. An answer's head and body leave in one write: a server that is
 killed has sent all of a short answer or nothing, and a balancer then asks the next. Knows uvicorn;
@@ -9,17 +10,35 @@ knows nothing of routes.
 from __future__ import annotations
 
 import asyncio
+import json
+import math
+from collections.abc import Callable
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-_LATE = (
-    b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-type: application/json\r\n"
-    b"content-length: %d\r\n\r\n%s"
+from ensemble_rm.errors import NotReadyError, SlowRequestError
+
+_LINGER_SECONDS = 1.0
+
+
+def _last_answer(status: str, error: str, message: str, *headers: str) -> bytes:
+    """Return an error's answer, in the shape of all others, behind which the connection closes."""
+    said = {"message": message, "type": error, "param": None, "code": int(status[:3])}
+    body = json.dumps({"error": said}, separators=(",", ":"))
+    lines = (f"HTTP/1.1 {status}", "connection: close", "content-type: application/json", *headers)
+    return "\r\n".join((*lines, f"content-length: {len(body)}", "", body)).encode()
+
+
+_LATE = _last_answer(
+    "408 Request Timeout", SlowRequestError.__name__, "the headers did not arrive in time"
 )
-_SAID = (
-    b'{"error":{"message":"the headers did not arrive in time","type":"SlowRequestError",'
-    b'"param":null,"code":408}}'
+_FULL = _last_answer(
+    "503 Service Unavailable",
+    NotReadyError.__name__,
+    "as many connections are open as may be; come again, or keep one open",
+    f"retry-after: {NotReadyError.retry_after}",
 )
 
 
@@ -63,20 +82,31 @@ class DeadlineProtocol(H11Protocol):
     """One connection. `with_deadline` makes the class that uvicorn takes."""
 
     header_seconds: float = 10.0
+    most: float = math.inf
+    refused: Callable[[], None] = staticmethod(lambda: None)
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, with a deadline for the first request's headers."""
+        """Begin, with a deadline for the first request's headers; or refuse one too many."""
+        if len(self.connections) >= self.most:
+            transport.set_protocol(_Refusal(transport, self.loop))
+            self.refused()
+            return
         super().connection_made(OneWrite(transport, self.loop))  # type: ignore[arg-type]
         self._arm()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; once the headers are there, their deadline is met."""
         super().data_received(data)
-        if self._between_requests:
+        if self._between_requests and self._unfinished:
             self._arm()
-        else:
-            self._disarm()
+            return
+        self._disarm()
+        if self._between_requests and self.timeout_keep_alive_task is None:
+            # What came was the rest of a body that was answered already: it is idle again.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_response_complete(self) -> None:
         """Go on to the next request, whose beginning may be there already."""
@@ -99,6 +129,12 @@ class DeadlineProtocol(H11Protocol):
         cycle: RequestResponseCycle | None = self.cycle  # None until the first request
         return cycle is None or cycle.response_complete
 
+    @property
+    def _unfinished(self) -> bool:
+        """Whether a request has begun, or the first is awaited."""
+        begun = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
+        return begun or self.cycle is None
+
     def _arm(self) -> None:
         if self._deadline is None:
             self._deadline = self.loop.call_later(self.header_seconds, self._late)
@@ -111,7 +147,7 @@ class DeadlineProtocol(H11Protocol):
     def _late(self) -> None:
         self._deadline = None
         if self._between_requests and not self.transport.is_closing():
-            self.transport.write(_LATE % (len(_SAID), _SAID))
+            self.transport.write(_LATE)
             self.transport.close()
             self._cut_off()
 
@@ -119,6 +155,40 @@ class DeadlineProtocol(H11Protocol):
         self.loop.call_later(self.header_seconds, self.transport.abort)
 
 
-def with_deadline(header_seconds: float) -> type[DeadlineProtocol]:
-    """Return the protocol with a deadline of that many seconds."""
-    return type("DeadlineProtocol", (DeadlineProtocol,), {"header_seconds": header_seconds})
+class _Refusal(asyncio.Protocol):
+    """A connection too many: it is told so, and ends when its client does, or after a moment.
+
+    Were it closed at once, what the client sent and nobody read would reset it, answer and all.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        transport.write(_FULL)
+        transport.write_eof()
+        self._end = loop.call_later(_LINGER_SECONDS, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """End."""
+        self._end.cancel()
+
+
+def with_deadline(
+    header_seconds: float,
+    *,
+    connections: float = math.inf,
+    refused: Callable[[], None] = lambda: None,
+) -> type[DeadlineProtocol]:
+    """Return the protocol with its limits.
+
+    Parameters
+    ----------
+    header_seconds : float
+        From the first byte to the end of the headers.
+    connections : int or inf
+        Open at once; others are answered 503.
+    refused : callable
+        Called for each of those.
+    """
+    limits = {"header_seconds": header_seconds, "most": connections}
+    return type(
+        "DeadlineProtocol", (DeadlineProtocol,), limits | {"refused": staticmethod(refused)}
+    )

@@ -165,6 +165,8 @@ class Routes:
         if self.service.draining:
             raise NotReadyError("the server shuts down")
         version = self.service.current.version
+        if not self.service.ready:
+            raise NotReadyError("the server scores no more; start it again")
         return json_answer({"status": "ready", "version": version}, version=version)
 
     async def metrics(self, request: Request) -> Response:  # noqa: ARG002

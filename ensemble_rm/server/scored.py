@@ -45,11 +45,12 @@ class Scored:
 
     @property
     def std(self) -> float | None:
-        """Spread of the members that are there (ddof 1); None of a single one."""
+        """Spread of the members that are there (ddof 1); None of one alone, or beyond a float."""
         if len(self.members) < 2:
             return None
-        spread = float(member_std(self.members[None], nan="omit")[0])
-        return None if math.isnan(spread) else spread
+        with np.errstate(over="ignore", invalid="ignore"):
+            spread = float(member_std(self.members[None], nan="omit")[0])
+        return spread if math.isfinite(spread) else None
 
 
 Outcome: TypeAlias = Scored | Exception

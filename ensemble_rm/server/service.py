@@ -14,7 +14,7 @@ import numpy as np
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import require_calibration
-from ensemble_rm.errors import NotReadyError, OptionError, TooLargeError
+from ensemble_rm.errors import NonFiniteScoreError, NotReadyError, OptionError, TooLargeError
 from ensemble_rm.results import Comparison, compare_scored
 from ensemble_rm.samples import Sample
 from ensemble_rm.server.batching import Batcher, BatchOptions
@@ -102,7 +102,7 @@ class RewardService:
     @property
     def ready(self) -> bool:
         """Whether requests are served: loaded, warmed up, and not shutting down."""
-        return self.holder.loaded and not self.draining
+        return self.holder.loaded and self.batcher.serving and not self.draining
 
     async def load(self) -> None:
         """Load the ensemble and begin to score."""
@@ -200,12 +200,23 @@ class RewardService:
         NotCalibratedError, AggregatorMismatchError
             If there is no calibration, or it is of another aggregator.
         SampleError
-            If a side has no score.
+            If a side has no score, or a margin is beyond a float.
         """
         calibration = require_calibration(held.ensemble.calibration, held.ensemble.aggregator)
         found = await self.scores(held, samples)
         reward, members = stack(found)
+        _check_margins(reward, members)
         return compare_scored(calibration, reward, members, subsets=subsets)
+
+
+def _check_margins(reward: Floats, members: Floats) -> None:
+    """Raise `SampleError` for the first pair whose margin, or a member's, is beyond a float."""
+    every = np.column_stack([reward, members])
+    with np.errstate(over="ignore"):
+        beyond = np.isinf(every[::2] - every[1::2]).any(axis=1)
+    if beyond.any():
+        cause = NonFiniteScoreError("the margin of a pair is beyond a float")
+        raise SampleError(2 * int(np.argmax(beyond)), cause)
 
 
 def stack(found: Sequence[Scored]) -> tuple[Floats, Floats]:

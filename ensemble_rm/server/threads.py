@@ -34,7 +34,7 @@ class CallThread:
         """Whether a call goes on."""
 
     async def run(self, call: Callable[[], T]) -> T:
-        """Return what a call returns.
+        """Return what a call returns; what it raises that is no `Exception` is a `RuntimeError`.
 
         To cancel it is to give it up: a call that goes on already goes on, for nobody.
         """
@@ -60,13 +60,27 @@ class CallThread:
             del given  # an idle thread holds nothing
 
 
+def as_failure(error: BaseException) -> RuntimeError:
+    """Return the failure of a call that raised no `Exception`, such as a panic in Rust.
+
+    Event loops take anything else than an `Exception` as an order to end.
+    """
+    found = RuntimeError(f"the call raised {type(error).__name__}").with_traceback(
+        error.__traceback__
+    )
+    found.__cause__ = error
+    return found
+
+
 def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
         found = call()
-    except BaseException as error:  # noqa: BLE001 - whoever waits for it raises it
+    except Exception as error:  # noqa: BLE001 - whoever waits for it raises it
         future.set_exception(error)
+    except BaseException as error:  # noqa: BLE001 - a panic in Rust is one
+        future.set_exception(as_failure(error))
     else:
         future.set_result(found)
     finally:

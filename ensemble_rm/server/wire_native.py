@@ -127,7 +127,7 @@ class ScoreAnswer(BaseModel):
     names: list[str]
     rewards: list[float | None] = Field(description="in normalised units")
     std: list[float | None] | None = Field(
-        description="spread of the members (ddof 1); null for one member, which has none"
+        description="members' spread (ddof 1); null of one member, and where it is beyond a float"
     )
     members: list[list[float | None] | None] = Field(
         description="normalised scores, a row a sample"

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, Field, JsonValue
 
-from ensemble_rm.errors import BadRequestError, UnprocessableError
+from ensemble_rm.errors import BadRequestError, NonFiniteScoreError, UnprocessableError
 from ensemble_rm.samples import Sample
 from ensemble_rm.server.limits import parse_json
 from ensemble_rm.server.raw_text import RawText
-from ensemble_rm.server.scored import Scored
+from ensemble_rm.server.scored import SampleError, Scored
 from ensemble_rm.server.wire_native import Text
-from ensemble_rm.uncertainty import member_std
 
 
 class OpenRLHFRequest(BaseModel):
@@ -76,9 +75,24 @@ def openrlhf_answer(found: Sequence[Scored], *, spread: bool) -> dict[str, Any]:
     found : sequence of Scored
     spread : bool
         Whether ``extra_logs`` hold ``member_std``: for every request of an ensemble, or for none.
+
+    Raises
+    ------
+    SampleError
+        If one of the logs is beyond a float: its client makes tensors of them, without a null.
     """
     rewards = [one.reward for one in found]
-    logs = {"member_mean": [float(np.nanmean(one.members)) for one in found]}
+    with np.errstate(over="ignore"):
+        logs = {"member_mean": _finite([float(np.nanmean(one.members)) for one in found])}
     if spread:
-        logs["member_std"] = member_std(np.array([one.members for one in found])).tolist()
+        logs["member_std"] = _finite([one.std for one in found])
     return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+
+
+def _finite(values: Sequence[float | None]) -> list[float]:
+    found = []
+    for i, value in enumerate(values):
+        if value is None or not np.isfinite(value):
+            raise SampleError(i, NonFiniteScoreError("the members' mean or std is beyond a float"))
+        found.append(value)
+    return found

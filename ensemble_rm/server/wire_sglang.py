@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from ensemble_rm.errors import NonFiniteScoreError
 from ensemble_rm.samples import Sample
 from ensemble_rm.server.limits import estimate_tokens
-from ensemble_rm.server.scored import Scored
+from ensemble_rm.server.scored import SampleError, Scored
 from ensemble_rm.server.wire_vllm import Texts, usage
 
 
@@ -100,11 +101,17 @@ def sglang_answer(
 def embeddings_answer(
     found: Sequence[Scored], samples: Sequence[Sample], *, encoding: str, name: str
 ) -> dict[str, Any]:
-    """Return the answer to an `EmbeddingsRequest`; base64 holds little-endian float32."""
+    """Return the answer to an `EmbeddingsRequest`; base64 holds little-endian float32.
+
+    Raises
+    ------
+    SampleError
+        If a reward is beyond a float32, and base64 is asked for.
+    """
     values: list[Any] = [[one.reward] for one in found]
     beside = {"prompt_tokens_details": None, "reasoning_tokens": 0}
     if encoding == "base64":
-        values = [b64encode(struct.pack("<f", value)).decode() for (value,) in values]
+        values = [_packed(i, one.reward) for i, one in enumerate(found)]
     return {
         "data": [
             {"embedding": value, "index": i, "object": "embedding"}
@@ -114,3 +121,11 @@ def embeddings_answer(
         "object": "list",
         "usage": usage(samples) | beside | {"completion_tokens_details": None},
     }
+
+
+def _packed(place: int, reward: float) -> str:
+    try:
+        return b64encode(struct.pack("<f", reward)).decode()
+    except OverflowError:
+        cause = NonFiniteScoreError("a reward is beyond a float32")
+        raise SampleError(place, cause) from cause

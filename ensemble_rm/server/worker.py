@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from ensemble_rm.samples import Sample
 from ensemble_rm.server.scored import Outcome, score_outcomes
-from ensemble_rm.server.threads import CallThread
+from ensemble_rm.server.threads import CallThread, as_failure
 
 if TYPE_CHECKING:
+    from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.server.holder import Held
 
 
@@ -23,8 +24,7 @@ class ScoringThread:
 
     def __init__(self) -> None:
         self._thread = CallThread("scoring")
-        self._spent = 0.0
-        self._began: float | None = None  # of the call that runs
+        self._clock: tuple[float, float | None] = (0.0, None)  # spent; the running call's begin
 
     @property
     def busy(self) -> bool:
@@ -34,21 +34,34 @@ class ScoringThread:
     @property
     def seconds(self) -> float:
         """Spent in scoring so far, in the call that runs, too."""
-        began = self._began
-        return self._spent + (0.0 if began is None else monotonic() - began)
+        spent, began = self._clock
+        return spent + (0.0 if began is None else monotonic() - began)
 
     async def __call__(self, held: Held, samples: Sequence[Sample]) -> list[Outcome]:
         """Return one outcome a sample, in their order."""
         return await self._thread.run(partial(self._score, held, samples))
 
     def _score(self, held: Held, samples: Sequence[Sample]) -> list[Outcome]:
-        self._began = began = monotonic()
+        spent, began = self._clock[0], monotonic()
+        self._clock = spent, began
         try:
-            return score_outcomes(held.ensemble, samples)
-        finally:
-            self._began = None
-            self._spent += monotonic() - began
+            return _outcomes(held.ensemble, samples)
+        finally:  # both at once: whoever reads it between them would see it fall
+            self._clock = spent + monotonic() - began, None
 
     def close(self) -> None:
         """Let the thread end, once it has scored what it scores."""
         self._thread.close()
+
+
+def _outcomes(ensemble: RewardEnsemble, samples: Sequence[Sample]) -> list[Outcome]:
+    """Score samples; where a member panics, halve until its sample stands alone."""
+    try:
+        return score_outcomes(ensemble, samples)
+    except Exception:
+        raise
+    except BaseException as error:  # noqa: BLE001 - as `score_outcomes` does with an Exception
+        if len(samples) == 1:
+            return [as_failure(error)]
+        middle = len(samples) // 2
+        return _outcomes(ensemble, samples[:middle]) + _outcomes(ensemble, samples[middle:])
