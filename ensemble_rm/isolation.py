@@ -6,10 +6,16 @@ Knows ensembles and samples; knows nothing of loops or servers, nor what they ma
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import RemoteActivationError, RemoteRefusalError, RemoteUnavailableError
+from ensemble_rm.members.scorer import ElsewhereScorer, PendingScores, Scorer, checked_scores
 from ensemble_rm.members.text import Truncation
 from ensemble_rm.results import Scores
 from ensemble_rm.samples import Sample
@@ -30,8 +36,9 @@ def score_apart(
     """Score all at once; where that fails, halve until the culprits stand alone.
 
     A score that is missing is the aggregator's to judge, row by row: no member is asked again.
-    A server that a member lives on, and that is out of reach or refuses, fails all samples alike:
-    they are not halved, since each part would wait for the whole deadline again.
+    A server that a member lives on, and that is out of reach, refuses or gives no raw logits, fails
+    all samples alike: they are not halved, since each part would wait for the whole deadline again.
+    Members on other servers are asked about each sample once, whatever the others fail at.
 
     Parameters
     ----------
@@ -46,6 +53,13 @@ def score_apart(
         Every sample once, in their order: places that were scored together and their scores, or
         the place of one sample and its error.
     """
+    with asking_once(ensemble.scorers) as scorers:
+        yield from _apart(replace(ensemble, scorers=scorers), samples, failures)
+
+
+def _apart(
+    ensemble: RewardEnsemble, samples: Sequence[Sample], failures: tuple[type[Exception], ...]
+) -> Iterator[tuple[range, Scores | Exception]]:
     waiting = [range(len(samples))] if samples else []
     while waiting:
         rows = waiting.pop()
@@ -92,3 +106,89 @@ def _rewarded(
             yield range(row, row + 1), found
     else:
         yield rows, whole
+
+
+# Members on other servers ------------------------------------------------------------------------
+
+
+@contextmanager
+def asking_once(scorers: Sequence[Scorer]) -> Iterator[tuple[Scorer, ...]]:
+    """Let members on other servers keep what they were asked; in the end the rest is given up.
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+        Others stay as they are.
+    """
+    kept = tuple(AskedOnce(one) if isinstance(one, ElsewhereScorer) else one for one in scorers)
+    try:
+        yield kept
+    finally:
+        for one in kept:
+            if isinstance(one, AskedOnce):
+                one.give_up()
+
+
+class AskedOnce:
+    """A member on another server that is asked about each sample once.
+
+    Parameters
+    ----------
+    scorer : ElsewhereScorer
+    """
+
+    def __init__(self, scorer: ElsewhereScorer) -> None:
+        self._scorer, self.names = scorer, scorer.names
+        self._asked: list[_Asked] = []
+        self._places: dict[Sample, tuple[_Asked, int]] = {}
+
+    def score(self, samples: Sequence[Sample]) -> Floats:
+        """Return (n_samples, n_members) raw scores."""
+        return self.begin_score(samples).result()
+
+    def begin_score(self, samples: Sequence[Sample]) -> PendingScores:
+        """Ask about the samples that are new."""
+        new = [sample for sample in dict.fromkeys(samples) if sample not in self._places]
+        if new:
+            self._asked.append(_Asked(self._scorer, new))
+            self._places |= {sample: (self._asked[-1], row) for row, sample in enumerate(new)}
+        return _Rows([self._places[sample] for sample in samples], len(self.names))
+
+    def give_up(self) -> None:
+        """Wait no longer for what was asked."""
+        for one in self._asked:
+            one.pending.cancel()
+
+
+class _Asked:
+    """Samples that were asked about together, and what came of it: once, be it an error."""
+
+    def __init__(self, scorer: ElsewhereScorer, samples: Sequence[Sample]) -> None:
+        self._scorer, self._n = scorer, len(samples)
+        self.pending = scorer.begin_score(samples)
+
+    @cached_property
+    def found(self) -> Floats | Exception:
+        """All rows, or why there are none."""
+        try:
+            return checked_scores(self._scorer, self.pending.result(), self._n)
+        except Exception as error:  # noqa: BLE001 - raised to each who asks
+            return error
+
+
+class _Rows:
+    """Scores of samples that were asked about at several times."""
+
+    def __init__(self, places: Sequence[tuple[_Asked, int]], k: int) -> None:
+        self._places, self._k = places, k
+
+    def result(self) -> Floats:
+        rows = np.empty((len(self._places), self._k))
+        for place, (asked, row) in enumerate(self._places):
+            if isinstance(asked.found, Exception):
+                raise asked.found
+            rows[place] = asked.found[row]
+        return rows
+
+    def cancel(self) -> None:
+        """Nothing: who scores the same samples again wants the answers."""

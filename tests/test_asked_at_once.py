@@ -29,6 +29,7 @@ from ensemble_rm import (
 )
 from ensemble_rm.distance import fit_feature_space
 from ensemble_rm.errors import RemoteFailureWarning, RemoteRefusalError, RemoteUnavailableError
+from ensemble_rm.isolation import score_apart
 from ensemble_rm.members.scorer import Scorer
 
 PATIENT = ClientOptions(deadline=120)
@@ -219,3 +220,63 @@ def test_a_member_lives_until_what_was_begun_is_read() -> None:
     pending = member(openrlhf(float), client=PATIENT).begin_score(samples(2))
     gc.collect()
     assert pending.result().tolist() == [[0.0], [1.0]]
+
+
+# Scored again in parts ---------------------------------------------------------------------------
+
+
+def bad_at(*places: int) -> FunctionScorer:
+    """A local member that fails at these samples."""
+
+    def score(sample: Sample) -> float:
+        if int(sample.completion) in places:
+            raise ZeroDivisionError
+        return 1.0
+
+    return FunctionScorer("local", score)
+
+
+@given(st.sets(st.integers(0, 11)), st.integers(1, 12), st.integers(1, 12))
+def test_a_local_failure_asks_no_server_again(bad: set[int], n: int, distinct: int) -> None:
+    """Whatever the others fail at, each sample is asked about once."""
+    transport, seen = probed(float)
+    whole = ensemble([member(transport), bad_at(*bad)])
+    rows = [Sample("", str(i % distinct)) for i in range(n)]
+    found: dict[int, object] = {}
+    for places, scores in score_apart(whole, rows, failures=(ZeroDivisionError,)):
+        for i, row in enumerate(places):
+            found[row] = scores if isinstance(scores, Exception) else scores.raw[i].tolist()
+    for row, sample in enumerate(rows):
+        value = int(sample.completion)
+        if value in bad:
+            assert isinstance(found[row], ZeroDivisionError)
+        else:
+            assert found[row] == [float(value), 1.0]
+    asked = [text for texts in seen for text in texts]  # or given up before it was sent
+    assert len(set(asked)) == len(asked)
+
+
+def test_nor_does_an_error_of_a_server() -> None:
+    asked = []
+
+    def token() -> str:
+        asked.append(1)
+        raise ZeroDivisionError
+
+    whole = ensemble([member(openrlhf(float), token=token), bad_at(3)])
+    found = list(score_apart(whole, samples(8), failures=(ZeroDivisionError,)))
+    assert all(isinstance(error, ZeroDivisionError) for _, error in found) and len(found) == 8
+    assert len(asked) == 1
+
+
+def test_what_is_still_under_way_is_given_up_in_the_end() -> None:
+    far = Waiting()
+
+    def bad(_: Sample) -> float:
+        assert far.asked.wait(SECONDS)
+        raise ZeroDivisionError
+
+    whole = ensemble([member(far, client=PATIENT), FunctionScorer("bad", bad)])
+    found = list(score_apart(whole, samples(3), failures=(ZeroDivisionError,)))
+    assert [rows for rows, _ in found] == [range(i, i + 1) for i in range(3)]
+    assert far.given_up.wait(SECONDS)

@@ -149,7 +149,7 @@ def test_of_a_model_that_scores_every_token_the_last_counts(
 def test_a_decoder_is_scored_at_its_last_token(
     command: str, smollm2_folder: Path, tmp_path: Path, dtype: str, near: float
 ) -> None:
-    """What vLLM is for: a language model with a head. In bfloat16 a head this large drifts by one."""
+    """A language model with a head is what vLLM is for; in bfloat16 such a head drifts by one."""
     decoder = make_decoder(smollm2_folder, tmp_path)
     served = [*decoder.options, "--dtype", dtype, "--max-model-len", "512"]
     turns = (Message("system", "Be brief."), Message("user", "How do I boil an egg?"))
