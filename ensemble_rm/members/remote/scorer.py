@@ -380,7 +380,7 @@ class _Call:
             self._outage = error
             return [error] * len(items)
         except (RejectedError, RemoteAnswerError) as error:
-            if len(items) == 1 or self._client.breaker.state != "closed":
+            if len(items) == 1:
                 return [Reason.of(error)] * len(items)
             middle = len(items) // 2
             left = await self._batch(items[:middle], attempts=_SPLIT_ATTEMPTS)
