@@ -327,7 +327,7 @@ def rating(request: httpx.Request) -> httpx.Response:
     if texts["answer"] == "bad":
         return httpx.Response(200, json=completion("I cannot say.", None))
     high = 1 / (1 + math.exp(-quality(texts["answer"])))
-    return httpx.Response(200, json=completion("9", [entry({"9": high, "2": 1 - high})]))
+    return httpx.Response(200, json=completion("9", [entry({"9": high, "2": 1 - high}, "9")]))
 
 
 def test_a_rating_is_a_members_score() -> None:
