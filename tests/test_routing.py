@@ -31,6 +31,7 @@ from ensemble_rm import (
     to_tasks,
 )
 from ensemble_rm.errors import (
+    DataError,
     EmptyDataError,
     NotCalibratedError,
     OneMemberError,
@@ -201,6 +202,40 @@ def test_the_audit_makes_the_pool_speak_for_all(
     for found, true in ((counts, N), (hard, N / 2)):
         error = np.std(found) / math.sqrt(len(found))
         assert abs(np.mean(found) - true) < 4 * error
+
+
+def test_different_pairs_of_one_id_are_refused_before_anybody_is_asked(
+    ensemble: RewardEnsemble, pairs: Preferences
+) -> None:
+    """One of them would vanish from the pool; `select_pairs` refuses them alike."""
+    seen: list[dict[str, Any]] = []
+    double = Preferences((pairs[0], replace(pairs[1], id=pairs[0].id)))
+    with pytest.raises(DataError, match=repr(pairs[0].id)):
+        go(ensemble, double, judge=asked(seen=seen), share=1.0)
+    assert not seen
+    same = Preferences((pairs[0], pairs[0].swap()))  # one pair in two rows
+    assert len(go(ensemble, same, judge=None, share=1.0).pool) == 1
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_pair_in_many_rows_is_drawn_once(
+    ids: bool, ensemble: RewardEnsemble, pairs: Preferences
+) -> None:
+    """Its π is the share of seeds in which it is in the pool, whatever became of its rows."""
+    rows = [pair if ids else replace(pair, id=None) for pair in pairs[:40] for _ in range(4)]
+    judged, seeds = 0, 50
+    for seed in range(seeds):
+        pool = go(ensemble, Preferences(tuple(rows)), share=1.0, audit_share=0.3, seed=seed).pool
+        assert {pair.inclusion for pair in pool.pairs} <= {0.3}
+        assert (pool.pool, pool.repeated) == (40, 120)
+        judged += len(pool)
+    n = 40 * seeds
+    assert abs(judged / n - 0.3) < 4 * math.sqrt(0.3 * 0.7 / n)
+    # One row is left over by the budget: it waits, and so does the pair, for certain.
+    for seed in range(5):
+        one = Preferences(tuple(rows[:4]))
+        pool = go(ensemble, one, share=1.0, budget=3, audit_share=0.3, seed=seed).pool
+        assert [pair.inclusion for pair in pool.pairs] == [1.0]
 
 
 def test_a_pool_of_two_opinions_lies_between_them(
