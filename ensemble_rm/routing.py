@@ -48,7 +48,7 @@ class Saving:
     Attributes
     ----------
     pairs, judged : int
-        All pairs, and those that the judge was asked about.
+        All pairs, and those that went to the judge.
     usage : Usage
         What those took.
     """
@@ -59,18 +59,23 @@ class Saving:
 
     @property
     def share(self) -> float:
-        """Share of the pairs that the judge was asked about."""
+        """Share of the pairs that went to the judge."""
         return self.judged / self.pairs
 
     @property
     def without(self) -> Usage | None:
-        """What all pairs would have taken, at the mean of those judged; None where none was."""
-        if self.judged == 0:
-            return None
-        by = self.pairs / self.judged
+        """What all pairs would have taken, at the mean of what was asked; None where nothing was.
+
+        A pair takes as many questions as those judged did, those among them that nobody was asked
+        any more.
+        """
         u = self.usage
+        asked = u.calls + u.failed
+        if asked == 0:
+            return None
+        by = self.pairs / self.judged * (asked + u.unasked) / asked
         return Usage(
-            round((u.calls + u.failed) * by),
+            round(asked * by),
             0,
             round(u.prompt_tokens * by),
             round(u.completion_tokens * by),

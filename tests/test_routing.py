@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from judge_doubles import judge, quality
 
 from ensemble_rm import (
+    ClientOptions,
     FunctionScorer,
     JudgeComparator,
     Normaliser,
@@ -140,6 +142,33 @@ def test_what_is_saved_is_what_was_not_asked(ensemble: RewardEnsemble, pairs: Pr
     assert json.loads(json.dumps(saving.to_json()))["judged"] == N // 4
     nothing = go(ensemble, pairs, share=0.0).saving
     assert nothing.judged == 0 and nothing.without is None and nothing.usage.calls == 0
+
+
+def test_an_outage_in_mid_run_leaves_the_price_of_all_pairs(
+    ensemble: RewardEnsemble, pairs: Preferences
+) -> None:
+    """What was never asked costs nothing, and would have cost what the others did."""
+    inner, left = judge(), 40
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise httpx.ConnectError("refused")
+        return inner.handler(request)  # type: ignore[return-value]
+
+    quick = ClientOptions(deadline=0.05, backoff=0.01, reset_after=0.01, concurrency=1)
+    far = JudgeComparator(
+        "http://judge.test/v1",
+        model="judge",
+        transport=httpx.MockTransport(handle),
+        price=Price(1.0, 1.0),
+        client=quick,
+    )
+    saving = go(ensemble, pairs, judge=far).saving
+    assert (saving.usage.calls, saving.usage.failed) == (40, 1)
+    assert saving.without is not None and saving.without.calls == 2 * N
+    assert saving.without.prompt_tokens == round(2 * N * 4000 / 41)
 
 
 def test_swapped_pairs_are_routed_alike(ensemble: RewardEnsemble, pairs: Preferences) -> None:

@@ -43,6 +43,8 @@ class Usage:
         Sum of the requests' latencies, tries and pauses included; they run side by side.
     cost : float, optional
         In the price's currency; None where no price is known.
+    unasked : int
+        Questions that nobody was asked, since the server was out of reach by then.
     """
 
     calls: int = 0
@@ -51,6 +53,7 @@ class Usage:
     completion_tokens: int = 0
     seconds: float = 0.0
     cost: float | None = None
+    unasked: int = 0
 
     @property
     def latency(self) -> float:
@@ -68,6 +71,7 @@ class Usage:
             self.completion_tokens + other.completion_tokens,
             self.seconds + other.seconds,
             None if not costs or None in costs else sum(c for c in costs if c is not None),
+            self.unasked + other.unasked,
         )
 
     def with_read(self, replies: int) -> Usage:
@@ -83,6 +87,7 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "seconds": self.seconds,
             "cost": self.cost,
+            "unasked": self.unasked,
         }
 
 
