@@ -182,6 +182,15 @@ def test_an_outage_costs_one_deadline_and_not_one_a_batch() -> None:
     assert tries < 100
 
 
+def test_of_no_sample_nobody_is_asked() -> None:
+    """Nor probed: a server that is away fails nothing that it was not needed for."""
+    away = unreachable(self_test="error")
+    assert away.score([]).shape == (0, 1) and away.score_explained([]).failures == ()
+    assert ensemble(unreachable(self_test="warn")).score([]).reward.shape == (0,)
+    with pytest.raises(RemoteUnavailableError):
+        away.score(samples(1))  # the probes are still to come
+
+
 def test_a_refusal_is_an_error_at_once() -> None:
     with pytest.raises(RemoteRefusalError, match="401"):
         member(openrlhf(lambda text: 1.0, status=401)).score(samples(3))
