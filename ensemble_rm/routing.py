@@ -66,14 +66,14 @@ class Saving:
     def without(self) -> Usage | None:
         """What all pairs would have taken, at the mean of what was asked; None where nothing was.
 
-        A pair takes as many questions as those judged did, those among them that nobody was asked
-        any more.
+        A pair takes as many questions as those judged did, those among them that the judge was out
+        of reach for.
         """
         u = self.usage
         asked = u.calls + u.failed
         if asked == 0:
             return None
-        by = self.pairs / self.judged * (asked + u.unasked) / asked
+        by = self.pairs / self.judged * (asked + u.unreached) / asked
         return Usage(
             round(asked * by),
             0,

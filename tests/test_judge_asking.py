@@ -51,7 +51,7 @@ def test_a_refusal_of_logprobs_is_found_wherever_it_stands() -> None:
 
 
 def test_what_was_not_asked_is_not_counted_and_what_was_answered_is() -> None:
-    """A server that goes away: who finds it away is one request, who comes after it none."""
+    """A server that goes away: who finds it away takes nothing, nor does who comes after."""
     left = 5
 
     def handle(request: httpx.Request) -> httpx.Response:
@@ -64,7 +64,7 @@ def test_what_was_not_asked_is_not_counted_and_what_was_answered_is() -> None:
     quick = ClientOptions(deadline=0.05, backoff=0.01, reset_after=0.01, concurrency=1)
     judged = comparator(httpx.MockTransport(handle), client=quick, price=Price(1.0, 1.0))
     found = judged.compare(PROMPTS, FIRST, SECOND).usage
-    assert (found.calls, found.failed, found.unasked) == (5, 1, 2 * N - 6)
+    assert (found.calls, found.failed, found.unreached) == (5, 0, 2 * N - 5)
     assert found.prompt_tokens == 5 * 100 and found.cost == pytest.approx(5 * 101 / 1e6)
 
 

@@ -133,7 +133,7 @@ class Judge:
         self, questions: Sequence[Messages], max_tokens: int
     ) -> tuple[list[Reply], Usage]:
         replies: list[Reply] = [""] * len(questions)
-        usages = [Usage(unasked=1)] * len(questions)
+        usages = [Usage(unreached=1)] * len(questions)
         outages: list[RemoteUnavailableError] = []
 
         async def one(i: int) -> None:
@@ -143,9 +143,11 @@ class Judge:
             began = self._clock()
             try:
                 answer = await self._post(questions[i], max_tokens)
-            except (RemoteUnavailableError, RejectedError, RemoteAnswerError) as error:
-                if isinstance(error, RemoteUnavailableError):
-                    outages.append(error)
+            except RemoteUnavailableError as error:
+                outages.append(error)
+                replies[i] = Reason.of(error)
+                return
+            except (RejectedError, RemoteAnswerError) as error:
                 replies[i] = Reason.of(error)
                 usages[i] = Usage(failed=1, seconds=self._clock() - began)
                 return
