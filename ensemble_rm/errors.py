@@ -231,7 +231,7 @@ class RemoteError(EnsembleRMError):
 
 
 class RemoteUnavailableError(RemoteError):
-    """A server gave no answer before the deadline, its circuit open or every try failed."""
+    """A server gave no answer before the deadline, or before its connections were closed."""
 
 
 class RemoteRefusalError(RemoteError):

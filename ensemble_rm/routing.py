@@ -29,8 +29,9 @@ from ensemble_rm.members.judging.comparator import JudgeVerdicts
 from ensemble_rm.members.judging.usage import Usage
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.results import Comparison
-from ensemble_rm.samples import Preference, Preferences
-from ensemble_rm.selection.select import SelectedPair, SelectedPairs, pair_name
+from ensemble_rm.samples import Preferences
+from ensemble_rm.selection.select import SelectedPairs, pair_names
+from ensemble_rm.selection.waiting import pairs_for_humans
 from ensemble_rm.uncertainty import unknown_as_most
 
 Route: TypeAlias = Literal["ensemble", "judge"]
@@ -47,7 +48,7 @@ class Saving:
     Attributes
     ----------
     pairs, judged : int
-        All pairs, and those that the judge was asked about.
+        All pairs, and those that went to the judge.
     usage : Usage
         What those took.
     """
@@ -58,18 +59,23 @@ class Saving:
 
     @property
     def share(self) -> float:
-        """Share of the pairs that the judge was asked about."""
+        """Share of the pairs that went to the judge."""
         return self.judged / self.pairs
 
     @property
     def without(self) -> Usage | None:
-        """What all pairs would have taken, at the mean of those judged; None where none was."""
-        if self.judged == 0:
-            return None
-        by = self.pairs / self.judged
+        """What all pairs would have taken, at the mean of what was asked; None where nothing was.
+
+        A pair takes as many questions as those judged did, those among them that the judge was out
+        of reach for.
+        """
         u = self.usage
+        asked = u.calls + u.failed
+        if asked == 0:
+            return None
+        by = self.pairs / self.judged * (asked + u.unreached) / asked
         return Usage(
-            round((u.calls + u.failed) * by),
+            round(asked * by),
             0,
             round(u.prompt_tokens * by),
             round(u.completion_tokens * by),
@@ -111,7 +117,7 @@ class Routed:
         Why a pair that the judge was asked about has no judgment.
     pool : SelectedPairs
         For humans: the uncertain pairs without a judgment, π = 1, and of the others a random
-        share. Their sides stand in random order.
+        share. Their sides stand in random order; rows of one name are one pair.
     saving : Saving
     """
 
@@ -279,6 +285,8 @@ def route(
     ------
     OptionError
         If an option cannot be used.
+    DataError
+        If there is no pair, or two different ones bear one id.
     NotCalibratedError
         If the ensemble is not calibrated.
     RemoteUnavailableError, RemoteRefusalError
@@ -287,6 +295,7 @@ def route(
     _check(threshold, share, budget, final, audit_share)
     if len(pairs) == 0:
         raise EmptyDataError(f"{pairs.source} holds no pair to route")
+    names = pair_names(pairs)  # refused before anything is asked
     found = _compare(ensemble, pairs, progress)
     value = pair_uncertainty(found, uncertainty)
     if threshold is None:
@@ -306,7 +315,14 @@ def route(
         p[judged] = expit(sum(logit(np.clip(one, _NEAR, 1 - _NEAR)) for one in both) / 2)
     waiting = np.zeros(len(pairs), dtype=np.bool_)
     waiting[unsure] = True
-    pool = _pool(pairs, waiting & ~judged, audit_share, seed, f"route-{uncertainty}")
+    pool = pairs_for_humans(
+        pairs,
+        names,
+        waiting & ~judged,
+        audit_share=audit_share,
+        seed=seed,
+        strategy=f"route-{uncertainty}",
+    )
     routes: tuple[Route, ...] = tuple("judge" if one else "ensemble" for one in judged)
     saving = Saving(len(pairs), len(asked), usage)
     return Routed(p, routes, value, threshold, found, said, failures, pool, saving)
@@ -369,29 +385,3 @@ def _ask(
         if np.isnan(said[row]):
             failures[row] = reason or "the judge has no judgment"
     return said, tuple(failures), usage
-
-
-def _pool(
-    pairs: Preferences,
-    waiting: NDArray[np.bool_],
-    audit_share: float,
-    seed: int,
-    strategy: str,
-) -> SelectedPairs:
-    """Return the pairs for humans, each once, with its probability of being among them."""
-    audit, sides = np.random.default_rng(seed).random((2, len(pairs)))
-    chosen = np.flatnonzero(waiting | (audit < audit_share))
-    found: dict[str, SelectedPair] = {}
-    for i in chosen.tolist():
-        inclusion = 1.0 if waiting[i] else audit_share
-        one = _selected(pairs[i], strategy, inclusion, swap=bool(sides[i] < 0.5))
-        found.setdefault(one.external_id, one)
-    floor = audit_share if audit_share > 0 and not waiting.all() else 1.0
-    prompts = len(pairs.prompt_keys)
-    return SelectedPairs(tuple(found.values()), len(pairs), prompts, 0, 0, floor, seed)
-
-
-def _selected(pair: Preference, strategy: str, inclusion: float, *, swap: bool) -> SelectedPair:
-    first, second = (pair.rejected, pair.chosen) if swap else (pair.chosen, pair.rejected)
-    name = pair.id or pair_name(pair)
-    return SelectedPair(pair.prompt, first, second, name, strategy, inclusion, pair.subset)

@@ -244,6 +244,38 @@ def test_what_cannot_be_routed_exits_with_2(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("option", ["--out", "--pool"])
+def test_what_cannot_be_written_is_found_before_the_judge_is_paid(
+    option: str, ensemble: Path, pairs: Path, tmp_path: Path
+) -> None:
+    seen: list[dict[str, Any]] = []
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    fine = ("--pool", tmp_path / "new" / "pool.jsonl")
+    if option == "--pool":
+        fine = ("--out", tmp_path / "new" / "out.jsonl")
+    with doubles.serving(app_of(judge(seen=seen))) as url:
+        words = ("route", ensemble, "--data", pairs, "--share", "0.1")
+        words += ("--judge-url", f"{url}/v1", "--model", "judge", *fine)
+        assert run(*words, option, tmp_path / "file" / "v.jsonl") == 4
+        assert run(*words, option, tmp_path / "folder") == 2
+        assert run(*words, option, fine[1]) == 2
+        assert seen == [] and not list(tmp_path.glob("**/*.partial"))
+        assert run(*words, option, tmp_path / "other" / "v.jsonl") == 0
+        assert seen and (tmp_path / "other" / "v.jsonl").exists() and Path(fine[1]).exists()
+
+
+def test_one_object_and_all_verdicts_do_not_share_an_output(
+    ensemble: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("route", ensemble, "--data", pairs, "--share", "0.1")
+    assert run(*words, "--json") == 2
+    assert said(capsys)["error"] == "OptionError"
+    assert run(*words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == N
+    assert run(*words, "--dry-run", "--json") == 0 and said(capsys)["dry_run"]
+
+
 def test_a_member_that_fails_is_left_out_where_that_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -210,6 +210,7 @@ def test_shipped_rubrics_are_read_back(name: str, tmp_path: Path) -> None:
         *({"user": "{prompt} {first}"}, {"user": "{prompt} {first} {second} {second}"}),
         *({"system": "{prompt}"}, {"verdicts": ("A",)}, {"verdicts": ("A", "A")}, {"kind": "x"}),
         *({"verdicts": ("A", "B b")}, {"max_tokens": 0}, {"scale": (3, 3)}),
+        *({"after": ""}, {"after": 5}, {"after": ["x"]}),
     ],
 )
 def test_rubrics_that_cannot_be_used(change: dict[str, Any]) -> None:
@@ -227,6 +228,17 @@ def test_files_that_hold_no_rubric(text: str, tmp_path: Path) -> None:
         read_rubric(tmp_path / "r.json")
     with pytest.raises(OptionError, match="pairwise_ties"):
         read_rubric(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_only_the_tie_may_be_left_out(place: str) -> None:
+    """Else the next word would stand for another side."""
+    said = read_rubric("pairwise_ties").to_json()
+    with pytest.raises(OptionError, match="null"):
+        read_rubric(said | {"verdicts": said["verdicts"] | {place: None}})
+    assert read_rubric(said | {"verdicts": said["verdicts"] | {"tie": None}}).verdicts == ("A", "B")
+    with pytest.raises(OptionError, match="after"):
+        read_rubric(said | {"after": ""})
 
 
 def test_kinds_of_rubrics_are_not_mixed_up() -> None:
@@ -327,7 +339,7 @@ def rating(request: httpx.Request) -> httpx.Response:
     if texts["answer"] == "bad":
         return httpx.Response(200, json=completion("I cannot say.", None))
     high = 1 / (1 + math.exp(-quality(texts["answer"])))
-    return httpx.Response(200, json=completion("9", [entry({"9": high, "2": 1 - high})]))
+    return httpx.Response(200, json=completion("9", [entry({"9": high, "2": 1 - high}, "9")]))
 
 
 def test_a_rating_is_a_members_score() -> None:

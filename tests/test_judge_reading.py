@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judge_doubles import entry
 
 from ensemble_rm import JudgeComparator, Price
 from ensemble_rm.members.judging.reading import Rating, Verdict, read_rating, read_verdict
@@ -124,3 +125,72 @@ def test_masses_that_are_no_distribution_leave_no_scale() -> None:
     one = {"token": "1", "logprob": 0.0}
     follows = {"token": "0", "logprob": 0.0, "top_logprobs": [{"token": " 0", "logprob": 0.0}]}
     assert read_rating(said("10", one, follows), SCALE, None) == Rating(10, "logprobs")
+
+
+# Where a verdict stands, and whether it is one ---------------------------------------------------
+
+
+def spelt(*tokens: str | dict[str, float]) -> dict[str, Any]:
+    """A reply of these tokens; of a mapping the first is the one that was said."""
+    named = [{one: 0.99} if isinstance(one, str) else one for one in tokens]
+    words = [next(iter(one)) for one in named]
+    found = [entry(options, word) for options, word in zip(named, words, strict=True)]
+    return said("".join(words), *found)
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+@pytest.mark.parametrize(
+    "behind", [("\n", "1", ".", " It is short"), (".", " ", "9", " would need sources"), ()]
+)
+@pytest.mark.parametrize("rating", ["2", "8", "10"])
+def test_a_rating_behind_a_blank_is_the_one_that_was_said(
+    blank: str, behind: tuple[str, ...], rating: str
+) -> None:
+    """Tokens begin with the blank that the marker ends in; no later number takes its place."""
+    reply = spelt("Good", ".", "\n", "Score", ":", {f" {rating}": 0.75, " 5": 0.25}, *behind)
+    found = read_rating(reply, SCALE, f"Score:{blank}")
+    assert found == Rating(pytest.approx(0.75 * int(rating) + 0.25 * 5), "logprobs")
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_verdict_behind_a_blank_keeps_its_probability(blank: str) -> None:
+    reply = spelt("Verdict", ":", {" A": 0.6, " B": 0.4}, "\n", "A", " is better")
+    found = read_verdict(reply, WORDS[:2], f"Verdict:{blank}")
+    assert isinstance(found, Verdict) and found.source == "logprobs"
+    assert found.probabilities == pytest.approx((0.6, 0.4))
+
+
+def test_tokens_that_are_not_the_reply_give_no_expectation() -> None:
+    """A server may name the tokens of a reasoning that the reply does not hold."""
+    reply = spelt("1", ".", " Clear") | {"message": {"content": "8"}}
+    assert read_rating(reply, SCALE, None) == Rating(8.0, "words")
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [*(("8", "5"), ("1", "0", "0"), ("8", "/", "100"), ("0",), ("8", "th")), ("1", "1")],
+)
+def test_a_rating_off_the_scale_is_none_in_tokens_as_in_words(tokens: tuple[str, ...]) -> None:
+    assert isinstance(read_rating(said("".join(tokens)), SCALE, None), str)
+    assert isinstance(read_rating(spelt(*tokens), SCALE, None), str)
+
+
+def test_a_rating_with_a_fraction_is_taken_at_its_word() -> None:
+    assert read_rating(spelt("8", ".", "5"), SCALE, None) == Rating(8.5, "words")
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        *(("A", "/", "B"), ("A", ",", " B"), ("A", "=", "B"), ("A", "\n\n", "B"), ("A", "|", "B")),
+        *(("A", ".", "B"), ("B", "/", "A"), ("A", "/", "C"), ("A", "?", " B", "!")),
+    ],
+)
+def test_a_reply_that_names_two_verdicts_is_none(tokens: tuple[str, ...]) -> None:
+    assert isinstance(read_verdict(said("".join(tokens)), WORDS, None), str)
+    assert isinstance(read_verdict(spelt(*tokens), WORDS, None), str)
+
+
+@pytest.mark.parametrize("text", ["A, because B is vague", "A. A!", "A\n\nThe other, B, is vague."])
+def test_a_verdict_with_its_reason_is_one(text: str) -> None:
+    assert read_verdict(said(text), WORDS, None) == Verdict((1.0, 0.0, 0.0), "words")

@@ -127,7 +127,7 @@ def test_a_child_has_a_circuit_of_its_own(server: Server) -> None:
     scorer = remote(server.server_address[1])
     breaker: Breaker = scorer._client.breaker
     for _ in range(OPTIONS.open_after):
-        breaker.failed()
+        breaker.failed(object())
     assert breaker.state == "open"
     assert in_child(lambda: scorer.score([Sample("q", "xx")]).tolist()) == "[[2.0]]"
     assert scorer._client.breaker is breaker and breaker.state == "open"

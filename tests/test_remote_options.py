@@ -285,3 +285,32 @@ def test_a_version_that_is_read_anew_keeps_the_tokens_of_the_one_before() -> Non
     (other_again,) = with_tokens_of((other,), old)
     other_again.score(samples(1))
     assert seen == [f"Bearer {SECRET}", None]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ({"a": "one", "b": "two"}, "ab", ["one", "two"]),
+        ({"a": "one", "b": "two"}, "ba", ["two", "one"]),
+        ({"a": "one", "b": None}, "ab", ["one", None]),
+        ({"a": "one", "b": "two"}, "ac", ["one", None]),  # whose c's would be nobody knows
+        ({"a": "one", "b": None}, "c", ["one"]),
+        ({"a": "one", "b": "one"}, "c", ["one"]),
+    ],
+)
+def test_members_at_one_address_keep_their_own_tokens(
+    old: dict[str, str | None], new: str, expected: list[str | None]
+) -> None:
+    def at_gateway(name: str, token: str | None) -> RemoteScorer:
+        return RemoteScorer(
+            "http://gateway.test",
+            protocol="vllm-classify",
+            name=name,
+            template="plain",
+            token=token,
+        )
+
+    before = [at_gateway(name, token) for name, token in old.items()]
+    after = [at_gateway(name, None) for name in new]
+    found = [one.token for one in with_tokens_of(after, before) if isinstance(one, RemoteScorer)]
+    assert found == expected

@@ -103,6 +103,29 @@ def test_a_sample_that_fails_fails_alone(bad: set[int], size: int) -> None:
     assert all("422" in (found.failures[i] or "") for i in bad)
 
 
+@pytest.mark.parametrize("status", [500, 422])
+@given(bad=st.sets(st.integers(0, 63)), size=st.sampled_from([8, 16]))
+@settings(max_examples=15, deadline=None)
+def test_culprits_of_batches_side_by_side_take_nobody_with_them(
+    status: int, bad: set[int], size: int
+) -> None:
+    """Nor where the server calls them errors of its own, first of each batch or many in a row."""
+
+    async def handle(request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(0)
+        queries = json.loads(request.content)["query"]
+        if any(int(query) in bad or int(query) % size == 0 for query in queries):
+            return httpx.Response(status, text="cannot take this")
+        return httpx.Response(200, json={"rewards": [float(query) for query in queries]})
+
+    options = ClientOptions(backoff=1e-5, open_after=2, reset_after=1000, deadline=100)
+    scorer = member(httpx.MockTransport(handle), batch_size=size, client=options)
+    found = scorer.score_explained(samples(64))
+    scorer.close()
+    lost = {i for i in range(64) if found.failures[i] is not None}
+    assert lost == bad | set(range(0, 64, size))
+
+
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, "2", True])
 def test_what_is_no_number_is_nan_and_never_nought(value: Any) -> None:
     scorer = member(openrlhf(lambda text: value if text == "1" else 5.0))
@@ -157,6 +180,15 @@ def test_an_outage_costs_one_deadline_and_not_one_a_batch() -> None:
     with pytest.raises(RemoteUnavailableError):
         scorer.score(samples(500))
     assert tries < 100
+
+
+def test_of_no_sample_nobody_is_asked() -> None:
+    """Nor probed: a server that is away fails nothing that it was not needed for."""
+    away = unreachable(self_test="error")
+    assert away.score([]).shape == (0, 1) and away.score_explained([]).failures == ()
+    assert ensemble(unreachable(self_test="warn")).score([]).reward.shape == (0,)
+    with pytest.raises(RemoteUnavailableError):
+        away.score(samples(1))  # the probes are still to come
 
 
 def test_a_refusal_is_an_error_at_once() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from judge_doubles import judge, quality
 
 from ensemble_rm import (
+    ClientOptions,
     FunctionScorer,
     JudgeComparator,
     Normaliser,
@@ -31,6 +33,7 @@ from ensemble_rm import (
     to_tasks,
 )
 from ensemble_rm.errors import (
+    DataError,
     EmptyDataError,
     NotCalibratedError,
     OneMemberError,
@@ -141,6 +144,34 @@ def test_what_is_saved_is_what_was_not_asked(ensemble: RewardEnsemble, pairs: Pr
     assert nothing.judged == 0 and nothing.without is None and nothing.usage.calls == 0
 
 
+def test_an_outage_in_mid_run_leaves_the_price_of_all_pairs(
+    ensemble: RewardEnsemble, pairs: Preferences
+) -> None:
+    """What was never asked costs nothing, and would have cost what the others did."""
+    inner, left = judge(), 40
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise httpx.ConnectError("refused")
+        return inner.handler(request)  # type: ignore[return-value]
+
+    quick = ClientOptions(deadline=0.05, backoff=0.01, reset_after=0.01, concurrency=1)
+    far = JudgeComparator(
+        "http://judge.test/v1",
+        model="judge",
+        transport=httpx.MockTransport(handle),
+        price=Price(1.0, 1.0),
+        client=quick,
+    )
+    saving = go(ensemble, pairs, judge=far).saving
+    assert (saving.usage.calls, saving.usage.failed) == (40, 0)
+    assert saving.usage.unreached == N - 40
+    assert saving.without is not None and saving.without.calls == 2 * N
+    assert saving.without.prompt_tokens == 2 * N * 100
+
+
 def test_swapped_pairs_are_routed_alike(ensemble: RewardEnsemble, pairs: Preferences) -> None:
     swapped = Preferences(tuple(replace(p, chosen=p.rejected, rejected=p.chosen) for p in pairs))
     there = go(ensemble, pairs, judge=asked(bias=1.0))
@@ -201,6 +232,40 @@ def test_the_audit_makes_the_pool_speak_for_all(
     for found, true in ((counts, N), (hard, N / 2)):
         error = np.std(found) / math.sqrt(len(found))
         assert abs(np.mean(found) - true) < 4 * error
+
+
+def test_different_pairs_of_one_id_are_refused_before_anybody_is_asked(
+    ensemble: RewardEnsemble, pairs: Preferences
+) -> None:
+    """One of them would vanish from the pool; `select_pairs` refuses them alike."""
+    seen: list[dict[str, Any]] = []
+    double = Preferences((pairs[0], replace(pairs[1], id=pairs[0].id)))
+    with pytest.raises(DataError, match=repr(pairs[0].id)):
+        go(ensemble, double, judge=asked(seen=seen), share=1.0)
+    assert not seen
+    same = Preferences((pairs[0], pairs[0].swap()))  # one pair in two rows
+    assert len(go(ensemble, same, judge=None, share=1.0).pool) == 1
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_pair_in_many_rows_is_drawn_once(
+    ids: bool, ensemble: RewardEnsemble, pairs: Preferences
+) -> None:
+    """Its π is the share of seeds in which it is in the pool, whatever became of its rows."""
+    rows = [pair if ids else replace(pair, id=None) for pair in pairs[:40] for _ in range(4)]
+    judged, seeds = 0, 50
+    for seed in range(seeds):
+        pool = go(ensemble, Preferences(tuple(rows)), share=1.0, audit_share=0.3, seed=seed).pool
+        assert {pair.inclusion for pair in pool.pairs} <= {0.3}
+        assert (pool.pool, pool.repeated) == (40, 120)
+        judged += len(pool)
+    n = 40 * seeds
+    assert abs(judged / n - 0.3) < 4 * math.sqrt(0.3 * 0.7 / n)
+    # One row is left over by the budget: it waits, and so does the pair, for certain.
+    for seed in range(5):
+        one = Preferences(tuple(rows[:4]))
+        pool = go(ensemble, one, share=1.0, budget=3, audit_share=0.3, seed=seed).pool
+        assert [pair.inclusion for pair in pool.pairs] == [1.0]
 
 
 def test_a_pool_of_two_opinions_lies_between_them(

@@ -238,11 +238,38 @@ def write_jsonl(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
             print(json.dumps(row, ensure_ascii=False))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.partial")
+    scratch = scratch_of(path)
     with scratch.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     scratch.replace(path)
+
+
+def scratch_of(path: Path) -> Path:
+    """Return where a file is written that becomes `path` once all is there."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def check_can_write(path: Path | None) -> None:
+    """Make a file's folder, and see whether it can be written, before that costs anything.
+
+    Raises
+    ------
+    OptionError
+        If the path is a folder's.
+    OSError
+        If it cannot be written.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder; name a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_of(path)
+    left_over = scratch.exists()
+    scratch.open("a", encoding="utf-8").close()
+    if not left_over:
+        scratch.unlink()
 
 
 def known(value: float) -> float | None:

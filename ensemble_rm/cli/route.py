@@ -20,6 +20,7 @@ from ensemble_rm.cli.common import (
     add_json,
     add_out_file,
     add_rows,
+    check_can_write,
     open_ensemble,
     say,
     write_jsonl,
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     judge = _judge(args)
+    _check_files(args)
     from ensemble_rm.loading import read_comparisons
     from ensemble_rm.routing import route
 
@@ -106,6 +108,18 @@ def run(args: argparse.Namespace) -> None:
         _write(args, routed)
     if args.out is not None or args.dry_run:
         say(args, _found(args, routed, judge), _text(args, routed, judge))
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse files that cannot be written before a judge is paid for what would stand in them."""
+    if args.dry_run:
+        return
+    if args.json and args.out is None:
+        raise OptionError("--json prints one object, and --out is where the verdicts go: name it")
+    if args.pool is not None and args.pool == args.out:
+        raise OptionError(f"--out and --pool name one file, {args.out}; name two")
+    check_can_write(args.out)
+    check_can_write(args.pool)
 
 
 def _judge(args: argparse.Namespace) -> JudgeComparator | None:

@@ -19,6 +19,7 @@ from ensemble_rm.cli.common import (
     add_json,
     open_ensemble,
     say,
+    scratch_of,
     write_jsonl,
 )
 
@@ -110,7 +111,7 @@ def write_tasks(path: Path | None, form: str, tasks: list[dict[str, Any]]) -> No
         print(json.dumps(tasks, ensure_ascii=False, indent=1))
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f"{path.name}.partial")
+        scratch = scratch_of(path)
         scratch.write_text(json.dumps(tasks, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         scratch.replace(path)
 

@@ -245,14 +245,24 @@ def unloaded(scorers: Sequence[Scorer]) -> tuple[Scorer, ...]:
 
 
 def with_tokens_of(scorers: Sequence[Scorer], others: Sequence[Scorer]) -> tuple[Scorer, ...]:
-    """Return the same members, those on servers that others have tokens for with these."""
-    known = {one.address: one.token for one in others if isinstance(one, TokenScorer)}
-    return tuple(
-        one.with_token(known[one.address])
-        if isinstance(one, TokenScorer) and one.token is None and known.get(one.address) is not None
-        else one
-        for one in scorers
-    )
+    """Return the same members, those on servers that others have tokens for with these.
+
+    A member has the token of its namesake at its address; one without a namesake there has the
+    only one that is known there.
+    """
+    known = [one for one in others if isinstance(one, TokenScorer)]
+
+    def let_in(one: Scorer) -> Scorer:
+        if not isinstance(one, TokenScorer) or one.token is not None:
+            return one
+        there = [other for other in known if other.address == one.address]
+        same = [other.token for other in there if other.names == one.names]
+        tokens = same or [other.token for other in there if other.token is not None]
+        if not tokens or tokens[0] is None or any(token != tokens[0] for token in tokens):
+            return one
+        return one.with_token(tokens[0])
+
+    return tuple(map(let_in, scorers))
 
 
 def with_tokens(

@@ -89,6 +89,27 @@ def pair_name(pair: Preference) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
+def pair_names(pairs: Preferences) -> list[str]:
+    """Return the pairs' names: their ids, or what their texts make.
+
+    Raises
+    ------
+    DataError
+        If two different pairs bear one id.
+    """
+    names, owners = [], dict[str, str]()
+    for pair in pairs:
+        texts = pair_name(pair)
+        name = pair.id or texts
+        if owners.setdefault(name, texts) != texts:
+            raise DataError(
+                f"two different pairs of {pairs.source} have the id {name!r}; give each its own, "
+                "or leave ids out"
+            )
+        names.append(name)
+    return names
+
+
 def select_pairs(
     ensemble: RewardEnsemble | None,
     pool: Preferences,
@@ -188,24 +209,16 @@ def _strata(pool: Preferences, names: list[str]) -> list[int]:
 def _distinct(pool: Preferences) -> tuple[Preferences, list[str], int, int]:
     """Leave out pairs that need no judgment of their own; name the others."""
     seen: set[str] = set()
-    owners: dict[str, str] = {}
-    rows, names, equal = [], [], 0
+    rows, equal = [], 0
     for i, pair in enumerate(pool):
         if pair.chosen == pair.rejected:
             equal += 1
             continue
         texts = pair_name(pair)
-        if texts in seen:
-            continue
-        seen.add(texts)
-        name = pair.id or texts
-        if owners.setdefault(name, texts) != texts:
-            raise DataError(
-                f"two different pairs of {pool.source} have the id {name!r}; give each its own, or "
-                "leave ids out"
-            )
-        rows.append(i)
-        names.append(name)
+        if texts not in seen:
+            seen.add(texts)
+            rows.append(i)
     if not rows:
         raise EmptyDataError(f"{pool.source} holds no pair to choose from ({len(pool)} read)")
-    return pool.take(rows), names, len(pool) - equal - len(rows), equal
+    kept = pool.take(rows)
+    return kept, pair_names(kept), len(pool) - equal - len(rows), equal

@@ -133,7 +133,7 @@ class Judge:
         self, questions: Sequence[Messages], max_tokens: int
     ) -> tuple[list[Reply], Usage]:
         replies: list[Reply] = [""] * len(questions)
-        usages = [Usage(failed=1)] * len(questions)
+        usages = [Usage(unreached=1)] * len(questions)
         outages: list[RemoteUnavailableError] = []
 
         async def one(i: int) -> None:
@@ -143,14 +143,17 @@ class Judge:
             began = self._clock()
             try:
                 answer = await self._post(questions[i], max_tokens)
-                replies[i] = _choice(answer)
-                usages[i] = read_usage(answer, self._clock() - began, self.options.price)
             except RemoteUnavailableError as error:
                 outages.append(error)
                 replies[i] = Reason.of(error)
+                return
             except (RejectedError, RemoteAnswerError) as error:
                 replies[i] = Reason.of(error)
                 usages[i] = Usage(failed=1, seconds=self._clock() - began)
+                return
+            # Whether it can be read or not, it is paid for.
+            usages[i] = read_usage(answer, self._clock() - began, self.options.price)
+            replies[i] = _choice(answer)
 
         await work_through(range(len(questions)), one, places=self.options.client.concurrency)
         if outages and all(isinstance(reply, str) for reply in replies):
@@ -160,31 +163,35 @@ class Judge:
     async def _post(self, messages: Messages, max_tokens: int) -> Mapping[str, Any]:
         asked = self._offers_logprobs
         try:
-            answer = await self._client.post(self._url, self._body(messages, max_tokens))
+            body = self._body(messages, max_tokens, logprobs=asked)
+            answer = await self._client.post(self._url, body)
         except RejectedError as error:
-            if not asked or "logprob" not in str(error):
+            if not asked or "logprob" not in error.said:
                 raise
+            body = self._body(messages, max_tokens, logprobs=False)
+            answer = await self._client.post(self._url, body)
+            # The error may only have quoted the question; but without them it was answered.
             self._offers_logprobs = False
-            answer = await self._client.post(self._url, self._body(messages, max_tokens))
         if not isinstance(answer, Mapping):
             raise RemoteAnswerError(f"the judge's answer is {type(answer).__name__}, not an object")
         return answer
 
-    def _body(self, messages: Messages, max_tokens: int) -> dict[str, Any]:
+    def _body(self, messages: Messages, max_tokens: int, *, logprobs: bool) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.options.model,
             "messages": messages,
             "temperature": 0,
             "max_tokens": max_tokens,
         }
-        if self._offers_logprobs:
+        if logprobs:
             body |= {"logprobs": True, "top_logprobs": _TOP}
         body |= self.options.extra
         return {name: value for name, value in body.items() if value is not None}
 
 
-def _choice(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+def _choice(answer: Mapping[str, Any]) -> Reply:
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
-        raise RemoteAnswerError(f"the judge's answer holds no single choice: {str(answer)[:120]}")
+        said = f"the judge's answer holds no single choice: {str(answer)[:120]}"
+        return Reason.of(RemoteAnswerError(said))
     return choices[0]

@@ -94,9 +94,12 @@ def read_verdict(
     said = _said(choice, after)
     if said is None:
         return f"no verdict behind {after!r} in {_shown(choice)}"
-    word = _first_word(said)
+    word, rest = _first_word(said)
     if word not in words:
         return f"the reply {_shown(choice)} is none of {', '.join(words)}"
+    other, _ = _first_word(re.sub(r"^\W+", "", rest))
+    if other in words and other != word:
+        return f"the reply {_shown(choice)} names both {word} and {other}"
     for place in _places(choice, after):
         if _trim(place.text) == word and _of(place, word):
             masses = [_mass(place, one) for one in words]
@@ -120,9 +123,6 @@ def read_rating(
     said = _said(choice, after)
     if said is None:
         return f"no rating behind {after!r} in {_shown(choice)}"
-    expected = _expectation(_places(choice, after), scale)
-    if expected is not None:
-        return Rating(expected, "logprobs")
     found = re.match(r"(\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?(?![\w.]*\w)", said.lstrip(_TRIMMED))
     low, high = scale
     if found is None or (found[2] is not None and float(found[2]) != high):
@@ -130,17 +130,24 @@ def read_rating(
     value = float(found[1])
     if not low <= value <= high:
         return f"the rating {value:g} does not lie from {low} to {high}"
-    return Rating(value, "words")
+    expected = _expectation(_places(choice, after), scale, found[1])
+    return Rating(value, "words") if expected is None else Rating(expected, "logprobs")
 
 
-def _expectation(places: Sequence[Place], scale: tuple[int, int]) -> float | None:
+def _expectation(places: Sequence[Place], scale: tuple[int, int], said: str) -> float | None:
     """Return Σ v·P(v)/Σ P(v) over whole numbers; None where too little mass is on them.
+
+    None, too, where the first digits are not those of the number that was `said`, or it has a
+    fraction, which is on no whole number's token.
 
     Where a tokenizer spells 10 as 1 and 0, the mass of "1" is that of 1 and of 10: what follows
     the "1" that was chosen parts the two, and where another token was chosen it is left out.
     """
     at = next((i for i, place in enumerate(places) if place.text.strip(_TRIMMED)), None)
-    if at is None or not _trim(places[at].text).isdigit():
+    if at is None or "." in said:
+        return None
+    digits = _trim(places[at].text)
+    if not (digits.isdigit() and said.startswith(digits)):
         return None
     place = places[at]
     low, high = scale
@@ -191,10 +198,11 @@ def _said(choice: Mapping[str, Any], after: str | None) -> str | None:
     return text.rpartition(after)[2] if after in text else None
 
 
-def _first_word(text: str) -> str:
-    """Return what a reply begins with, where it is one word or ends behind it."""
-    found = re.match(r"(\w+)(?=$|[^\w\s]|\s*$|\s*\n)", text.lstrip(_TRIMMED))
-    return found[1] if found else ""
+def _first_word(text: str) -> tuple[str, str]:
+    """Return what a reply begins with, where it is one word or ends behind it, and the rest."""
+    text = text.lstrip(_TRIMMED)
+    found = re.match(r"(\w+)(?=$|[^\w\s]|\s*$|\s*\n)", text)
+    return (found[1], text[found.end() :]) if found else ("", text)
 
 
 def _places(choice: Mapping[str, Any], after: str | None) -> list[Place]:
@@ -209,9 +217,10 @@ def _places(choice: Mapping[str, Any], after: str | None) -> list[Place]:
     text = "".join(place.text for place in places)
     start, seen = text.rfind(after) + len(after), 0
     for i, place in enumerate(places):
-        if after in text and seen >= start:
-            return places[i:]
         seen += len(place.text)
+        # A token may begin with the blank that `after` ends in; it counts by what is behind it.
+        if after in text and seen > start and text[start:seen].strip():
+            return places[i:]
     return []
 
 

@@ -98,6 +98,12 @@ class Rubric:
         low, high = self.scale
         if not 0 <= low < high:
             raise OptionError(f"rubric {self.name!r}: scale must rise from 0 or more: {self.scale}")
+        after: object = self.after  # a file may hold anything
+        if after is not None and (not isinstance(after, str) or after == ""):
+            raise OptionError(
+                f"rubric {self.name!r}: `after` must be a text that is not empty, not "
+                f"{after!r}; leave it out where the verdict stands first"
+            )
         if self.max_tokens < 1:
             raise OptionError(f"rubric {self.name!r}: max_tokens must be at least 1")
 
@@ -175,8 +181,15 @@ def _from_json(said: object, source: str) -> Rubric:
         options: dict[str, Any] = {}
         if said["kind"] == "pairwise":
             verdicts = said["verdicts"]
-            words = (verdicts["first"], verdicts["second"], verdicts.get("tie"))
-            options["verdicts"] = tuple(str(word) for word in words if word is not None)
+            words = [verdicts["first"], verdicts["second"]]
+            if None in words:
+                raise OptionError(
+                    f"{source}: of the verdicts only `tie` may be null, and first and second are "
+                    f"{words}"
+                )
+            if verdicts.get("tie") is not None:
+                words.append(verdicts["tie"])
+            options["verdicts"] = tuple(map(str, words))
         else:
             low, high = said["scale"]
             options["scale"] = (int(low), int(high))

@@ -36,13 +36,16 @@ class Usage:
     calls : int
         Requests whose reply could be read; a comparison is two.
     failed : int
-        Other requests; those that were answered have their tokens and their price, too.
+        Other requests that the server rejected, or answered with something else; answers have
+        their tokens and their price, too.
     prompt_tokens, completion_tokens : int
         As the server counts them.
     seconds : float
         Sum of the requests' latencies, tries and pauses included; they run side by side.
     cost : float, optional
         In the price's currency; None where no price is known.
+    unreached : int
+        Questions that took nothing: the server was out of reach, then or for one before.
     """
 
     calls: int = 0
@@ -51,6 +54,7 @@ class Usage:
     completion_tokens: int = 0
     seconds: float = 0.0
     cost: float | None = None
+    unreached: int = 0
 
     @property
     def latency(self) -> float:
@@ -68,6 +72,7 @@ class Usage:
             self.completion_tokens + other.completion_tokens,
             self.seconds + other.seconds,
             None if not costs or None in costs else sum(c for c in costs if c is not None),
+            self.unreached + other.unreached,
         )
 
     def with_read(self, replies: int) -> Usage:
@@ -83,6 +88,7 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "seconds": self.seconds,
             "cost": self.cost,
+            "unreached": self.unreached,
         }
 
 

@@ -10,6 +10,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
@@ -29,14 +30,20 @@ class Breaker:
         Seconds until one request, the probe, may try again.
     clock : callable
         Seconds that only grow.
+
+    Attributes
+    ----------
+    answered : float
+        When the server answered last, by that clock; −∞ where it has not.
     """
 
     def __init__(self, open_after: int, reset_after: float, *, clock: Callable[[], float]) -> None:
         self.open_after, self.reset_after = open_after, reset_after
         self._clock = clock
+        self.answered = -math.inf
         self._failures = 0
         self._opened: float | None = None
-        self._probing = False
+        self._probe: object | None = None
 
     @property
     def state(self) -> State:
@@ -45,29 +52,39 @@ class Breaker:
             return "closed"
         return "half-open" if self._clock() - self._opened >= self.reset_after else "open"
 
-    def admit(self) -> float:
-        """Return 0 where the caller may try now, and must report; else seconds to wait."""
+    def admit(self, who: object) -> float:
+        """Return 0 where `who` may try now, and must report; else seconds to wait."""
         if self._opened is None:
             return 0.0
         left = self._opened + self.reset_after - self._clock()
         if left > 0:
             return left
-        if self._probing:
+        if self._probe is not None:
             return self.reset_after / _POLLS
-        self._probing = True
+        self._probe = who
         return 0.0
 
     def succeeded(self) -> None:
         """Report that the server answered: the circuit closes."""
-        self._failures, self._opened, self._probing = 0, None, False
+        self.answered = self._clock()
+        self._failures, self._opened, self._probe = 0, None, None
 
-    def failed(self) -> None:
-        """Report a failure: the last of too many in a row, or the probe's, opens the circuit."""
+    def failed(self, who: object) -> None:
+        """Report a failure: the last of too many in a row, or the probe's, opens the circuit.
+
+        One that began before the circuit opened changes nothing: the probe is still under way.
+        """
         self._failures += 1
-        if self._opened is not None or self._failures >= self.open_after:
+        if self._probe is who or (self._opened is None and self._failures >= self.open_after):
             self._opened = self._clock()
-        self._probing = False
+        self.abandoned(who)
 
-    def abandoned(self) -> None:
+    def broken(self, who: object) -> None:
+        """Report an error inside the server: a failure where it is the probe's, else nothing."""
+        if self._probe is who:
+            self.failed(who)
+
+    def abandoned(self, who: object) -> None:
         """Report that a try ended without telling anything of the server: it was cancelled."""
-        self._probing = False
+        if self._probe is who:
+            self._probe = None

@@ -27,6 +27,7 @@ from ensemble_rm.members.remote.breaker import Breaker
 from ensemble_rm.members.remote.retrying import Meaning, meaning, pause, retry_after
 
 _SHOWN = 200  # characters of an error's body that a message shows
+_LEAST = 0.01  # of the deadline: with less left, no further try begins
 
 
 class RejectedError(Exception):
@@ -36,11 +37,13 @@ class RejectedError(Exception):
     ----------
     kind : str
         The status, without what the server said.
+    said : str
+        All that the server said.
     """
 
-    def __init__(self, message: str, kind: str) -> None:
+    def __init__(self, message: str, kind: str, said: str = "") -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.said = kind, said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,8 @@ class ClientOptions:
     timeout : float
         Seconds that one try may take.
     deadline : float
-        Seconds that a request may take with all its tries and pauses.
+        Seconds that a request may take with all its tries and pauses. While it waits for one of
+        the places that `concurrency` sets, every answer to another request begins them anew.
     attempts : int
         Tries of a request that meets errors inside the server or times out. One that finds nobody,
         or a busy server, is tried until the deadline.
@@ -101,6 +105,7 @@ class _Try:
     meaning: Meaning
     reason: str
     kind: str = ""
+    said: str = ""
     data: Any = None
     wait: float = 0.0
 
@@ -174,8 +179,11 @@ class RemoteClient:
         """
         self._open()
         assert self._places is not None
+        began = self._clock()
         async with self._places:
-            return await self._tried(url, body, attempts or self.options.attempts)
+            # Who waited while others were answered waited for a place; else for the server.
+            end = max(began, self.breaker.answered) + self.options.deadline
+            return await self._tried(url, body, end, attempts or self.options.attempts)
 
     async def aclose(self) -> None:
         """Close the connections; the next request opens new ones."""
@@ -185,31 +193,30 @@ class RemoteClient:
         if http is not None:
             await http.aclose()
 
-    async def _tried(self, url: str, body: Mapping[str, Any], attempts: int) -> Any:
+    async def _tried(self, url: str, body: Mapping[str, Any], end: float, attempts: int) -> Any:
         content = json.dumps(body, ensure_ascii=True, allow_nan=False).encode()
-        end = self._clock() + self.options.deadline
-        failed, broken, last = 0, 0, "its circuit is open"
+        who, failed, broken, last = object(), 0, 0, "nor did it answer anybody else"
+        self._left(end, url, last)
         while True:
-            wait = self.breaker.admit()
-            if wait > 0:
-                await self._wait(wait, end, url, last)
-                continue
-            found = await self._once(url, content, end)
+            wait = self.breaker.admit(who)
+            if wait > 0 and await self._wait(wait, end, url, last):
+                continue  # else the circuit is open beyond the end, and there is time for a try
+            found = await self._once(url, content, end, who)
             if found.meaning is Meaning.DONE:
                 self.breaker.succeeded()
                 return found.data
             if found.meaning is Meaning.REFUSED:
                 self.breaker.succeeded()
                 raise RemoteRefusalError(f"{url} refuses: {found.reason}")
+            self._tell(found.meaning, who)
             broken += found.meaning in (Meaning.BROKEN, Meaning.SILENT)
-            self._tell(found.meaning, last=broken >= attempts)
             if found.meaning is Meaning.SILENT and broken >= attempts:
                 raise RemoteUnavailableError(
                     f"{url} gave no score in {broken} tries: {found.reason}; raise `timeout`, or "
                     "send less at once"
                 )
             if found.meaning is Meaning.REJECTED or broken >= attempts:
-                raise RejectedError(found.reason, found.kind)
+                raise RejectedError(found.reason, found.kind, found.said)
             last = found.reason
             wait = pause(
                 failed,
@@ -218,37 +225,52 @@ class RemoteClient:
                 generator=self._generator,
             )
             failed += 1
-            await self._wait(found.wait + wait, end, url, last)
+            await self._wait(wait, end, url, last, asked=found.wait)
 
-    async def _wait(self, seconds: float, end: float, url: str, last: str) -> None:
-        if self._clock() + seconds >= end:
+    async def _wait(
+        self, seconds: float, end: float, url: str, last: str, *, asked: float = 0.0
+    ) -> bool:
+        """Wait; return whether it was for as long as we meant to.
+
+        A server may come back until the last moment: what we chose to wait leaves at least a
+        quarter of the time that is left to another try. What the server `asked` for is kept.
+        """
+        left = self._left(end - asked, url, last)
+        whole = seconds <= 0.75 * left
+        if not whole:
+            seconds = self._generator.uniform(0.25, 0.75) * left
+        await self._sleep(asked + seconds)
+        return whole
+
+    def _left(self, end: float, url: str, last: str) -> float:
+        """Return the seconds that are left for tries; where hardly any are, give up."""
+        left = end - self._clock()
+        if left <= _LEAST * self.options.deadline:
             raise RemoteUnavailableError(
                 f"{url} gave no score in {self.options.deadline:g} s: {last}; start the server, or "
                 "raise `deadline`"
             )
-        await self._sleep(seconds)
+        return left
 
-    def _tell(self, means: Meaning, *, last: bool) -> None:
+    def _tell(self, means: Meaning, who: object) -> None:
         """Tell the breaker of a failed try.
 
-        An error inside the server counts once a request, when it is given up: one sample that the
-        model cannot take, alone in many tries, must not keep all others waiting.
+        An error inside the server says something of the server only where it meets the probe: of
+        many samples that the model cannot take, none must keep all others waiting.
         """
-        if means in (Meaning.AWAY, Meaning.SILENT) or (
-            means is Meaning.BROKEN and (last or self.breaker.state != "closed")
-        ):
-            self.breaker.failed()
+        if means in (Meaning.AWAY, Meaning.SILENT):
+            self.breaker.failed(who)
         elif means is Meaning.BROKEN:
-            self.breaker.abandoned()
+            self.breaker.broken(who)
         else:
             self.breaker.succeeded()
 
-    async def _once(self, url: str, content: bytes, end: float) -> _Try:
+    async def _once(self, url: str, content: bytes, end: float, who: object) -> _Try:
         """Try once; one that is cancelled, or raises, tells nothing of the server."""
         try:
             return await self._send(url, content, min(self.options.timeout, end - self._clock()))
         except BaseException:
-            self.breaker.abandoned()
+            self.breaker.abandoned(who)
             raise
 
     async def _send(self, url: str, content: bytes, timeout: float) -> _Try:
@@ -269,11 +291,11 @@ class RemoteClient:
         means = meaning(answer.status_code)
         if means is not Meaning.DONE:
             kind = f"status {answer.status_code}"
-            reason = f"{kind}: {answer.text[:_SHOWN]}"
-            return _Try(means, reason, kind, wait=retry_after(answer.headers.get("Retry-After")))
+            reason, wait = f"{kind}: {answer.text[:_SHOWN]}", answer.headers.get("Retry-After")
+            return _Try(means, reason, kind, answer.text, wait=retry_after(wait))
         try:
             return _Try(Meaning.DONE, "", data=answer.json())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: nested too deep
             raise RemoteAnswerError(f"{url} answers no JSON: {answer.text[:_SHOWN]!r}") from error
 
     def _open(self) -> None:

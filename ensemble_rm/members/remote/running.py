@@ -11,8 +11,11 @@ import os
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
+
+from ensemble_rm.errors import RemoteUnavailableError
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -34,9 +37,20 @@ class Pending(Generic[T]):
         self._future, self._read = future, read
 
     def result(self) -> T:
-        """Wait; who is interrupted gives it up."""
+        """Wait; who is interrupted gives it up.
+
+        Raises
+        ------
+        RemoteUnavailableError
+            If the loop was closed before it was done.
+        """
         try:
             found = self._future.result()
+        except CancelledError:
+            raise RemoteUnavailableError(
+                "a member was closed while its server was asked; ask again, and close it when "
+                "nobody waits for it"
+            ) from None
         except BaseException:
             self._future.cancel()
             raise
@@ -62,6 +76,7 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = 0
         self._end: weakref.finalize[Any, Any] | None = None
+        _ALL.add(self)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Wait for a coroutine; one that is interrupted is cancelled."""
@@ -69,46 +84,55 @@ class LoopThread:
 
     def begin(self, coroutine: Coroutine[Any, Any, Item], read: Callable[[Item], T]) -> Pending[T]:
         """Begin a coroutine, whose result is read when it is waited for."""
-        return Pending(asyncio.run_coroutine_threadsafe(coroutine, self._running()), read)
+        with self._lock:  # nobody closes the loop before it has the coroutine
+            return Pending(asyncio.run_coroutine_threadsafe(coroutine, self._running()), read)
 
     def close(self) -> None:
-        """End the loop and its thread; another call would start new ones."""
-        with self._lock:
+        """End the loop and its thread, and what goes on in it; another call starts new ones."""
+        with self._lock:  # until all is closed: two loops would share what is open
             # Detached and called: at the exit of the process a finaliser itself does nothing.
             known = self._end.detach() if self._end is not None else None
             ending = known[1](*known[2]) if known is not None else None
             self._loop = self._end = None
-        if ending is not None:
-            done, thread = ending
-            if threading.current_thread() is not thread:
-                done.result(_JOIN)
+            if ending is not None and threading.current_thread() is not ending[1]:
+                done, thread = ending
+                with suppress(TimeoutError):
+                    done.result(_JOIN)
                 thread.join(_JOIN)
 
     def _running(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            # A forked child has the loop and not its thread.
-            if self._loop is None or self._process != os.getpid():
-                if self._end is not None:
-                    self._end.detach()
-                loop = asyncio.new_event_loop()
-                thread = threading.Thread(
-                    target=_run, args=(loop,), name="ensemble_rm-remote", daemon=True
-                )
-                thread.start()
-                self._loop, self._process = loop, os.getpid()
-                self._end = weakref.finalize(self, _end, loop, thread, self._closing)
-                self._end.atexit = False  # at the exit they are waited for
-                _OPEN.add(self)
-            return self._loop
+        """Return the loop; the caller holds the lock."""
+        # A forked child has the loop and not its thread.
+        if self._loop is None or self._process != os.getpid():
+            if self._end is not None:
+                self._end.detach()
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(
+                target=_run, args=(loop,), name="ensemble_rm-remote", daemon=True
+            )
+            thread.start()
+            self._loop, self._process = loop, os.getpid()
+            self._end = weakref.finalize(self, _end, loop, thread, self._closing)
+            self._end.atexit = False  # at the exit they are waited for
+        return self._loop
 
 
-_OPEN: weakref.WeakSet[LoopThread] = weakref.WeakSet()
+_ALL: weakref.WeakSet[LoopThread] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    for one in list(_OPEN):
+    for one in list(_ALL):
         one.close()
+
+
+def _renew_locks() -> None:
+    for one in list(_ALL):
+        one._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a child has no thread that would give back what it held
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
@@ -131,11 +155,11 @@ def _end(
 
     async def finish() -> None:
         try:
-            await closing()
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            await closing()
         finally:
             loop.call_soon(loop.stop)
 

@@ -244,7 +244,8 @@ class RemoteScorer(StoredElsewhere):
     def _begin(self, samples: Sequence[Sample], read: Callable[[RemoteScores], T]) -> Pending[T]:
         """Ask, behind the probes where they were never answered; read what was said."""
         call = self._call()
-        probes = [] if self._tested else self._renderer.render(PROBES)
+        tests = not self._tested and len(samples) > 0
+        probes = self._renderer.render(PROBES) if tests else []
         items = self._renderer.render(samples)
 
         async def ask() -> tuple[_Orders, list[_Found]]:
@@ -252,7 +253,7 @@ class RemoteScorer(StoredElsewhere):
             return orders, await call.score(items, self.batch_size)
 
         def told(said: tuple[_Orders, list[_Found]]) -> T:
-            if not self._tested:
+            if tests and not self._tested:
                 self._tell(said[0])
             return read(self._scores(said[1]))
 
@@ -380,7 +381,7 @@ class _Call:
             self._outage = error
             return [error] * len(items)
         except (RejectedError, RemoteAnswerError) as error:
-            if len(items) == 1 or self._client.breaker.state != "closed":
+            if len(items) == 1:
                 return [Reason.of(error)] * len(items)
             middle = len(items) // 2
             left = await self._batch(items[:middle], attempts=_SPLIT_ATTEMPTS)
