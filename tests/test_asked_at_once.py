@@ -269,6 +269,36 @@ def test_nor_does_an_error_of_a_server() -> None:
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_what_was_given_up_was_paid_for(read: bool) -> None:
+    """A judge's usage counts answers that nobody read, and a question that was under way."""
+    asked = threading.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if "endless" in json.loads(request.content)["messages"][-1]["content"]:
+            asked.set()
+            await asyncio.sleep(SECONDS)
+        return httpx.Response(200, json=completion("7", None))
+
+    judge = JudgeScorer(
+        "http://judge.test/v1",
+        model="judge",
+        name="judge",
+        transport=httpx.MockTransport(answer),
+        client=ClientOptions(concurrency=1),
+    )
+    if read:
+        judge.score([Sample("", "short")])
+    pending = judge.begin_score([Sample("", text) for text in ("one", "endless", "three")])
+    assert asked.wait(SECONDS)
+    pending.cancel()
+    judge.close()
+    usage = judge.usage
+    assert (usage.calls, usage.failed, usage.unreached) == (1 + read, 1, 1)
+    assert usage.prompt_tokens == 100 * (1 + read)
+    assert judge.with_token("another").usage == usage
+
+
 def test_what_is_still_under_way_is_given_up_in_the_end() -> None:
     far = Waiting()
 

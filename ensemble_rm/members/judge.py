@@ -51,7 +51,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
     Attributes
     ----------
     usage : Usage
-        What all scores of this member took together.
+        What all scores of this member took together, those among them that were given up.
 
     Raises
     ------
@@ -79,12 +79,18 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
             url, model=model, rubric=rubric, token=token, transport=transport, **options
         )
         self.names = (name,)
-        self.usage = Usage()
+        self._unread = 0
 
     @property
     def address(self) -> str:
         """The server's."""
         return self.options.url
+
+    @property
+    def usage(self) -> Usage:
+        """What all scores of this member took together."""
+        taken = self._judge.usage
+        return taken.with_read(taken.calls - self._unread)
 
     @property
     def token(self) -> Token | None:
@@ -116,10 +122,9 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         return self._begin(questions, self._ratings)
 
     def _ratings(self, said: tuple[list[Reply], Usage]) -> NDArray[np.float64]:
-        replies, usage = said
-        read = [self._read(reply) for reply in replies]
+        read = [self._read(reply) for reply in said[0]]
         failed = [one for one in read if isinstance(one, str)]
-        self.usage += usage.with_read(len(read) - len(failed))
+        self._unread += said[1].calls - (len(read) - len(failed))
         if failed:
             where = f"{self.names[0]!r} at {self.options.url}"
             text = count_failures(
@@ -133,6 +138,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         """Return the same member with another token."""
         twin = copy.copy(self)
         twin._judge = Judge(self.options, token=token, transport=self._judge.transport)
+        twin._judge.usage = self._judge.usage
         return twin
 
     def _read(self, reply: Reply) -> Rating | str:

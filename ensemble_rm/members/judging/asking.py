@@ -106,6 +106,8 @@ class Judge:
         self._client = RemoteClient(options.client, token=token, transport=transport)
         self._thread = LoopThread(self._client.aclose)
         self._offers_logprobs = options.logprobs
+        self.usage = Usage()
+        """What all questions took, those that were given up among them; written by the loop."""
 
     def begin(
         self,
@@ -141,11 +143,12 @@ class Judge:
                 replies[i] = Reason.of(outages[0])
                 return
             began = self._clock()
+            usages[i] = Usage(failed=1)  # where it is given up under way
             try:
                 answer = await self._post(questions[i], max_tokens)
             except RemoteUnavailableError as error:
                 outages.append(error)
-                replies[i] = Reason.of(error)
+                replies[i], usages[i] = Reason.of(error), Usage(unreached=1)
                 return
             except (RejectedError, RemoteAnswerError) as error:
                 replies[i] = Reason.of(error)
@@ -155,10 +158,14 @@ class Judge:
             usages[i] = read_usage(answer, self._clock() - began, self.options.price)
             replies[i] = _choice(answer)
 
-        await work_through(range(len(questions)), one, places=self.options.client.concurrency)
+        try:
+            await work_through(range(len(questions)), one, places=self.options.client.concurrency)
+        finally:
+            taken = sum(usages, Usage())
+            self.usage += taken
         if outages and all(isinstance(reply, str) for reply in replies):
             raise outages[0]
-        return replies, sum(usages, Usage())
+        return replies, taken
 
     async def _post(self, messages: Messages, max_tokens: int) -> Mapping[str, Any]:
         asked = self._offers_logprobs

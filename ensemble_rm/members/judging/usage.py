@@ -45,7 +45,8 @@ class Usage:
     cost : float, optional
         In the price's currency; None where no price is known.
     unreached : int
-        Questions that took nothing: the server was out of reach, then or for one before.
+        Questions that took nothing: the server was out of reach, then or for one before, or it
+        was not asked before all were given up.
     """
 
     calls: int = 0
