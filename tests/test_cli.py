@@ -265,6 +265,24 @@ def test_mistakes_are_named_without_a_traceback(
     assert json.loads(heard.out)["exit_code"] == code
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "nowhere", "--data=none.jsonl", "--out={out}"],
+        ["make-pairs", "nowhere", "--data=none.jsonl", "--out={out}"],
+        ["select", "nowhere", "--pool=none.jsonl", "--budget=3", "--out={out}"],
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_read(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Members on other servers may cost money."""
+    filled = [argument.format(out=tmp_path) for argument in arguments]
+    assert main(filled) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (BrokenPipeError, 0)])
 def test_who_stops_it_sees_no_traceback(
     error: type[BaseException],

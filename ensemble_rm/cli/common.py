@@ -66,9 +66,10 @@ class Bars:
             self._bar = None
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add --json."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
+def add_json(parser: argparse.ArgumentParser, *, rows: bool = False) -> None:
+    """Add --json, also where rows are printed that go to no file: they are JSON as they are."""
+    what = "print one JSON object, for scripts" + (", where --out has the rows" if rows else "")
+    parser.add_argument("--json", action="store_true", help=what)
 
 
 def add_dry_run(parser: argparse.ArgumentParser, what: str) -> None:

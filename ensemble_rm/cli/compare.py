@@ -17,6 +17,7 @@ from ensemble_rm.cli.common import (
     add_json,
     add_out_file,
     add_rows,
+    check_can_write,
     known,
     open_ensemble,
     say,
@@ -35,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ensemble(parser)
     add_rows(parser, "pairs")
     add_out_file(parser, "verdicts")
-    add_json(parser)
+    add_json(parser, rows=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    check_can_write(args.out)
     from ensemble_rm.loading import read_comparisons
 
     pairs = read_comparisons(args.data)

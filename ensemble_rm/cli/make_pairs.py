@@ -19,6 +19,7 @@ from ensemble_rm.cli.common import (
     add_json,
     add_out_file,
     add_rows,
+    check_can_write,
     open_ensemble,
     say,
     write_jsonl,
@@ -45,11 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--soft", action="store_true", help="write votes, the soft labels of ensemble-rm train"
     )
     add_dry_run(parser, "report what would be made, and write nothing")
-    add_json(parser)
+    add_json(parser, rows=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    if not args.dry_run:
+        check_can_write(args.out)
     from ensemble_rm.loading import read_samples
     from ensemble_rm.samples import prompt_key
     from ensemble_rm.sampling import make_pairs

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pool.add_argument("--seed", type=int, default=0, help="of the audit and the sides; 0")
     add_out_file(parser, "verdicts")
     add_dry_run(parser, "say how many would be asked about; ask nobody, write nothing")
-    add_json(parser)
+    add_json(parser, rows=True)
 
 
 def run(args: argparse.Namespace) -> None:

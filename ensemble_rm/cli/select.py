@@ -17,6 +17,7 @@ from ensemble_rm.cli.common import (
     add_dry_run,
     add_ensemble,
     add_json,
+    check_can_write,
     open_ensemble,
     say,
     scratch_of,
@@ -73,11 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=int, default=4096, metavar="N", help="samples in memory at once; 4096"
     )
     add_dry_run(parser, "pick and say, write nothing")
-    add_json(parser)
+    add_json(parser, rows=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    if not args.dry_run:
+        check_can_write(args.out)
     from ensemble_rm.loading import read_comparisons
     from ensemble_rm.selection.select import select_pairs
     from ensemble_rm.selection.tasks import to_tasks
