@@ -25,7 +25,7 @@ fast: $(VENV)/.installed-dev  ## the fast suite and the docstrings' examples
 	$(PYTEST) -m "not slow" --doctest-modules tests ensemble_rm
 
 slow: $(VENV)/.installed-dev  ## the tests that train and score with real backbones
-	$(PYTEST) --dist loadfile -m slow tests
+	$(PYTEST) -m slow tests
 
 vllm: $(VLLM)/.installed  ## install vLLM beside, for tests against the real server (2 minutes, 4 GB)
 
