@@ -182,6 +182,11 @@ CLAIMS = (
         *("serving", "soak_memory_growth", "{:.2f}"),
     ),
     (
+        "five members on servers that take half a second: one after the other, over all at once",
+        *("remote_members", "remote5_vs_turns", "{:.1f}"),
+    ),
+    ("all at once, over one of them alone", "remote_members", "remote5_vs_one", "{:.2f}"),
+    (
         "best-of-n estimator, 12,600 samples and 1,000 prompts: the plain loop's time over ours",
         *("bestofn", "loop_ratio", "{:.1f}"),
     ),
