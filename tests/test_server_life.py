@@ -204,7 +204,7 @@ def test_a_body_in_chunks_is_counted_as_it_comes(tmp_path: Path) -> None:
 def test_a_client_that_sends_too_much_sees_why(tmp_path: Path) -> None:
     with server(tmp_path, "--body-seconds", 30) as running:
         connection = HTTPConnection("127.0.0.1", running.port, timeout=30)
-        body = b" " * (9 * 2**20)
+        body = b" " * (30 * 2**20)  # more than sockets hold
         connection.request("POST", "/v1/score", body, {"Content-Type": "application/json"})
         assert connection.getresponse().status == 413
         connection.close()

@@ -213,3 +213,34 @@ def test_an_idle_connection_is_not_told_that_it_is_late() -> None:
         connection.connection_lost(None)
 
     asyncio.run(go())
+
+
+def test_a_client_that_still_sends_is_read_on_behind_the_last_answer() -> None:
+    """Closed with bytes that nobody read, the connection would be reset, and its answer lost."""
+
+    async def app(_: Any, __: Any, send: Any) -> None:
+        headers = [(b"content-length", b"4"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": b"long"})
+
+    async def go() -> bytes:
+        config = uvicorn.Config(app, http=with_deadline(10), lifespan="off", log_level="error")
+        config.load()
+        state = ServerState()
+        kind: Any = config.http_protocol_class
+        loop = asyncio.get_running_loop()
+        made = await loop.create_server(lambda: kind(config, state, {}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*made.sockets[0].getsockname())
+        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 30000000\r\n\r\n")
+        for _ in range(30):
+            writer.write(b" " * 1_000_000)
+            await writer.drain()  # a reset would be raised here
+        said = await reader.read()
+        assert len(state.connections) == 1  # it counts until it ends
+        writer.close()
+        while state.connections:
+            await asyncio.sleep(0.001)
+        made.close()
+        return said
+
+    assert answers(asyncio.run(go()), 1) == [b"long"]

@@ -9,7 +9,6 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -27,14 +26,12 @@ from ensemble_rm.errors import (
     RequestError,
     SlowRequestError,
     TemplateError,
-    TooLargeError,
 )
 from ensemble_rm.server.limits import Limits, parse_json
 from ensemble_rm.server.scored import SampleError, say_error
 
 T = TypeVar("T")
 VERSION_HEADER = "x-ensemble-version"
-_LINGER_SECONDS = 1.0
 _GONE = 499  # nobody reads it; the figures count it
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (BaselineError, 422),
@@ -81,22 +78,7 @@ async def read_json(request: Request, limits: Limits) -> Any:
         raise SlowRequestError(
             f"the body did not arrive within {limits.body_seconds:g} s"
         ) from None
-    except TooLargeError:
-        await _discard(request, limits.body_bytes)
-        raise
     return parse_json(bytes(body))
-
-
-async def _discard(request: Request, most: int) -> None:
-    """Read on for a moment: a client that still sends would see a reset, not the answer."""
-    if "expect" in request.headers:
-        return
-    with suppress(TimeoutError, ClientDisconnect):
-        async with asyncio.timeout(_LINGER_SECONDS):
-            async for chunk in request.stream():
-                most -= len(chunk)
-                if most < 0:
-                    return
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

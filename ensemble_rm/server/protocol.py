@@ -2,9 +2,10 @@
 
 uvicorn has no such deadline, and its own limit refuses requests of connections that are open.
 A connection that sends nothing, or its headers byte by byte, is answered 408 and closed; one that
-does not read its answer is cut off. An answer's head and body leave in one write: a server that is
-killed has sent all of a short answer or nothing, and a balancer then asks the next. Knows uvicorn;
-knows nothing of routes.
+does not read its answer is cut off. A client that still sends when it is answered for the last time
+is read on for a moment, since it would see a reset, and not the answer. An answer's head and body
+leave in one write: a server that is killed has sent all of a short answer or nothing, and a
+balancer then asks the next. Knows uvicorn; knows nothing of routes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from ensemble_rm.errors import NotReadyError, SlowRequestError
 
-_LINGER_SECONDS = 1.0
+_LINGER_SECONDS = 2.0
+_LINGER_BYTES = 32 * 2**20
 
 
 def _last_answer(status: str, error: str, message: str, *headers: str) -> bytes:
@@ -50,11 +52,19 @@ class OneWrite:
     transport : asyncio.Transport
         What is not said here is asked of it.
     loop : asyncio.AbstractEventLoop
+    end : callable
+        Called with the transport when it is to be closed, once.
     """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        loop: asyncio.AbstractEventLoop,
+        end: Callable[[asyncio.Transport], None] = lambda transport: transport.close(),
+    ) -> None:
+        self._transport, self._loop, self._end = transport, loop, end
         self._held: list[bytes] = []
+        self._closed = False
 
     def __getattr__(self, name: str) -> Any:
         """Return what the transport itself has."""
@@ -70,7 +80,13 @@ class OneWrite:
     def close(self) -> None:
         """Send what is held, and close."""
         self._send()
-        self._transport.close()
+        if not self._closed:
+            self._closed = True
+            self._end(self._transport)
+
+    def is_closing(self) -> bool:
+        """Whether it was closed, here or by the client."""
+        return self._closed or self._transport.is_closing()
 
     def _send(self) -> None:
         held, self._held = self._held, []
@@ -89,10 +105,12 @@ class DeadlineProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, with a deadline for the first request's headers; or refuse one too many."""
         if len(self.connections) >= self.most:
-            transport.set_protocol(_Refusal(transport, self.loop))
+            transport.write(_FULL)
+            transport.set_protocol(_Lingering(transport, self.loop, lambda _: None))
             self.refused()
             return
-        super().connection_made(OneWrite(transport, self.loop))  # type: ignore[arg-type]
+        whole = OneWrite(transport, self.loop, self._close)
+        super().connection_made(whole)  # type: ignore[arg-type]
         self._arm()
 
     def data_received(self, data: bytes) -> None:
@@ -151,24 +169,51 @@ class DeadlineProtocol(H11Protocol):
             self.transport.close()
             self._cut_off()
 
+    def _close(self, transport: asyncio.Transport) -> None:
+        if self.conn.their_state in (h11.SEND_BODY, h11.ERROR):
+            transport.set_protocol(_Lingering(transport, self.loop, self.connection_lost))
+        else:
+            transport.close()
+
     def _cut_off(self) -> None:
         self.loop.call_later(self.header_seconds, self.transport.abort)
 
 
-class _Refusal(asyncio.Protocol):
-    """A connection too many: it is told so, and ends when its client does, or after a moment.
+class _Lingering(asyncio.Protocol):
+    """The end of a connection whose client may still send: nobody reads it, and it ends soon.
 
     Were it closed at once, what the client sent and nobody read would reset it, answer and all.
+
+    Parameters
+    ----------
+    transport : asyncio.Transport
+        To which all is written.
+    loop : asyncio.AbstractEventLoop
+    lost : callable
+        Called when the connection is no more, as `connection_lost` is.
     """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        transport.write(_FULL)
-        transport.write_eof()
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        loop: asyncio.AbstractEventLoop,
+        lost: Callable[[Exception | None], None],
+    ) -> None:
+        self._transport, self._lost, self._left = transport, lost, _LINGER_BYTES
         self._end = loop.call_later(_LINGER_SECONDS, transport.abort)
+        transport.write_eof()
+        transport.resume_reading()
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+    def data_received(self, data: bytes) -> None:
+        """Pass over what comes, within bounds."""
+        self._left -= len(data)
+        if self._left < 0:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._end.cancel()
+        self._lost(exc)
 
 
 def with_deadline(
