@@ -32,7 +32,7 @@ def test_a_collection_waits_for_nobody() -> None:
             closed.set()
 
     owner = LoopThread(closing)
-    thread = owner.run(_thread())
+    thread = owner.begin(_thread(), lambda found: found).result()
     with lock:
         del owner
         gc.collect()
@@ -49,7 +49,7 @@ def test_a_collection_in_the_loops_own_thread_ends_it() -> None:
         closed.set()
 
     owners = [LoopThread(closing)]
-    thread = owners[0].run(_thread())
+    thread = owners[0].begin(_thread(), lambda found: found).result()
 
     async def collect() -> None:
         owners.clear()
@@ -71,10 +71,10 @@ def test_close_waits_and_another_call_starts_anew() -> None:
         closed.append(threading.current_thread())
 
     owner = LoopThread(closing)
-    first = owner.run(_thread())
+    first = owner.begin(_thread(), lambda found: found).result()
     owner.close()
     assert closed == [first] and not first.is_alive()
-    second = owner.run(_thread())
+    second = owner.begin(_thread(), lambda found: found).result()
     assert second is not first
     owner.close()
     owner.close()
@@ -102,7 +102,7 @@ def test_who_waits_while_another_closes_gets_a_named_error() -> None:
     assert events == ["ended", "closed"]
     with pytest.raises(RemoteUnavailableError, match="closed while"):
         pending.result()
-    assert owner.run(_thread()).is_alive()
+    assert owner.begin(_thread(), lambda found: found).result().is_alive()
     owner.close()
 
 
@@ -113,7 +113,7 @@ def test_a_call_that_a_close_overtakes_ends(monkeypatch: pytest.MonkeyPatch) -> 
         await asyncio.sleep(0)
 
     owner = LoopThread(closing)
-    owner.run(_thread())
+    owner.begin(_thread(), lambda found: found).result()
     closers = [threading.Thread(target=owner.close)]
     give = asyncio.run_coroutine_threadsafe
 
@@ -130,7 +130,7 @@ def test_a_call_that_a_close_overtakes_ends(monkeypatch: pytest.MonkeyPatch) -> 
         assert pending.result() == "done"
     closers[0].join(60)
     assert not closers[0].is_alive()
-    assert owner.run(asyncio.sleep(0, "again")) == "again"
+    assert owner.begin(asyncio.sleep(0, "again"), lambda found: found).result() == "again"
     owner.close()
 
 
@@ -158,7 +158,7 @@ def test_the_exit_of_the_process_closes_what_is_open() -> None:
             print("closed", flush=True)
 
         owner = LoopThread(closing)
-        owner.run(asyncio.sleep(0))
+        owner.begin(asyncio.sleep(0), lambda found: found).result()
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "closed\n" and not done.stderr

@@ -78,10 +78,6 @@ class LoopThread:
         self._end: weakref.finalize[Any, Any] | None = None
         _ALL.add(self)
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Wait for a coroutine; one that is interrupted is cancelled."""
-        return self.begin(coroutine, lambda found: found).result()
-
     def begin(self, coroutine: Coroutine[Any, Any, Item], read: Callable[[Item], T]) -> Pending[T]:
         """Begin a coroutine, whose result is read when it is waited for."""
         with self._lock:  # nobody closes the loop before it has the coroutine
