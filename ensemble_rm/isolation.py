@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from ensemble_rm.samples import Sample
 if TYPE_CHECKING:
     from ensemble_rm.ensemble import RewardEnsemble
 
+Failure = TypeVar("Failure", bound=BaseException)
+
 # Of a server, whichever sample is asked about.
 _ALL = (RemoteUnavailableError, RemoteRefusalError, RemoteActivationError)
 
@@ -31,8 +33,8 @@ def score_apart(
     ensemble: RewardEnsemble,
     samples: Sequence[Sample],
     *,
-    failures: tuple[type[Exception], ...],
-) -> Iterator[tuple[range, Scores | Exception]]:
+    failures: tuple[type[Failure], ...],
+) -> Iterator[tuple[range, Scores | Failure]]:
     """Score all at once; where that fails, halve until the culprits stand alone.
 
     A score that is missing is the aggregator's to judge, row by row: no member is asked again.
@@ -49,7 +51,7 @@ def score_apart(
 
     Yields
     ------
-    tuple of (range, Scores or Exception)
+    tuple of (range, Scores or one of failures)
         Every sample once, in their order: places that were scored together and their scores, or
         the place of one sample and its error.
     """
@@ -58,8 +60,8 @@ def score_apart(
 
 
 def _apart(
-    ensemble: RewardEnsemble, samples: Sequence[Sample], failures: tuple[type[Exception], ...]
-) -> Iterator[tuple[range, Scores | Exception]]:
+    ensemble: RewardEnsemble, samples: Sequence[Sample], failures: tuple[type[Failure], ...]
+) -> Iterator[tuple[range, Scores | Failure]]:
     waiting = [range(len(samples))] if samples else []
     while waiting:
         rows = waiting.pop()
@@ -85,8 +87,8 @@ def _rewarded(
     raw: Floats,
     members: Floats,
     cut: Truncation,
-    failures: tuple[type[Exception], ...],
-) -> Iterator[tuple[range, Scores | Exception]]:
+    failures: tuple[type[Failure], ...],
+) -> Iterator[tuple[range, Scores | Failure]]:
     """Aggregate all rows at once; where that fails, each by itself."""
 
     def scores(at: slice) -> Scores:
@@ -98,7 +100,7 @@ def _rewarded(
         whole = scores(slice(None))
     except failures:
         for i, row in enumerate(rows):
-            found: Scores | Exception
+            found: Scores | Failure
             try:
                 found = scores(slice(i, i + 1))
             except failures as error:

@@ -6,6 +6,7 @@ import json
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,12 +41,17 @@ def alone() -> RewardEnsemble:
     return RewardEnsemble((FunctionScorer("length", length),), Normaliser.identity(1), mean())
 
 
+def giving(*scores: float) -> RewardEnsemble:
+    members = tuple(FunctionScorer(f"m{i}", lambda _, s=s: s) for i, s in enumerate(scores))  # type: ignore[misc]
+    return RewardEnsemble(members, Normaliser.identity(len(scores)), mean())
+
+
 # An aggregator that the ensemble cannot be asked for ---------------------------------------------
 
 IMPOSSIBLE = [
     ({"name": "lcb", "kappa": 1}, alone(), "OneMemberError"),
     ({"name": "uwo", "lam": 0.5}, alone(), "OneMemberError"),
-    ({"name": "uwo", "lam": 1e308}, lengths(), "NonFiniteScoreError"),  # it overflows
+    ({"name": "uwo", "lam": 1}, giving(1e160, -1e160), "NonFiniteScoreError"),  # it overflows
 ]
 
 
@@ -63,6 +69,23 @@ def test_an_aggregator_that_cannot_be_asked_for_is_the_requests_fault(
         partial = asking.post("/v1/score", json=body | {"partial": True}).json()
         assert (partial["rewards"], partial["errors"]) == ([None], [name])
     assert not [r for r in caplog.records if r.name == "ensemble_rm.server.http"]
+
+
+@given(
+    st.sampled_from([("uwo", "lam"), ("lcb", "kappa")]),
+    st.floats(0, 1e6),
+    st.lists(st.floats(-1e100, 1e100), min_size=2, max_size=5),
+)
+def test_what_may_be_asked_for_has_a_reward(
+    named: tuple[str, str], coefficient: float, scores: list[float]
+) -> None:
+    name, option = named
+    asked = {"name": name, option: coefficient}
+    with client(giving(*scores)) as asking:
+        answer = asking.post("/v1/score", json=one("Hello") | {"aggregator": asked})
+    assert answer.status_code == 200
+    expected = make_aggregator(name, **{option: coefficient})(np.array([scores]))  # type: ignore[arg-type]
+    assert answer.json()["rewards"] == expected.tolist()
 
 
 def test_an_aggregator_of_the_ensembles_own_is_not() -> None:
@@ -232,11 +255,6 @@ def test_messages_that_cannot_be_read_are_no_right_answer(turns: list[Any]) -> N
 
 
 # Numbers that JSON, or a format, does not have ----------------------------------------------------
-
-
-def giving(*scores: float) -> RewardEnsemble:
-    members = tuple(FunctionScorer(f"m{i}", lambda _, s=s: s) for i, s in enumerate(scores))  # type: ignore[misc]
-    return RewardEnsemble(members, Normaliser.identity(len(scores)), mean())
 
 
 RAW = ServerOptions(raw_text=RawText(members=("m0", "m1")))

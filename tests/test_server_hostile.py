@@ -107,6 +107,7 @@ SHAPES: dict[str, Any] = {
     "aggregator text": sample() | {"aggregator": "mean"},
     "aggregator unknown": sample() | {"aggregator": {"name": MARK}},
     "coefficient out of range": sample() | {"aggregator": {"name": "lcb", "kappa": -1}},
+    "coefficient beyond all": sample() | {"aggregator": {"name": "uwo", "lam": 1e308}},
     "partial text": sample() | {"partial": "yes"},
 }
 

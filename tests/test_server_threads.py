@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import threading
 from collections.abc import Sequence
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from remote_members import member
 
 from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, Sample, mean
 from ensemble_rm.errors import NotReadyError
 from ensemble_rm.server import worker
 from ensemble_rm.server.batching import Batcher, BatchOptions
 from ensemble_rm.server.holder import Held
-from ensemble_rm.server.scored import Scored
+from ensemble_rm.server.scored import Scored, score_outcomes
 from ensemble_rm.server.threads import CallThread
 from ensemble_rm.server.worker import ScoringThread
 
@@ -123,8 +126,8 @@ def panicking(sample: Sample) -> float:
 
 
 def held() -> Held:
-    member = FunctionScorer("length", panicking)
-    return Held(RewardEnsemble((member,), Normaliser.identity(1), mean()), "1")
+    scorer = FunctionScorer("length", panicking)
+    return Held(RewardEnsemble((scorer,), Normaliser.identity(1), mean()), "1")
 
 
 def test_a_panic_is_an_error_of_its_call() -> None:
@@ -162,6 +165,22 @@ def test_a_panic_is_its_own_samples_failure(texts: list[str]) -> None:
             assert isinstance(outcome, RuntimeError)
         else:
             assert isinstance(outcome, Scored) and outcome.reward == len(text)
+
+
+def test_a_panic_asks_no_server_again() -> None:
+    seen: list[str] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        texts = json.loads(request.content)["query"]
+        seen.extend(texts)
+        return httpx.Response(200, json={"rewards": [2.0] * len(texts)})
+
+    scorers = (member(httpx.MockTransport(handle)), FunctionScorer("length", panicking))
+    whole = RewardEnsemble(scorers, Normaliser.identity(2), mean())
+    texts = ["a", "bb", "panic", "cccc"]
+    found = score_outcomes(whole, [Sample("", text) for text in texts])
+    assert [isinstance(one, Scored) for one in found] == [True, True, False, True]
+    assert seen == texts
 
 
 @pytest.mark.parametrize("text", ["a", "panic"])

@@ -16,6 +16,7 @@ from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import EnsembleRMError, NonFiniteScoreError
 from ensemble_rm.isolation import score_apart
 from ensemble_rm.samples import Sample
+from ensemble_rm.server.threads import as_failure
 from ensemble_rm.uncertainty import member_std
 
 if TYPE_CHECKING:
@@ -79,9 +80,10 @@ def score_outcomes(ensemble: RewardEnsemble, samples: Sequence[Sample]) -> list[
         In the order of the samples.
     """
     found: list[Outcome] = []
-    for rows, scores in score_apart(ensemble, samples, failures=(Exception,)):
-        if isinstance(scores, Exception):
-            found.append(scores)
+    # A panic in Rust, such as a tokenizer's, is no `Exception`.
+    for rows, scores in score_apart(ensemble, samples, failures=(BaseException,)):
+        if isinstance(scores, BaseException):
+            found.append(scores if isinstance(scores, Exception) else as_failure(scores))
             continue
         cut = scores.truncation
         for i in range(len(rows)):

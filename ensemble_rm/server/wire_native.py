@@ -62,6 +62,9 @@ class ScoredSample(Body):
     )
 
 
+Strength = Annotated[FiniteFloat, Field(ge=0, le=1e6)]  # so that no ordinary spread overflows
+
+
 class PlainAggregator(Body):
     """An aggregator without a coefficient."""
 
@@ -72,14 +75,14 @@ class UWO(Body):
     """Mean less λ times the members' variance."""
 
     name: Literal["uwo"]
-    lam: FiniteFloat = Field(ge=0)
+    lam: Strength
 
 
 class LCB(Body):
     """Mean less κ times the members' standard deviation."""
 
     name: Literal["lcb"]
-    kappa: FiniteFloat = Field(ge=0)
+    kappa: Strength
 
 
 class Entropic(Body):

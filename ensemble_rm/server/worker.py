@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 from ensemble_rm.samples import Sample
 from ensemble_rm.server.scored import Outcome, score_outcomes
-from ensemble_rm.server.threads import CallThread, as_failure
+from ensemble_rm.server.threads import CallThread
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import RewardEnsemble
     from ensemble_rm.server.holder import Held
 
 
@@ -45,23 +44,10 @@ class ScoringThread:
         spent, began = self._clock[0], monotonic()
         self._clock = spent, began
         try:
-            return _outcomes(held.ensemble, samples)
+            return score_outcomes(held.ensemble, samples)
         finally:  # both at once: whoever reads it between them would see it fall
             self._clock = spent + monotonic() - began, None
 
     def close(self) -> None:
         """Let the thread end, once it has scored what it scores."""
         self._thread.close()
-
-
-def _outcomes(ensemble: RewardEnsemble, samples: Sequence[Sample]) -> list[Outcome]:
-    """Score samples; where a member panics, halve until its sample stands alone."""
-    try:
-        return score_outcomes(ensemble, samples)
-    except Exception:
-        raise
-    except BaseException as error:  # noqa: BLE001 - as `score_outcomes` does with an Exception
-        if len(samples) == 1:
-            return [as_failure(error)]
-        middle = len(samples) // 2
-        return _outcomes(ensemble, samples[:middle]) + _outcomes(ensemble, samples[middle:])
