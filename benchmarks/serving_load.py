@@ -187,11 +187,13 @@ class Nuisance:
     async def _slow(self) -> None:
         with suppress(OSError, EOFError):
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            writer.write(b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n")
-            with suppress(TimeoutError):
-                async with asyncio.timeout(40):
-                    await reader.read()
-            writer.close()
+            try:
+                writer.write(b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n")
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(40):
+                        await reader.read()
+            finally:  # at the end of a run it is cancelled
+                writer.close()
 
     async def _leave(self, work: Work) -> None:
         client = Client(self.port)

@@ -24,12 +24,20 @@ def batch(number: int) -> list[Judgment]:
 
 
 def write(place: str, first: int, last: int) -> dict[str, Any]:
-    """Add these batches one by one, from the first again if need be; say when it begins."""
+    """Add these batches one by one, from the first again if need be."""
     with JudgmentStore.create(place) as store:
         batches = [batch(number) for number in range(first, last)]
-        print("ready", flush=True)
         added = [store.add(rows) for rows in batches]
     return {"added": sum(found.added for found in added), "already": sum(f.already for f in added)}
+
+
+def pour(place: str) -> None:
+    """Add one batch after the other, until it is killed; say which one begins."""
+    with JudgmentStore.create(place) as store:
+        for number in range(1_000_000):
+            rows = batch(number)
+            print(number, flush=True)
+            store.add(rows)
 
 
 def starve(place: str, megabytes: int) -> dict[str, Any]:
@@ -70,5 +78,5 @@ def refused(work: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     action, where, *numbers = sys.argv[1:]
-    deed = {"write": write, "starve": starve, "intrude": intrude}[action]
+    deed = {"write": write, "pour": pour, "starve": starve, "intrude": intrude}[action]
     print(json.dumps(deed(where, *map(int, numbers))))

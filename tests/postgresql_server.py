@@ -17,6 +17,8 @@ OWNER = "judge"
 # Faster; the machine's own crash would lose data, a killed writer does not.
 SETTINGS = "-c fsync=off -c full_page_writes=off -c listen_addresses='' -c max_connections=50"
 
+WAIT = ("-w", "-t", "600")  # seconds
+
 
 class NoServerError(Exception):
     """Why there is none."""
@@ -68,11 +70,11 @@ def server() -> Iterator[Path]:
     try:
         run(binaries / "initdb", "-D", data, "-U", OWNER, "-A", "trust", "-E", "UTF8", "-N")
         options = f"-k {folder} {SETTINGS}"
-        run(binaries / "pg_ctl", "-D", data, "-o", options, "-l", folder / "log", "-w", "start")
+        run(binaries / "pg_ctl", "-D", data, "-o", options, "-l", folder / "log", *WAIT, "start")
         try:
             yield folder
         finally:
-            run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+            run(binaries / "pg_ctl", "-D", data, "-m", "immediate", *WAIT, "stop")
     finally:
         shutil.rmtree(folder)
 

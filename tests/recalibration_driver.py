@@ -113,6 +113,8 @@ def kills(folder: Path, count: int, seed: int) -> dict[str, int]:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status)
+        if not os.WIFSIGNALED(status) and attempts % 4 != 3:
+            usual *= 0.8  # it was measured while the machine was busier
         after = check(run)
         assert after in (before, before + 1)
         published_before_death += os.WIFSIGNALED(status) and after > before

@@ -1,7 +1,8 @@
 """A server in a process of its own, over scorers that need no model: `python server_process.py …`.
 
 The reward is the completion's length; a completion that holds "slow" takes a while, one that holds
-"bad" fails.
+"held" takes until a file is there, one that holds "bad" fails. No limit of time is near unless it
+is asked for: on a busy machine a second is soon over.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, Sample, mean
+from ensemble_rm.server import protocol
 from ensemble_rm.server.auth import Token
 from ensemble_rm.server.batching import BatchOptions
 from ensemble_rm.server.lifecycle import serve
@@ -25,12 +27,30 @@ def length(sample: Sample) -> float:
     return float(len(sample.completion))
 
 
-def lengths(seconds: float = 0.0, names: tuple[str, ...] = ("length", "twice")) -> RewardEnsemble:
+def wait_for(file: Path) -> None:
+    """Wait until a file is there."""
+    while not file.exists():
+        time.sleep(0.005)
+
+
+def begun(hold: Path) -> Path:
+    """The file that says that what waits for another one has begun to."""
+    return hold.with_suffix(".begun")
+
+
+def lengths(
+    seconds: float = 0.0,
+    names: tuple[str, ...] = ("length", "twice"),
+    hold: Path | None = None,
+) -> RewardEnsemble:
     """Two members, the second of which is always twice the first."""
 
     def slow(sample: Sample) -> float:
         if "slow" in sample.completion:
             time.sleep(seconds)
+        if "held" in sample.completion and hold is not None:
+            begun(hold).touch()
+            wait_for(hold)
         return length(sample)
 
     first = FunctionScorer(names[0], slow)
@@ -42,11 +62,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--slow-seconds", type=float, default=0.2)
-    parser.add_argument("--load-seconds", type=float, default=0.0)
+    parser.add_argument("--hold", type=Path)
+    parser.add_argument("--load-when", type=Path)
     parser.add_argument("--drain-seconds", type=float, default=0.0)
-    parser.add_argument("--stop-seconds", type=float, default=30.0)
-    parser.add_argument("--header-seconds", type=float, default=1.0)
-    parser.add_argument("--body-seconds", type=float, default=1.0)
+    parser.add_argument("--stop-seconds", type=float, default=300.0)
+    parser.add_argument("--header-seconds", type=float, default=120.0)
+    parser.add_argument("--body-seconds", type=float, default=120.0)
+    parser.add_argument("--linger-seconds", type=float, default=120.0)
     parser.add_argument("--max-connections", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--queue-samples", type=int, default=4096)
@@ -56,10 +78,12 @@ def main() -> None:
     parser.add_argument("--raw-text-members", nargs="+", default=[])
     parser.add_argument("--port-file", type=Path, required=True)
     args = parser.parse_args()
+    protocol._LINGER_SECONDS = args.linger_seconds
 
     def load() -> RewardEnsemble:
-        time.sleep(args.load_seconds)
-        return lengths(args.slow_seconds)
+        if args.load_when is not None:
+            wait_for(args.load_when)
+        return lengths(args.slow_seconds, hold=args.hold)
 
     def listening(host: str, port: int) -> None:
         scratch = args.port_file.with_suffix(".partial")

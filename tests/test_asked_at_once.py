@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_doubles import completion
 from numpy.typing import NDArray
-from remote_members import member, openrlhf, samples
+from remote_members import QUICK, member, openrlhf, samples
 
 from ensemble_rm import (
     ClientOptions,
@@ -197,7 +197,8 @@ def test_who_does_not_answer_the_probes_is_asked_no_more(on_outage: str) -> None
         seen.append(json.loads(request.content)["query"])
         raise httpx.ConnectError("nobody", request=request)
 
-    far = member(httpx.MockTransport(away), self_test="warn", on_outage=on_outage, batch_size=50)
+    options = {"self_test": "warn", "on_outage": on_outage, "batch_size": 50}
+    far = member(httpx.MockTransport(away), client=QUICK, **options)
     for _ in range(2):
         if on_outage == "raise":
             with pytest.raises(RemoteUnavailableError):

@@ -188,10 +188,12 @@ def balancer(folder: Path, replicas: tuple[int, ...]) -> Iterator[int]:
     command = nginx_command(folder, listen=port, replicas=replicas)
     running = subprocess.Popen([*command, "-g", "daemon off;"])
     try:
-        for _ in range(500):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        until = time.monotonic() + 300
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 60):
                 break
             assert running.poll() is None, (folder / "error.log").read_text()
+            assert time.monotonic() < until, "nginx never listened"
             time.sleep(0.02)
         yield port
     finally:
@@ -200,7 +202,7 @@ def balancer(folder: Path, replicas: tuple[int, ...]) -> Iterator[int]:
 
 
 def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, dict[str, Any]]:
-    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", port, timeout=300)
     try:
         headers = {} if body is None else {"Content-Type": "application/json"}
         said = None if body is None else json.dumps(body)

@@ -61,7 +61,7 @@ def test_what_was_not_asked_is_not_counted_and_what_was_answered_is() -> None:
             raise httpx.ConnectError("refused")
         return httpx.Response(200, json=completion("A", None))
 
-    quick = ClientOptions(deadline=0.05, backoff=0.01, reset_after=0.01, concurrency=1)
+    quick = ClientOptions(deadline=1.0, backoff=0.01, reset_after=0.01, concurrency=1)
     judged = comparator(httpx.MockTransport(handle), client=quick, price=Price(1.0, 1.0))
     found = judged.compare(PROMPTS, FIRST, SECOND).usage
     assert (found.calls, found.failed, found.unreached) == (5, 0, 2 * N - 5)

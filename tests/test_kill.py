@@ -15,6 +15,18 @@ import pytest
 from ensemble_rm import RewardEnsemble, Sample, load_preferences
 from ensemble_rm.demo.data import FILE
 
+# The command, with checkpoints as soon as there is something to keep: on a fast machine training
+# would be over before the first of them.
+COMMAND = """
+import sys
+from ensemble_rm.cli.main import main
+from ensemble_rm.training.branches import BranchTrainer
+from ensemble_rm.training.heads import HeadTrainer
+BranchTrainer.checkpoint_seconds = 0.1
+assert HeadTrainer.__init__.__kwdefaults__["checkpoint_seconds"] == 5.0
+HeadTrainer.__init__.__kwdefaults__["checkpoint_seconds"] = 0.1
+sys.exit(main(sys.argv[1:]))
+"""
 SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12)]
 
 
@@ -45,7 +57,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(
 
     def command(out: str) -> list[str]:
         return [
-            *[sys.executable, "-m", "ensemble_rm", "train", f"--data={data}", f"--kind={kind}"],
+            *[sys.executable, "-c", COMMAND, "train", f"--data={data}", f"--kind={kind}"],
             *[f"--backbone={small_folder}", f"--out={tmp_path / out / 'run'}", "--members=2"],
             *["--max-length=32", "--device=cpu", f"--cache-dir={tmp_path / 'cache'}", *more],
         ]

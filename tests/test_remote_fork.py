@@ -7,8 +7,10 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 
 from ensemble_rm import ClientOptions, JudgeScorer, RemoteScorer, Sample
@@ -16,7 +18,7 @@ from ensemble_rm.members.remote.breaker import Breaker
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
-OPTIONS = ClientOptions(deadline=60, concurrency=2, reset_after=1000)
+OPTIONS = ClientOptions(deadline=300, concurrency=2, reset_after=1000)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -101,8 +103,12 @@ def in_child(work: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize("make", [remote, judge])
 def test_a_child_has_connections_of_its_own(
-    make: Callable[[int], RemoteScorer | JudgeScorer], server: Server
+    make: Callable[[int], RemoteScorer | JudgeScorer],
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # However long the children take: httpx closes what has been idle for five seconds.
+    monkeypatch.setattr(httpx, "Limits", partial(httpx.Limits, keepalive_expiry=None))
     scorer = make(server.server_address[1])
 
     def score() -> list[float]:

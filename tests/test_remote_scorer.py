@@ -13,7 +13,7 @@ import pytest
 import wire_doubles as doubles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from remote_members import member, openrlhf, samples
+from remote_members import QUICK, member, openrlhf, samples
 
 from ensemble_rm import (
     ClientOptions,
@@ -156,7 +156,7 @@ def unreachable(**options: Any) -> RemoteScorer:
     def handle(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
-    return member(httpx.MockTransport(handle), **options)
+    return member(httpx.MockTransport(handle), client=QUICK, **options)
 
 
 def test_an_outage_is_an_error_or_a_missing_member() -> None:

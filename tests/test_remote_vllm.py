@@ -364,10 +364,12 @@ def test_a_server_that_ends_and_comes_back_costs_no_score(
         ),
     )
     found: dict[tuple[int, int], list[float]] = {}
-    done = threading.Semaphore(0)
+    done, ended = threading.Semaphore(0), threading.Event()
 
     def load(client: int) -> None:
         for call in range(CALLS):
+            if call == CALLS - 1:  # nobody is through before it ends, however late that comes
+                assert ended.wait(1200)
             samples = [Sample("", f"{client} {call} {i}") for i in range(EACH)]
             found[client, call] = member.score(samples)[:, 0].tolist()
             done.release()
@@ -385,7 +387,8 @@ def test_a_server_that_ends_and_comes_back_costs_no_score(
             process.terminate()
             process.wait(timeout=300)
         end(process)
-        assert any(thread.is_alive() for thread in threads)  # killed in mid-load
+        assert all(thread.is_alive() for thread in threads)  # killed in mid-load
+    ended.set()
     with running(command, reference.folder, port, *_exact(reference)):
         for thread in threads:
             thread.join(timeout=600)

@@ -178,7 +178,7 @@ def test_calls_that_come_together_are_scored_together() -> None:
         def score(self, samples: Any) -> np.ndarray:
             sizes.append(len(samples))
             began.set()
-            assert go_on.wait(30)
+            assert go_on.wait(300)
             return np.array([[float(len(s.completion))] for s in samples])
 
     gathered = GatheredScores(
@@ -192,14 +192,14 @@ def test_calls_that_come_together_are_scored_together() -> None:
         for i in range(1, 9)
     ]
     threads[0].start()
-    assert began.wait(30)
+    assert began.wait(300)
     for thread in threads[1:]:
         thread.start()
     while len(gathered._waiting) < 7:
         threading.Event().wait(0.01)
     go_on.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
     assert sizes == [1, 7]
     assert found == {i: [float(i)] for i in range(1, 9)}
 

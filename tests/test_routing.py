@@ -157,7 +157,7 @@ def test_an_outage_in_mid_run_leaves_the_price_of_all_pairs(
             raise httpx.ConnectError("refused")
         return inner.handler(request)  # type: ignore[return-value]
 
-    quick = ClientOptions(deadline=0.05, backoff=0.01, reset_after=0.01, concurrency=1)
+    quick = ClientOptions(deadline=1.0, backoff=0.01, reset_after=0.01, concurrency=1)
     far = JudgeComparator(
         "http://judge.test/v1",
         model="judge",

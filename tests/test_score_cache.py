@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,19 @@ def test_an_older_file_is_measured_when_it_is_opened(tmp_path: Path) -> None:
     assert set(again.get([b"%d" % i for i in range(9)])) == {b"8"} and len(again) == 2
 
 
+def test_who_makes_the_file_at_the_same_time_is_waited_for(tmp_path: Path) -> None:
+    """SQLite itself does not, where the journal's mode is set."""
+    other = sqlite3.connect(tmp_path / "s.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(VectorStore, tmp_path, name="s", dtype="<f8", max_bytes=1000)
+        with pytest.raises(TimeoutError):
+            opening.result(0.3)
+        other.execute("ROLLBACK")
+        assert len(opening.result()) == 0
+    other.close()
+
+
 WRITER = """
 import sys
 import numpy as np
@@ -204,7 +219,7 @@ def test_two_processes_write_and_read_at_once(tmp_path: Path) -> None:
         for seed in (1, 2)
     ]
     for process in started:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         assert int(out) > 0
     store = VectorStore(tmp_path, name="scores", dtype="<f8", max_bytes=200 * 24)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # starts a process
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("server")
     names = ("--raw-text-members", "length", "twice", "--stop", "<|im_end|>")
-    with server(folder, "--header-seconds", 30, "--body-seconds", 30, *names) as found:
+    with server(folder, *names) as found:
         yield found
         assert found.process.poll() is None
         assert "unexpected" not in found.log_text()

@@ -84,7 +84,9 @@ def test_no_warning_quotes_a_request_nor_grows_with_them(
                 said = asking.post("/v1/score", json=one(f"{MARK} {i}, and my password is {i}"))
                 assert said.json()["rewards"] == [1.0]
             assert figure() == 20
-    texts = {str(warning.message) for warning in seen}
+    # What earlier tests left open warns whenever it is collected: that is none of this server's.
+    ours = [one for one in seen if not issubclass(one.category, ResourceWarning)]
+    texts = {str(warning.message) for warning in ours}
     assert all(MARK not in text and "password" not in text for text in texts)
     assert len(texts) == 1
     assert MARK not in "".join(capfd.readouterr())

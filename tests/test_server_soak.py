@@ -33,6 +33,7 @@ class Restarted:
         folder = self.folder / str(self.lives)
         folder.mkdir()
         options = ("--slow-seconds", 0.001, "--rows", 16, "--port", self.port)
+        options += ("--header-seconds", 1)
         self._running = self._stack.enter_context(server(folder, *options))
         self.port = self._running.port
 

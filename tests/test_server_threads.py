@@ -70,11 +70,18 @@ def test_a_call_that_is_given_up_before_it_began_is_never_made() -> None:
 
 
 def test_a_loop_ends_though_its_call_does_not() -> None:
-    free, thread = threading.Event(), CallThread("calls")
+    free, begun, thread = threading.Event(), threading.Event(), CallThread("calls")
+
+    def call() -> bool:
+        begun.set()
+        return free.wait()
 
     async def ask() -> None:
+        going_on = asyncio.ensure_future(thread.run(call))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
         async with asyncio.timeout(0.01):
-            await thread.run(free.wait)
+            await going_on
 
     with pytest.raises(TimeoutError):
         asyncio.run(ask())
