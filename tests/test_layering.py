@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "progress": 0,
     "samples": 0,
+    "sqlite": 0,
     "loading": 0,
     "aggregation": 1,
     "uncertainty": 1,

@@ -7,6 +7,7 @@ logs and the step at which it ended.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -59,6 +60,10 @@ def main(policy: str, saved: str, folder: Path, stop_rank: int) -> None:
     }
     (folder / f"rank-{rank}.json").write_text(json.dumps(said))
     trainer.accelerator.end_training()
+    # Past the interpreter's end, which aborts where a thread of torch's then wants its lock.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +20,8 @@ from sqlalchemy.pool import NullPool
 
 from ensemble_rm.errors import MissingExtraError, OptionError, SchemaVersionError, StorageError
 from ensemble_rm.judgments.tables import HEAD, REVISIONS, VERSION_TABLE
+from ensemble_rm.sqlite import BUSY_SECONDS, set_wal
 
-BUSY_SECONDS = 120.0
 CACHE_KIB = 65536
 MIGRATION_LOCK = 0x6A75646765  # of PostgreSQL's advisory locks
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -109,20 +108,12 @@ class Database:
             )
 
     def _set_wal(self) -> None:
-        """Let readers and one writer work at once; others may be setting it, too."""
-        give_up = time.monotonic() + BUSY_SECONDS
-        while True:
-            try:
-                with self.engine.connect() as connection:
-                    raw: Any = connection.connection.dbapi_connection
-                    raw.execute("PRAGMA journal_mode=WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > give_up:
-                    raise StorageError(f"{self.name}: {error}") from error
-                time.sleep(0.01)
-            except sqlite3.DatabaseError as error:
-                raise StorageError(f"{self.name}: {error}") from error
+        try:
+            with self.engine.connect() as connection:
+                raw: Any = connection.connection.dbapi_connection
+                set_wal(raw)
+        except sqlite3.Error as error:
+            raise StorageError(f"{self.name}: {error}") from error
 
 
 def migrate(database: Database) -> None:

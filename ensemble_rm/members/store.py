@@ -6,7 +6,6 @@ Bounded: a full store forgets its oldest entries. Knows nothing of what the vect
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.sqlite import BUSY_SECONDS, set_wal
 
 _QUERY = 500  # keys a statement
-_BUSY_SECONDS = 60.0  # that others may keep the file locked
 
 
 class VectorStore:
@@ -53,7 +52,7 @@ class VectorStore:
                 f"cannot make the cache folder {self.path.parent}: {error}"
             ) from error
         with self._open() as db:
-            _set_wal(db)
+            set_wal(db)
             db.execute(
                 f"CREATE TABLE IF NOT EXISTS {name} "
                 "(id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL, vector BLOB NOT NULL)"
@@ -68,7 +67,7 @@ class VectorStore:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
-            with closing(sqlite3.connect(self.path, timeout=_BUSY_SECONDS)) as db, db:
+            with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as db, db:
                 yield db
         except sqlite3.Error as error:
             raise StorageError(
@@ -115,16 +114,3 @@ class VectorStore:
         with self._open() as db:
             (count,) = db.execute(f"SELECT COUNT(*) FROM {self._table}").fetchone()
             return int(count)
-
-
-def _set_wal(db: sqlite3.Connection) -> None:
-    """Let readers and one writer work at once; SQLite waits for nobody who is at that, too."""
-    give_up = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > give_up:
-                raise
-            time.sleep(0.01)
