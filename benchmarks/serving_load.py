@@ -138,13 +138,14 @@ async def closed_loop(
 
 
 async def open_loop(
-    port: int, works: Sequence[Work], *, rate: float, seconds: float, group: int, seed: int
+    port: int, works: Sequence[Work], *, rate: float, groups: int, group: int, seed: int
 ) -> list[Answer]:
-    """Send groups at the times of a Poisson process, whether or not others were answered."""
-    rng = np.random.default_rng(seed)
-    gaps = rng.exponential(group / rate, size=max(int(2 * seconds * rate / group), 4))
-    starts = np.cumsum(gaps)
-    starts = starts[starts < seconds]
+    """Send groups at the times of a Poisson process, whether or not others were answered.
+
+    One seed's groups come in one pattern, slower or faster with the rate.
+    """
+    gaps = np.random.default_rng(seed).exponential(size=groups)
+    starts = np.cumsum(gaps / gaps.mean()) * group / rate
     began = perf_counter()
 
     async def run(at: float, index: int) -> Answer:
