@@ -173,7 +173,7 @@ CLAIMS = (
         *("serving", "overhead_share", "{:.3f}"),
     ),
     (
-        "ten minutes with three kills, slow clients and some that leave: answers lost",
+        "fifteen minutes with three kills, slow clients and some that leave: answers lost",
         *("serving", "soak_lost", "{:.0f}"),
     ),
     ("doubled or mixed up", "serving", "soak_doubled_or_mixed_up", "{:.0f}"),

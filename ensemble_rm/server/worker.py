@@ -11,11 +11,14 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from ensemble_rm.samples import Sample
+from ensemble_rm.server.memory import Trimmer
 from ensemble_rm.server.scored import Outcome, score_outcomes
 from ensemble_rm.server.threads import CallThread
 
 if TYPE_CHECKING:
     from ensemble_rm.server.holder import Held
+
+_TRIM_SECONDS = 20.0
 
 
 class ScoringThread:
@@ -24,6 +27,7 @@ class ScoringThread:
     def __init__(self) -> None:
         self._thread = CallThread("scoring")
         self._clock: tuple[float, float | None] = (0.0, None)  # spent; the running call's begin
+        self._trim = Trimmer(_TRIM_SECONDS)
 
     @property
     def busy(self) -> bool:
@@ -47,6 +51,7 @@ class ScoringThread:
             return score_outcomes(held.ensemble, samples)
         finally:  # both at once: whoever reads it between them would see it fall
             self._clock = spent + monotonic() - began, None
+            self._trim()
 
     def close(self) -> None:
         """Let the thread end, once it has scored what it scores."""

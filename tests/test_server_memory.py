@@ -1,0 +1,55 @@
+"""Memory that was freed is given back, and not all the time."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from ensemble_rm.server import memory
+from ensemble_rm.server.memory import Trimmer
+
+BLOCK, BLOCKS = 100_000, 2000  # bytes; below what glibc maps by itself, 200 MB in all
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+@pytest.mark.skipif(memory._find_trim() is None, reason="another C library than glibc")
+def test_what_lies_below_a_block_in_use_is_given_back() -> None:
+    c = ctypes.CDLL(None)
+    c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    c.free.argtypes = [ctypes.c_void_p]
+    blocks = [c.malloc(BLOCK) for _ in range(BLOCKS)]
+    kept = c.malloc(BLOCK)
+    for block in blocks:
+        ctypes.memset(block, 1, BLOCK)
+    ctypes.memset(kept, 1, BLOCK)
+    for block in blocks:
+        c.free(block)
+    held = resident()
+    Trimmer(0.0)()
+    assert held - resident() > 0.5 * BLOCK * BLOCKS
+    c.free(kept)
+
+
+def test_it_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    trimmed: list[int] = []
+    monkeypatch.setattr(memory, "monotonic", lambda: now)
+    monkeypatch.setattr(memory, "_find_trim", lambda: trimmed.append)
+    trim = Trimmer(10.0)
+    for later in (3.0, 9.0, 10.0, 11.0, 19.9, 20.0, 90.0, 91.0):
+        now = later
+        trim()
+    assert len(trimmed) == 3
+
+
+def test_without_the_call_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.sys, "platform", "win32")
+    assert memory._find_trim() is None
+    Trimmer(0.0)()
