@@ -15,7 +15,7 @@ from time import perf_counter
 import numpy as np
 from common import Figures, make_parser
 
-from ensemble_rm import best_of_n_curve
+from ensemble_rm.best_of_n import best_of_n_curve
 
 
 def binomials(samples: int, n: int) -> list[float]:

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from common import Figures, make_parser, seconds
 
-from ensemble_rm import fit_temperature
+from ensemble_rm.calibration import fit_temperature
 from ensemble_rm.calibration.temperature import margin_nll
 
 

@@ -25,12 +25,15 @@ from common import Figures, make_parser, resident, seconds
 from preference_runs import package_folder
 from scoring_sides import random_heads
 
-from ensemble_rm import HeadScorer, Normaliser, RewardEnsemble, TrunkOptions, mean
+from ensemble_rm import RewardEnsemble, TrunkOptions
+from ensemble_rm.aggregation import mean
+from ensemble_rm.calibration import Normaliser
 from ensemble_rm.cli.common import Bars, write_jsonl
 from ensemble_rm.cli.score import score_rows
-from ensemble_rm.loading import read_samples
-from ensemble_rm.members.backbone import locate
-from ensemble_rm.members.trunk import View, default_views
+from ensemble_rm.data.loading import read_samples
+from ensemble_rm.members import HeadScorer
+from ensemble_rm.members.backbone.checkpoint import locate
+from ensemble_rm.members.backbone.trunk import View, default_views
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
 SIZES = (100, 1_000, 10_000, 100_000)

@@ -39,7 +39,7 @@ from overoptimisation_lm import Study
 from preference_runs import package_folder
 
 from ensemble_rm import RewardEnsemble, Sample
-from ensemble_rm.members.backbone import locate
+from ensemble_rm.members.backbone.checkpoint import locate
 
 BASE_COPIES = 16  # completions of a prompt before training
 

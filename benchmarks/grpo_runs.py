@@ -25,9 +25,11 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from ensemble_rm import OverOptimisationMonitor, RewardEnsemble, mean, reward_function, uwo
+from ensemble_rm import RewardEnsemble
+from ensemble_rm.aggregation import mean, uwo
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.rl.trl_monitor import MonitorCallback
+from ensemble_rm.rl import OverOptimisationMonitor, trl_reward
+from ensemble_rm.rl.monitor.trl_callback import MonitorCallback
 
 ARMS: dict[str, tuple[str, Aggregator]] = {
     "single": ("single", mean()),
@@ -265,13 +267,13 @@ def make_trainer(
 ) -> GRPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(policy)
     asked = prompt_order(prompts, tokenizer, plan, run.seed)
-    reward = reward_function(proxy, name="proxy")
+    reward = trl_reward(proxy, name="proxy")
     rollout = Rollout(plan, run.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*rollout_func")  # that it may change one day
         trainer = GRPOTrainer(
             model=str(policy),
-            reward_funcs=[reward, reward_function(gold, name="gold")],
+            reward_funcs=[reward, trl_reward(gold, name="gold")],
             args=config_of(run, plan, folder / "checkpoints"),
             train_dataset=Dataset.from_dict({"prompt": [[turn(prompt)] for prompt in asked]}),
             processing_class=tokenizer,

@@ -22,18 +22,14 @@ from common import Figures, make_parser
 from preference_runs import package_folder
 from scoring_sides import random_heads
 
-from ensemble_rm import (
-    HeadScorer,
-    Normaliser,
-    OverOptimisationMonitor,
-    RewardEnsemble,
-    TrunkOptions,
-    lcb,
-    reward_function,
-)
-from ensemble_rm.members.backbone import locate
-from ensemble_rm.members.trunk import View, default_views
-from ensemble_rm.rl.trl_monitor import MonitorCallback
+from ensemble_rm import RewardEnsemble, TrunkOptions
+from ensemble_rm.aggregation import lcb
+from ensemble_rm.calibration import Normaliser
+from ensemble_rm.members import HeadScorer
+from ensemble_rm.members.backbone.checkpoint import locate
+from ensemble_rm.members.backbone.trunk import View, default_views
+from ensemble_rm.rl import OverOptimisationMonitor, trl_reward
+from ensemble_rm.rl.monitor.trl_callback import MonitorCallback
 
 ASKED = ["What is rain?", "Name three fruits.", "How do I sleep better?", "Tell me of the sea."]
 K, WIDTH, DEPTH = 5, 576, 30
@@ -63,7 +59,7 @@ def main() -> None:
     heads = random_heads(K, 2 * WIDTH)
     scorer = HeadScorer(backbone, TrunkOptions(device="cpu"), views, heads)
     ensemble = RewardEnsemble((scorer,), Normaliser((0.0,) * K, (30.0,) * K), lcb(kappa=1.0))
-    reward = reward_function(ensemble)
+    reward = trl_reward(ensemble)
     monitor = OverOptimisationMonitor(ensemble)
     watch = MonitorCallback(reward, monitor, kl_every=1)
     spent: dict[str, list[float]] = defaultdict(list)

@@ -25,7 +25,7 @@ from common import Figures, make_parser
 from preference_runs import BUDGETED, Budget, Fold, K, Part, package_folder
 
 from ensemble_rm import Preferences, TrunkOptions, load_preferences
-from ensemble_rm.members.backbone import locate
+from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.metrics import agreement, bootstrap, ece, ece_null, pair_nll
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -29,8 +29,8 @@ from typing import Any
 from common import Figures, make_parser, resident, seconds
 
 from ensemble_rm.judgments.agreement import agreement_report
-from ensemble_rm.judgments.importing import import_judgments
-from ensemble_rm.judgments.selection import Selection
+from ensemble_rm.judgments.filter import JudgmentFilter
+from ensemble_rm.judgments.imports.importing import import_judgments
 from ensemble_rm.judgments.store import JudgmentStore
 
 WORDS = [
@@ -85,7 +85,7 @@ def rows(n: int) -> Iterator[dict[str, Any]]:
 def work(step: str, folder: Path) -> Callable[[JudgmentStore], int]:
     """Return what a step does; it returns how many judgments it saw."""
     file = folder / "rows.jsonl"
-    window = Selection(since=BEGIN + 20 * MONTH, until=BEGIN + 21 * MONTH)
+    window = JudgmentFilter(since=BEGIN + 20 * MONTH, until=BEGIN + 21 * MONTH)
     steps: dict[str, Callable[[JudgmentStore], int]] = {
         "import": lambda store: import_judgments(store, file).added,
         "again": lambda store: import_judgments(store, file).already,

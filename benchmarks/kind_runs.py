@@ -21,23 +21,23 @@ import numpy as np
 import torch
 
 from ensemble_rm import Preferences, Recipe, TrunkOptions
-from ensemble_rm.members.adapters import LoraOptions
-from ensemble_rm.members.backbone import Backbone
-from ensemble_rm.members.batching import batches
-from ensemble_rm.members.branching import Branching
-from ensemble_rm.members.cache import FeatureCache, features
-from ensemble_rm.members.head_weights import HeadWeights
-from ensemble_rm.members.states import TokenStates, states_path, token_states
-from ensemble_rm.members.trunk import Trunk, View, default_views, first_output
-from ensemble_rm.training.branch import PairStates
-from ensemble_rm.training.branch_members import Ground, grow_branches
-from ensemble_rm.training.branches import branch_scores
-from ensemble_rm.training.dropout import set_dropout
-from ensemble_rm.training.head_members import fit_heads
-from ensemble_rm.training.heads import PairFeatures
-from ensemble_rm.training.job import Job
-from ensemble_rm.training.lora_members import grow_adapters
-from ensemble_rm.training.seeds import member_seeds
+from ensemble_rm.members.backbone.checkpoint import Backbone
+from ensemble_rm.members.backbone.feature_cache import FeatureCache, features
+from ensemble_rm.members.backbone.token_states import TokenStates, states_path, token_states
+from ensemble_rm.members.backbone.trunk import Trunk, View, default_views, first_output
+from ensemble_rm.members.branches.gradient_training import branch_scores
+from ensemble_rm.members.branches.module import PairStates
+from ensemble_rm.members.branches.runner import Branching
+from ensemble_rm.members.branches.training import Ground, grow_branches
+from ensemble_rm.members.forward.batching import batches
+from ensemble_rm.members.heads.gradient_training import PairFeatures
+from ensemble_rm.members.heads.training import fit_heads
+from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.learning.dropout import set_dropout
+from ensemble_rm.members.learning.job import Job
+from ensemble_rm.members.learning.seeds import member_seeds
+from ensemble_rm.members.lora.adapters import LoraOptions
+from ensemble_rm.members.lora.training import grow_adapters
 
 BLOCKS = {"minilm": (1, 2, 4), "smollm2": (1, 2, 4, 8)}
 PARTS = ("validation", "calibration", "test", "unlike")
@@ -316,7 +316,7 @@ class Study:
     def _full(
         self, way: Way, rows: dict[str, np.ndarray], seed: int
     ) -> tuple[dict[str, np.ndarray], Any]:
-        from ensemble_rm.training.full import train_full
+        from ensemble_rm.members.full.training import train_full
 
         job = self._job(way, rows, seed, self.trunk.depth)
         trained = train_full(job)

@@ -29,12 +29,14 @@ from common import Figures, make_parser
 from kind_runs import BLOCKS, Sizes, Study, Way
 from preference_runs import calibrated, package_folder
 
-from ensemble_rm import Preferences, ScoredPairs, fit_normaliser, load_preferences, mean
+from ensemble_rm import Preferences, load_preferences
+from ensemble_rm.aggregation import mean
+from ensemble_rm.calibration import ScoredPairs, fit_normaliser
 from ensemble_rm.calibration.temperature import pooling_gain
 from ensemble_rm.errors import NoPositiveTemperatureError
-from ensemble_rm.members.backbone import locate
+from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.metrics import accuracy, bootstrap, error_auroc, nll, pair_nll
-from ensemble_rm.uncertainty import margin_correlation, mean_correlation
+from ensemble_rm.uncertainty.disagreement import margin_correlation, mean_correlation
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CACHE = Path("~/.cache/ensemble_rm").expanduser()
@@ -232,7 +234,7 @@ def costs(studies: dict[str, Study], args: argparse.Namespace, figures: Figures)
 
     import scoring_sides as scoring
 
-    from ensemble_rm import ClassifierScorer
+    from ensemble_rm.members import ClassifierScorer
 
     for backbone, study in studies.items():
         options, k = study.options, study.sizes.members

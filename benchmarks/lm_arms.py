@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ensemble_rm import best_of_n_curve, lcb, mean, minimum, uwo
+from ensemble_rm.aggregation import lcb, mean, minimum, uwo
+from ensemble_rm.best_of_n import best_of_n_curve
 
 AGGREGATORS = {"mean": mean(), "minimum": minimum(), "uwo": uwo(0.5), "lcb": lcb(1.0)}
 ONES = ("single", "middle_one")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from curve_figures import Curves
 
-from ensemble_rm import best_of_n_kl
+from ensemble_rm.best_of_n import best_of_n_kl
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; a family of arms has one.
 GREY, BLUE, SKY = "#5f6b76", "#0072b2", "#56b4e9"

@@ -16,15 +16,7 @@ from typing import Any
 import numpy as np
 from preference_runs import package_folder
 
-from ensemble_rm import (
-    Preference,
-    Preferences,
-    Recipe,
-    RewardEnsemble,
-    Sample,
-    TrunkOptions,
-    train,
-)
+from ensemble_rm import Preference, Preferences, Recipe, RewardEnsemble, Sample, TrunkOptions, train
 
 CASES = {"clean": 0.0, "noise": 0.25}
 STEEPNESS = 2.0  # of the annotator, a standard deviation of gold

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ensemble_rm.members.kernels import quicken
+from ensemble_rm.members.forward.cpu.kernels import quicken
 
 BLOCK, ROWS = 256, 16  # tokens summed at once, and rows: what fits a core's own memory
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from ensemble_rm import RewardEnsemble, Sample
-from ensemble_rm.members.branches import BranchScorer
-from ensemble_rm.members.cache import features
-from ensemble_rm.members.head_weights import HeadWeights
-from ensemble_rm.members.heads import HeadScorer
-from ensemble_rm.members.trunk import Trunk, View
+from ensemble_rm.members.backbone.feature_cache import features
+from ensemble_rm.members.backbone.trunk import Trunk, View
+from ensemble_rm.members.branches.scorer import BranchScorer
+from ensemble_rm.members.heads.scorer import HeadScorer
+from ensemble_rm.members.heads.weights import HeadWeights
 
 
 class HeadReader:

@@ -25,7 +25,7 @@ from preference_runs import package_folder
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ensemble_rm import Sample, load_preferences
-from ensemble_rm.members.backbone import locate
+from ensemble_rm.members.backbone.checkpoint import locate
 
 CACHE = Path("~/.cache/ensemble_rm").expanduser()
 DATA = HERE.parents[1] / "shared" / "data"

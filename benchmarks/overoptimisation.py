@@ -26,18 +26,9 @@ from common import HERE, Figures, make_parser
 from curve_figures import Curves, Interval
 from synthetic_world import Score, World, draw, head_members, make_world, mlp_members
 
-from ensemble_rm import (
-    Aggregator,
-    best_of_n_curve,
-    best_of_n_kl,
-    entropic,
-    fit_curve,
-    fit_normaliser,
-    lcb,
-    mean,
-    minimum,
-    uwo,
-)
+from ensemble_rm.aggregation import Aggregator, entropic, lcb, mean, minimum, uwo
+from ensemble_rm.best_of_n import best_of_n_curve, best_of_n_kl, fit_curve
+from ensemble_rm.calibration import fit_normaliser
 
 MEMBERS, SAMPLES, DRAWS = 5, 12_600, 4
 SIZES = [2**i for i in range(14)] + [12_500]

@@ -15,28 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ensemble_rm import (
-    Preferences,
-    Recipe,
-    RewardEnsemble,
-    ScoredPairs,
-    TrunkOptions,
-    fit_normaliser,
-    fit_temperature,
-    mean,
-    train,
-)
+from ensemble_rm import Preferences, Recipe, RewardEnsemble, TrunkOptions, train
+from ensemble_rm.aggregation import mean
+from ensemble_rm.calibration import ScoredPairs, fit_normaliser, fit_temperature
 from ensemble_rm.calibration.temperature import pooling_gain
 from ensemble_rm.demo.data import packaged_backbone
 from ensemble_rm.errors import NoPositiveTemperatureError
-from ensemble_rm.members.backbone import Backbone
-from ensemble_rm.members.cache import FeatureCache, features
-from ensemble_rm.members.heads import HeadScorer
-from ensemble_rm.members.trunk import Trunk, View, default_views
+from ensemble_rm.members.backbone.checkpoint import Backbone
+from ensemble_rm.members.backbone.feature_cache import FeatureCache, features
+from ensemble_rm.members.backbone.trunk import Trunk, View, default_views
+from ensemble_rm.members.heads.gradient_training import PairFeatures
+from ensemble_rm.members.heads.scorer import HeadScorer
+from ensemble_rm.members.heads.training import fit_heads
+from ensemble_rm.members.learning.seeds import member_seeds
 from ensemble_rm.metrics import pair_nll
-from ensemble_rm.training.head_members import fit_heads
-from ensemble_rm.training.heads import PairFeatures
-from ensemble_rm.training.seeds import member_seeds
 
 K = 5  # members, and folds
 BUDGETED = ("budget_peer", "branch", "full")

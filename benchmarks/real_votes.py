@@ -40,15 +40,15 @@ from ensemble_rm import (
     Preferences,
     RewardEnsemble,
     TrunkOptions,
-    fit_temperature,
     load_preferences,
     recalibrate,
     train,
 )
+from ensemble_rm.calibration import fit_temperature
+from ensemble_rm.data.samples import as_prompt
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.judgments.votes import to_preferences
 from ensemble_rm.metrics import bootstrap, pair_nll
-from ensemble_rm.samples import as_prompt
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CACHE = Path("~/.cache/ensemble_rm").expanduser()

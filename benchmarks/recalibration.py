@@ -26,8 +26,8 @@ from common import Figures, make_parser
 from recalibration_years import CORRUPTED, DRIFTS, MONTHS, ONSET, Year, simulate
 from scipy.stats import beta
 
-from ensemble_rm import DriftTest
 from ensemble_rm.calibration.temperature import TemperatureFit
+from ensemble_rm.drift import DriftTest
 
 POLICIES = ("none", "blind", "gated")
 STATED = DriftTest.start(TemperatureFit(1.0, 0.9, 1.1, 0.05, 0.6, 300, 300)).promise

@@ -26,19 +26,13 @@ from time import perf_counter, process_time
 import numpy as np
 from common import Figures, make_parser, resident
 
-from ensemble_rm import (
-    FunctionScorer,
-    Judgment,
-    JudgmentStore,
-    Normaliser,
-    RewardEnsemble,
-    mean,
-    recalibrate,
-)
+from ensemble_rm import FunctionScorer, Judgment, JudgmentStore, RewardEnsemble, recalibrate
+from ensemble_rm.aggregation import mean
+from ensemble_rm.calibration import Normaliser
 from ensemble_rm.calibration.calibration import fit_calibration
-from ensemble_rm.calibration.pairs import ScoredPairs
-from ensemble_rm.recalibration.scores import ScoreTable
-from ensemble_rm.versions.adoption import digest_members
+from ensemble_rm.calibration.scored_pairs import ScoredPairs
+from ensemble_rm.evidence.score_table import ScoreTable
+from ensemble_rm.versions.adopt import digest_members
 
 BEGIN = datetime(2023, 1, 1, tzinfo=UTC)
 MONTHS = 40

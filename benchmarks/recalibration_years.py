@@ -14,11 +14,15 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import expit
 
-from ensemble_rm import Calibration, DriftTest, GateOptions, fit_temperature, mean
+from ensemble_rm import Calibration
+from ensemble_rm.aggregation import mean
+from ensemble_rm.calibration import fit_temperature
+from ensemble_rm.drift import DriftTest
 from ensemble_rm.errors import CalibrationError
+from ensemble_rm.evidence.dated_margins import DAY, DatedMargins, forgetting, joined
 from ensemble_rm.metrics import ece
+from ensemble_rm.recalibration import GateOptions
 from ensemble_rm.recalibration.decision import decide
-from ensemble_rm.recalibration.judged import DAY, DatedMargins, forgetting, joined
 
 JUDGMENTS = 300
 MONTH = 30 * DAY

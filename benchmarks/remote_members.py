@@ -30,15 +30,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from ensemble_rm import (
-    ClientOptions,
-    Normaliser,
-    RemoteScorer,
-    RewardEnsemble,
-    Sample,
-    Scorer,
-    mean,
-)
+from ensemble_rm import RewardEnsemble, Sample, Scorer
+from ensemble_rm.aggregation import mean
+from ensemble_rm.calibration import Normaliser
+from ensemble_rm.members import ClientOptions, RemoteScorer
 
 MEMBERS = 5
 BATCH = 64
@@ -127,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
                 protocol="openrlhf",
                 name=f"server {i}",
                 template="plain",
-                self_test="off",
+                raw_logit_check="off",
                 batch_size=BATCH,
                 client=ClientOptions(concurrency=CONCURRENCY),
             )

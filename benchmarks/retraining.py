@@ -51,13 +51,13 @@ from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.votes import to_preferences
-from ensemble_rm.members.backbone import locate
-from ensemble_rm.members.cache import FeatureCache
-from ensemble_rm.members.heads import HeadScorer
-from ensemble_rm.recalibration.retraining import RetrainingOptions, deal
-from ensemble_rm.recalibration.units import reward_units
-from ensemble_rm.training.convex import solve_heads
-from ensemble_rm.training.seeds import member_seeds
+from ensemble_rm.members.backbone.checkpoint import locate
+from ensemble_rm.members.backbone.feature_cache import FeatureCache
+from ensemble_rm.members.heads.scorer import HeadScorer
+from ensemble_rm.members.heads.solver import solve_heads
+from ensemble_rm.members.learning.seeds import member_seeds
+from ensemble_rm.retraining.candidate import RetrainingOptions, deal
+from ensemble_rm.retraining.unit_matching import reward_units
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf.jsonl"
 ARMS = ("frozen", "recalibrated", "retrained", "retrained_random", "blind")

@@ -36,21 +36,21 @@ from scipy.special import expit, logit
 
 from ensemble_rm import (
     FunctionScorer,
-    JudgeComparator,
     Preferences,
     Recipe,
     RewardEnsemble,
     Sample,
     TrunkOptions,
-    fit_normaliser,
     load_preferences,
-    mean,
-    route,
 )
-from ensemble_rm.members.backbone import locate
+from ensemble_rm.active_learning import route
+from ensemble_rm.aggregation import mean
+from ensemble_rm.calibration import fit_normaliser
+from ensemble_rm.members import JudgeComparator
+from ensemble_rm.members.backbone.checkpoint import locate
+from ensemble_rm.members.heads.solver import solve_heads
+from ensemble_rm.members.learning.seeds import member_seeds
 from ensemble_rm.metrics import accuracy, nll
-from ensemble_rm.training.convex import solve_heads
-from ensemble_rm.training.seeds import member_seeds
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf.jsonl"
 UNCERTAINTIES = ("epistemic", "total", "aleatoric", "predictive")

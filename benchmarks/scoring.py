@@ -44,9 +44,10 @@ from scoring_sides import (
     pipeline,
 )
 
-from ensemble_rm import ClassifierScorer, TrunkOptions
-from ensemble_rm.members.backbone import Backbone, load_tokenizer, locate
-from ensemble_rm.members.trunk import Trunk
+from ensemble_rm import TrunkOptions
+from ensemble_rm.members import ClassifierScorer
+from ensemble_rm.members.backbone.checkpoint import Backbone, load_tokenizer, locate
+from ensemble_rm.members.backbone.trunk import Trunk
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf.jsonl"
 

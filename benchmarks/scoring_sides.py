@@ -10,19 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ensemble_rm import (
-    BranchScorer,
-    HeadScorer,
-    LoraOptions,
-    Sample,
-    TrunkOptions,
-    load_preferences,
-)
-from ensemble_rm.members.adapters import adapt, own_tensors
-from ensemble_rm.members.backbone import Backbone, load_classifier, load_tokenizer
-from ensemble_rm.members.head_weights import HeadWeights
-from ensemble_rm.members.lora import LoraScorer
-from ensemble_rm.members.trunk import Trunk, View, default_views
+from ensemble_rm import Sample, TrunkOptions, load_preferences
+from ensemble_rm.members import BranchScorer, HeadScorer, LoraOptions
+from ensemble_rm.members.backbone.checkpoint import Backbone, load_classifier, load_tokenizer
+from ensemble_rm.members.backbone.trunk import Trunk, View, default_views
+from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.lora.adapters import adapt, own_tensors
+from ensemble_rm.members.lora.scorer import LoraScorer
 
 K = 5  # members
 

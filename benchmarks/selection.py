@@ -31,18 +31,18 @@ from preference_runs import Budget, Part, package_folder
 from scipy.special import expit
 
 from ensemble_rm import Preferences, Recipe, TrunkOptions, load_preferences
+from ensemble_rm.active_learning.design import plan_draw
+from ensemble_rm.active_learning.strategies import PoolMargins, utility
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.calibration.temperature import fit_mixture_temperature, fit_temperature
+from ensemble_rm.data.weights import effective_sample_size, inclusion_weights
 from ensemble_rm.errors import CalibrationError
-from ensemble_rm.members.backbone import locate
-from ensemble_rm.members.head_weights import HeadWeights
+from ensemble_rm.members.backbone.checkpoint import locate
+from ensemble_rm.members.heads.gradient_training import PairFeatures
+from ensemble_rm.members.heads.solver import solve_heads
+from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.learning.seeds import member_seeds
 from ensemble_rm.metrics import pair_nll
-from ensemble_rm.selection.design import plan_draw
-from ensemble_rm.selection.strategies import PoolMargins, utility
-from ensemble_rm.training.convex import solve_heads
-from ensemble_rm.training.heads import PairFeatures
-from ensemble_rm.training.seeds import member_seeds
-from ensemble_rm.weighting import effective_sample_size, inclusion_weights
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh_rlhf.jsonl"
 STRATEGIES = ("bald", "margin", "disagreement")

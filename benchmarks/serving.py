@@ -39,7 +39,7 @@ from serving_sides import body, make_ensemble, tag
 from serving_soak import soak
 
 from ensemble_rm import Sample, TrunkOptions
-from ensemble_rm.members.backbone import load_tokenizer, locate
+from ensemble_rm.members.backbone.checkpoint import load_tokenizer, locate
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "shared" / "data" / "hh_rlhf.jsonl"

@@ -21,8 +21,10 @@ from fastapi.responses import JSONResponse
 from preference_runs import package_folder
 from scoring_sides import HuggingFace, K, branches
 
-from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, Sample, TrunkOptions, mean
-from ensemble_rm.members.backbone import locate
+from ensemble_rm import FunctionScorer, RewardEnsemble, Sample, TrunkOptions
+from ensemble_rm.aggregation import mean
+from ensemble_rm.calibration import Normaliser
+from ensemble_rm.members.backbone.checkpoint import locate
 
 
 def tag(completion: str) -> float:

@@ -56,8 +56,8 @@ MEMBERS, BINS = 5, 20
 
 def fitting(pairs: Preferences, backbone: Path, max_length: int) -> tuple[Preferences, np.ndarray]:
     """Return the pairs whose two sides fit `max_length`, and tokens a pair."""
-    from ensemble_rm.members.backbone import load_tokenizer
-    from ensemble_rm.members.text import TextEncoder
+    from ensemble_rm.members.backbone.checkpoint import load_tokenizer
+    from ensemble_rm.members.encoding import TextEncoder
 
     encoder = TextEncoder(load_tokenizer(backbone), max_length=100_000)
     tokens = np.array([len(e.ids) for e in encoder.encode(pairs.samples())]).reshape(2, -1)
@@ -80,7 +80,7 @@ def parts(pairs: Preferences, fold: int, folds: int) -> dict[str, np.ndarray]:
 
 
 def to_rows(pairs: Preferences) -> list[dict[str, Any]]:
-    from ensemble_rm.samples import prompt_json
+    from ensemble_rm.data.samples import prompt_json
 
     def turns(prompt: Any) -> Any:
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -110,7 +110,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 def calibrated(held: np.ndarray, groups: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Probabilities of test pairs at the temperature of the calibration pairs; ½ if none fits."""
-    from ensemble_rm import fit_temperature
+    from ensemble_rm.calibration import fit_temperature
     from ensemble_rm.errors import NoPositiveTemperatureError
 
     try:
@@ -141,8 +141,8 @@ def side_ours(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModel, AutoTokenizer  # noqa: F401  the library imports them late
 
     from ensemble_rm import Preference, Preferences, Recipe, TrunkOptions, train
+    from ensemble_rm.data.samples import as_prompt
     from ensemble_rm.metrics import accuracy, ece, nll
-    from ensemble_rm.samples import as_prompt
 
     imports = perf_counter() - began
     torch.set_num_threads(job["threads"])

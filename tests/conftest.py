@@ -21,7 +21,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
-    from ensemble_rm import HeadScorer
+    from ensemble_rm.members import HeadScorer
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +74,7 @@ def shared_data() -> Path:
 def postgresql_socket() -> Iterator[Path]:
     """The run's own PostgreSQL server; what needs it is skipped where none can be started."""
     pytest.importorskip("psycopg")
-    from postgresql_server import NoServerError, server
+    from tests.support.postgresql_server import NoServerError, server
 
     try:
         with server() as folder:
@@ -89,7 +89,7 @@ def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "judgments.db")
     socket_folder = request.getfixturevalue("postgresql_socket")
-    from postgresql_server import new_database
+    from tests.support.postgresql_server import new_database
 
     return new_database(socket_folder)
 
@@ -155,9 +155,10 @@ def two_heads(small_folder: Path) -> Callable[..., HeadScorer]:
     """Make two heads over a small backbone, their weights drawn from a seed."""
     import numpy as np
 
-    from ensemble_rm import HeadScorer, TrunkOptions, View
-    from ensemble_rm.members.backbone import locate
-    from ensemble_rm.members.head_weights import HeadWeights
+    from ensemble_rm import TrunkOptions, View
+    from ensemble_rm.members import HeadScorer
+    from ensemble_rm.members.backbone.checkpoint import locate
+    from ensemble_rm.members.heads.weights import HeadWeights
 
     def make(*, seed: int = 0, **options: Any) -> HeadScorer:
         rng = np.random.default_rng(seed)

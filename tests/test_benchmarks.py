@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from ensemble_rm import Message, Preference, Preferences, Sample
-from ensemble_rm.members.backbone import load_tokenizer
-from ensemble_rm.members.text import TextEncoder
+from ensemble_rm.members.backbone.checkpoint import load_tokenizer
+from ensemble_rm.members.encoding import TextEncoder
 from ensemble_rm.metrics import ece
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"

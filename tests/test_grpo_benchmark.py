@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensemble_rm import FunctionScorer, Normaliser, RewardEnsemble, mean
+from ensemble_rm import FunctionScorer, RewardEnsemble
+from ensemble_rm.aggregation import mean
+from ensemble_rm.calibration import Normaliser
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 CHAT = (

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ensemble_rm import Preference, Preferences, Recipe, Sample, TrunkOptions, train
-from ensemble_rm.members.heads import HeadScorer
+from ensemble_rm.members.heads.scorer import HeadScorer
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 

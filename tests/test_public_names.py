@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,22 @@ HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "netcal", "pandas", "sk
 HEAVY += ("alembic", "httpx", "peft", "psycopg", "sqlalchemy", "transformers")
 HEAVY += ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn")
 
-NAMES = tuple(name for name in getattr(ensemble_rm, "__all__", ()) if name != "__version__")
-each_name = pytest.mark.parametrize("name", NAMES)
+PACKAGE = Path(ensemble_rm.__file__).parent
+ROOMS = sorted(f"ensemble_rm.{stub.parent.name}" for stub in PACKAGE.glob("*/__init__.pyi"))
+PUBLIC = sorted(
+    {
+        f"{module}.{name}"
+        for module in ("ensemble_rm", *ROOMS)
+        for name in import_module(module).__all__
+        if f"{module}.{name}" not in ROOMS and name not in ("errors", "metrics")
+    }
+)
+each_name = pytest.mark.parametrize("name", PUBLIC)
+
+
+def resolve(name: str) -> Any:
+    module, _, leaf = name.rpartition(".")
+    return getattr(import_module(module), leaf)
 
 
 def modules_after(code: str) -> set[str]:
@@ -59,27 +73,29 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
     assert modules_after(code).isdisjoint(HEAVY)
 
 
-def test_all_is_sorted_and_holds_each_name_once() -> None:
-    assert list(ensemble_rm.__all__) == sorted(set(ensemble_rm.__all__))
-    assert "__version__" in ensemble_rm.__all__
+def test_the_top_level_is_small() -> None:
+    """The few names that everybody needs; all else is public in its subpackage."""
+    names = [name for name in PUBLIC if name.count(".") == 1]
+    assert 20 <= len(names) <= 30
+    for name in names:
+        leaf = name.rpartition(".")[2]
+        homes = [f"{room}.{leaf}" for room in ROOMS if f"{room}.{leaf}" in PUBLIC]
+        assert len(homes) == 1, f"{name} is public in {homes}"
+        assert resolve(name) is resolve(homes[0])
 
 
-def test_all_is_complete() -> None:
-    """What type checkers see, what `dir` shows and what `__all__` promises are the same."""
-    tree = ast.parse(Path(ensemble_rm.__file__).read_text(encoding="utf-8"))
-    typed = {
-        alias.asname or alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ensemble_rm")
-        for alias in node.names
-    }
-    assert typed == set(NAMES)
-    assert set(ensemble_rm.__all__) <= set(dir(ensemble_rm))
+def test_every_room_with_public_names_is_reached_from_the_top() -> None:
+    assert set(ROOMS) <= {f"ensemble_rm.{name}" for name in ensemble_rm.__all__}
 
 
-@each_name
-def test_every_public_name_is_there(name: str) -> None:
-    assert getattr(ensemble_rm, name) is getattr(ensemble_rm, name)
+@pytest.mark.parametrize("module", ["ensemble_rm", *ROOMS])
+def test_no_public_name_is_also_a_modules(module: str) -> None:
+    """A name that a submodule bears, too, would mean the one or the other by import order."""
+    folder = PACKAGE.joinpath(*module.split(".")[1:])
+    files = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+    packages = {room.rpartition(".")[2] for room in ROOMS} | {"errors", "metrics"}
+    names = set(import_module(module).__all__)
+    assert not names & (files - packages if module == "ensemble_rm" else files)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -116,7 +132,7 @@ def check(thing: Any, where: str) -> None:
 
 @each_name
 def test_every_public_name_is_documented(name: str) -> None:
-    thing = getattr(ensemble_rm, name)
+    thing = resolve(name)
     if inspect.isfunction(thing):
         check(thing, name)
         returned = inspect.signature(thing).return_annotation

@@ -1,1 +1,5 @@
-"""Members' scores → one score; see `aggregator`."""
+"""Aggregators: members' scores (n_samples, n_members) to one reward (n_samples,)."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
-"""Margins and judgments → probabilities."""
+"""From margins to probabilities: normaliser, temperature, slices, ties and other curves."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -15,7 +15,7 @@ from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.curves import AnyCurve, count_ties, curve_json, read_curve
 from ensemble_rm.calibration.fits import METHODS, fit_curve
-from ensemble_rm.calibration.pairs import ScoredPairs
+from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.calibration.slices import SliceFit, fit_slices
 from ensemble_rm.calibration.temperature import (
     MIN_JUDGMENTS,

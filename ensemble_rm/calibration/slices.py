@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.calibration.pairs import ScoredPairs
+from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 

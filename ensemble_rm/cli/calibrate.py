@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from ensemble_rm.storage import check_target
-    from ensemble_rm.weighting import sample_weights
+    from ensemble_rm.data.weights import sample_weights
+    from ensemble_rm.ensemble.storage import check_target
 
     out = args.out or args.ensemble
     if not args.dry_run:

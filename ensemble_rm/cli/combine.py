@@ -27,7 +27,7 @@ from ensemble_rm.cli.common import (
 from ensemble_rm.errors import OptionError
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 HELP = "put existing reward models behind one aggregator"
 EXAMPLE = (
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     aggregator = read_aggregator(args)
     members = _members(args.member)
     pairs = read_pairs(args.data, skip_bad=args.skip_bad)
-    from ensemble_rm.combining import combine
+    from ensemble_rm.ensemble.combining import combine
 
     with Bars(quiet=args.json) as bars:
         ensemble = combine(
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> None:
 def _opened(member: str, device: str | None) -> RewardEnsemble | str:
     """Return a saved ensemble with its members' tokens; a model's name as it is."""
     from ensemble_rm.cli.tokens import with_tokens
-    from ensemble_rm.ensemble import RewardEnsemble
-    from ensemble_rm.storage import FILE
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.storage import FILE
 
     if not (Path(member).expanduser() / FILE).exists():
         return member

@@ -15,9 +15,9 @@ from ensemble_rm.errors import BadRowsError, OptionError
 
 if TYPE_CHECKING:
     from ensemble_rm.aggregation.aggregator import Aggregator
-    from ensemble_rm.ensemble import RewardEnsemble
-    from ensemble_rm.members.trunk import TrunkOptions
-    from ensemble_rm.samples import Preferences
+    from ensemble_rm.data.samples import Preferences
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+    from ensemble_rm.members.backbone.trunk import TrunkOptions
 
 COEFFICIENTS = {
     "lam": "λ of uwo",
@@ -148,7 +148,7 @@ def add_text(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def read_text_options(args: argparse.Namespace) -> TrunkOptions:
     """Return what `add_text` asked for."""
-    from ensemble_rm.members.trunk import TrunkOptions
+    from ensemble_rm.members.backbone.trunk import TrunkOptions
 
     return TrunkOptions(args.template, args.max_length, args.dtype, args.device)
 
@@ -198,7 +198,7 @@ def read_aggregator(args: argparse.Namespace) -> Aggregator | None:
 def open_ensemble(args: argparse.Namespace) -> RewardEnsemble:
     """Load the ensemble that was named; members on other servers get their tokens."""
     from ensemble_rm.cli.tokens import with_tokens
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
     ensemble = RewardEnsemble.from_pretrained(
         args.ensemble,
@@ -211,7 +211,7 @@ def open_ensemble(args: argparse.Namespace) -> RewardEnsemble:
 
 def read_pairs(source: str, *, skip_bad: bool) -> Preferences:
     """Read preference pairs; report bad, repeated and undecidable rows on standard error."""
-    from ensemble_rm.loading import read_preferences
+    from ensemble_rm.data.loading import read_preferences
 
     pairs, report = read_preferences(source)
     for problem in report.problems:

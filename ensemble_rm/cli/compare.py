@@ -25,7 +25,7 @@ from ensemble_rm.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from ensemble_rm.results import Comparison
+    from ensemble_rm.ensemble.results import Comparison
 
 HELP = "compare pairs of completions"
 EXAMPLE = "  ensemble-rm compare runs/hh --data pairs.jsonl --out verdicts.jsonl"
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     check_can_write(args.out)
-    from ensemble_rm.loading import read_comparisons
+    from ensemble_rm.data.loading import read_comparisons
 
     pairs = read_comparisons(args.data)
     ensemble = open_ensemble(args)

@@ -54,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return 12 on an alarm."""
+    from ensemble_rm.drift.check import LookOptions, look, past_looks
+    from ensemble_rm.drift.plots import draw_drift, drift_text
+    from ensemble_rm.drift.state import DriftOptions
     from ensemble_rm.judgments.store import JudgmentStore
-    from ensemble_rm.recalibration.looks import LookOptions, look, past_looks
-    from ensemble_rm.recalibration.monitor import DriftOptions
-    from ensemble_rm.reports.drift import draw_drift, drift_text
 
     with (
         JudgmentStore.open(args.judgments, read_only=True) as store,

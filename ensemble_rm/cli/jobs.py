@@ -12,7 +12,7 @@ from ensemble_rm.errors import OptionError
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 CODES = {"published": 0, "kept": 10, "too few": 11, "drift alarm": 12}
 
@@ -76,7 +76,7 @@ def load_version(
 ) -> RewardEnsemble:
     """Load an ensemble whose pairs have to be scored; remote members get their tokens."""
     from ensemble_rm.cli.tokens import with_tokens
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
     options: dict[str, Any] = {"version": version, "backbone": backbone, "device": device}
     return with_tokens(RewardEnsemble.from_pretrained(folder, **options))

@@ -20,8 +20,8 @@ from ensemble_rm.errors import OptionError
 
 if TYPE_CHECKING:
     from ensemble_rm.judgments.agreement import AgreementReport
-    from ensemble_rm.judgments.rows import Imported, ImportOptions
-    from ensemble_rm.judgments.selection import Selection
+    from ensemble_rm.judgments.filter import JudgmentFilter
+    from ensemble_rm.judgments.imports.rows import Imported, ImportOptions
     from ensemble_rm.judgments.store import JudgmentStore
     from ensemble_rm.metrics import Interval
 
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from ensemble_rm.judgments.importing import import_judgments
+    from ensemble_rm.judgments.imports.importing import import_judgments
 
     options = _read_options(args)
     with _store_for(args) as store, Bars(quiet=args.json) as bars:
@@ -170,7 +170,7 @@ def _import_text(args: argparse.Namespace, found: Imported, stored: int) -> str:
 
 
 def _read_options(args: argparse.Namespace) -> ImportOptions:
-    from ensemble_rm.judgments.rows import ImportOptions
+    from ensemble_rm.judgments.imports.rows import ImportOptions
 
     labels: dict[str, str] = {}
     for given in args.label:
@@ -190,7 +190,7 @@ def _read_options(args: argparse.Namespace) -> ImportOptions:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from ensemble_rm.judgments.exporting import export_judgments, judgment_dataset
+    from ensemble_rm.judgments.exports import export_judgments, judgment_dataset
     from ensemble_rm.judgments.store import JudgmentStore
 
     if args.out is None and (args.kind == "dataset" or args.json):
@@ -207,11 +207,11 @@ def _export(args: argparse.Namespace) -> None:
         say(args, said, f"{said['judgments']} judgments in {args.out}, digest {said['digest']}")
 
 
-def _read_selection(args: argparse.Namespace) -> Selection:
-    from ensemble_rm.judgments.selection import Selection
+def _read_selection(args: argparse.Namespace) -> JudgmentFilter:
+    from ensemble_rm.judgments.filter import JudgmentFilter
 
     given: Mapping[str, list[str] | None] = {name: getattr(args, name) for name in NAMED}
-    return Selection(
+    return JudgmentFilter(
         since=read_time(args.since, "--since"),
         until=read_time(args.until, "--until"),
         with_corrected=args.with_corrected,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ensemble_rm import __version__, errors
 from ensemble_rm.cli import (
+    average_weights,
     calibrate,
     combine,
     compare,
@@ -19,7 +20,6 @@ from ensemble_rm.cli import (
     init_reward,
     judgments,
     make_pairs,
-    merge,
     pin,
     precision,
     recalibrate,
@@ -37,7 +37,18 @@ from ensemble_rm.cli import (
 )
 
 COMMANDS = (
-    *(train, combine, remote, merge, calibrate, evaluate, score, compare, route, precision),
+    *(
+        train,
+        combine,
+        remote,
+        average_weights,
+        calibrate,
+        evaluate,
+        score,
+        compare,
+        route,
+        precision,
+    ),
     *(select, judgments, recalibrate, retrain, drift, versions),
     *(serve, show, rollback, pin, unpin, make_pairs, init_reward, demo),
 )

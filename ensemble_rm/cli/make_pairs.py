@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if not args.dry_run:
         check_can_write(args.out)
-    from ensemble_rm.loading import read_samples
-    from ensemble_rm.samples import prompt_key
-    from ensemble_rm.sampling import make_pairs
+    from ensemble_rm.best_of_n.sampling import make_pairs
+    from ensemble_rm.data.loading import read_samples
+    from ensemble_rm.data.samples import prompt_key
 
     samples = list(read_samples(args.data))
     ensemble = open_ensemble(args)

@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from ensemble_rm.loading import read_samples
+    from ensemble_rm.data.loading import read_samples
 
     samples = list(read_samples(args.data))
-    from ensemble_rm.reports.precision import precision_report, precision_text
+    from ensemble_rm.evaluation.precision import precision_report, precision_text
 
     with Bars(quiet=args.json) as bars:
         report = precision_report(open_ensemble(args), samples, dtype=args.dtype, progress=bars)

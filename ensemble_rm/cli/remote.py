@@ -16,7 +16,7 @@ from ensemble_rm.cli.common import add_dry_run, add_json, add_out_folder, say
 from ensemble_rm.errors import OptionError, RemoteActivationError
 
 if TYPE_CHECKING:
-    from ensemble_rm.members.judge import JudgeScorer
+    from ensemble_rm.members.judges.scorer import JudgeScorer
     from ensemble_rm.members.remote.scorer import RemoteScorer
 
 HELP = "make a member of a model that another server runs"
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-outage", choices=["raise", "nan"], default="raise", help="of the whole server; raise"
     )
     parser.add_argument(
-        "--self-test",
+        "--raw-logit-check",
         choices=["error", "warn", "off"],
         default="error",
         help="what scores that are no raw logits bring; an error, by default",
@@ -90,10 +90,10 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from ensemble_rm.aggregation.aggregator import mean
     from ensemble_rm.calibration.normaliser import Normaliser
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
     scorer = _scorer(args)
-    scores, problems = _tested(scorer, args.self_test)
+    scores, problems = _tested(scorer, args.raw_logit_check)
     if not args.dry_run:
         provenance = {"members": {scorer.names[0]: args.url}}
         alone = RewardEnsemble((scorer,), Normaliser.identity(1), mean(), provenance=provenance)
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _scorer(args: argparse.Namespace) -> RemoteScorer | JudgeScorer:
     from ensemble_rm.cli.tokens import read_token
-    from ensemble_rm.members.judge import JudgeScorer
+    from ensemble_rm.members.judges.scorer import JudgeScorer
     from ensemble_rm.members.remote.scorer import RemoteScorer
 
     token = read_token(args.token_env)
@@ -135,7 +135,7 @@ def _scorer(args: argparse.Namespace) -> RemoteScorer | JudgeScorer:
         model=args.model,
         batch_size=args.batch_size,
         truncate=args.truncate,
-        self_test="warn" if args.self_test == "error" else args.self_test,
+        raw_logit_check="warn" if args.raw_logit_check == "error" else args.raw_logit_check,
         on_outage=args.on_outage,
         **common,
     )
@@ -149,7 +149,7 @@ def _tested(scorer: RemoteScorer | JudgeScorer, mode: str) -> tuple[list[float],
     RemoteActivationError
         If something is, and is an error.
     """
-    from ensemble_rm.members.remote.self_test import probe
+    from ensemble_rm.members.remote.raw_logit_check import probe
 
     if mode == "off":
         return [], []
@@ -159,6 +159,6 @@ def _tested(scorer: RemoteScorer | JudgeScorer, mode: str) -> tuple[list[float],
     if report.problems and mode == "error":
         raise RemoteActivationError(
             f"{scorer.names[0]}: {'; '.join(report.problems)}. Serve the "
-            "model's raw logit, or pass --self-test warn"
+            "model's raw logit, or pass --raw-logit-check warn"
         )
     return [score for score in report.scores if score == score], list(report.problems)

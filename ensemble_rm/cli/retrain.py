@@ -26,8 +26,8 @@ from ensemble_rm.cli.jobs import (
 )
 
 if TYPE_CHECKING:
-    from ensemble_rm.recalibration.retraining import RetrainingOptions
-    from ensemble_rm.training.recipe import Recipe
+    from ensemble_rm.members.learning.recipe import Recipe
+    from ensemble_rm.retraining.candidate import RetrainingOptions
 
 HELP = "train the members on new judgments, publish if better"
 EXAMPLE = (
@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the verdict's exit code."""
     from ensemble_rm.judgments.store import JudgmentStore
-    from ensemble_rm.members.backbone import DEFAULT_CACHE
-    from ensemble_rm.recalibration.retraining_job import retrain_run
+    from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
+    from ensemble_rm.retraining.job import retrain_run
 
     old = read_pairs(args.data, skip_bad=args.skip_bad)
     reference = None
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> RetrainingOptions:
-    from ensemble_rm.recalibration.retraining import RetrainingOptions
+    from ensemble_rm.retraining.candidate import RetrainingOptions
 
     return RetrainingOptions(
         gate_share=args.gate_share,

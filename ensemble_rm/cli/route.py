@@ -29,8 +29,8 @@ from ensemble_rm.cli.remote import add_server, read_client
 from ensemble_rm.errors import OptionError
 
 if TYPE_CHECKING:
-    from ensemble_rm.members.judging.comparator import JudgeComparator
-    from ensemble_rm.routing import Routed
+    from ensemble_rm.active_learning.routing import Routed
+    from ensemble_rm.members.judges.comparator import JudgeComparator
 
 HELP = "compare pairs, and ask a judge about the uncertain ones"
 EXAMPLE = (
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     judge = _judge(args)
     _check_files(args)
-    from ensemble_rm.loading import read_comparisons
-    from ensemble_rm.routing import route
+    from ensemble_rm.active_learning.routing import route
+    from ensemble_rm.data.loading import read_comparisons
 
     pairs = read_comparisons(args.data)
     ensemble = open_ensemble(args)
@@ -130,8 +130,8 @@ def _judge(args: argparse.Namespace) -> JudgeComparator | None:
     if args.model is None:
         raise OptionError("--judge-url needs --model, the judge's name at its server")
     from ensemble_rm.cli.tokens import read_token
-    from ensemble_rm.members.judging.comparator import JudgeComparator
-    from ensemble_rm.members.judging.usage import Price
+    from ensemble_rm.members.judges.comparator import JudgeComparator
+    from ensemble_rm.members.judges.usage import Price
 
     return JudgeComparator(
         args.judge_url,
@@ -144,8 +144,8 @@ def _judge(args: argparse.Namespace) -> JudgeComparator | None:
 
 
 def _write(args: argparse.Namespace, routed: Routed) -> None:
+    from ensemble_rm.active_learning.tasks import to_tasks
     from ensemble_rm.cli.select import write_tasks
-    from ensemble_rm.selection.tasks import to_tasks
 
     write_jsonl(args.out, _rows(routed))
     if args.pool is not None:

@@ -29,9 +29,9 @@ from ensemble_rm.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import RewardEnsemble
-    from ensemble_rm.results import Scores
-    from ensemble_rm.samples import Sample
+    from ensemble_rm.data.samples import Sample
+    from ensemble_rm.ensemble.results import Scores
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 HELP = "score samples"
 EXAMPLE = (
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     aggregator = read_aggregator(args)
-    from ensemble_rm.loading import read_samples
+    from ensemble_rm.data.loading import read_samples
 
     samples = read_samples(args.data)
     first = list(islice(samples, 1))  # a file that cannot be read is named before models are
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if aggregator is not None:
         ensemble = ensemble.with_aggregator(aggregator)
     if args.score_cache is not None:
-        from ensemble_rm.members.score_cache import ScoreCache
+        from ensemble_rm.scoring.score_cache import ScoreCache
 
         ensemble = ensemble.with_score_cache(ScoreCache(args.score_cache))
     count: Counter[str] = Counter()
@@ -95,7 +95,7 @@ def score_rows(
     count: Counter[str],
 ) -> Iterator[dict[str, Any]]:
     """Return every sample's row, and count rows and cuts as they pass."""
-    from ensemble_rm.streaming import stream_scores
+    from ensemble_rm.ensemble.streaming import stream_scores
 
     for scores in stream_scores(ensemble, samples, chunk=chunk, progress=bars):
         count.update(scores.truncation.to_json())

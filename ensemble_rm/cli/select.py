@@ -25,7 +25,7 @@ from ensemble_rm.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from ensemble_rm.selection.select import SelectedPairs
+    from ensemble_rm.active_learning.selection import SelectedPairs
 
 HELP = "pick the unjudged pairs that a human should judge"
 EXAMPLE = (
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if not args.dry_run:
         check_can_write(args.out)
-    from ensemble_rm.loading import read_comparisons
-    from ensemble_rm.selection.select import select_pairs
-    from ensemble_rm.selection.tasks import to_tasks
+    from ensemble_rm.active_learning.selection import select_pairs
+    from ensemble_rm.active_learning.tasks import to_tasks
+    from ensemble_rm.data.loading import read_comparisons
 
     pool = read_comparisons(args.pool)
     with Bars(quiet=args.json) as bars:

@@ -26,8 +26,8 @@ from ensemble_rm.cli.common import (
 from ensemble_rm.errors import MissingExtraError, OptionError, RemoteFailureWarning
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import RewardEnsemble
-    from ensemble_rm.server.auth import Token
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+    from ensemble_rm.server.http.auth import Token
     from ensemble_rm.server.service import ServerOptions
 
 HELP = "serve rewards over HTTP"
@@ -187,7 +187,7 @@ def read_token(file: Path | None) -> Token | None:
     OptionError
         If it is no token, or the file cannot be read.
     """
-    from ensemble_rm.server.auth import Token
+    from ensemble_rm.server.http.auth import Token
 
     if file is not None:
         try:
@@ -202,10 +202,10 @@ def read_token(file: Path | None) -> Token | None:
 
 def read_options(args: argparse.Namespace) -> ServerOptions:
     """Return what the options ask for."""
-    from ensemble_rm.server.batching import BatchOptions
-    from ensemble_rm.server.limits import Limits
-    from ensemble_rm.server.raw_text import RawText, TurnTemplate
+    from ensemble_rm.server.http.limits import Limits
+    from ensemble_rm.server.scheduling.batching import BatchOptions
     from ensemble_rm.server.service import ServerOptions
+    from ensemble_rm.server.wire.raw_text import RawText, TurnTemplate
 
     template = args.policy_template and TurnTemplate(args.policy_template.replace("\\n", "\n"))
     return ServerOptions(

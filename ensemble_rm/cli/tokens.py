@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ensemble_rm.errors import OptionError
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
     from ensemble_rm.members.scorer import Scorer
 
 

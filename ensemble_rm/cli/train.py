@@ -27,9 +27,9 @@ from ensemble_rm.cli.common import (
 from ensemble_rm.errors import OptionError
 
 if TYPE_CHECKING:
-    from ensemble_rm.members.adapters import LoraOptions
-    from ensemble_rm.samples import Preferences
-    from ensemble_rm.training.recipe import Recipe
+    from ensemble_rm.data.samples import Preferences
+    from ensemble_rm.members.learning.recipe import Recipe
+    from ensemble_rm.members.lora.adapters import LoraOptions
 
 HELP = "train an ensemble on preference pairs"
 EXAMPLE = (
@@ -162,8 +162,8 @@ def run(args: argparse.Namespace) -> None:
     parts = dict(zip(PARTS, pairs.split(*args.split, seed=args.seed), strict=True))
     counts = {name: len(part) for name, part in parts.items()}
     shared = _shared(args)
-    from ensemble_rm.members.baseline import reference_samples
-    from ensemble_rm.training.train import plan, train
+    from ensemble_rm.scoring.baselines import reference_samples
+    from ensemble_rm.training.run import plan, train
 
     if args.baseline:
         reference_samples(parts["validation"].samples())  # before anything is read
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
 def _shared(args: argparse.Namespace) -> dict[str, Any]:
     """Return what `plan` and `train` are both told."""
     _trainer_args(args)  # a bad one is refused in a dry run, too
-    from ensemble_rm.members.backbone import DEFAULT_CACHE
+    from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
 
     return {
         "backbone": args.backbone,
@@ -218,7 +218,7 @@ def _shared(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    from ensemble_rm.training.recipe import Recipe
+    from ensemble_rm.members.learning.recipe import Recipe
 
     given: dict[str, Any] = {
         f.name: value for f in fields(Recipe) if (value := getattr(args, f.name, None)) is not None
@@ -232,7 +232,7 @@ def _lora(args: argparse.Namespace) -> LoraOptions | None:
     said = {name: value for name, value in given.items() if value is not None}
     if not said:
         return None
-    from ensemble_rm.members.adapters import LoraOptions
+    from ensemble_rm.members.lora.adapters import LoraOptions
 
     return LoraOptions(**said)
 

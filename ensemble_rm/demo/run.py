@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from ensemble_rm.data.samples import Preferences
 from ensemble_rm.demo.data import packaged_backbone, truth_of
-from ensemble_rm.ensemble import RewardEnsemble
-from ensemble_rm.members.trunk import TrunkOptions
+from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+from ensemble_rm.evaluation.evaluation import Evaluation, evaluate
+from ensemble_rm.evaluation.plots import draw_evaluation
+from ensemble_rm.evaluation.table import evaluation_text
+from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.metrics import nll
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.reports.evaluation import Evaluation, evaluate
-from ensemble_rm.reports.pictures import draw_evaluation
-from ensemble_rm.reports.text import evaluation_text
-from ensemble_rm.samples import Preferences
-from ensemble_rm.training.train import train
+from ensemble_rm.training.run import train
 
 SHARES = (0.55, 0.1, 0.15, 0.2)
 

@@ -1,1 +1,5 @@
-"""Human judgments: the append-only store, imports, votes, agreement among annotators."""
+"""The append-only store of human judgments; imports, exports and agreement."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

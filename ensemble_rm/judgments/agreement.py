@@ -17,9 +17,9 @@ import numpy as np
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import EmptyDataError
+from ensemble_rm.judgments.filter import EVERYTHING, JudgmentFilter
 from ensemble_rm.judgments.judgment import OUTCOMES, Verdict
 from ensemble_rm.judgments.kappa import figure, item_agreement, kappa, share
-from ensemble_rm.judgments.selection import EVERYTHING, Selection
 from ensemble_rm.judgments.store import BATCH, JudgmentStore
 from ensemble_rm.metrics import Interval
 from ensemble_rm.progress import Progress, silent
@@ -134,14 +134,14 @@ class AgreementReport:
 
 
 def agreement_report(
-    store: JudgmentStore, where: Selection = EVERYTHING, *, progress: Progress = silent
+    store: JudgmentStore, where: JudgmentFilter = EVERYTHING, *, progress: Progress = silent
 ) -> AgreementReport:
     """Report how far the annotators agree.
 
     Parameters
     ----------
     store : JudgmentStore
-    where : Selection
+    where : JudgmentFilter
         Which judgments.
     progress : callable
         Called with (stage, done, total).

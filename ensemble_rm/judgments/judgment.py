@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from ensemble_rm.data.samples import Message, Prompt, as_prompt, prompt_json, prompt_key
 from ensemble_rm.errors import DataError
-from ensemble_rm.samples import Message, Prompt, as_prompt, prompt_json, prompt_key
 
 Outcome: TypeAlias = Literal["first", "second", "tie"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)

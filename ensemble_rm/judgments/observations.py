@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Select, func, select
 
+from ensemble_rm.judgments.database.queries import conditions
+from ensemble_rm.judgments.database.tables import judgments
+from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.judgment import SHARES
-from ensemble_rm.judgments.queries import conditions
-from ensemble_rm.judgments.selection import Selection
-from ensemble_rm.judgments.tables import judgments
 
 
 class Observation(NamedTuple):
@@ -41,7 +41,7 @@ class Observation(NamedTuple):
     batch: str | None
 
 
-def dated(where: Selection) -> Select[Any]:
+def dated(where: JudgmentFilter) -> Select[Any]:
     """Select what an observation is read from, by time and id."""
     c = judgments.c
     return (
@@ -63,6 +63,6 @@ def read_observation(row: Any) -> Observation:
     return Observation(name, pair, prompt, judged_at, share, inclusion, subset, batch)
 
 
-def latest(where: Selection) -> Select[Any]:
+def latest(where: JudgmentFilter) -> Select[Any]:
     """Select when the last of the selected judgments was given."""
     return select(func.max(judgments.c.judged_at)).where(*conditions(where))

@@ -11,20 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ensemble_rm.data.samples import Preferences
 from ensemble_rm.errors import MissingExtraError, StorageError
+from ensemble_rm.judgments.filter import EVERYTHING, JudgmentFilter
 from ensemble_rm.judgments.judgment import Judgment, Verdict
-from ensemble_rm.judgments.selection import EVERYTHING, Selection
 from ensemble_rm.judgments.votes import to_preferences
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.samples import Preferences
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
 
-    from ensemble_rm.judgments.database import Database
+    from ensemble_rm.judgments.database.engine import Database
+    from ensemble_rm.judgments.database.queries import Held
+    from ensemble_rm.judgments.database.writing import Writer
     from ensemble_rm.judgments.observations import Observation
-    from ensemble_rm.judgments.queries import Held
-    from ensemble_rm.judgments.writing import Writer
 
 T = TypeVar("T")
 BATCH = 5000
@@ -179,7 +179,7 @@ class JudgmentStore:
         StorageError
             If the store was opened for reading, or cannot be written.
         """
-        from ensemble_rm.judgments.writing import Writer
+        from ensemble_rm.judgments.database.writing import Writer
 
         if self._database.read_only:
             raise StorageError(f"{self.name} is open for reading alone; open it for writing")
@@ -189,14 +189,14 @@ class JudgmentStore:
 
     # Reading -----------------------------------------------------------------------------------
 
-    def read(self, where: Selection = EVERYTHING) -> Iterator[Judgment]:
+    def read(self, where: JudgmentFilter = EVERYTHING) -> Iterator[Judgment]:
         """Stream judgments by time and id, some thousand in memory at once.
 
         The stream sees one state of the store, whatever is added meanwhile.
 
         Parameters
         ----------
-        where : Selection
+        where : JudgmentFilter
             Which; corrected ones are left out unless it says otherwise.
 
         Yields
@@ -208,23 +208,23 @@ class JudgmentStore:
         StorageError
             If the store cannot be read, or a row was changed by hand.
         """
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         with self._streaming(queries.whole(where)) as rows:
             for row in rows:
                 yield queries.read_row(row, self.name)
 
-    def count(self, where: Selection = EVERYTHING) -> int:
+    def count(self, where: JudgmentFilter = EVERYTHING) -> int:
         """Return how many judgments are selected."""
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection:
             found: int = connection.execute(queries.counting(where)).scalar_one()
             return found
 
-    def digest(self, where: Selection = EVERYTHING) -> str:
+    def digest(self, where: JudgmentFilter = EVERYTHING) -> str:
         """Return the SHA-256 of the sorted ids: equal for equal judgments, however they came."""
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         found = hashlib.sha256()
         with self._streaming(queries.names(where)) as rows:
@@ -232,28 +232,28 @@ class JudgmentStore:
                 found.update(row.id)
         return found.hexdigest()
 
-    def has_conversations(self, where: Selection = EVERYTHING) -> bool:
+    def has_conversations(self, where: JudgmentFilter = EVERYTHING) -> bool:
         """Return whether a selected judgment's prompt is a list of messages."""
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection:
             return connection.execute(queries.conversations(where)).first() is not None
 
-    def verdicts(self, where: Selection = EVERYTHING) -> Iterator[Verdict]:
+    def verdicts(self, where: JudgmentFilter = EVERYTHING) -> Iterator[Verdict]:
         """Stream judgments without their texts, by time and id."""
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         with self._streaming(queries.bare(where)) as rows:
             yield from map(queries.read_verdict, rows)
 
-    def observations(self, where: Selection = EVERYTHING) -> Iterator[Observation]:
+    def observations(self, where: JudgmentFilter = EVERYTHING) -> Iterator[Observation]:
         """Stream judgments as recalibration reads them: dated, and without their texts."""
         from ensemble_rm.judgments import observations
 
         with self._streaming(observations.dated(where)) as rows:
             yield from map(observations.read_observation, rows)
 
-    def newest(self, where: Selection = EVERYTHING) -> datetime | None:
+    def newest(self, where: JudgmentFilter = EVERYTHING) -> datetime | None:
         """Return when the last selected judgment was given; None where none is selected."""
         from ensemble_rm.judgments import observations
 
@@ -261,19 +261,19 @@ class JudgmentStore:
             found: datetime | None = connection.execute(observations.latest(where)).scalar()
             return found
 
-    def verdicts_by_pair(self, where: Selection = EVERYTHING) -> Iterator[Verdict]:
+    def verdicts_by_pair(self, where: JudgmentFilter = EVERYTHING) -> Iterator[Verdict]:
         """Stream judgments without their texts, by prompt and pair, in these by time and id."""
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         with self._streaming(queries.bare(where, by_pair=True)) as rows:
             yield from map(queries.read_verdict, rows)
 
-    def preferences(self, where: Selection = EVERYTHING) -> Preferences:
+    def preferences(self, where: JudgmentFilter = EVERYTHING) -> Preferences:
         """Join the judgments of each pair into votes; see `to_preferences`.
 
         Parameters
         ----------
-        where : Selection
+        where : JudgmentFilter
             Which judgments count.
 
         Returns
@@ -285,35 +285,35 @@ class JudgmentStore:
 
     @contextmanager
     def _streaming(self, query: Select[Any]) -> Iterator[Iterator[Any]]:
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection, queries.stream(connection, query) as rows:
             yield rows
 
     def known(self, judgments: Iterable[Judgment]) -> dict[tuple[str, str], str]:
         """Return the id that holds each judgment's source and external id, where one does."""
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection:
             return queries.holders(connection, list(judgments))
 
     def held(self, judgments: Iterable[Judgment]) -> dict[tuple[str, str], Held]:
         """Return what holds each judgment's source and external id now, corrections followed."""
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection:
             return queries.held(connection, list(judgments))
 
     def existing(self, ids: Collection[str]) -> set[str]:
         """Return those of the ids that are stored."""
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection:
             return queries.existing(connection, ids)
 
     def corrections(self, ids: Collection[str]) -> dict[str, str]:
         """Return the id of the judgment that corrects each of the ids, where one does."""
-        from ensemble_rm.judgments import queries
+        from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection:
             return queries.corrections(connection, ids)
@@ -332,7 +332,7 @@ def in_batches(rows: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
 
 def _open(place: str | Path, **options: Any) -> Database:
     try:
-        from ensemble_rm.judgments.database import Database
+        from ensemble_rm.judgments.database.engine import Database
 
         return Database(place, **options)
     except MissingExtraError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ensemble_rm.data.samples import Preference, Preferences
 from ensemble_rm.judgments.judgment import SHARES, Judgment
-from ensemble_rm.samples import Preference, Preferences
 
 
 @dataclass(slots=True)

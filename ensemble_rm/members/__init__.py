@@ -1,1 +1,5 @@
-"""Text → score columns; the one room where models live."""
+"""Reward models: from samples to score columns."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.samples import Prompt
+from ensemble_rm.data.samples import Prompt
 
 
 class Compared(Protocol):

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import BackboneError, OptionError
-from ensemble_rm.members import backbone as bb
-from ensemble_rm.members.batching import Batch, batches
-from ensemble_rm.members.budget import pick_token_budget
-from ensemble_rm.members.identity import member_digest
+from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.digest import member_digest
+from ensemble_rm.members.encoding import TextEncoder, Truncation, count_truncation
+from ensemble_rm.members.forward.batching import Batch, batches
+from ensemble_rm.members.forward.token_budget import pick_token_budget
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
-from ensemble_rm.members.text import TextEncoder, Truncation, count_truncation
-from ensemble_rm.members.trunk import TrunkOptions
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.samples import Sample
 
 _LOGITS = 64 * 2**20  # bytes of a batch's float32 logits, where nobody says a budget
 

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import StorageError
-from ensemble_rm.members import backbone as bb
-from ensemble_rm.members.text import Truncation
-from ensemble_rm.members.trunk import TrunkOptions
+from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.samples import Sample
 
 P = ParamSpec("P")
 T = TypeVar("T")

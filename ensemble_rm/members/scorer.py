@@ -11,13 +11,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
-from ensemble_rm.members.model_pool import ModelPool, Unloadable
-from ensemble_rm.members.score_cache import ScoreCache
-from ensemble_rm.members.text import Truncation
-from ensemble_rm.members.trunk import TrunkOptions
+from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.progress import Progress
-from ensemble_rm.samples import Sample
+from ensemble_rm.scoring.model_pool import ModelPool, Unloadable
+from ensemble_rm.scoring.score_cache import ScoreCache
 
 
 @runtime_checkable

@@ -1,1 +1,5 @@
-"""Jobs that keep a published ensemble true, or say why they left it as it was."""
+"""The recalibration job: from fresh judgments to a new calibration version."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

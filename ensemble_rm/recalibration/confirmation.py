@@ -28,7 +28,7 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from ensemble_rm.errors import CalibrationError
-from ensemble_rm.recalibration.judged import DatedMargins, Ints, joined
+from ensemble_rm.evidence.dated_margins import DatedMargins, Ints, joined
 from ensemble_rm.recalibration.slope import fit_signed
 
 LEVEL = 0.99

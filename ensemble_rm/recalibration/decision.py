@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.temperature import MIN_JUDGMENTS
+from ensemble_rm.data.weights import effective_sample_size
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
+from ensemble_rm.evidence.dated_margins import (
+    DAY,
+    DatedMargins,
+    forgetting,
+)
 from ensemble_rm.recalibration.confirmation import (
     Confirmation,
     changed_since,
@@ -29,13 +35,7 @@ from ensemble_rm.recalibration.fitting import (
     shrunk_mixture,
 )
 from ensemble_rm.recalibration.gate import Gate, judge_candidate, losses
-from ensemble_rm.recalibration.judged import (
-    DAY,
-    DatedMargins,
-    forgetting,
-)
 from ensemble_rm.recalibration.split import TimeSplit, split_by_time
-from ensemble_rm.weighting import effective_sample_size
 
 FLAT = 0.5  # standard error of log T: the slope lies within two of its own above 0
 FLATTENED = (

@@ -15,19 +15,19 @@ from ensemble_rm.calibration.slices import (
     MIN_SLICE_JUDGMENTS,
     MIN_SLICE_PROMPTS,
     SliceFit,
+    shrink as shrink_slices,
 )
-from ensemble_rm.calibration.slices import shrink as shrink_slices
 from ensemble_rm.calibration.temperature import (
     TemperatureFit,
     fit_mixture_temperature,
     fit_temperature,
     margin_nll,
 )
+from ensemble_rm.data.weights import effective_sample_size
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
-from ensemble_rm.recalibration.judged import DatedMargins
+from ensemble_rm.evidence.dated_margins import DatedMargins
 from ensemble_rm.recalibration.shrinkage import Shrunk, shrink
 from ensemble_rm.recalibration.slope import fit_positive
-from ensemble_rm.weighting import effective_sample_size
 
 MIXTURE_LIMIT = 100_000
 

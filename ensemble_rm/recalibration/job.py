@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
-from ensemble_rm.calibration.pairs import ScoredPairs
+from ensemble_rm.calibration.scored_pairs import ScoredPairs
+from ensemble_rm.drift.state import DriftOptions, summarise, watch, write_state
+from ensemble_rm.evidence.dated_margins import DatedMargins
+from ensemble_rm.evidence.pair_margins import evidence_of, load_members, window_margins
+from ensemble_rm.evidence.score_table import ScoreTable
+from ensemble_rm.evidence.window import Window, choose, read_window
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.recalibration.decision import FLATTENED, Decision, GateOptions, decide
-from ensemble_rm.recalibration.judged import DatedMargins
-from ensemble_rm.recalibration.monitor import DriftOptions, summarise, watch, write_state
 from ensemble_rm.recalibration.outcome import Recalibration, Verdict, explain, key_of
-from ensemble_rm.recalibration.pairs import evidence_of, load_members, window_margins
-from ensemble_rm.recalibration.running import RunLog, working
-from ensemble_rm.recalibration.scores import ScoreTable
-from ensemble_rm.recalibration.window import Window, choose, read_window
-from ensemble_rm.versions.adoption import describe_ensemble
+from ensemble_rm.versions.adopt import describe_ensemble
+from ensemble_rm.versions.job_run import RunLog, working
 from ensemble_rm.versions.repository import Versions, now_utc
 from ensemble_rm.versions.version import Version
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 EVENT = "recalibrated"
 

@@ -25,7 +25,7 @@ from scipy.stats import truncnorm
 
 from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature, margin_nll
 from ensemble_rm.errors import NoPositiveTemperatureError
-from ensemble_rm.recalibration.judged import DatedMargins
+from ensemble_rm.evidence.dated_margins import DatedMargins
 
 SURE = 6.0  # standard errors above 0, from which nothing is cut off: h < 1e-8
 LOWEST = -50.0  # the same below 0, from which nothing changes but the rounding errors

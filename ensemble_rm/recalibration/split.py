@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import OptionError, TooFewJudgmentsError
-from ensemble_rm.recalibration.judged import Ints
+from ensemble_rm.evidence.dated_margins import Ints
 
 
 @dataclass(frozen=True, eq=False)

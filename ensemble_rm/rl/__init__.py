@@ -1,1 +1,5 @@
-"""RL loops: rewards for their trainers, the KL penalty, and a monitor of over-optimisation."""
+"""Rewards for RL trainers, KL penalties, and the over-optimisation monitor."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

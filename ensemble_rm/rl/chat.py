@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ensemble_rm.data.samples import Message, Prompt, Sample, as_prompt
 from ensemble_rm.errors import DataError, OptionError
-from ensemble_rm.samples import Message, Prompt, Sample, as_prompt
 
 
 def read_completion(prompt: object, completion: object) -> tuple[Prompt, str]:

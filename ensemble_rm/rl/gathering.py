@@ -11,9 +11,9 @@ from threading import Lock
 
 import numpy as np
 
+from ensemble_rm.data.samples import Sample
 from ensemble_rm.rl.pinned import PinnedEnsemble
 from ensemble_rm.rl.scoring import LoopRewards, score_each
-from ensemble_rm.samples import Sample
 
 
 @dataclass

@@ -16,7 +16,7 @@ from ensemble_rm.errors import OptionError, PinnedVersionError, StorageError
 
 if TYPE_CHECKING:
     from ensemble_rm.aggregation.aggregator import Aggregator
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 Tokens: TypeAlias = "Mapping[str, str | Callable[[], str]]"
 
@@ -152,7 +152,7 @@ class PinnedEnsemble:
         return found
 
     def _load(self) -> RewardEnsemble:
-        from ensemble_rm.ensemble import RewardEnsemble
+        from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
         assert self.folder is not None
         self._checked(self.digest)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.data.samples import Sample
+from ensemble_rm.ensemble.isolation import score_apart
 from ensemble_rm.errors import DataError, OptionError, ScoringError, TemplateError
-from ensemble_rm.isolation import score_apart
-from ensemble_rm.samples import Sample
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 FailurePolicy: TypeAlias = Literal["none", "raise"]
 FAILURES = (ScoringError, DataError, TemplateError)

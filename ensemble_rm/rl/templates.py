@@ -29,7 +29,7 @@ AGGREGATOR = {aggregator}
 '''
 
 _TRL = """
-reward = reward_function(
+reward = trl_reward(
     ENSEMBLE,
     aggregator=AGGREGATOR,
     device=DEVICE,
@@ -92,7 +92,7 @@ TEMPLATES = {
         "trl grpo --reward_funcs {module}.reward …, in this file's folder. Nothing is loaded\n"
         "before the first call. A column `reference` of the data set brings the probability of\n"
         "beating it.",
-        "reward_function",
+        "trl_reward",
         _TRL,
     ),
     "openrlhf": Template(

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import CalibrationError, OptionError
 from ensemble_rm.rl.chat import read_samples
-from ensemble_rm.rl.measures import (
+from ensemble_rm.rl.monitor.measures import (
     disagreement,
     outside_range,
     prompt_groups,
@@ -26,13 +27,12 @@ from ensemble_rm.rl.measures import (
 )
 from ensemble_rm.rl.pinned import PinnedEnsemble, Tokens
 from ensemble_rm.rl.scoring import FailurePolicy, LoopRewards, check_policy, score_for_loop
-from ensemble_rm.samples import Sample
-from ensemble_rm.uncertainty import member_std
+from ensemble_rm.uncertainty.disagreement import member_std
 
 if TYPE_CHECKING:
     from ensemble_rm.aggregation.aggregator import Aggregator
     from ensemble_rm.calibration.calibration import Calibration
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 LogMetric: TypeAlias = Callable[[str, float], None]
 LogExtra: TypeAlias = Callable[[str, list[Any]], None]
@@ -42,7 +42,7 @@ Watcher: TypeAlias = Callable[
 
 
 class TRLReward:
-    """A reward function of TRL: call it as the trainers do. `reward_function` makes one.
+    """A reward function of TRL: call it as the trainers do. `trl_reward` makes one.
 
     Attributes
     ----------
@@ -263,7 +263,7 @@ def version_number(version: str) -> float:
     return float(int(hashlib.sha256(version.encode()).hexdigest()[:4], 16))
 
 
-def reward_function(
+def trl_reward(
     ensemble: RewardEnsemble | str | Path,
     *,
     aggregator: Aggregator | None = None,

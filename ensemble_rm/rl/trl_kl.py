@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ensemble_rm.members.batching import batches
+from ensemble_rm.data.samples import Prompt, Sample
+from ensemble_rm.members.encoding import Encoded, TextEncoder
+from ensemble_rm.members.forward.batching import batches
 from ensemble_rm.members.implicit import token_log_probs
-from ensemble_rm.members.text import Encoded, TextEncoder
 from ensemble_rm.rl.kl import sequence_kl
-from ensemble_rm.samples import Prompt, Sample
 
 _MAX_LENGTH = 4096
 _KL_TOKENS = 2048

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ensemble_rm.data.samples import Sample, as_prompt
 from ensemble_rm.errors import DataError
 from ensemble_rm.rl.gathering import GatheredScores
 from ensemble_rm.rl.pinned import PinnedEnsemble, Tokens
-from ensemble_rm.samples import Sample, as_prompt
-from ensemble_rm.uncertainty import member_std
+from ensemble_rm.uncertainty.disagreement import member_std
 
 if TYPE_CHECKING:
     from ensemble_rm.aggregation.aggregator import Aggregator
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 VerlReward: TypeAlias = Callable[..., dict[str, float]]
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import NotReadyError
 from ensemble_rm.rl.pinned import folder_digest, live_digest
-from ensemble_rm.samples import Sample
-from ensemble_rm.server.threads import CallThread
+from ensemble_rm.server.scheduling.threads import CallThread
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 _WARM = [Sample("How are you?", answer, "Well.") for answer in ("Fine, thank you.", "Fine.")]
 _SHOWN = 12  # characters of a digest

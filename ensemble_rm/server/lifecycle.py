@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from ensemble_rm.errors import OptionError, ServerError
-from ensemble_rm.server.app import create_app
-from ensemble_rm.server.auth import Token, check_bind
-from ensemble_rm.server.protocol import with_deadline
+from ensemble_rm.server.http.app import create_app
+from ensemble_rm.server.http.auth import Token, check_bind
+from ensemble_rm.server.http.connections import with_deadline
 from ensemble_rm.server.service import ServerOptions
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 _BACKLOG = 2048
 _LAST_PORT = 2**16 - 1

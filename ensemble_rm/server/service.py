@@ -14,19 +14,19 @@ import numpy as np
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import require_calibration
+from ensemble_rm.data.samples import Sample
+from ensemble_rm.ensemble.results import Comparison, compare_scored
 from ensemble_rm.errors import NonFiniteScoreError, NotReadyError, OptionError, TooLargeError
-from ensemble_rm.results import Comparison, compare_scored
-from ensemble_rm.samples import Sample
-from ensemble_rm.server.batching import Batcher, BatchOptions
 from ensemble_rm.server.holder import Held, Holder
-from ensemble_rm.server.limits import Limits, estimate_tokens
+from ensemble_rm.server.http.limits import Limits, estimate_tokens
 from ensemble_rm.server.metrics import Metrics
-from ensemble_rm.server.raw_text import RawText
-from ensemble_rm.server.scored import Outcome, SampleError, Scored, first_error
-from ensemble_rm.server.worker import ScoringThread
+from ensemble_rm.server.scheduling.batching import Batcher, BatchOptions
+from ensemble_rm.server.scheduling.outcomes import Outcome, SampleError, Scored, first_error
+from ensemble_rm.server.scheduling.worker import ScoringThread
+from ensemble_rm.server.wire.raw_text import RawText
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble import RewardEnsemble
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 Truncated: TypeAlias = Literal["report", "refuse"]
 _log = logging.getLogger(__name__)

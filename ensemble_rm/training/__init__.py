@@ -1,1 +1,5 @@
-"""Preference pairs → trained members: losses, seeds, loops, resume; see `train`."""
+"""Training: from preference pairs to an ensemble."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, TypeVar
+from typing import Any
 
-from ensemble_rm.ensemble import RewardEnsemble
+from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.adapters import LoraOptions
-from ensemble_rm.members.branches import BranchScorer
-from ensemble_rm.members.classifier import ClassifierScorer
-from ensemble_rm.members.heads import HeadScorer
-from ensemble_rm.members.lora import LoraScorer
+from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.branches.scorer import BranchScorer
+from ensemble_rm.members.full.scorer import ClassifierScorer
+from ensemble_rm.members.heads.scorer import HeadScorer
+from ensemble_rm.members.learning.recipe import Recipe
+from ensemble_rm.members.lora.adapters import LoraOptions
+from ensemble_rm.members.lora.scorer import LoraScorer
 from ensemble_rm.members.model_scorer import ModelScorer
 from ensemble_rm.members.scorer import DigestedScorer, Scorer
-from ensemble_rm.members.trunk import TrunkOptions
-from ensemble_rm.training.recipe import Recipe
 
 _KINDS: dict[str, type[ModelScorer]] = {
     "head": HeadScorer,
@@ -23,7 +23,6 @@ _KINDS: dict[str, type[ModelScorer]] = {
     "lora": LoraScorer,
     "full": ClassifierScorer,
 }
-Kept = TypeVar("Kept", bound=ModelScorer)
 
 
 def training_arguments(ensemble: RewardEnsemble) -> dict[str, Any]:
@@ -135,12 +134,3 @@ def digest_of(start: tuple[Scorer, ...]) -> str:
         assert isinstance(scorer, DigestedScorer)
         found.update(scorer.digest.encode())
     return found.hexdigest()
-
-
-def only(start: tuple[Scorer, ...], kind: type[Kept]) -> Kept | None:
-    """Return the one scorer that members of a trunk start from; None where they start afresh."""
-    if not start:
-        return None
-    (scorer,) = start
-    assert isinstance(scorer, kind)
-    return scorer

@@ -1,1 +1,5 @@
-"""Numbered versions of an ensemble and its calibrations in a folder, one of them current."""
+"""Numbered versions of an ensemble in one folder, one of them current."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -20,10 +20,9 @@ from safetensors.numpy import save
 
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.errors import LockedError, VersionError
-from ensemble_rm.versions import reading
-from ensemble_rm.versions.adoption import copy_ensemble, ensemble_version
-from ensemble_rm.versions.audit import AuditLog
-from ensemble_rm.versions.files import (
+from ensemble_rm.versions import locate as reading
+from ensemble_rm.versions.adopt import copy_ensemble, ensemble_version
+from ensemble_rm.versions.atomic_files import (
     json_bytes,
     replace_file,
     storage_errors,
@@ -31,6 +30,7 @@ from ensemble_rm.versions.files import (
     sync_tree,
     write_file,
 )
+from ensemble_rm.versions.audit_log import AuditLog
 from ensemble_rm.versions.version import Pointer, Version, library_versions
 
 LOCK = ".lock"

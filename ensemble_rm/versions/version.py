@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeAlias
 
 from ensemble_rm.calibration.calibration import Calibration
-from ensemble_rm.calibration.pairs import ScoredPairs
+from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.errors import StorageError
 
 FORMAT = 1

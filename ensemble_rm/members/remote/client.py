@@ -24,7 +24,7 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members.remote.address import Token, bearer
 from ensemble_rm.members.remote.breaker import Breaker
-from ensemble_rm.members.remote.retrying import Meaning, meaning, pause, retry_after
+from ensemble_rm.members.remote.retries import Meaning, meaning, pause, retry_after
 
 _SHOWN = 200  # characters of an error's body that a message shows
 _LEAST = 0.01  # of the deadline: with less left, no further try begins

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import (
     OptionError,
     RemoteActivationError,
@@ -27,19 +28,18 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
-from ensemble_rm.members.remote.failing import Reason, count_failures
-from ensemble_rm.members.remote.running import LoopThread, Pending, work_through
-from ensemble_rm.members.remote.self_test import (
+from ensemble_rm.members.remote.failures import Reason, count_failures
+from ensemble_rm.members.remote.loop_thread import LoopThread, Pending, work_through
+from ensemble_rm.members.remote.protocols import Asked, Scored, Wire, find_wire
+from ensemble_rm.members.remote.raw_logit_check import (
     PROBES,
-    SELF_TESTS,
-    SelfTest,
-    SelfTestReport,
+    RAW_LOGIT_CHECKS,
+    RawLogitCheck,
+    RawLogitReport,
     compare_orders,
 )
-from ensemble_rm.members.remote.stored import StoredElsewhere
-from ensemble_rm.members.remote.text import Rendered, Renderer, TextTemplate
-from ensemble_rm.members.remote.wire import Asked, Scored, Wire, find_wire
-from ensemble_rm.samples import Sample
+from ensemble_rm.members.remote.request_text import Rendered, Renderer, TextTemplate
+from ensemble_rm.members.remote.storage import StoredElsewhere
 
 T = TypeVar("T")
 Outage: TypeAlias = Literal["raise", "nan"]
@@ -99,7 +99,7 @@ class RemoteScorer(StoredElsewhere):
     truncate : bool
         Whether the server (vLLM, TEI) may cut what is too long, and says nothing of it; else such
         a sample has no score.
-    self_test : {"warn", "error", "off"}
+    raw_logit_check : {"warn", "error", "off"}
         What scores that are no raw logits bring: at the first score, a few probes are sent.
     on_outage : {"raise", "nan"}
         What a call brings in which the server could not be reached for any sample.
@@ -132,7 +132,7 @@ class RemoteScorer(StoredElsewhere):
         batch_size: int | None = None,
         special_tokens: bool | None = None,
         truncate: bool = False,
-        self_test: SelfTest = "warn",
+        raw_logit_check: RawLogitCheck = "warn",
         on_outage: Outage = "raise",
         client: ClientOptions | None = None,
         transport: Any = None,
@@ -143,13 +143,13 @@ class RemoteScorer(StoredElsewhere):
         self._renderer = Renderer(
             template, tokenizer=tokenizer, strips_bos=self._wire.adds_special_tokens
         )
-        self._check(model, batch_size, truncate, self_test, on_outage)
+        self._check(model, batch_size, truncate, raw_logit_check, on_outage)
         if special_tokens is None:
             special_tokens = template == "plain"
         self._asked = Asked(model, special_tokens, truncate)
         single = self._renderer.form == "messages"
         self.batch_size = 1 if single else batch_size or self._wire.batch
-        self.self_test_mode, self.on_outage = self_test, on_outage
+        self.raw_logit_check_mode, self.on_outage = raw_logit_check, on_outage
         self.token_variable: str | None = token_variable
         self._transport = transport
         self._endpoint = endpoint(self.url, self._wire.path)
@@ -160,7 +160,7 @@ class RemoteScorer(StoredElsewhere):
         model: str | None,
         batch_size: int | None,
         truncate: bool,
-        self_test: str,
+        raw_logit_check: str,
         outage: str,
     ) -> None:
         form, wire = self._renderer.form, self._wire
@@ -177,8 +177,10 @@ class RemoteScorer(StoredElsewhere):
             raise OptionError(
                 f"{self.protocol} serves one model, and cannot be asked for {model!r}"
             )
-        if self_test not in SELF_TESTS:
-            raise OptionError(f"self_test must be one of {SELF_TESTS}, not {self_test!r}")
+        if raw_logit_check not in RAW_LOGIT_CHECKS:
+            raise OptionError(
+                f"raw_logit_check must be one of {RAW_LOGIT_CHECKS}, not {raw_logit_check!r}"
+            )
         if outage not in ("raise", "nan"):
             raise OptionError(f"on_outage must be 'raise' or 'nan', not {outage!r}")
 
@@ -188,7 +190,7 @@ class RemoteScorer(StoredElsewhere):
         self._token = token
         self._client = RemoteClient(self.options, token=token, transport=self._transport)
         self._thread = LoopThread(self._client.aclose)
-        self._tested = self.self_test_mode == "off"
+        self._tested = self.raw_logit_check_mode == "off"
 
     def __repr__(self) -> str:
         return f"RemoteScorer({self.url!r}, protocol={self.protocol!r}, name={self.names[0]!r})"
@@ -230,8 +232,8 @@ class RemoteScorer(StoredElsewhere):
         """Score as `score` does, and say why a sample has no score instead of warning."""
         return self._begin(samples, lambda found: found).result()
 
-    def self_test(self) -> SelfTestReport:
-        """Send the probes; scores that can be no raw logits warn or raise, as `self_test` says.
+    def raw_logit_check(self) -> RawLogitReport:
+        """Send the probes; warn or raise where the answers cannot be raw logits.
 
         Raises
         ------
@@ -281,18 +283,18 @@ class RemoteScorer(StoredElsewhere):
             warnings.warn(text, RemoteFailureWarning, stacklevel=4)
         return found.scores[:, None]
 
-    def _tell(self, orders: _Orders) -> SelfTestReport:
+    def _tell(self, orders: _Orders) -> RawLogitReport:
         """Say what the probes told, unless nobody answered: then they are sent another time."""
         report = compare_orders(*(self._scores(found).scores for found in orders))
         if np.isnan(report.scores).all():
             return report
         if report.problems:
             text = f"{self.names[0]!r} at {self.url}: " + "; ".join(report.problems)
-            if self.self_test_mode == "error":
+            if self.raw_logit_check_mode == "error":
                 raise RemoteActivationError(
-                    f"{text}. Serve the model's raw logit, or pass self_test='warn'"
+                    f"{text}. Serve the model's raw logit, or pass raw_logit_check='warn'"
                 )
-            if self.self_test_mode == "warn":
+            if self.raw_logit_check_mode == "warn":
                 warnings.warn(text, RemoteActivationWarning, stacklevel=4)
         self._tested = True
         return report
@@ -325,7 +327,7 @@ class RemoteScorer(StoredElsewhere):
             "batch_size": self.batch_size,
             "special_tokens": self._asked.special_tokens,
             "truncate": self._asked.truncate,
-            "self_test": self.self_test_mode,
+            "raw_logit_check": self.raw_logit_check_mode,
             "on_outage": self.on_outage,
             "client": asdict(self.options),
         }
@@ -338,6 +340,8 @@ class RemoteScorer(StoredElsewhere):
     @classmethod
     def _of(cls, said: Mapping[str, Any]) -> Self:
         options = {name: value for name, value in said.items() if name not in ("kind", "url")}
+        if "self_test" in options:  # as it was named before version 0.2
+            options["raw_logit_check"] = options.pop("self_test")
         return cls(said["url"], **options | {"client": ClientOptions(**said["client"])})
 
 

@@ -1,0 +1,136 @@
+"""What a judgment of each pair is worth, by the ensemble's own scores.
+
+References
+----------
+.. [1] Houlsby et al. 2011, arXiv 1112.5745: BALD.
+.. [2] Lewis & Gale 1994: uncertainty sampling.
+.. [3] Krogh & Vedelsby 1995; Seung et al. 1992: disagreement of a committee.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.data.samples import Preferences, Sample
+from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+from ensemble_rm.ensemble.streaming import DEFAULT_CHUNK, stream_scores
+from ensemble_rm.errors import NotCalibratedError, OptionError
+from ensemble_rm.progress import Progress, silent
+from ensemble_rm.uncertainty.disagreement import member_std, split_uncertainty
+
+Strategy: TypeAlias = Literal["bald", "margin", "disagreement", "random"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class PoolMargins:
+    """Margins of a pool's pairs: first less second, normalised units.
+
+    Attributes
+    ----------
+    margin : ndarray, shape (n_pairs,)
+        Of the aggregated reward.
+    member_margins : ndarray, shape (n_pairs, n_members)
+        Of each member.
+    mixture_temperature : float, optional
+        T_mix of the calibration; None where there is none.
+    """
+
+    margin: Floats
+    member_margins: Floats
+    mixture_temperature: float | None = None
+
+
+def score_pool(
+    ensemble: RewardEnsemble,
+    pool: Preferences,
+    *,
+    chunk: int = DEFAULT_CHUNK,
+    progress: Progress = silent,
+) -> PoolMargins:
+    """Score both sides of every pair, `chunk` samples at a time.
+
+    Parameters
+    ----------
+    ensemble : RewardEnsemble
+    pool : Preferences
+        As `read_comparisons` gives it: chosen is the first, rejected the second.
+    chunk : int
+        Most samples scored at once.
+    progress : callable
+        Called with (stage, done, total).
+    """
+    samples = (
+        Sample(pair.prompt, text, pair.reference)
+        for pair in pool
+        for text in (pair.chosen, pair.rejected)
+    )
+    rewards, members = [], []
+    total = 2 * len(pool)
+    for scores in stream_scores(
+        ensemble, samples, chunk=chunk, progress=lambda stage, done, _: progress(stage, done, total)
+    ):
+        rewards.append(scores.reward)
+        members.append(scores.members)
+    reward, all_members = np.concatenate(rewards), np.concatenate(members)
+    calibration = ensemble.calibration
+    return PoolMargins(
+        reward[::2] - reward[1::2],
+        all_members[::2] - all_members[1::2],
+        None if calibration is None else calibration.mixture_temperature,
+    )
+
+
+def utility(margins: PoolMargins, strategy: str) -> Floats | None:
+    """Return what each pair's judgment is worth; None where all are worth the same.
+
+    Parameters
+    ----------
+    margins : PoolMargins
+    strategy : {"bald", "margin", "disagreement", "random"}
+        The mutual information of verdict and member [1]_, in nats; less |margin|, whose order is
+        that of the predictive entropy under one temperature [2]_; the std of the members' margins
+        [3]_; nothing. A pair that fewer than two members scored comes last in the first and the
+        third, and has the floor's probability.
+
+    Returns
+    -------
+    ndarray, shape (n_pairs,), or None
+
+    Raises
+    ------
+    OptionError
+        If the strategy is unknown.
+    NotCalibratedError
+        If BALD is asked of an ensemble without calibration.
+    OneMemberError
+        If BALD or disagreement is asked of one member.
+    """
+    if strategy == "random":
+        return None
+    if strategy == "margin":
+        return -np.abs(margins.margin)
+    if strategy == "disagreement":
+        return _known(member_std(margins.member_margins, nan="omit"))
+    if strategy == "bald":
+        if margins.mixture_temperature is None:
+            raise NotCalibratedError(
+                "BALD weighs probabilities, and this ensemble has no calibration: run "
+                "`ensemble-rm calibrate` first, or take strategy 'disagreement' or 'margin'"
+            )
+        split = split_uncertainty(
+            margins.member_margins,
+            mixture_temperature=margins.mixture_temperature,
+            nan="omit",
+        )
+        return _known(split.epistemic)
+    raise OptionError(f"strategy must be one of {STRATEGIES}, not {strategy!r}")
+
+
+def _known(values: Floats) -> Floats:
+    return np.where(np.isnan(values), -1.0, values)

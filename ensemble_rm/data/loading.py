@@ -1,0 +1,375 @@
+"""Files and data sets → preferences and samples, every bad row named.
+
+Reads JSONL (plain or gzipped), `datasets` data sets and their Hub ids, in TRL's three shapes.
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ensemble_rm.data.samples import (
+    Message,
+    Preference,
+    Preferences,
+    Prompt,
+    Sample,
+    as_prompt,
+    prompt_key,
+)
+from ensemble_rm.errors import (
+    BadRowsError,
+    DataError,
+    EmptyDataError,
+    MissingExtraError,
+    RowProblem,
+)
+
+Row: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was found while reading.
+
+    Attributes
+    ----------
+    source : str
+    rows, kept : int
+        Rows read and pairs kept.
+    problems : tuple of RowProblem
+        Rows that cannot be used, each with its line and reason.
+    duplicates : tuple of RowProblem
+        Rows that repeat an earlier one exactly; they are kept, and reported.
+    equal_sides : tuple of RowProblem
+        Rows whose two completions are the same text; they are kept, and reported.
+    """
+
+    source: str
+    rows: int
+    kept: int
+    problems: tuple[RowProblem, ...] = ()
+    duplicates: tuple[RowProblem, ...] = ()
+    equal_sides: tuple[RowProblem, ...] = ()
+
+    def summary(self) -> str:
+        """Return one line for a person."""
+        return (
+            f"{self.source}: {self.rows} rows, {self.kept} kept, {len(self.problems)} bad, "
+            f"{len(self.duplicates)} exact duplicates, {len(self.equal_sides)} with equal sides"
+        )
+
+
+def load_preferences(
+    source: str | Path | Iterable[Row], *, skip_bad: bool = False, split: str = "train"
+) -> Preferences:
+    """Read preference pairs.
+
+    Parameters
+    ----------
+    source : path, Hub id, or iterable of rows
+        A JSONL file (``.gz`` allowed), the Hub id of a data set, a `datasets.Dataset`, or any
+        iterable of mappings.
+    skip_bad : bool
+        Leave bad rows out instead of refusing the file.
+    split : str
+        Which split of a Hub data set.
+
+    Returns
+    -------
+    Preferences
+        In the order of the source.
+
+    Raises
+    ------
+    BadRowsError
+        If rows are bad and `skip_bad` is not set; it lists every one.
+    EmptyDataError
+        If no good row is left.
+    """
+    pairs, report = read_preferences(source, split=split)
+    if report.problems and not skip_bad:
+        shown = "\n".join(str(problem) for problem in report.problems[:20])
+        more = len(report.problems) - 20
+        tail = f"\n… and {more} more" if more > 0 else ""
+        raise BadRowsError(
+            f"{len(report.problems)} of {report.rows} rows of {report.source} are bad "
+            f"(skip_bad=True or --skip-bad leaves them out):\n{shown}{tail}",
+            report.problems,
+        )
+    return pairs
+
+
+def read_preferences(
+    source: str | Path | Iterable[Row], *, split: str = "train"
+) -> tuple[Preferences, LoadReport]:
+    """Read what can be read and report the rest; see `load_preferences`.
+
+    Raises
+    ------
+    EmptyDataError
+        If no row is good; it lists the first reasons.
+    """
+    name, rows = _rows(source, split)
+    pairs: list[Preference] = []
+    problems: list[RowProblem] = []
+    duplicates: list[RowProblem] = []
+    equal: list[RowProblem] = []
+    seen: dict[tuple[str, str, str], int] = {}
+    count = 0
+    for line, row in rows:
+        count += 1
+        try:
+            pair = _preference(row)
+        except DataError as error:
+            problems.append(RowProblem(name, line, str(error)))
+            continue
+        key = (prompt_key(pair.prompt), pair.chosen, pair.rejected)
+        if key in seen:
+            duplicates.append(RowProblem(name, line, f"repeats line {seen[key]} exactly"))
+        seen.setdefault(key, line)
+        if pair.chosen == pair.rejected:
+            equal.append(RowProblem(name, line, "chosen and rejected are the same text"))
+        pairs.append(pair)
+    if not pairs:
+        reasons = "\n".join(str(problem) for problem in problems[:5]) or "the file has no rows"
+        raise EmptyDataError(f"{name} holds no usable preference pair:\n{reasons}")
+    report = LoadReport(name, count, len(pairs), tuple(problems), tuple(duplicates), tuple(equal))
+    return Preferences(tuple(pairs), name), report
+
+
+def read_samples(source: str | Path | Iterable[Row]) -> Iterator[Sample]:
+    """Stream samples (``prompt`` and ``completion``) from JSONL or rows, in their order.
+
+    Raises
+    ------
+    BadRowsError
+        At the first bad row, naming its line: a score file must keep its rows in step.
+    """
+    name, rows = _rows(source, "train")
+    for line, row in rows:
+        try:
+            yield _sample(row)
+        except DataError as error:
+            problem = RowProblem(name, line, str(error))
+            raise BadRowsError(str(problem), [problem]) from None
+
+
+def read_comparisons(source: str | Path | Iterable[Row]) -> Preferences:
+    """Read unjudged pairs: ``prompt``, ``first`` and ``second`` (or ``chosen`` and ``rejected``).
+
+    Raises
+    ------
+    BadRowsError
+        At the first bad row, naming its line: the answers must keep in step with the rows.
+    """
+    name, rows = _rows(source, "train")
+    pairs = []
+    for line, row in rows:
+        try:
+            fields = dict(_checked(row))
+            for side, alias in (("chosen", "first"), ("rejected", "second")):
+                if alias in fields:
+                    fields[side] = fields[alias]
+            pairs.append(_preference(fields))
+        except DataError as error:
+            problem = RowProblem(name, line, str(error))
+            raise BadRowsError(str(problem), [problem]) from None
+    return Preferences(tuple(pairs), name)
+
+
+# Rows ----------------------------------------------------------------------------------------
+
+
+def _rows(source: str | Path | Iterable[Row], split: str) -> tuple[str, Iterator[tuple[int, Any]]]:
+    """Return a name for messages and numbered rows; a bad JSON line arrives as a DataError."""
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.is_file():
+            return str(source), read_jsonl(path)
+        if path.exists() or path.suffix in {".jsonl", ".json", ".gz"} or _no_hub_id(str(source)):
+            raise DataError(f"no such file: {source}")
+        return str(source), enumerate(iter(_hub_rows(str(source), split)), start=1)
+    return type(source).__name__, enumerate(iter(source), start=1)
+
+
+def _no_hub_id(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text
+
+
+def _hub_rows(name: str, split: str) -> Iterable[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError(
+            f"reading the data set {name!r} needs the package `datasets`: "
+            "pip install 'ensemble-rm[data]' (or name a JSONL file)"
+        ) from error
+    rows: Iterable[Row] = datasets.load_dataset(name, split=split)
+    return rows
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Give the rows of a JSONL file, gzipped or not, numbered; a bad line as a DataError."""
+    with path.open("rb") as probe:
+        zipped = probe.read(2) == b"\x1f\x8b"
+    opener: Any = gzip.open if zipped else open
+    with opener(path, "rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            if not raw.strip():
+                continue
+            try:
+                yield number, json.loads(raw.decode("utf-8-sig"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                yield number, DataError(f"not JSON: {error}")
+
+
+def _checked(row: object) -> Row:
+    if isinstance(row, DataError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise DataError(f"a row must be an object, not {type(row).__name__}")
+    return row
+
+
+def _sample(raw: object) -> Sample:
+    row = _checked(raw)
+    if "prompt" not in row or "completion" not in row:
+        raise DataError(f"needs `prompt` and `completion`; has {sorted(row)}")
+    completion = _completion(row["completion"], "completion")
+    return Sample(as_prompt(row["prompt"]), completion, _reference(row))
+
+
+def _preference(raw: object) -> Preference:
+    """Read one row in any of TRL's three shapes: explicit, implicit, conversational."""
+    row = _checked(raw)
+    for side in ("chosen", "rejected"):
+        if row.get(side) is None:
+            raise DataError(f"needs `{side}`; has {sorted(row)}")
+    if row.get("prompt") is not None:
+        prompt = as_prompt(row["prompt"])
+        chosen = _completion(row["chosen"], "chosen")
+        rejected = _completion(row["rejected"], "rejected")
+    else:
+        prompt, chosen, rejected = _implicit(row["chosen"], row["rejected"])
+    if not prompt:
+        raise DataError("the prompt is empty")
+    subset, identity = row.get("subset"), row.get("id")
+    votes, ties = _votes(row)
+    return Preference(
+        prompt,
+        chosen,
+        rejected,
+        margin=_number(row, "margin", 0.0),
+        weight=_number(row, "weight", 1.0, positive=True),
+        votes=votes,
+        tie=_flag(row, "tie"),
+        subset=None if subset is None else str(subset),
+        id=None if identity is None else str(identity),
+        reference=_reference(row),
+        tie_votes=ties,
+    )
+
+
+def _reference(row: Row) -> str | None:
+    value = row.get("reference")
+    if value is not None and not isinstance(value, (str, list, tuple)):
+        raise DataError(f"`reference` must be text or one assistant message, not {value!r}")
+    return None if value is None else _completion(value, "reference")
+
+
+def _completion(value: object, field: str) -> str:
+    """Read text, or the single assistant turn of the conversational shape."""
+    if isinstance(value, str):
+        return value
+    turns = as_prompt(value)
+    if len(turns) != 1 or not isinstance(turns[0], Message):
+        raise DataError(f"`{field}` must be text or one assistant message, not {len(turns)} turns")
+    if turns[0].role != "assistant":
+        raise DataError(f"`{field}` must be an assistant message, not {turns[0].role!r}")
+    return turns[0].content
+
+
+def _implicit(chosen: object, rejected: object) -> tuple[Prompt, str, str]:
+    """Split the prompt off two whole conversations or two texts that share their beginning."""
+    one, two = as_prompt(chosen), as_prompt(rejected)
+    if isinstance(one, tuple) and isinstance(two, tuple):
+        if len(one) < 2 or len(two) < 2 or one[:-1] != two[:-1]:
+            raise DataError("chosen and rejected must share every turn but the last")
+        if one[-1].role != "assistant" or two[-1].role != "assistant":
+            raise DataError("chosen and rejected must end in an assistant message")
+        return one[:-1], one[-1].content, two[-1].content
+    if not (isinstance(one, str) and isinstance(two, str)):
+        raise DataError("chosen and rejected must be of one shape, both text or both messages")
+    cut = _shared_prefix(one, two)
+    if cut == 0:
+        raise DataError("no `prompt`, and chosen and rejected share no beginning to take for it")
+    return one[:cut], one[cut:], two[cut:]
+
+
+def _shared_prefix(one: str, two: str) -> int:
+    """Length of the common beginning, cut back to the end of a dialogue marker or a word."""
+    if one == two:
+        return 0
+    cut = next(
+        (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b),
+        min(len(one), len(two)),
+    )
+    marker = one.rfind("\n\nAssistant:", 0, cut)
+    if marker >= 0:
+        return marker + len("\n\nAssistant:")
+    while cut > 0 and not one[cut - 1].isspace():
+        cut -= 1
+    return cut
+
+
+def _number(row: Row, key: str, default: float, *, positive: bool = False) -> float:
+    value = row.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(f"`{key}` must be a finite number, not {value!r}")
+    if positive and value <= 0:
+        raise DataError(f"`{key}` must be above 0, not {value!r}")
+    return float(value)
+
+
+def _flag(row: Row, key: str) -> bool:
+    value = row.get(key)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise DataError(f"`{key}` must be true or false, not {value!r}")
+    return value
+
+
+def _votes(row: Row) -> tuple[tuple[float, float] | None, float]:
+    """Read ``{"chosen": 3, "rejected": 1, "tie": 1}`` or ``[3, 1]``: votes, and ties among them."""
+    value = row.get("votes")
+    ties = _number(row, "tie_votes", 0.0)
+    if isinstance(value, Mapping):
+        unknown = set(value) - {"chosen", "rejected", "tie"}
+        if unknown:
+            raise DataError(f"`votes` knows chosen, rejected and tie, not {sorted(unknown)}")
+        ties = _number(value, "tie", 0.0)
+        pair = tuple(_number(value, side, 0.0) + 0.5 * ties for side in ("chosen", "rejected"))
+    elif isinstance(value, (list, tuple)) and len(value) == 2:
+        numbered = {"chosen": value[0], "rejected": value[1]}
+        pair = tuple(_number(numbered, side, 0.0) for side in ("chosen", "rejected"))
+    elif value is None:
+        if ties:
+            raise DataError(f"`tie_votes` {ties!r} needs `votes`, of which they are part")
+        return None, 0.0
+    else:
+        raise DataError(f"`votes` must be an object or two numbers, not {value!r}")
+    if min(pair) < 0 or sum(pair) <= 0:
+        raise DataError(f"`votes` must be non-negative with at least one vote, not {value!r}")
+    if not 0 <= ties <= 2 * min(pair) + 1e-9 * sum(pair):  # sums of weighted votes are rounded
+        raise DataError(f"{ties!r} tied votes do not lie in `votes` {value!r}, half on each side")
+    return (pair[0], pair[1]), ties

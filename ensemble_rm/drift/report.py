@@ -1,0 +1,61 @@
+"""The three kinds of drift side by side, each with its own verdict: never one number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ensemble_rm.drift.labelled import LabelledDrift
+from ensemble_rm.drift.raters import RaterDrift
+from ensemble_rm.drift.unlabelled import UnlabelledDrift
+
+KINDS: tuple[str, ...] = ("labelled", "unlabelled", "raters")
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """What one look found.
+
+    Attributes
+    ----------
+    at : str
+        Date or name of the look; reports are drawn in its order.
+    labelled : LabelledDrift, optional
+        Whether the temperature still fits the verdicts.
+    unlabelled : UnlabelledDrift, optional
+        Whether scores look as they did at publication.
+    raters : RaterDrift, optional
+        Whether the anchor set is still judged as it was.
+    unavailable : dict of str to str
+        Why a kind is missing, by its name.
+    """
+
+    at: str
+    labelled: LabelledDrift | None = None
+    unlabelled: UnlabelledDrift | None = None
+    raters: RaterDrift | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """The kinds that alarm, of ``"labelled"``, ``"unlabelled"`` and ``"raters"``."""
+        return tuple(
+            name for name in KINDS if (kind := getattr(self, name)) is not None and kind.alarm
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that `from_json` reads."""
+        kinds = {name: getattr(self, name) for name in KINDS}
+        said = {name: None if kind is None else kind.to_json() for name, kind in kinds.items()}
+        return {"at": self.at, **said, "unavailable": self.unavailable}
+
+    @classmethod
+    def from_json(cls, d: Any) -> DriftReport:
+        """Read what `to_json` wrote."""
+        return cls(
+            d["at"],
+            None if d["labelled"] is None else LabelledDrift.from_json(d["labelled"]),
+            None if d["unlabelled"] is None else UnlabelledDrift.from_json(d["unlabelled"]),
+            None if d["raters"] is None else RaterDrift.from_json(d["raters"]),
+            dict(d["unavailable"]),
+        )

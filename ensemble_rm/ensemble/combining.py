@@ -1,0 +1,163 @@
+"""Reward models that exist already → one ensemble: published models, saved ensembles, own scorers.
+
+Nothing is trained; the normaliser is fitted on reference completions, so that the members' scores
+have one unit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ensemble_rm.aggregation.aggregator import Aggregator, mean
+from ensemble_rm.calibration.normaliser import fit_normaliser
+from ensemble_rm.data.samples import Preferences, require_pairs
+from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+from ensemble_rm.ensemble.storage import FILE
+from ensemble_rm.errors import OptionError
+from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.full.scorer import ClassifierScorer
+from ensemble_rm.members.scorer import Scorer, StoredScorer, score_all, unloaded
+from ensemble_rm.progress import Progress, silent
+from ensemble_rm.scoring.baselines import score_with_references
+from ensemble_rm.scoring.model_pool import ModelPool
+
+
+def combine(
+    members: Mapping[str, Scorer | RewardEnsemble | str | Path],
+    reference: Preferences,
+    *,
+    aggregator: Aggregator | None = None,
+    options: TrunkOptions | None = None,
+    baseline: bool = False,
+    max_loaded_models: int | None = None,
+    progress: Progress = silent,
+) -> RewardEnsemble:
+    """Put reward models side by side, and fit their offsets and scales.
+
+    Parameters
+    ----------
+    members : mapping of str to Scorer, RewardEnsemble, str or Path
+        By the name that each shall bear: a scorer, an ensemble, a saved ensemble's folder, or a
+        sequence-classification model of one output (Hub id or folder).
+    reference : Preferences
+        Pairs whose completions set each member's offset and scale; their verdicts do not count.
+    aggregator : Aggregator, optional
+        The mean where not given.
+    options : TrunkOptions, optional
+        How models that are named read text.
+    baseline : bool
+        Whether the score of each prompt's `reference` completion is subtracted.
+    max_loaded_models : int, optional
+        Models in memory at once, here and in the ensemble; see
+        `RewardEnsemble.with_max_loaded_models`.
+    progress : callable
+        Called with (stage, done, total).
+
+    Returns
+    -------
+    RewardEnsemble
+        Normalised and not calibrated.
+
+    Raises
+    ------
+    OptionError
+        If there is no member, or a member scores all completions of a prompt alike.
+    EmptyDataError
+        If there is no reference pair.
+    BackboneError, MissingHeadError
+        If a model that is named cannot be a member.
+    """
+    require_pairs(reference, "fitting the normaliser")
+    if not members:
+        raise OptionError("an ensemble needs at least one member")
+    given = options or TrunkOptions()
+    pool = None if max_loaded_models is None else ModelPool(max_loaded_models)
+    scorers: list[Scorer] = []
+    for name, member in members.items():
+        if pool is None:
+            scorers += _open(name, member, given)
+        else:  # bound to no name, what was loaded to be looked at goes before the next is
+            scorers += unloaded(_open(name, member, given))
+    said = {name: _source(member) for name, member in members.items()}
+    return normalised(
+        scorers,
+        reference,
+        aggregator=aggregator or mean(),
+        baseline=baseline,
+        provenance={"members": said},
+        pool=pool,
+        progress=progress,
+    )
+
+
+def normalised(
+    scorers: Sequence[Scorer],
+    reference: Preferences,
+    *,
+    aggregator: Aggregator,
+    baseline: bool,
+    provenance: dict[str, Any],
+    pool: ModelPool | None = None,
+    progress: Progress = silent,
+) -> RewardEnsemble:
+    """Put scorers side by side, their offsets and scales fitted on reference completions.
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+    reference : Preferences
+        Recorded in the provenance.
+    aggregator : Aggregator
+    baseline : bool
+        Whether the score of each prompt's `reference` completion is subtracted.
+    provenance : dict
+        What else is recorded.
+    pool : ModelPool, optional
+        How many scorers hold their models at once, here and in the ensemble.
+    progress : callable
+        Called with (stage, done, total).
+    """
+    samples = reference.samples()
+    below = None
+    if baseline:
+        raw, below, _ = score_with_references(scorers, samples, pool=pool, progress=progress)
+    else:
+        raw, _ = score_all(scorers, samples, pool=pool, progress=progress)
+    source = {"source": reference.source, "pairs": len(reference), "digest": reference.digest}
+    return RewardEnsemble(
+        tuple(scorers),
+        fit_normaliser(raw, reference.sample_groups(), baseline=below, nan=aggregator.nan),
+        aggregator,
+        provenance=provenance | {"reference": source},
+        model_pool=pool,
+    )
+
+
+def _open(
+    name: str, member: Scorer | RewardEnsemble | str | Path, options: TrunkOptions
+) -> tuple[Scorer, ...]:
+    if isinstance(member, str | Path):
+        if not (Path(member).expanduser() / FILE).exists():
+            return (ClassifierScorer.from_name(member, options, name=name),)
+        member = RewardEnsemble.from_pretrained(member, device=options.device)
+    if isinstance(member, RewardEnsemble):
+        return tuple(_renamed(scorer, name) for scorer in member.scorers)
+    return (member,)
+
+
+def _source(member: Scorer | RewardEnsemble | str | Path) -> str:
+    if isinstance(member, RewardEnsemble) and member.origin is not None:
+        return str(member.origin.folder)
+    return str(member) if isinstance(member, str | Path) else type(member).__name__
+
+
+def _renamed(scorer: Scorer, name: str) -> Scorer:
+    """Return a copy whose columns bear the member's name before their own."""
+    if not isinstance(scorer, StoredScorer):
+        return scorer
+    twin = copy.copy(scorer)
+    twin.names = tuple(f"{name}/{own}" for own in scorer.names)  # type: ignore[misc]
+    return twin

@@ -1,0 +1,156 @@
+"""What an ensemble returns: scores, comparisons, rankings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.calibration import Calibration
+from ensemble_rm.calibration.ties import TIE
+from ensemble_rm.members.encoding import Truncation
+from ensemble_rm.uncertainty.disagreement import PairUncertainty, member_std, split_uncertainty
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What an ensemble says of samples, in their order.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The members.
+    members : ndarray, shape (n_samples, n_members)
+        Normalised scores.
+    raw : ndarray, shape (n_samples, n_members)
+        As the members gave them, each in its own unit.
+    reward : ndarray, shape (n_samples,)
+        Aggregated, in normalised units.
+    truncation : Truncation
+        Which samples were cut, by any member that tokenises here; a baseline's references are
+        samples too.
+    """
+
+    names: tuple[str, ...]
+    members: Floats
+    raw: Floats
+    reward: Floats
+    truncation: Truncation
+
+    @property
+    def std(self) -> Floats:
+        """Spread of the members that scored (ddof 1), shape (n_samples,); NaN of fewer than two.
+
+        An ensemble of one member is an error.
+        """
+        return member_std(self.members, nan="omit")
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What an ensemble says of pairs of completions, in their order.
+
+    Attributes
+    ----------
+    probability : ndarray, shape (n_pairs,)
+        Calibrated P(first is preferred): σ(margin/T), or what the calibration's curve says.
+    margin : ndarray, shape (n_pairs,)
+        Aggregated reward of the first minus that of the second, in normalised units.
+    member_margins : ndarray, shape (n_pairs, n_members)
+        Each member's.
+    mixture_temperature : float
+        T_mix of the members' mixture.
+    outcomes : ndarray, shape (n_pairs, 3), optional
+        P(first), P(tie), P(second) by the calibration's tie model, where it has one; `probability`
+        stays what it is without: a tie counts half for each side.
+    """
+
+    probability: Floats
+    margin: Floats
+    member_margins: Floats
+    mixture_temperature: float
+    outcomes: Floats | None = None
+
+    @property
+    def tie_probability(self) -> Floats | None:
+        """P(tie), shape (n_pairs,); None where the calibration models no ties."""
+        return None if self.outcomes is None else self.outcomes[:, TIE]
+
+    @cached_property
+    def uncertainty(self) -> PairUncertainty:
+        """The split of total into aleatoric and epistemic, on the mixture of those that scored.
+
+        NaN of fewer than two; an ensemble of one member is an error.
+        """
+        return split_uncertainty(
+            self.member_margins, mixture_temperature=self.mixture_temperature, nan="omit"
+        )
+
+    @property
+    def mixture_probability(self) -> Floats:
+        """Mean over the members of σ(Δᵢ/T_mix), on which the split stands; shape (n_pairs,)."""
+        return self.uncertainty.mixture_probability
+
+    @property
+    def total(self) -> Floats:
+        """Entropy of the mixture, nats; shape (n_pairs,)."""
+        return self.uncertainty.total
+
+    @property
+    def aleatoric(self) -> Floats:
+        """Mean entropy of the members, nats; shape (n_pairs,)."""
+        return self.uncertainty.aleatoric
+
+    @property
+    def epistemic(self) -> Floats:
+        """Mutual information of verdict and member, nats; shape (n_pairs,)."""
+        return self.uncertainty.epistemic
+
+
+def compare_scored(
+    calibration: Calibration,
+    reward: Floats,
+    members: Floats,
+    *,
+    subsets: Sequence[str | None] | None = None,
+) -> Comparison:
+    """Compare completions that are scored already: rows 2i and 2i + 1 are the sides of pair i.
+
+    Parameters
+    ----------
+    calibration : Calibration
+        Of the aggregator that made the rewards.
+    reward : ndarray, shape (2 · n_pairs,)
+    members : ndarray, shape (2 · n_pairs, n_members)
+        Normalised scores.
+    subsets : sequence of (str or None), optional
+        Slice of each pair.
+    """
+    margin = reward[::2] - reward[1::2]
+    return Comparison(
+        calibration.probability(margin, subsets=subsets),
+        margin,
+        members[::2] - members[1::2],
+        calibration.mixture_temperature,
+        calibration.outcomes(margin),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Completions of one prompt, best first.
+
+    Attributes
+    ----------
+    order : ndarray of int, shape (n_completions,)
+        Positions in the list given, the highest reward first; equals keep their order.
+    reward : ndarray, shape (n_completions,)
+        In the order given.
+    """
+
+    order: NDArray[np.int64]
+    reward: Floats

@@ -1,0 +1,175 @@
+"""An ensemble's directory: ``ensemble.json``, ``members/``, ``calibration.safetensors``.
+
+Written beside its place and moved there as a whole, so that a reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.calibration.calibration import Calibration
+from ensemble_rm.calibration.normaliser import Normaliser
+from ensemble_rm.errors import OptionError, StorageError, VersionError
+from ensemble_rm.members.branches.scorer import BranchScorer
+from ensemble_rm.members.full.scorer import ClassifierScorer
+from ensemble_rm.members.heads.scorer import HeadScorer
+from ensemble_rm.members.implicit import ImplicitScorer
+from ensemble_rm.members.judges.scorer import JudgeScorer
+from ensemble_rm.members.lora.scorer import LoraScorer
+from ensemble_rm.members.remote.scorer import RemoteScorer
+from ensemble_rm.members.scorer import Scorer, StoredScorer
+from ensemble_rm.uncertainty.distance import FeatureSpace
+from ensemble_rm.versions.locate import EVIDENCE, FEATURES, is_versioned, read_evidence
+
+FORMAT = 1
+FILE = "ensemble.json"
+KINDS: dict[str, Any] = {
+    kind.kind: kind
+    for kind in (
+        *(HeadScorer, BranchScorer, LoraScorer, ClassifierScorer, ImplicitScorer),
+        *(RemoteScorer, JudgeScorer),
+    )
+}
+
+
+def save(
+    folder: Path,
+    *,
+    scorers: Sequence[Scorer],
+    normaliser: Normaliser,
+    aggregator: Aggregator,
+    calibration: Calibration | None,
+    provenance: dict[str, Any],
+    feature_space: FeatureSpace | None = None,
+) -> Path:
+    """Write an ensemble's directory."""
+    check_target(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        members = []
+        for i, scorer in enumerate(scorers):
+            if not isinstance(scorer, StoredScorer):
+                raise StorageError(
+                    f"member {scorer.names} is a {type(scorer).__name__}, which cannot be saved; "
+                    "save the others, and add it again after loading"
+                )
+            scorer.save(scratch / "members" / str(i))
+            members.append({"kind": scorer.kind, "folder": f"members/{i}"})
+        if calibration is not None and calibration.evidence is not None:
+            _save_arrays(calibration.evidence.arrays(), scratch / EVIDENCE)
+        if feature_space is not None:
+            _save_arrays(feature_space.arrays(), scratch / FEATURES)
+        said = {
+            "format": FORMAT,
+            "members": members,
+            "normaliser": normaliser.to_json(),
+            "aggregator": aggregator.to_json(),
+            "calibration": None if calibration is None else _calibration_json(calibration),
+            "provenance": provenance,
+        }
+        text = json.dumps(said, indent=1, ensure_ascii=False)
+        (scratch / FILE).write_text(text + "\n", encoding="utf-8")
+        scratch.chmod(0o755)
+        _swap(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def check_target(folder: Path) -> None:
+    """Refuse a folder that no ensemble may be saved in; before long work, too.
+
+    Raises
+    ------
+    VersionError
+        If it holds versions, which a save would replace.
+    StorageError
+        If it holds something else.
+    """
+    if is_versioned(folder):
+        raise VersionError(
+            f"{folder} holds versions, which a save would replace; save to another folder, or "
+            "publish with `ensemble-rm recalibrate`"
+        )
+    if not folder.exists() or (folder / FILE).exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise StorageError(f"{folder} holds something else than an ensemble; name another folder")
+
+
+def _save_arrays(arrays: dict[str, Any], path: Path) -> None:
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
+
+def _calibration_json(calibration: Calibration) -> dict[str, Any]:
+    names = () if calibration.evidence is None else calibration.evidence.subset_names
+    return calibration.to_json() | {"subset_names": list(names)}
+
+
+def _feature_space(path: Path) -> FeatureSpace | None:
+    return FeatureSpace.from_arrays(load_file(path)) if path.exists() else None
+
+
+def _swap(new: Path, folder: Path) -> None:
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(
+    folder: Path, *, backbone: str | Path | None, device: str | None, cache_dir: Path | None
+) -> dict[str, Any]:
+    """Return the parts of an ensemble by the names of its fields."""
+    try:
+        said = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{folder} holds no ensemble: {error}") from error
+    if said.get("format") != FORMAT:
+        raise StorageError(
+            f"{folder} has format {said.get('format')!r}; this version reads format {FORMAT}"
+        )
+    try:
+        scorers = []
+        for member in said["members"]:
+            if member["kind"] not in KINDS:
+                raise StorageError(f"{folder}: no kind of member {member['kind']!r}")
+            scorers.append(
+                KINDS[member["kind"]].load(
+                    folder / member["folder"],
+                    backbone=backbone,
+                    device=device,
+                    cache_dir=cache_dir,
+                )
+            )
+        evidence, stored = None, said["calibration"]
+        if stored:
+            evidence = read_evidence(folder / EVIDENCE, stored.get("subset_names", ()))
+        return {
+            "scorers": tuple(scorers),
+            "normaliser": Normaliser.from_json(said["normaliser"]),
+            "aggregator": Aggregator.from_json(said["aggregator"]),
+            "calibration": stored and Calibration.from_json(stored, evidence=evidence),
+            "provenance": said["provenance"],
+            "feature_space": _feature_space(folder / FEATURES),
+        }
+    except (KeyError, IndexError, TypeError, OSError, SafetensorError, OptionError) as error:
+        raise StorageError(f"{folder} is damaged: {error!r}") from error

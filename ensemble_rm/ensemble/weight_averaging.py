@@ -1,0 +1,96 @@
+"""An ensemble of `full` or of `branch` members → an ensemble of one member: the mean of weights.
+
+It scores at a single model's price and knows no uncertainty; what asks for one is refused by name.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from ensemble_rm.aggregation.aggregator import mean
+from ensemble_rm.data.samples import Preferences, require_pairs
+from ensemble_rm.ensemble.combining import normalised
+from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+from ensemble_rm.errors import MergeError, OptionError
+from ensemble_rm.members.branches.scorer import BranchScorer
+from ensemble_rm.members.full.scorer import ClassifierScorer
+from ensemble_rm.members.learning.weight_averaging import average_branches, average_classifiers
+from ensemble_rm.members.scorer import Scorer
+from ensemble_rm.progress import Progress, silent
+
+
+def average_weights(
+    ensemble: RewardEnsemble,
+    reference: Preferences,
+    *,
+    out: str | Path | None = None,
+    progress: Progress = silent,
+) -> RewardEnsemble:
+    """Average the members' weights [1]_.
+
+    Parameters
+    ----------
+    ensemble : RewardEnsemble
+        Of kind ``"full"`` or ``"branch"``.
+    reference : Preferences
+        Pairs whose completions set the new member's offset and scale; their verdicts do not count.
+    out : str or Path, optional
+        Where the result is saved; full members need it.
+    progress : callable
+        Called with (stage, done, total).
+
+    Returns
+    -------
+    RewardEnsemble
+        Of one member, normalised and not calibrated; with a baseline where `ensemble` has one.
+
+    Raises
+    ------
+    MergeError
+        If the members are of another kind, or do not share their starting weights, shapes, pooling
+        or the heads' standardisation.
+    EmptyDataError
+        If there is no reference pair.
+    OptionError
+        If full members are merged and `out` is not given.
+
+    References
+    ----------
+    .. [1] Ramé et al. 2024 (WARM), arXiv 2401.12187.
+    """
+    require_pairs(reference, "fitting the normaliser")
+    scorers = ensemble.scorers
+    branches = [scorer for scorer in scorers if isinstance(scorer, BranchScorer)]
+    models = [scorer for scorer in scorers if isinstance(scorer, ClassifierScorer)]
+    if len(branches) == len(scorers):
+        merged = _finish(ensemble, average_branches(branches), reference, progress)
+        if out is not None:
+            merged.save_pretrained(out)
+        return merged
+    if len(models) < len(scorers):
+        found = sorted({type(scorer).__name__ for scorer in scorers})
+        raise MergeError(
+            f"only members of kind 'full' or of kind 'branch' have a mean, not {found}"
+        )
+    if out is None:
+        raise OptionError("a merged model of full members is kept on disk: give out=…")
+    with tempfile.TemporaryDirectory(prefix="ensemble_rm.") as scratch:
+        scorer = average_classifiers(models, Path(scratch) / "model")
+        _finish(ensemble, scorer, reference, progress).save_pretrained(out)
+    return RewardEnsemble.from_pretrained(out, device=models[0].options.device)
+
+
+def _finish(
+    ensemble: RewardEnsemble, scorer: Scorer, reference: Preferences, progress: Progress
+) -> RewardEnsemble:
+    """Fit the new member's normaliser, and say where it comes from."""
+    merged = {"members": list(ensemble.names), "provenance": ensemble.provenance}
+    return normalised(
+        (scorer,),
+        reference,
+        aggregator=mean(),
+        baseline=ensemble.normaliser.baseline,
+        provenance={"merged": merged},
+        progress=progress,
+    )

@@ -1,0 +1,5 @@
+"""Evaluation of an ensemble on judged pairs: measures, tables, plots."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

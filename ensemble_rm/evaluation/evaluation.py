@@ -1,0 +1,313 @@
+"""How good an ensemble is on judged pairs: single members, their mean, every aggregator.
+
+Before calibration a probability is σ(Δ) of normalised margins; after, σ(Δ/T) with each row's own T,
+fitted on the calibration's judgments and never on the pairs that are evaluated. The ensemble's own
+row has what its calibration says: a curve, or each subset's temperature, where it has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from ensemble_rm.aggregation.aggregator import (
+    Aggregator,
+    cvar,
+    entropic,
+    lcb,
+    mean,
+    median,
+    minimum,
+    uwo,
+)
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.scored_pairs import ScoredPairs
+from ensemble_rm.data.samples import Preferences, require_pairs
+from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+from ensemble_rm.errors import NonFiniteScoreError, OneMemberError
+from ensemble_rm.evaluation.measures import (
+    Row,
+    SubsetRow,
+    measure_gain,
+    measure_row,
+    measure_subsets,
+)
+from ensemble_rm.metrics import Interval, auroc, bootstrap, error_auroc
+from ensemble_rm.progress import Progress, silent
+from ensemble_rm.uncertainty.disagreement import (
+    margin_correlation,
+    mean_correlation,
+    split_uncertainty,
+    unknown_as_most,
+)
+
+
+def default_aggregators(like: Aggregator | None = None) -> tuple[Aggregator, ...]:
+    """Return the aggregators that an evaluation sets side by side.
+
+    Parameters
+    ----------
+    like : Aggregator, optional
+        Whose policy for missing members they have.
+    """
+    every = (mean(), minimum(), lcb(1.0), uwo(0.5), entropic(1.0), median(), cvar(0.5))
+    if like is None:
+        return every
+    return tuple(replace(a, nan=like.nan, min_members=like.min_members) for a in every)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """An ensemble on judged pairs.
+
+    Attributes
+    ----------
+    rows : tuple of Row
+        Single members first, then the aggregators.
+    chosen : str
+        Name of the row of the ensemble's own aggregator.
+    pairs, prompts : int
+        How many were evaluated.
+    probability : ndarray, shape (n_pairs,)
+        Of the ensemble's own aggregator; calibrated where it is.
+    targets : ndarray, shape (n_pairs,)
+    groups : ndarray of int, shape (n_pairs,)
+        Prompt of each pair.
+    uncertainty : dict of str to ndarray
+        What can rank pairs by doubt: ``entropy`` of the probability and, of two members or more,
+        ``epistemic``; higher is less sure.
+    error_auroc : dict of str to Interval
+        How well each of these finds the wrong verdicts.
+    margin_correlation : float, optional
+        Mean correlation of the members' margins: near 1 they move as a herd.
+    longer_first_auroc : float, optional
+        How well the longer completion alone predicts the verdict.
+    subsets : tuple of SubsetRow
+        The ensemble's own aggregator on each subset that the pairs name.
+    unrewarded : int
+        Pairs beside these, left out since too few members scored a side.
+    pooling_gain : Interval, optional
+        Mean member NLL − NLL of the own aggregator's margin in nats, each at its own temperature:
+        what the ensemble buys. None where one of them has no temperature.
+    """
+
+    rows: tuple[Row, ...]
+    chosen: str
+    pairs: int
+    prompts: int
+    probability: Floats
+    targets: Floats
+    groups: NDArray[np.int64]
+    uncertainty: dict[str, Floats]
+    error_auroc: dict[str, Interval]
+    margin_correlation: float | None
+    longer_first_auroc: float | None = None
+    subsets: tuple[SubsetRow, ...] = ()
+    pooling_gain: Interval | None = None
+    unrewarded: int = 0
+
+    def row(self, name: str) -> Row:
+        """Return the row of that name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the pairs themselves as JSON."""
+        return {
+            "pairs": self.pairs,
+            "prompts": self.prompts,
+            "chosen": self.chosen,
+            "unrewarded": self.unrewarded,
+            "rows": [row.to_json() for row in self.rows],
+            "error_auroc": {k: vars(v) for k, v in self.error_auroc.items()},
+            "margin_correlation": self.margin_correlation,
+            "longer_first_auroc": self.longer_first_auroc,
+            "subsets": [row.to_json() for row in self.subsets],
+            "pooling_gain": self.pooling_gain and vars(self.pooling_gain),
+        }
+
+
+def evaluate(
+    ensemble: RewardEnsemble,
+    test: Preferences,
+    *,
+    aggregators: Sequence[Aggregator] | None = None,
+    draws: int = 500,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure single members, their mean and every aggregator on judged pairs.
+
+    Parameters
+    ----------
+    ensemble : RewardEnsemble
+        Without a calibration there is nothing after calibration, and the rest is measured.
+    test : Preferences
+        Pairs that neither training nor calibration saw. Their sides are exchanged at random
+        first, so that their order tells nothing. Their weights count in accuracy, NLL and Brier.
+    aggregators : sequence of Aggregator, optional
+        Beside the ensemble's own; a usual set, with its policy for missing members, where not
+        given.
+    draws : int
+        Bootstrap samples, over prompts, of each interval.
+    seed : int
+        Of the sides, the bootstrap and the redrawn labels.
+    progress : callable
+        Called with (stage, done, total).
+
+    Returns
+    -------
+    Evaluation
+        With intervals at 95 %.
+
+    Raises
+    ------
+    EmptyDataError
+        If there is no pair.
+    NonFiniteScoreError
+        If none has a reward, or a score is NaN against the aggregator's policy.
+    """
+    require_pairs(test, "an evaluation")
+    test = test.shuffled_sides(seed=seed)
+    test, scored, unrewarded = _rewarded(ensemble, test, progress)
+    evidence = None if ensemble.calibration is None else ensemble.calibration.evidence
+    usual = default_aggregators(ensemble.aggregator)
+    chosen = dict.fromkeys([*(aggregators or usual), ensemble.aggregator])
+    if scored.members == 1:
+        chosen = dict.fromkeys([ensemble.aggregator])
+    ways: list[tuple[str, str, Callable[[ScoredPairs], Floats]]] = [
+        (name, "member", lambda s, i=i: s.member_margins[:, i])  # type: ignore[misc]
+        for i, name in enumerate(ensemble.names)
+    ]
+    ways += [(str(a), "aggregator", lambda s, a=a: s.margins(a)) for a in chosen]  # type: ignore[misc]
+    known = _calibrated(ensemble, scored)
+    rows = []
+    for done, (name, kind, margins_of) in enumerate(ways):
+        progress("measuring", done, len(ways))
+        given = known if name == str(ensemble.aggregator) else None
+        rows.append(
+            measure_row(
+                name, kind, margins_of, scored, evidence, calibrated=given, draws=draws, seed=seed
+            )
+        )
+    progress("measuring", len(ways), len(ways))
+    own = next(row for row in rows if row.name == str(ensemble.aggregator))
+    p = known if known is not None else _own_probability(own, scored, ensemble)
+    doubts = _doubts(scored, p, ensemble)
+    return Evaluation(
+        tuple(rows),
+        str(ensemble.aggregator),
+        len(scored),
+        len(np.unique(scored.groups)),
+        p,
+        scored.targets,
+        scored.groups,
+        doubts,
+        {
+            name: bootstrap(
+                lambda i, d=doubt: error_auroc(p[i], scored.targets[i], d[i]),  # type: ignore[misc]
+                scored.groups,
+                draws=draws,
+                seed=seed,
+            )
+            for name, doubt in doubts.items()
+        },
+        _correlation(scored) if scored.members > 1 else None,
+        _length_auroc(test),
+        measure_subsets(
+            scored, p, temperature_of=_subset_temperature(ensemble, own), draws=draws, seed=seed
+        ),
+        _pooling_gain(rows, own, scored, ensemble, draws, seed),
+        unrewarded,
+    )
+
+
+def _rewarded(
+    ensemble: RewardEnsemble, test: Preferences, progress: Progress
+) -> tuple[Preferences, ScoredPairs, int]:
+    """Return the pairs that have a reward, scored, and how many have none."""
+    scored = ensemble.judge(test, progress=progress)
+    there = np.flatnonzero(~np.isnan(scored.margins(ensemble.aggregator)))
+    if len(there) == 0:
+        raise NonFiniteScoreError(
+            f"none of the {len(test)} pairs has a reward: {ensemble.aggregator} needs "
+            f"{ensemble.aggregator.fewest} members that score both sides"
+        )
+    if len(there) == len(test):
+        return test, scored, 0
+    return test.take(there), scored.take(there), len(test) - len(there)
+
+
+def _calibrated(ensemble: RewardEnsemble, scored: ScoredPairs) -> Floats | None:
+    """Return what the ensemble's own calibration says; None where it has none that applies."""
+    calibration = ensemble.calibration
+    if calibration is None or calibration.aggregator != ensemble.aggregator:
+        return None
+    return calibration.probability(scored.margins(ensemble.aggregator), subsets=scored.subsets)
+
+
+def _own_probability(own: Row, scored: ScoredPairs, ensemble: RewardEnsemble) -> Floats:
+    temperature = 1.0 if own.temperature is None else own.temperature.temperature
+    return np.asarray(expit(scored.margins(ensemble.aggregator) / temperature))
+
+
+def _subset_temperature(ensemble: RewardEnsemble, own: Row) -> Callable[[str], float | None]:
+    calibration = ensemble.calibration
+    if calibration is not None and calibration.aggregator == ensemble.aggregator:
+        if calibration.curve is not None:
+            return lambda _: None
+        return calibration.temperature_of
+    fit = own.temperature
+    return lambda _: None if fit is None else fit.temperature
+
+
+def _pooling_gain(
+    rows: Sequence[Row],
+    own: Row,
+    scored: ScoredPairs,
+    ensemble: RewardEnsemble,
+    draws: int,
+    seed: int,
+) -> Interval | None:
+    fits = [row.temperature for row in rows if row.kind == "member"]
+    members = [fit for fit in fits if fit is not None]
+    whole = ~np.isnan(scored.member_margins).any(axis=1)
+    if own.temperature is None or len(members) < len(fits) or not whole.any():
+        return None
+    margins = scored.margins(ensemble.aggregator)
+    return measure_gain(scored, members, own.temperature, margins, draws=draws, seed=seed)
+
+
+def _doubts(scored: ScoredPairs, p: Floats, ensemble: RewardEnsemble) -> dict[str, Floats]:
+    found = {"entropy": -np.abs(p - 0.5)}
+    if ensemble.calibration is not None:
+        try:
+            split = split_uncertainty(
+                scored.member_margins,
+                mixture_temperature=ensemble.calibration.mixture_temperature,
+                nan="omit",
+            )
+        except OneMemberError:
+            return found
+        found["epistemic"] = unknown_as_most(split.epistemic)
+    return found
+
+
+def _correlation(scored: ScoredPairs) -> float | None:
+    margins = scored.member_margins
+    there = ~np.isnan(margins)
+    if not (there.T.astype(np.int64) @ there).all():
+        return None  # two members scored no pair together
+    return mean_correlation(margin_correlation(margins, nan="omit"))
+
+
+def _length_auroc(test: Preferences) -> float | None:
+    longer = np.array([len(pair.chosen) - len(pair.rejected) for pair in test], dtype=np.float64)
+    y = test.targets
+    decided = y != 0.5
+    area = auroc(longer[decided], y[decided] > 0.5)
+    return None if np.isnan(area) else area

@@ -1,0 +1,251 @@
+"""What a lower precision does to an ensemble's scores, on samples of the user's own.
+
+The same samples, scored by the same members in float32 and in another dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.data.samples import Sample, prompt_key
+from ensemble_rm.ensemble.results import Scores
+from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+from ensemble_rm.errors import OptionError
+from ensemble_rm.members.backbone.checkpoint import torch_dtype
+from ensemble_rm.members.scorer import OptionedScorer, Scorer
+from ensemble_rm.progress import Progress, silent
+
+REFERENCE = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreDrift:
+    """How far one column of scores is from itself in float32.
+
+    Attributes
+    ----------
+    name : str
+        A member's, or the aggregator's for the reward.
+    rms, maximum : float
+        Of the difference, in standard deviations (ddof 1) of the float32 scores.
+    spearman : float
+        Rank correlation with the float32 scores; NaN where all became equal.
+    flips, ties : float
+        Shares of the pairs within a prompt that float32 tells apart, whose order is now the other,
+        and which are now equal; NaN where there is no such pair.
+    """
+
+    name: str
+    rms: float
+    maximum: float
+    spearman: float
+    flips: float
+    ties: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as JSON; a NaN is null."""
+        return {
+            name: None if isinstance(value, float) and np.isnan(value) else value
+            for name, value in asdict(self).items()
+        }
+
+
+@dataclass(frozen=True)
+class PrecisionReport:
+    """An ensemble in another dtype beside itself in float32.
+
+    Attributes
+    ----------
+    dtype : str
+        The other.
+    samples, prompts, pairs : int
+        Samples scored, their prompts, and pairs of samples of one prompt.
+    members : tuple of ScoreDrift
+        One a member.
+    reward : ScoreDrift
+        Of the aggregated reward.
+    unchanged : tuple of str
+        Members that have no dtype, and were scored the same way twice.
+    """
+
+    dtype: str
+    samples: int
+    prompts: int
+    pairs: int
+    members: tuple[ScoreDrift, ...]
+    reward: ScoreDrift
+    unchanged: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON; a NaN is null."""
+        rows = [row.to_json() for row in self.members]
+        return vars(self) | {"members": rows, "reward": self.reward.to_json()}
+
+
+def precision_report(
+    ensemble: RewardEnsemble,
+    samples: Sequence[Sample],
+    *,
+    dtype: str = "bfloat16",
+    progress: Progress = silent,
+) -> PrecisionReport:
+    """Score the same samples in float32 and in another dtype, and compare.
+
+    Parameters
+    ----------
+    ensemble : RewardEnsemble
+        Whatever its own dtype; it stays as it is.
+    samples : sequence of Sample
+        Several a prompt, so that the order within a prompt is measured.
+    dtype : {"bfloat16", "float16", "float32"}
+        The other.
+    progress : callable
+        Called with (stage, done, total).
+
+    Returns
+    -------
+    PrecisionReport
+
+    Raises
+    ------
+    OptionError
+        If no member has a dtype, there are fewer than 2 samples, or a column of scores is constant.
+    """
+    torch_dtype(dtype)
+    if len(samples) < 2:
+        raise OptionError(f"drift needs at least 2 samples, not {len(samples)}")
+    unchanged = [n for s in ensemble.scorers if not isinstance(s, OptionedScorer) for n in s.names]
+    if len(unchanged) == len(ensemble.names):
+        raise OptionError(
+            f"none of the members {ensemble.names} has a dtype; "
+            "head, branch, full and published members have one"
+        )
+    exact = _scores_in(ensemble, REFERENCE, samples, progress)
+    other = _scores_in(ensemble, dtype, samples, progress)
+    groups = _groups(samples)
+    return PrecisionReport(
+        dtype,
+        len(samples),
+        len(groups),
+        sum(len(rows) * (len(rows) - 1) // 2 for rows in groups),
+        tuple(
+            measure_drift(name, exact.members[:, i], other.members[:, i], groups)
+            for i, name in enumerate(ensemble.names)
+        ),
+        measure_drift(str(ensemble.aggregator), exact.reward, other.reward, groups),
+        tuple(unchanged),
+    )
+
+
+def _scores_in(
+    ensemble: RewardEnsemble, dtype: str, samples: Sequence[Sample], progress: Progress
+) -> Scores:
+    """Score with every member in a dtype; those that have it already are used as they are."""
+
+    def turned(scorer: Scorer) -> Scorer:
+        if not isinstance(scorer, OptionedScorer) or scorer.options.dtype == dtype:
+            return scorer
+        return scorer.with_options(replace(scorer.options, dtype=dtype))
+
+    return replace(ensemble, scorers=tuple(map(turned, ensemble.scorers))).score(
+        samples, progress=progress
+    )
+
+
+def _groups(samples: Sequence[Sample]) -> list[NDArray[np.int64]]:
+    """Return the rows of each prompt."""
+    found: dict[str, list[int]] = {}
+    for row, sample in enumerate(samples):
+        found.setdefault(prompt_key(sample.prompt), []).append(row)
+    return [np.array(rows, dtype=np.int64) for rows in found.values()]
+
+
+def measure_drift(
+    name: str, exact: Floats, other: Floats, groups: Sequence[NDArray[np.int64]]
+) -> ScoreDrift:
+    """Compare two columns of scores of the same samples.
+
+    Parameters
+    ----------
+    name : str
+    exact, other : ndarray, shape (n_samples,)
+        In float32, and in the other dtype.
+    groups : sequence of ndarray of int
+        The rows of each prompt.
+    """
+    there = ~np.isnan(exact + other)  # a member on a server may have failed
+    if there.sum() < 2:
+        raise OptionError(f"{name} scores {int(there.sum())} of {len(exact)} samples; give others")
+    unit = float(exact[there].std(ddof=1))
+    if not unit > 0:
+        raise OptionError(f"{name} scores all {len(exact)} samples alike; give others")
+    gap = (other - exact)[there] / unit
+    groups = [rows[there[rows]] for rows in groups]
+    apart, flipped, tied = 0, 0, 0
+    for rows in groups:
+        for i, row in enumerate(rows[:-1]):  # one against all that follow: memory stays linear
+            before = np.sign(exact[row] - exact[rows[i + 1 :]])
+            after = np.sign(other[row] - other[rows[i + 1 :]])
+            apart += int((before != 0).sum())
+            flipped += int((before * after < 0).sum())
+            tied += int(((before != 0) & (after == 0)).sum())
+    return ScoreDrift(
+        name,
+        rms=float(np.sqrt((gap**2).mean())),
+        maximum=float(np.abs(gap).max()),
+        spearman=_spearman(exact[there], other[there]),
+        flips=flipped / apart if apart else float("nan"),
+        ties=tied / apart if apart else float("nan"),
+    )
+
+
+def _spearman(a: Floats, b: Floats) -> float:
+    from scipy.stats import rankdata
+
+    if np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+
+
+def precision_text(report: PrecisionReport) -> str:
+    """Return the report as a table, with what its columns mean below.
+
+    Parameters
+    ----------
+    report : PrecisionReport
+        To be shown.
+
+    Returns
+    -------
+    str
+        Several lines.
+    """
+    from ensemble_rm.text_table import table
+
+    def line(drift: ScoreDrift, mark: str) -> list[str]:
+        shares = ["—" if np.isnan(v) else f"{v:.2%}" for v in (drift.flips, drift.ties)]
+        return [
+            mark + drift.name,
+            f"{drift.rms:.5f}",
+            f"{drift.maximum:.5f}",
+            f"{drift.spearman:.6f}",
+            *shares,
+        ]
+
+    rows = [line(drift, "  ") for drift in report.members] + [line(report.reward, "▸ ")]
+    header = (f"{report.dtype} − {REFERENCE}", "RMS", "max", "Spearman", "flips", "ties")
+    notes = [
+        f"{report.samples} samples of {report.prompts} prompts; {report.pairs} pairs within one.",
+        f"RMS and max: of the difference, in standard deviations of the {REFERENCE} scores.",
+        f"flips, ties: of the pairs within a prompt that {REFERENCE} tells apart, those whose",
+        "order turned, and those that became equal. ▸ is the aggregated reward.",
+    ]
+    if report.unchanged:
+        notes.append(f"without a dtype, scored alike twice: {', '.join(report.unchanged)}")
+    return "\n".join([table(header, rows), "", *notes])

@@ -1,0 +1,315 @@
+"""One pretrained transformer, run once: pooled states of any layer.
+
+Works on any architecture whose blocks stand in one ModuleList, encoder or decoder. Blocks above
+the highest layer that is read are dropped at loading. Knows nothing of heads or ensembles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ensemble_rm.errors import BackboneError, OptionError
+from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.pooling import POOLINGS, RULES, Pooling, Rule, pool
+from ensemble_rm.members.encoding import Encoded, Template, TextEncoder
+from ensemble_rm.members.forward.batching import Batch
+from ensemble_rm.members.forward.cpu.grouped_attention import group_heads
+from ensemble_rm.members.forward.cpu.kernels import quicken
+from ensemble_rm.members.forward.prefix_cache import (
+    Prefix,
+    keeps_a_cache,
+    read_prefix,
+    splits_attention,
+)
+from ensemble_rm.members.forward.shared_prompts import passes
+from ensemble_rm.members.forward.token_budget import pick_token_budget
+from ensemble_rm.progress import Progress, silent
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class View:
+    """What one head reads of the trunk.
+
+    Attributes
+    ----------
+    layer : int
+        The states after this block, 1 … depth; the deepest's are read after the final norm, as
+        transformers returns them.
+    pooling : {"last", "mean", "both"}
+        The last attended token, the mean of the completion, or the one after the other.
+    """
+
+    layer: int
+    pooling: Pooling
+
+    def __str__(self) -> str:
+        return f"{self.layer}:{self.pooling}"
+
+    @classmethod
+    def parse(cls, text: str) -> View:
+        """Read ``"16:mean"``."""
+        layer, _, pooling = text.partition(":")
+        rule = next((rule for rule in POOLINGS if rule == pooling.strip()), None)
+        if not layer.strip().isdigit() or rule is None:
+            raise OptionError(f"a view is LAYER:POOLING with pooling in {POOLINGS}, not {text!r}")
+        return cls(int(layer), rule)
+
+    def parts(self) -> tuple[tuple[int, Rule], ...]:
+        """Return the (layer, rule) pairs that it is made of, in their order."""
+        return tuple((self.layer, r) for r in RULES if self.pooling in (r, "both"))
+
+
+def default_views(depth: int, members: int) -> tuple[View, ...]:
+    """Spread views over the upper half of the layers, each with both poolings.
+
+    What lies below reads worse and helps an ensemble less (benchmarks/LOG.md). Where there are
+    more members than layers, a layer's next readers take one pooling, then the other; members
+    beyond that take the first views again.
+    """
+    lowest = max(1, depth // 2)
+    layers = np.linspace(lowest, depth, members).round().astype(int) if members > 1 else [depth]
+    taken: list[View] = []
+    for layer in layers:
+        candidates = [View(int(layer), rule) for rule in ("both", "mean", "last")]
+        taken.append(next((v for v in candidates if v not in taken), candidates[0]))
+    return tuple(taken)
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkOptions:
+    """How a trunk reads text and computes.
+
+    Attributes
+    ----------
+    template : {"auto", "chat", "pair", "plain"}
+    max_length : int
+        Longest sequence in tokens.
+    dtype : {"float32", "bfloat16", "float16"}
+        Of the trunk's weights and states; pooling and heads are float32 or better.
+    device : str, optional
+        The best available where none is named.
+    token_budget : int, optional
+        Padded tokens in a batch; found from the model and its device where it is not given.
+    share_prefix : bool
+        Read each prompt once for all its completions, where the model keeps a cache.
+    """
+
+    template: Template = "auto"
+    max_length: int = 512
+    dtype: str = "float32"
+    device: str | None = None
+    token_budget: int | None = None
+    share_prefix: bool = True
+
+
+def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.ModuleList]:
+    """Return the path to the list of the transformer's blocks, attribute by attribute, and it.
+
+    Raises
+    ------
+    BackboneError
+        If no ModuleList is as long as the config says the model is deep.
+    """
+    config: Any = model.config
+    depth = config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return tuple(name.split(".")), module
+    raise BackboneError(
+        f"{type(model).__name__} has no list of {depth} blocks; only kind='full' can train it"
+    )
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """Return a block's hidden states, whether it returns them alone or in a tuple."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+class Trunk:
+    """A backbone up to block `top`, frozen.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    options : TrunkOptions
+    top : int, optional
+        Highest layer that will be read; all layers where it is not given. 0 is the embeddings
+        alone, under branches that hold every block.
+
+    Attributes
+    ----------
+    depth, width : int
+        Blocks of the whole backbone, and width of their states.
+    token_budget : int
+        Padded tokens in a batch: what the options say, or what was found.
+    path : tuple of str
+        Of attributes from the model to the list of its blocks.
+    blocks : ModuleList
+        Those up to `top`.
+    causal : bool
+        Whether the model looks at earlier tokens alone: it keeps their keys and values.
+    rest : ModuleList
+        Those above it, of which branches are copies; empty once `forget_rest` was called.
+    """
+
+    def __init__(
+        self, backbone: bb.Backbone, options: TrunkOptions, *, top: int | None = None
+    ) -> None:
+        self.backbone = backbone
+        self.options = options
+        self.device = bb.pick_device(options.device)
+        self.encoder = TextEncoder(
+            bb.load_tokenizer(backbone.folder),
+            template=options.template,
+            max_length=options.max_length,
+        )
+        model = bb.load_trunk(backbone.folder, dtype=options.dtype)
+        self.path, blocks = find_blocks(model)
+        self.depth = len(blocks)
+        self.top = self.depth if top is None else top
+        if not 0 <= self.top <= self.depth:
+            raise OptionError(f"layer must lie between 0 and {self.depth}, not {self.top}")
+        self.blocks = torch.nn.ModuleList(list(blocks)[: self.top])
+        self.rest = torch.nn.ModuleList(list(blocks)[self.top :])
+        setattr(model.get_submodule(".".join(self.path[:-1])), self.path[-1], self.blocks)
+        self.model: Any = model.to(self.device)
+        group_heads(self.model, self.device)
+        quicken((self.model, self.rest), self.device)
+        model_config: Any = self.model.config
+        self.causal = keeps_a_cache(self.model, self.device)
+        self.width: int = model_config.get_text_config().hidden_size
+        self.token_budget = pick_token_budget(
+            options.token_budget,
+            self.blocks,
+            self.rest,
+            width=self.width,
+            depth=self.depth,
+            device=self.device,
+        )
+
+    def pooled(
+        self,
+        encoded: Sequence[Encoded],
+        parts: Sequence[tuple[int, Rule]],
+        *,
+        progress: Progress = silent,
+    ) -> NDArray[np.float32]:
+        """Run the trunk once over every sample and pool each (layer, rule).
+
+        Returns
+        -------
+        ndarray
+            (n_samples, n_parts, width) float32.
+        """
+        out = np.empty((len(encoded), len(parts), self.width), dtype=np.float32)
+        done = 0
+        for batch in self.passes(encoded):
+            pooled = self.pool_batch(batch, parts)
+            out[batch.rows] = pooled.cpu().numpy()
+            done += len(batch.rows)
+            progress("reading", done, len(encoded))
+        return out
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether the completions of a prompt share its pass."""
+        return self.options.share_prefix and self.causal
+
+    @cached_property
+    def splits(self) -> bool:
+        """Whether attention to a shared prompt can be computed apart."""
+        return self.shares and splits_attention(self.model, self.device)
+
+    def passes(self, encoded: Sequence[Encoded], *, states: bool = False) -> Iterator[Batch]:
+        """Yield every sample once, in batches that share their prompts where that is possible.
+
+        Parameters
+        ----------
+        encoded : sequence of Encoded
+        states : bool
+            Whether branches will read the prompts' states, too.
+        """
+        splits = self.splits  # asked before anyone listens
+
+        def read(prompts: list[list[int]]) -> Prefix:
+            found: list[torch.Tensor] = []
+            listen = {self.top} if states else set()
+            with self._listening(listen, lambda _, out: found.append(out)):
+                prefix = read_prefix(self.model, prompts, self.device, splits=splits, whole=states)
+            return replace(prefix, states=found[0]) if states else prefix
+
+        return passes(
+            encoded,
+            token_budget=self.token_budget,
+            device=self.device,
+            read=read if self.shares else None,
+            splits=splits,
+        )
+
+    @torch.inference_mode()
+    def pool_batch(self, batch: Batch, parts: Sequence[tuple[int, Rule]]) -> torch.Tensor:
+        """Return (B, n_parts, width) float32 for one batch, in one pass."""
+        wanted: dict[int, list[int]] = {}
+        for i, (layer, _) in enumerate(parts):
+            wanted.setdefault(layer, []).append(i)
+        out = torch.empty(len(batch.rows), len(parts), self.width, device=self.device)
+
+        def keep(layer: int, states: torch.Tensor) -> None:
+            for i in wanted.get(layer, ()):
+                out[:, i] = pool(states, batch.starts, batch.lengths, parts[i][1])
+
+        # The deepest layer is read after the final norm, as transformers returns it.
+        with self._listening({layer for layer in wanted if layer < self.depth}, keep):
+            last = self.model(**self.inputs(batch)).last_hidden_state
+        if self.top == self.depth:
+            keep(self.depth, last)
+        return out
+
+    @torch.inference_mode()
+    def states(self, batch: Batch) -> torch.Tensor:
+        """Return the token states after block `top`, before any final norm: (B, T, width)."""
+        found: list[torch.Tensor] = []
+        with self._listening({self.top}, lambda _, states: found.append(states)):
+            self.model(**self.inputs(batch))
+        return found[0]
+
+    def inputs(self, batch: Batch, *, causal: bool | None = None) -> dict[str, Any]:
+        """Return the keyword arguments of one forward pass that keeps no cache.
+
+        `causal` is asked of the trunk where it is not said.
+        """
+        causal = self.causal if causal is None else causal
+        inputs = replace(batch, causal=causal).model_inputs()
+        if batch.prefix is None and getattr(self.model.config, "is_decoder", True):
+            inputs["use_cache"] = False
+        return inputs
+
+    def forget_rest(self) -> Trunk:
+        """Let the blocks above `top` go; return the trunk."""
+        self.rest = torch.nn.ModuleList()
+        return self
+
+    @contextmanager
+    def _listening(
+        self, layers: set[int], keep: Callable[[int, torch.Tensor], None]
+    ) -> Iterator[None]:
+        handles = [
+            self.blocks[layer - 1].register_forward_hook(
+                lambda _m, _i, output, layer=layer: keep(layer, first_output(output))
+            )
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

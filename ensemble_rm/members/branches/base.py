@@ -1,0 +1,182 @@
+"""What `branch` and `lora` members have in common: one trunk, k versions of its top blocks.
+
+The trunk runs once a sample up to the blocks that differ; each member runs its own from there, and
+a head reads what they return. How the versions are made from the trunk's own blocks is each kind's.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch.nn import ModuleList
+
+from ensemble_rm.data.samples import Sample
+from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.trunk import Trunk, TrunkOptions, View
+from ensemble_rm.members.branches.runner import Branching
+from ensemble_rm.members.digest import member_digest
+from ensemble_rm.members.encoding import Truncation, count_truncation
+from ensemble_rm.members.forward.prefix_cache import Prefix
+from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.model_scorer import ModelScorer, in_turn
+from ensemble_rm.progress import Progress, silent
+
+Tensors = dict[str, torch.Tensor]
+SHARED = "shared"  # before the names of weights that are no single member's
+
+
+class Branched(ModelScorer):
+    """k versions of a trunk's top blocks, a head on each; a kind adds `_grow`.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    options : TrunkOptions
+        How the trunk reads text: the same at training and at scoring.
+    views : sequence of View
+        How each member's last states are pooled; the layer is the deepest.
+    heads : HeadWeights
+    tensors : sequence of dict
+        What each member has of its own, by name, ``"0.…"`` its lowest block's.
+    blocks : int
+        How many blocks each has.
+    names : sequence of str, optional
+        One a member; numbered where not given.
+    branching : Branching, optional
+        Over an open trunk, instead of one loaded at the first score.
+    """
+
+    file: str
+
+    def __init__(
+        self,
+        backbone: bb.Backbone,
+        options: TrunkOptions,
+        views: Sequence[View],
+        heads: HeadWeights,
+        tensors: Sequence[Tensors],
+        *,
+        blocks: int,
+        names: Sequence[str] | None = None,
+        branching: Branching | None = None,
+    ) -> None:
+        if not len(views) == len(heads.bias) == len(tensors):
+            raise OptionError(
+                f"{len(views)} views, {len(heads.bias)} heads and {len(tensors)} members' weights"
+            )
+        numbered = [f"{self.kind}{i}" for i in range(len(views))]
+        super().__init__(backbone, options, names or numbered)
+        self.views, self.heads, self.blocks = tuple(views), heads, blocks
+        self.tensors = [self._kept(own) for own in tensors]
+        self._branching = branching
+        self._members: list[ModuleList] = []
+
+    def _kept(self, own: Tensors) -> Tensors:
+        """Return a member's weights as they are kept and saved."""
+        return own
+
+    @abstractmethod
+    def _grow(self, trunk: Trunk) -> list[ModuleList]:
+        """Make every member's blocks from the trunk's; a RuntimeError where they do not fit."""
+
+    def _open(self) -> tuple[Branching, list[ModuleList]]:
+        """Load the trunk and make the members' blocks at first use."""
+        with self._lock:
+            if self._branching is None:
+                top = self.views[0].layer - self.blocks
+                self._branching = Branching(Trunk(self.backbone, self.options, top=top))
+            if not self._members:
+                try:
+                    self._members = self._grow(self._branching.trunk)
+                except RuntimeError as error:
+                    raise StorageError(
+                        f"the {self.kind} members do not fit the backbone: {error}"
+                    ) from error
+            return self._branching, self._members
+
+    def _forget(self) -> None:
+        self._branching, self._members = None, []
+
+    @in_turn
+    @torch.inference_mode()
+    def score_counted(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
+    ) -> tuple[NDArray[np.float64], Truncation]:
+        """Return the scores, and how many samples were cut."""
+        branching, members = self._open()
+        trunk = branching.trunk
+        encoded = trunk.encoder.encode(samples)
+        out = np.empty((len(encoded), len(members)))
+        done, width = 0, self.heads.offset.shape[1]
+        prompts: tuple[Prefix | None, list[Prefix]] = (None, [])  # the trunk's, and each member's
+        for batch in branching.passes(encoded, members[0]):
+            states = branching.states(batch)
+            if batch.prefix is not None and batch.prefix is not prompts[0]:
+                read = [branching.read_prefix(blocks, batch.prefix) for blocks in members]
+                prompts = (batch.prefix, read)
+            for i, (blocks, view) in enumerate(zip(members, self.views, strict=True)):
+                own = batch if batch.prefix is None else replace(batch, prefix=prompts[1][i])
+                pooled = branching.pooled(blocks, states, own, view.pooling, width=width)
+                out[batch.rows, i] = self.heads(i, pooled.cpu().numpy())
+            done += len(batch.rows)
+            progress("scoring", done, len(encoded))
+        return out, count_truncation(encoded)
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the scores of equal samples are."""
+        said = {name: what for name, what in self._said().items() if name != "names"}
+        weights = self.heads.tensors() | self._weights()
+        return member_digest(self.kind, self.backbone, self.options, said, weights)
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "views": self.views,
+            "heads": self.heads,
+            "tensors": self.tensors,
+            "blocks": self.blocks,
+            "names": self.names,
+        }
+
+    def _said(self) -> dict[str, Any]:
+        return {
+            "views": [str(view) for view in self.views],
+            "blocks": self.blocks,
+            "names": list(self.names),
+        }
+
+    def _weights(self) -> Tensors:
+        """Return all weights that are the members' own, by name."""
+        return {f"{i}.{k}": v for i, own in enumerate(self.tensors) for k, v in own.items()}
+
+    def _write(self, folder: Path) -> dict[str, Any]:
+        self.heads.save(folder)
+        flat = {name: tensor.cpu().contiguous() for name, tensor in self._weights().items()}
+        save_file(flat, folder / self.file)
+        return {}
+
+    @classmethod
+    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+        views = [View.parse(view) for view in said["views"]]
+        tensors: list[Tensors] = [{} for _ in views]
+        for name, tensor in load_file(folder / cls.file).items():
+            member, _, rest = name.partition(".")
+            if member != SHARED:
+                tensors[int(member)][rest] = tensor
+        return {
+            "views": views,
+            "heads": HeadWeights.load(folder),
+            "tensors": tensors,
+            "blocks": int(said["blocks"]),
+            "names": list(said["names"]),
+        }

@@ -1,0 +1,282 @@
+"""Sample → tokens: templates, truncation, and where the completion begins.
+
+Knows tokenizers; knows nothing of models or of batches. The attention mask is made from lengths,
+never from token ids, so a pad token that is also the end-of-sequence token does no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.data.samples import Message, Prompt, Sample
+from ensemble_rm.errors import OptionError, TemplateError
+
+Template: TypeAlias = Literal["auto", "chat", "pair", "plain"]
+_TOKENISED = 512  # samples at once: a tokenizer says more of each token than is kept
+TEMPLATES: tuple[str, ...] = ("auto", "chat", "pair", "plain")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sample as tokens.
+
+    Attributes
+    ----------
+    ids : list of int
+        Token ids, special tokens included, no padding.
+    start : int
+        Index of the completion's first token; the completion reaches to the end.
+    types : list of int, optional
+        Token type ids, where the model takes them.
+    cut_prompt, cut_completion : int
+        Tokens that truncation took from the prompt's beginning and the completion's end.
+    """
+
+    ids: list[int]
+    start: int
+    types: list[int] | None = None
+    cut_prompt: int = 0
+    cut_completion: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Truncation:
+    """Which samples truncation cut in a call, and how many.
+
+    Attributes
+    ----------
+    prompts, completions : ndarray of bool, shape (n_samples,)
+        Whether each lost tokens at the beginning of the prompt, at the end of the completion.
+    """
+
+    prompts: NDArray[np.bool_]
+    completions: NDArray[np.bool_]
+
+    @classmethod
+    def none(cls, n: int) -> Truncation:
+        """Return that of `n` samples of which none was cut."""
+        return cls(np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_))
+
+    def __or__(self, other: Truncation) -> Truncation:
+        """Return which of the same samples one or the other cut."""
+        return Truncation(self.prompts | other.prompts, self.completions | other.completions)
+
+    @property
+    def samples(self) -> int:
+        """Samples encoded."""
+        return len(self.prompts)
+
+    @property
+    def prompts_cut(self) -> int:
+        """Samples that lost tokens at the beginning of the prompt."""
+        return int(self.prompts.sum())
+
+    @property
+    def completions_cut(self) -> int:
+        """Samples that lost tokens at the end of the completion."""
+        return int(self.completions.sum())
+
+    def to_json(self) -> dict[str, int]:
+        """Return the counts."""
+        return {
+            "samples": self.samples,
+            "prompts_cut": self.prompts_cut,
+            "completions_cut": self.completions_cut,
+        }
+
+
+def count_truncation(encoded: Sequence[Encoded]) -> Truncation:
+    """Say what truncation took away."""
+    return Truncation(
+        np.array([e.cut_prompt > 0 for e in encoded], dtype=np.bool_),
+        np.array([e.cut_completion > 0 for e in encoded], dtype=np.bool_),
+    )
+
+
+class TextEncoder:
+    """Renders samples in one model's template and tokenises them.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        A fast one (it can map characters to tokens).
+    template : {"auto", "chat", "pair", "plain"}
+        ``chat`` is the tokenizer's chat template; ``pair`` is prompt and completion as an
+        encoder's two segments; ``plain`` is the prompt's text followed by the completion's.
+        ``auto`` takes the first that the tokenizer supports, in this order.
+    max_length : int
+        Longest sequence in tokens. The prompt is cut first, from its beginning (a leading BOS
+        stays); the completion is cut, at its end, only where it alone is longer.
+
+    Raises
+    ------
+    OptionError
+        If the template is unknown or the tokenizer does not support it, or `max_length` < 8.
+    """
+
+    def __init__(self, tokenizer: Any, *, template: Template = "auto", max_length: int) -> None:
+        if template not in TEMPLATES:
+            raise OptionError(f"template must be one of {TEMPLATES}, not {template!r}")
+        if max_length < 8:
+            raise OptionError(f"max_length must be at least 8 tokens, not {max_length}")
+        if not tokenizer.is_fast:
+            raise OptionError(
+                f"{type(tokenizer).__name__} cannot map characters to tokens; load the fast "
+                "tokenizer of this model (use_fast=True)"
+            )
+        self.tokenizer = tokenizer
+        self.template = _choose(tokenizer) if template == "auto" else template
+        self.max_length = max_length
+        if self.template == "chat" and not tokenizer.chat_template:
+            raise OptionError(
+                "template 'chat' needs a tokenizer with a chat template; this has none"
+            )
+
+    def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """Encode samples, in their order."""
+        encode = self._encode_pairs if self.template == "pair" else self._encode_texts
+        cuts = range(0, len(samples), _TOKENISED)
+        return [e for i in cuts for e in encode(samples[i : i + _TOKENISED])]
+
+    def _encode_texts(self, samples: Sequence[Sample]) -> list[Encoded]:
+        texts, starts = self._render(samples)
+        batch = self.tokenizer(
+            texts,
+            add_special_tokens=self.template == "plain",
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # a text that is too long is cut here, and counted
+        )
+        return [
+            self._truncate(ids, self._first_token(batch, i, start, len(texts[i]), len(ids)))
+            for i, (ids, start) in enumerate(zip(batch["input_ids"], starts, strict=True))
+        ]
+
+    # Rendering -------------------------------------------------------------------------------
+
+    def _render(self, samples: Sequence[Sample]) -> tuple[list[str], list[int]]:
+        """Return each sample's whole text and the character at which its completion begins."""
+        prefixes: dict[Prompt, str] = {}
+        texts, starts = [], []
+        for sample in samples:
+            prefix = prefixes.get(sample.prompt)
+            if prefix is None:
+                prefix = prefixes[sample.prompt] = self._prefix(sample.prompt)
+            if self.template == "plain":
+                text, start = prefix + sample.completion, len(prefix)
+            else:
+                text, start = self._chat(sample, prefix)
+            texts.append(text)
+            starts.append(start)
+        return texts, starts
+
+    def _prefix(self, prompt: Prompt) -> str:
+        if self.template == "plain":
+            return flatten(prompt, cue=True)
+        return str(
+            self.tokenizer.apply_chat_template(
+                _turns(prompt), tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    def _chat(self, sample: Sample, prefix: str) -> tuple[str, int]:
+        turns = [*_turns(sample.prompt), {"role": "assistant", "content": sample.completion}]
+        text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        if text.startswith(prefix):
+            return text, len(prefix)
+        start = text.rfind(sample.completion.strip())
+        if start < 0 or not sample.completion.strip():
+            raise TemplateError(
+                "the chat template changes what comes before the completion, and the completion "
+                f"{sample.completion[:60]!r} is not found in it; pass template='plain'"
+            )
+        return text, start
+
+    @staticmethod
+    def _first_token(batch: Any, row: int, start: int, end: int, length: int) -> int:
+        """Token that holds character `start`; the last one where the completion is empty."""
+        for position in range(start, min(end, start + 64)):
+            token = batch.char_to_token(row, position)
+            if token is not None:
+                return int(token)
+        return max(length - 1, 0)
+
+    def _truncate(self, ids: list[int], start: int) -> Encoded:
+        over = len(ids) - self.max_length
+        if over <= 0:
+            return Encoded(ids, min(start, len(ids) - 1))
+        keep = int(start > 0 and ids[0] == self.tokenizer.bos_token_id)
+        cut = min(over, max(start - keep, 0))
+        kept = ids[:keep] + ids[keep + cut :]
+        return Encoded(
+            kept[: self.max_length],
+            max(start - cut, 0),
+            cut_prompt=cut,
+            cut_completion=len(kept) - min(len(kept), self.max_length),
+        )
+
+    # Two segments ----------------------------------------------------------------------------
+
+    def _encode_pairs(self, samples: Sequence[Sample]) -> list[Encoded]:
+        before, between, after, types = self._layout()
+        room = self.max_length - len(before) - len(between) - len(after)
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        prompts = self.tokenizer([flatten(s.prompt, cue=False) for s in samples], **options)
+        completions = self.tokenizer([s.completion for s in samples], **options)
+        found = []
+        for a, b in zip(prompts["input_ids"], completions["input_ids"], strict=True):
+            cut_b = max(len(b) - room, 0)
+            b = b[: len(b) - cut_b]
+            cut_a = max(len(a) + len(b) - room, 0)
+            a = a[cut_a:]
+            head = [*before, *a, *between]
+            kinds = None
+            if types is not None:
+                kinds = [types[0]] * len(head) + [types[1]] * (len(b) + len(after))
+            found.append(Encoded([*head, *b, *after], len(head), kinds, cut_a, cut_b))
+        return found
+
+    def _layout(self) -> tuple[list[int], list[int], list[int], tuple[int, int] | None]:
+        """Return the special tokens around two segments, and the segments' types."""
+        probe = self.tokenizer("a", "b")
+        segments = probe.sequence_ids(0)
+        ids = probe["input_ids"]
+        first, second = segments.index(0), segments.index(1)
+        last_a = len(segments) - 1 - segments[::-1].index(0)
+        last_b = len(segments) - 1 - segments[::-1].index(1)
+        types = probe.get("token_type_ids")
+        kinds = None if types is None else (types[first], types[second])
+        return ids[:first], ids[last_a + 1 : second], ids[last_b + 1 :], kinds
+
+
+def _choose(tokenizer: Any) -> Template:
+    if tokenizer.chat_template:
+        return "chat"
+    if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
+        return "pair"
+    return "plain"
+
+
+def _turns(prompt: Prompt) -> list[dict[str, str]]:
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+def flatten(prompt: Prompt, *, cue: bool) -> str:
+    """Return a conversation as plain text; a text prompt stays as it is.
+
+    Parameters
+    ----------
+    prompt : str or tuple of Message
+    cue : bool
+        End a conversation with the assistant's name, so that the completion can follow.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    lines = [f"{turn.role.capitalize()}: {turn.content}" for turn in prompt]
+    return "\n\n".join([*lines, "Assistant: "] if cue else lines)

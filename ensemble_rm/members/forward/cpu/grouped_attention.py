@@ -1,0 +1,90 @@
+"""Masked attention over grouped key–value heads, without copying them, and cascade, on a CPU.
+
+transformers repeats the heads of keys and values wherever there is a mask, since a GPU's kernels
+want that. A CPU's do not, and the copies cost more than the attention. What stands here is
+transformers' own sdpa attention but for that case, under a name of its own in its registry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ensemble_rm.members.forward.cpu.cascade_attention import (
+    KEYWORD,
+    LAST,
+    KeysKept,
+    cascade_attention,
+)
+
+NAME = "ensemble_rm_grouped_sdpa"
+_SPECIAL = ("position_bias", "cache", "softcap", "s_aux")
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers' sdpa does.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    query : torch.Tensor
+        (B, heads, T, D).
+    key, value : torch.Tensor
+        (B, groups, S, D).
+    attention_mask : torch.Tensor, optional
+        (B, 1, T, S).
+    dropout, scaling, is_causal
+        As transformers passes them.
+    **more
+        What only some models pass; then transformers' function answers. Prompts that the rows
+        continue come as `KEYWORD`, and the last block whose keys are wanted as `LAST`.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, T, heads, D), and None in place of weights.
+
+    Raises
+    ------
+    KeysKept
+        In the last block whose keys are wanted, in the place of attention.
+    """
+    plain = attention_mask is None or query.shape[1] == key.shape[1]
+    special = any(more.get(name) is not None for name in _SPECIAL)
+    prompts, last = more.pop(KEYWORD, None), more.pop(LAST, None)
+    if last is not None and last == getattr(module, "layer_idx", None):
+        raise KeysKept  # transformers caches before it attends
+    if prompts is not None and more.get("sliding_window") is None and not special:
+        layer: Any = module.layer_idx
+        return cascade_attention(query, key, value, prompts, layer, scaling), None
+    if plain or special or query.device.type != "cpu":
+        out: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **more
+        )
+        return out
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def group_heads(model: Any, device: torch.device) -> None:
+    """Give a model this attention, where it has transformers' sdpa and runs on a CPU."""
+    if device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, grouped_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)

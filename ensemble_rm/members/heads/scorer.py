@@ -1,0 +1,194 @@
+"""`head` members: k small heads over one frozen trunk, each reading its own view of it.
+
+The trunk runs once a sample, up to the highest layer that a view reads; the heads are a matrix
+product in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.data.samples import Sample
+from ensemble_rm.errors import OptionError
+from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.feature_cache import FeatureCache, features_in_parts
+from ensemble_rm.members.backbone.trunk import Trunk, TrunkOptions, View
+from ensemble_rm.members.digest import member_digest
+from ensemble_rm.members.encoding import Truncation, count_truncation
+from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.model_scorer import ModelScorer, in_turn
+from ensemble_rm.progress import Progress, silent
+
+Floats = NDArray[np.float64]
+
+
+class HeadScorer(ModelScorer):
+    """k heads over one trunk.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    options : TrunkOptions
+        How the trunk reads text: the same at training and at scoring.
+    views : sequence of View
+        What each head reads.
+    weights : HeadWeights
+    names : sequence of str, optional
+        One a head; its view where not given.
+    cache : FeatureCache, optional
+        Used while scoring. None reads every text anew, as an RL loop wants it.
+    trunk : Trunk, optional
+        An open trunk to use, instead of one loaded at the first score.
+    """
+
+    kind = "head"
+
+    def __init__(
+        self,
+        backbone: bb.Backbone,
+        options: TrunkOptions,
+        views: Sequence[View],
+        weights: HeadWeights,
+        *,
+        names: Sequence[str] | None = None,
+        cache: FeatureCache | None = None,
+        trunk: Trunk | None = None,
+    ) -> None:
+        if len(views) != len(weights.bias):
+            raise OptionError(f"{len(views)} views for {len(weights.bias)} heads")
+        numbered = [f"head{i}@{view}" for i, view in enumerate(views)]
+        super().__init__(backbone, options, names or numbered)
+        self.views = tuple(views)
+        self.weights = weights
+        self.cache = cache
+        self._trunk = trunk
+
+    @property
+    def trunk(self) -> Trunk:
+        """The trunk, loaded at first use up to the highest layer that is read."""
+        with self._lock:
+            if self._trunk is None:
+                top = max(view.layer for view in self.views)
+                self._trunk = Trunk(self.backbone, self.options, top=top).forget_rest()
+            return self._trunk
+
+    def with_cache(self, cache: FeatureCache | None) -> HeadScorer:
+        """Return the same heads over the same trunk, with a cache of features or without."""
+        return HeadScorer(
+            self.backbone,
+            self.options,
+            self.views,
+            self.weights,
+            names=self.names,
+            cache=cache,
+            trunk=self._trunk,
+        )
+
+    def _forget(self) -> None:
+        self._trunk = None
+
+    @in_turn
+    def score_counted(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
+    ) -> tuple[Floats, Truncation]:
+        """Return the scores, and how many samples were cut."""
+        return self._score(samples, None, progress)
+
+    def _score(
+        self, samples: Sequence[Sample], features: Floats | None, progress: Progress
+    ) -> tuple[Floats, Truncation]:
+        """Score, and enter what was read in `features`, where there are some to be filled."""
+        trunk = self.trunk
+        encoded = trunk.encoder.encode(samples)
+        distinct = tuple(dict.fromkeys(self.views))
+        out = np.empty((len(encoded), len(self.views)))
+        parts = features_in_parts(trunk, encoded, distinct, cache=self.cache, progress=progress)
+        for rows, read in parts:
+            out[rows] = self.apply(read, distinct)
+            if features is not None:
+                features[rows] = parts_of(read, distinct)
+        return out, count_truncation(encoded)
+
+    def apply(self, read: NDArray[np.float32], distinct: Sequence[View]) -> Floats:
+        """Run the heads on (n, n_views, width) features of `distinct` views: (n, k)."""
+        place = {view: i for i, view in enumerate(distinct)}
+        out = np.empty((len(read), len(self.views)))
+        for member, view in enumerate(self.views):
+            out[:, member] = self.weights(member, read[:, place[view]])
+        return out
+
+    @in_turn
+    def features(self, samples: Sequence[Sample]) -> Floats:
+        """Return what all views read, (n_samples, n_features): each layer and pooling once."""
+        return self.score_and_features(samples)[2]
+
+    @in_turn
+    def score_and_features(
+        self, samples: Sequence[Sample], *, progress: Progress = silent
+    ) -> tuple[Floats, Truncation, Floats]:
+        """Return what `score_counted` does, and the features of the same pass."""
+        count = len(dict.fromkeys(part for view in self.views for part in view.parts()))
+        features = np.empty((len(samples), count * self.trunk.width))
+        return *self._score(samples, features, progress), features
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "views": self.views,
+            "weights": self.weights,
+            "names": self.names,
+            "cache": self.cache,
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the scores of equal samples are."""
+        said = {"views": [str(view) for view in self.views]}
+        weights = self.weights.tensors()
+        return member_digest(self.kind, self.backbone, self.options, said, weights)
+
+    def _said(self) -> dict[str, Any]:
+        hidden = 0 if self.weights.inner is None else self.weights.inner.shape[2]
+        return {
+            "views": [str(view) for view in self.views],
+            "names": list(self.names),
+            "hidden": hidden,
+        }
+
+    def _write(self, folder: Path) -> dict[str, Any]:
+        self.weights.save(folder)
+        return {}
+
+    @classmethod
+    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+        views = [View.parse(view) for view in said["views"]]
+        return {"views": views, "weights": HeadWeights.load(folder), "names": said["names"]}
+
+
+def parts_of(read: NDArray[np.float32], views: Sequence[View]) -> NDArray[np.float32]:
+    """Lay what views read side by side, each layer and pooling once.
+
+    Parameters
+    ----------
+    read : ndarray, shape (n_samples, n_views, width)
+        As `features_in_parts` yields it for `views`: twice the trunk's width where one of them
+        reads both poolings.
+    views : sequence of View
+
+    Returns
+    -------
+    ndarray, shape (n_samples, n_parts · trunk's width)
+        In the order in which the views name their parts.
+    """
+    width = read.shape[2] // max(len(view.parts()) for view in views)
+    columns = {
+        part: read[:, i, place * width : (place + 1) * width]
+        for i, view in enumerate(views)
+        for place, part in enumerate(view.parts())
+    }
+    return np.concatenate(list(columns.values()), axis=1)

@@ -1,0 +1,167 @@
+"""A judge model that rates one answer, as a member: its rating is the score."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.data.samples import Sample
+from ensemble_rm.errors import RemoteFailureWarning
+from ensemble_rm.members.judges.asking import Judge, JudgeOptions, Reply
+from ensemble_rm.members.judges.base import RubricJudge
+from ensemble_rm.members.judges.replies import Rating, read_rating
+from ensemble_rm.members.judges.rubric import Rubric
+from ensemble_rm.members.judges.usage import Usage
+from ensemble_rm.members.remote.address import Token
+from ensemble_rm.members.remote.failures import count_failures
+from ensemble_rm.members.remote.loop_thread import Pending
+from ensemble_rm.members.remote.storage import StoredElsewhere
+
+
+class JudgeScorer(RubricJudge, StoredElsewhere):
+    """Rates completions by asking a judge model; the rating is the raw score.
+
+    The rating is the expectation over the ratings' tokens (Liu et al. 2023, arXiv 2303.16634)
+    where the server offers log-probabilities, and the number that was said where it does not: that
+    makes ties. A reply that is no rating is NaN, by the aggregator's policy for missing members.
+
+    Parameters
+    ----------
+    url : str
+        Of an OpenAI-compatible server, such as ``http://localhost:8000/v1``; saved.
+    model : str
+        The judge's name there.
+    name : str
+        The column's.
+    rubric : str, Path, mapping or Rubric, optional
+        What is asked: ``"pointwise"`` (default), a JSON file or its content; saved as it is.
+    token : str or callable, optional
+        A bearer token, or what returns the one that holds now. Never saved.
+    transport : httpx.AsyncBaseTransport, optional
+        In the place of the network.
+    **options : Any
+        The other fields of `JudgeOptions`.
+
+    Attributes
+    ----------
+    usage : Usage
+        What all scores of this member took together, those among them that were given up.
+
+    Raises
+    ------
+    OptionError
+        If an option or the rubric cannot be used.
+    MissingExtraError
+        If httpx is not installed.
+    """
+
+    kind = "judge"
+    wants = "pointwise"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str,
+        name: str,
+        rubric: str | Path | Mapping[str, Any] | Rubric | None = None,
+        token: Token | None = None,
+        transport: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            url, model=model, rubric=rubric, token=token, transport=transport, **options
+        )
+        self.names = (name,)
+        self._unread = 0
+
+    @property
+    def address(self) -> str:
+        """The server's."""
+        return self.options.url
+
+    @property
+    def usage(self) -> Usage:
+        """What all scores of this member took together."""
+        taken = self._judge.usage
+        return taken.with_read(taken.calls - self._unread)
+
+    @property
+    def token(self) -> Token | None:
+        """The bearer token, or what returns the one that holds now."""
+        return self._judge.token
+
+    @property
+    def token_variable(self) -> str | None:
+        """The environment variable in which the command line finds the token."""
+        return self.options.token_variable
+
+    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
+        """Return (n_samples, 1) ratings; NaN where there is none, with a warning.
+
+        The warning counts failures and names the first one's kind: it quotes no reply.
+
+        Raises
+        ------
+        RemoteUnavailableError
+            If the judge could not be reached for any sample.
+        RemoteRefusalError
+            If it refuses the address, the token or the model.
+        """
+        return self.begin_score(samples).result()
+
+    def begin_score(self, samples: Sequence[Sample]) -> Pending[NDArray[np.float64]]:
+        """Ask for what `score` returns, and do not wait; what it raises, the result raises."""
+        questions = [self.rubric.ask(s.prompt, completion=s.completion) for s in samples]
+        return self._begin(questions, self._ratings)
+
+    def _ratings(self, said: tuple[list[Reply], Usage]) -> NDArray[np.float64]:
+        read = [self._read(reply) for reply in said[0]]
+        failed = [one for one in read if isinstance(one, str)]
+        self._unread += said[1].calls - (len(read) - len(failed))
+        if failed:
+            where = f"{self.names[0]!r} at {self.options.url}"
+            text = count_failures(
+                failed, len(read), what="rating", where=where, else_="a reply that is no rating"
+            )
+            warnings.warn(text, RemoteFailureWarning, stacklevel=4)
+        scores = [one.value if isinstance(one, Rating) else np.nan for one in read]
+        return np.array(scores, dtype=np.float64).reshape(len(read), 1)
+
+    def with_token(self, token: Token | None) -> Self:
+        """Return the same member with another token."""
+        twin = copy.copy(self)
+        twin._judge = Judge(self.options, token=token, transport=self._judge.transport)
+        twin._judge.usage = self._judge.usage
+        return twin
+
+    def _read(self, reply: Reply) -> Rating | str:
+        if isinstance(reply, str):
+            return reply
+        return read_rating(reply, self.rubric.scale, self.rubric.after)
+
+    # Storage -----------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is saved, and what provenance and reports say of it: no token."""
+        return {
+            "kind": self.kind,
+            "name": self.names[0],
+            "judge": self.options.to_json(),
+            "rubric": self.rubric.to_json(),
+        }
+
+    def _python(self) -> str | None:
+        return None if self._judge.transport is None else "a transport"
+
+    @classmethod
+    def _of(cls, said: Mapping[str, Any]) -> Self:
+        options = JudgeOptions.from_json(said["judge"])
+        fields = {name: getattr(options, name) for name in options.__dataclass_fields__}
+        return cls(name=said["name"], rubric=said["rubric"], **fields)

@@ -1,1 +1,0 @@
-"""Judge models behind an OpenAI-compatible chat endpoint: rubrics, replies read, both orders."""

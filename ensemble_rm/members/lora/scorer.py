@@ -1,0 +1,105 @@
+"""`lora` members: one trunk, k LoRA adapters on its top blocks or on all of them, a head on each.
+
+The backbone's weights are in memory once, whatever k is; a saved member is its adapter and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch.nn import ModuleList
+
+from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.trunk import Trunk, TrunkOptions, View
+from ensemble_rm.members.branches.base import SHARED, Branched, Tensors
+from ensemble_rm.members.branches.runner import Branching
+from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.lora.adapters import LoraOptions, merged, pour, require_peft
+
+
+class LoraScorer(Branched):
+    """k adapters over one backbone.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    options : TrunkOptions
+        How the trunk reads text: the same at training and at scoring.
+    views : sequence of View
+        How each member's last states are pooled; the layer is the deepest.
+    heads : HeadWeights
+    tensors : sequence of dict
+        Each adapter's weights by name, ``"0.…"`` those on the lowest block that is adapted.
+    blocks : int
+        How many top blocks are adapted; what lies below runs once for all members.
+    lora : LoraOptions
+        What the adapters are.
+    shared : dict, optional
+        Weights of an adapter that is merged into the blocks below all others: the warm start.
+    names : sequence of str, optional
+        One an adapter.
+    branching : Branching, optional
+        Over an open trunk, instead of one loaded at the first score.
+    """
+
+    kind = "lora"
+    file = "adapters.safetensors"
+
+    def __init__(
+        self,
+        backbone: bb.Backbone,
+        options: TrunkOptions,
+        views: Sequence[View],
+        heads: HeadWeights,
+        tensors: Sequence[Tensors],
+        *,
+        blocks: int,
+        lora: LoraOptions,
+        shared: Tensors | None = None,
+        names: Sequence[str] | None = None,
+        branching: Branching | None = None,
+    ) -> None:
+        super().__init__(
+            backbone,
+            options,
+            views,
+            heads,
+            tensors,
+            blocks=blocks,
+            names=names,
+            branching=branching,
+        )
+        self.lora, self.shared = lora, shared
+
+    def _grow(self, trunk: Trunk) -> list[ModuleList]:
+        """Put each adapter around the trunk's upper blocks, whose weights all share."""
+        base = trunk.rest
+        if self.shared is not None:
+            base = merged(base, self.lora, self.shared)
+        found = [pour(base, self.lora, tensors) for tensors in self.tensors]
+        trunk.forget_rest()
+        return found
+
+    def _parts(self) -> dict[str, Any]:
+        return super()._parts() | {"lora": self.lora, "shared": self.shared}
+
+    def _said(self) -> dict[str, Any]:
+        own = {"lora": asdict(self.lora), "warm_start": self.shared is not None}
+        return super()._said() | own
+
+    def _weights(self) -> Tensors:
+        shared = self.shared or {}
+        return super()._weights() | {f"{SHARED}.{name}": v for name, v in shared.items()}
+
+    @classmethod
+    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+        require_peft()
+        stored = load_file(folder / cls.file)
+        start = f"{SHARED}."
+        shared = {k.removeprefix(start): v for k, v in stored.items() if k.startswith(start)}
+        own = {"lora": LoraOptions(**said["lora"]), "shared": shared or None}
+        return super()._read(folder, said) | own

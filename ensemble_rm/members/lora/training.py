@@ -1,0 +1,141 @@
+"""`lora` members: k adapters over one backbone, trained as branches whose blocks stand still.
+
+With a warm start, one adapter is fitted first and merged into the blocks, and the members' adapters
+start from there [1]_.
+
+References
+----------
+.. [1] Zhang et al. 2024, arXiv 2401.16635: LoRA ensembles do better from a backbone that was
+   fine-tuned on the task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch.nn import ModuleList
+
+from ensemble_rm.errors import OptionError
+from ensemble_rm.members.branches.base import Tensors
+from ensemble_rm.members.branches.gradient_training import BranchesResult
+from ensemble_rm.members.branches.training import (
+    Ground,
+    finish,
+    first_heads,
+    fit_branches,
+    ground,
+    trained_heads,
+)
+from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.learning.checkpoint import load_checkpoint, save_checkpoint
+from ensemble_rm.members.learning.job import Job, Trained
+from ensemble_rm.members.learning.seeds import global_seed, member_seeds
+from ensemble_rm.members.learning.start import only
+from ensemble_rm.members.lora.adapters import (
+    LoraOptions,
+    adapt,
+    merged,
+    own_parameters,
+    own_tensors,
+    pour,
+    require_peft,
+)
+from ensemble_rm.members.lora.scorer import LoraScorer
+
+
+def train_lora(job: Job) -> Trained:
+    """Train k adapters, each with a head, over one backbone.
+
+    Raises
+    ------
+    MissingExtraError
+        If peft is not installed.
+    OptionError
+        If a target names no linear layer, or a single member shall be kept apart from others.
+    """
+    if job.recipe.diversity > 0 and len(job.seeds) == 1:
+        raise OptionError(
+            f"diversity={job.recipe.diversity} keeps members apart, and there is only one; give "
+            "more members, or leave it 0"
+        )
+    require_peft()
+    with ground(job) as found:
+        heads, result, shared = grow_adapters(found)
+        scorer = LoraScorer(
+            job.backbone,
+            job.options,
+            job.views,
+            trained_heads(heads, result),
+            [_on_cpu(own_tensors(branch.blocks)) for branch in result.branches],
+            blocks=job.blocks,
+            lora=job.lora,
+            shared=shared,
+            branching=found.branching,
+        )
+        return finish(found, scorer, result)
+
+
+def grow_adapters(found: Ground) -> tuple[HeadWeights, BranchesResult, Tensors | None]:
+    """Train the members on token states: first heads, members, and the adapter all start from."""
+    job, blocks = found.job, found.branching.trunk.rest
+    start = only(job.start, LoraScorer)
+    if start is not None:
+        if start.shared is not None:
+            blocks = merged(blocks, job.lora, start.shared)
+        grown = [_continued(blocks, job.lora, tensors) for tensors in start.tensors]
+        result = fit_branches(found, start.heads, grown, checkpoint=job.checkpoint)
+        return start.heads, result, start.shared
+    shared = _shared(found) if job.warm_start else None
+    if shared is not None:
+        blocks = merged(blocks, job.lora, shared)
+    heads = first_heads(found, [blocks])
+    own = [_adapted(blocks, job.lora, seeds["init"]) for seeds in job.seeds]
+    return heads, fit_branches(found, heads, own, checkpoint=job.checkpoint), shared
+
+
+def _adapted(blocks: ModuleList, lora: LoraOptions, seed: int) -> ModuleList:
+    with global_seed(seed):
+        return adapt(blocks, lora)
+
+
+def _continued(blocks: ModuleList, lora: LoraOptions, tensors: Tensors) -> ModuleList:
+    """Put an adapter around the blocks that has a member's weights, and can be trained."""
+    own = pour(blocks, lora, tensors).train()
+    for p in own_parameters(own):
+        p.requires_grad = True
+    return own
+
+
+def _on_cpu(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+def _shared(found: Ground) -> Tensors:
+    """Fit the adapter that all members start from, or read it where it is fitted already."""
+    job, blocks = found.job, found.branching.trunk.rest
+    place = None if job.checkpoint is None else job.checkpoint / "shared"
+    done = None if place is None else place / "done"
+    stored = None if done is None else load_checkpoint(done, recipe=job.digest)
+    if stored is not None:
+        return stored[0]
+    seeds = member_seeds(job.seeds[0]["init"], 1)  # a stream of its own
+    alone = replace(
+        found,
+        job=replace(
+            job,
+            seeds=seeds,
+            views=job.views[:1],
+            recipe=replace(job.recipe, diversity=0.0),
+            progress=job.named("shared adapter"),
+        ),
+    )
+    result = fit_branches(
+        alone,
+        first_heads(alone, [blocks]),
+        [_adapted(blocks, job.lora, seeds[0]["init"])],
+        checkpoint=place,
+    )
+    tensors = _on_cpu(own_tensors(result.branches[0].blocks))
+    if done is not None:
+        save_checkpoint(done, tensors, {"recipe": job.digest})
+    return tensors

@@ -1,0 +1,274 @@
+"""What each server is asked and what it answers: pure functions, one `Wire` a protocol.
+
+Read from the released sources: vLLM 0.33 (``entrypoints/pooling``), SGLang 0.5.23
+(``srt/entrypoints/http_server.py``), text-embeddings-inference (``router/src/http``), OpenRLHF
+0.11.2 (``cli/serve_rm.py``). Each asks for raw logits where the server would do something to them.
+Knows JSON; knows nothing of HTTP, of templates or of tries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from ensemble_rm.data.samples import prompt_json
+from ensemble_rm.errors import OptionError, RemoteAnswerError
+from ensemble_rm.members.remote.request_text import Rendered
+
+Body: TypeAlias = dict[str, Any]
+Scored: TypeAlias = "float | str"
+"""A score, or why there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request says beside its texts.
+
+    Attributes
+    ----------
+    model : str, optional
+        The name by which the server knows its model; its only one where not given.
+    special_tokens : bool
+        Whether the server shall add special tokens to a text.
+    truncate : bool
+        Whether the server may cut what is too long for it, without a word; else it rejects it.
+    """
+
+    model: str | None = None
+    special_tokens: bool = True
+    truncate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """One protocol.
+
+    Attributes
+    ----------
+    path : str
+        What follows the server's address.
+    forms : tuple of str
+        Forms of a sample that it takes: ``"text"``, ``"pair"``, ``"messages"``, ``"sample"``.
+    request : callable
+        (rendered samples of one form, asked) → the body.
+    answer : callable
+        (the answer's JSON, number of samples) → their scores, or why one has none, in order.
+        Raises `RemoteAnswerError` where the answer as a whole cannot be read.
+    batch : int
+        Samples a request, where the user names no other number.
+    adds_special_tokens : bool
+        Whether the server adds special tokens to a text whatever is asked.
+    truncates : bool
+        Whether `Asked.truncate` can be asked of it.
+    names_model : bool
+        Whether `Asked.model` can be.
+    """
+
+    path: str
+    forms: tuple[str, ...]
+    request: Callable[[Sequence[Rendered], Asked], Body]
+    answer: Callable[[Any, int], list[Scored]]
+    batch: int = 64
+    adds_special_tokens: bool = False
+    truncates: bool = False
+    names_model: bool = False
+
+
+def read_number(value: object) -> Scored:
+    """Return a finite number as it is, and of anything else why it is no score."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"the score is {value!r}, not a number"[:200]
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    return number if math.isfinite(number) else f"the score is {number}"
+
+
+def _only(values: object, what: str) -> Scored:
+    """Read the one logit of a reward model."""
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        return f"{what} is {type(values).__name__}, not a list of numbers"
+    if len(values) != 1:
+        return f"{what} holds {len(values)} numbers; a reward model has one output"
+    return read_number(values[0])
+
+
+def _listed(value: object, n: int, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise RemoteAnswerError(f"the answer's {what} is {type(value).__name__}, not a list")
+    if len(value) != n:
+        raise RemoteAnswerError(f"the answer's {what} holds {len(value)} of {n} scores")
+    return value
+
+
+def _field(answer: object, name: str) -> Any:
+    if not isinstance(answer, Mapping) or name not in answer:
+        has = sorted(map(str, answer)) if isinstance(answer, Mapping) else type(answer).__name__
+        raise RemoteAnswerError(f"the answer has no {name!r}: {has}"[:300])
+    return answer[name]
+
+
+# vLLM --------------------------------------------------------------------------------------------
+
+
+def _vllm_request(items: Sequence[Rendered], asked: Asked) -> Body:
+    # Without use_activation=false one logit goes through a sigmoid.
+    body: Body = {"use_activation": False}
+    if items[0].messages is not None:  # one conversation a request
+        body["messages"] = items[0].messages
+    else:
+        body["input"] = [item.text for item in items]
+        body["add_special_tokens"] = asked.special_tokens
+    if asked.model is not None:
+        body["model"] = asked.model
+    if asked.truncate:
+        body["truncate_prompt_tokens"] = -1  # the model's own limit
+    return body
+
+
+def _pooling_request(items: Sequence[Rendered], asked: Asked) -> Body:
+    return _vllm_request(items, asked) | {"encoding_format": "float"}
+
+
+def _by_index(answer: Any, n: int) -> list[Mapping[str, Any]]:
+    """Put the entries of `data` at the places that they name."""
+    entries = _listed(_field(answer, "data"), n, "'data'")
+    found: list[Any] = [None] * n
+    for entry in entries:
+        index = _field(entry, "index")
+        if not isinstance(index, int) or not 0 <= index < n or found[index] is not None:
+            raise RemoteAnswerError(f"the answer's index {index!r} is repeated or not below {n}")
+        found[index] = entry
+    return found
+
+
+def _classify_answer(answer: Any, n: int) -> list[Scored]:
+    return [_only(_field(entry, "probs"), "'probs'") for entry in _by_index(answer, n)]
+
+
+def _pooling_answer(answer: Any, n: int) -> list[Scored]:
+    return [_pooled(_field(entry, "data")) for entry in _by_index(answer, n)]
+
+
+def _pooled(data: object) -> Scored:
+    """Read one logit; of a model that scores every token, the last token's."""
+    if isinstance(data, list) and data and isinstance(data[-1], list):
+        return _only(data[-1], "the last token's 'data'")
+    return _only(data, "'data'")
+
+
+# SGLang ------------------------------------------------------------------------------------------
+
+
+def _sglang_request(items: Sequence[Rendered], asked: Asked) -> Body:  # noqa: ARG001
+    # Not /v1/classify, which makes a softmax of one logit: 1.0, always.
+    return {"text": [item.text for item in items]}
+
+
+def _sglang_answer(answer: Any, n: int) -> list[Scored]:
+    entries = _listed(answer, n, "whole")
+    return [_only(_field(entry, "embedding"), "'embedding'") for entry in entries]
+
+
+# text-embeddings-inference -----------------------------------------------------------------------
+
+
+def _tei_request(items: Sequence[Rendered], asked: Asked) -> Body:
+    # A flat list of two texts would be one pair: every text is a list of its own.
+    inputs = [list(item.pair) if item.pair is not None else [item.text] for item in items]
+    return {"inputs": inputs, "raw_scores": True, "truncate": asked.truncate}
+
+
+def _tei_answer(answer: Any, n: int) -> list[Scored]:
+    found: list[Scored] = []
+    for labels in _listed(answer, n, "whole"):
+        if not isinstance(labels, list) or len(labels) != 1:
+            found.append(f"{labels!r} are no scores of one label; a reward model has one"[:200])
+        else:
+            found.append(read_number(_field(labels[0], "score")))
+    return found
+
+
+# OpenRLHF ----------------------------------------------------------------------------------------
+
+
+def _openrlhf_request(items: Sequence[Rendered], asked: Asked) -> Body:  # noqa: ARG001
+    prompts = [item.prompt_text for item in items]
+    return {"query": [item.text for item in items], "prompts": prompts, "labels": [""] * len(items)}
+
+
+def _openrlhf_answer(answer: Any, n: int) -> list[Scored]:
+    rewards = _field(answer, "rewards")
+    if n == 1 and not isinstance(rewards, list):
+        rewards = [rewards]
+    return [
+        _only(value, "a reward") if isinstance(value, list) else read_number(value)
+        for value in _listed(rewards, n, "'rewards'")
+    ]
+
+
+# Our own -----------------------------------------------------------------------------------------
+
+
+def _own_request(items: Sequence[Rendered], asked: Asked) -> Body:  # noqa: ARG001
+    samples: list[Body] = []
+    for item in items:
+        assert item.sample is not None
+        row: Body = {
+            "prompt": prompt_json(item.sample.prompt),
+            "completion": item.sample.completion,
+        }
+        if item.sample.reference is not None:
+            row["reference"] = item.sample.reference
+        samples.append(row)
+    return {"samples": samples, "partial": True}  # a sample that fails there fails alone
+
+
+def _own_answer(answer: Any, n: int) -> list[Scored]:
+    rewards = _listed(_field(answer, "rewards"), n, "'rewards'")
+    errors = answer.get("errors") or [None] * n
+    return [
+        f"the server's own error: {error}"[:200] if value is None and error else read_number(value)
+        for value, error in zip(rewards, _listed(errors, n, "'errors'"), strict=True)
+    ]
+
+
+def _vllm(path: str, request: Callable[..., Body], answer: Callable[..., list[Scored]]) -> Wire:
+    return Wire(path, ("text", "messages"), request, answer, truncates=True, names_model=True)
+
+
+WIRES: dict[str, Wire] = {
+    "vllm-classify": _vllm("/classify", _vllm_request, _classify_answer),
+    "vllm-pooling": _vllm("/pooling", _pooling_request, _pooling_answer),
+    "sglang": Wire(
+        "/classify", ("text",), _sglang_request, _sglang_answer, adds_special_tokens=True
+    ),
+    "tei": Wire(
+        "/predict",
+        ("text", "pair"),
+        _tei_request,
+        _tei_answer,
+        batch=32,  # its --max-client-batch-size, unless it is told otherwise
+        adds_special_tokens=True,
+        truncates=True,
+    ),
+    "openrlhf": Wire("/get_reward", ("text",), _openrlhf_request, _openrlhf_answer),
+    "ensemble-rm": Wire("/v1/score", ("sample",), _own_request, _own_answer),
+}
+"""Every protocol by its name."""
+
+
+def find_wire(protocol: str) -> Wire:
+    """Return a protocol.
+
+    Raises
+    ------
+    OptionError
+        If there is none of that name.
+    """
+    if protocol not in WIRES:
+        raise OptionError(f"protocol must be one of {', '.join(WIRES)}, not {protocol!r}")
+    return WIRES[protocol]

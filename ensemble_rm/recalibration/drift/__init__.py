@@ -1,1 +1,0 @@
-"""Drift of three kinds, told apart: labelled, unlabelled, raters."""

@@ -1,1 +1,0 @@
-"""Tables and pictures of how good a reward is."""

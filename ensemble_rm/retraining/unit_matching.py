@@ -1,0 +1,112 @@
+"""A new ensemble in the units of an old one: λ, κ and β press on a policy as they did.
+
+Knows scores of a reference set; knows nothing of judgments, training or versions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from scipy.optimize import brentq
+
+from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
+from ensemble_rm.data.samples import Preferences, require_pairs
+from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+from ensemble_rm.errors import OptionError
+from ensemble_rm.progress import Progress, silent
+
+_REACH = 1e3  # how far from the proportional scale another is looked for
+
+
+def same_units(
+    candidate: RewardEnsemble,
+    incumbent: RewardEnsemble,
+    reference: Preferences,
+    *,
+    progress: Progress = silent,
+) -> RewardEnsemble:
+    """Refit a candidate's normaliser so that its reward is spread as the incumbent's is.
+
+    Each member is scaled to the same RMS deviation within prompts on the reference completions, as
+    at training; then all by one factor, and moved by one constant, so that the *aggregated* reward
+    has the incumbent's RMS deviation within prompts and its mean there. Members' scales alone would
+    not do: where new members agree more, or less, their aggregate is wider, or narrower.
+
+    Parameters
+    ----------
+    candidate, incumbent : RewardEnsemble
+        The candidate takes the incumbent's aggregator.
+    reference : Preferences
+        Pairs whose completions are the fixed reference set; their verdicts do not count.
+    progress : callable
+        Called with (stage, done, total).
+
+    Returns
+    -------
+    RewardEnsemble
+        The candidate in the incumbent's units, not calibrated.
+
+    Raises
+    ------
+    EmptyDataError
+        If there is no reference pair.
+    OptionError
+        If no common factor gives that spread.
+    """
+    require_pairs(reference, "refitting the units")
+    samples, groups = reference.samples(), reference.sample_groups()
+    wanted = reward_units(incumbent.score(samples, progress=progress).reward, groups)
+    scores = candidate.score(samples, progress=progress).members
+    own = fit_normaliser(scores, groups, nan=incumbent.aggregator.nan)
+    factor = _factor(own(scores), groups, incumbent.aggregator, wanted.scale[0])
+    level = reward_units(incumbent.aggregator(factor * own(scores)), groups).offset[0]
+    normaliser = _chain(candidate.normaliser, own, factor, wanted.offset[0] - level)
+    return replace(
+        candidate, normaliser=normaliser, aggregator=incumbent.aggregator, calibration=None
+    )
+
+
+def reward_units(
+    reward: Floats, groups: Floats | np.ndarray[tuple[int], np.dtype[np.int64]]
+) -> Normaliser:
+    """Return the mean of a reward and its RMS deviation within prompts, as a normaliser of one."""
+    return fit_normaliser(reward[:, None], groups)
+
+
+def _factor(members: Floats, groups: object, aggregator: Aggregator, wanted: float) -> float:
+    """Return the c for which the aggregate of c·members has the wanted spread.
+
+    In proportion where the aggregator is homogeneous; else, as under UWO, whose penalty is a
+    variance, the nearest root.
+    """
+
+    def excess(log_factor: float) -> float:
+        reward = aggregator(math.exp(log_factor) * members)
+        return reward_units(reward, groups).scale[0] - wanted  # type: ignore[arg-type]
+
+    start = math.log(wanted) - math.log(excess(0.0) + wanted)
+    if abs(excess(start)) <= 1e-12 * wanted:
+        return math.exp(start)
+    step = 0.02
+    while step <= math.log(_REACH):
+        for low, high in ((start, start + step), (start - step, start)):
+            if excess(low) * excess(high) <= 0:
+                return math.exp(float(brentq(excess, low, high, xtol=1e-14)))
+        step *= 1.5
+    raise OptionError(
+        f"no scale gives the members a reward by {aggregator} whose RMS within prompts is "
+        f"{wanted:.4g}; take another aggregator, or train anew and choose its coefficient"
+    )
+
+
+def _chain(first: Normaliser, then: Normaliser, factor: float, shift: float) -> Normaliser:
+    """Return x ↦ factor·then(first(x)) + shift as one normaliser."""
+    s, o = np.array(first.scale), np.array(first.offset)
+    b, a = np.array(then.scale), np.array(then.offset)
+    scale = s * b / factor
+    offset = o + s * a - shift * scale
+    return Normaliser(tuple(offset.tolist()), tuple(scale.tolist()), first.baseline)

@@ -1,0 +1,120 @@
+"""What is worth watching of a call's rewards: spread, disagreement, correlation, strangeness.
+
+Knows arrays of normalised scores and which rows share a prompt; knows nothing of trainers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.scored_pairs import ScoredPairs
+from ensemble_rm.errors import OptionError
+from ensemble_rm.uncertainty.disagreement import margin_correlation, mean_correlation
+
+RANGE = (0.005, 0.995)  # quantiles of the reference scores; 1 % of them lie outside
+
+
+def prompt_groups(prompts: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Return the number of each row's prompt in order of appearance, shape (n_samples,)."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(p, len(numbers)) for p in prompts], dtype=np.int64)
+
+
+def reference_range(evidence: ScoredPairs) -> Floats:
+    """Return where 99 % of each member's scores of the judged completions lie.
+
+    Parameters
+    ----------
+    evidence : ScoredPairs
+        The judgments that the ensemble was calibrated on.
+
+    Returns
+    -------
+    ndarray, shape (2, n_members)
+        Low and high, in normalised units; of those that the member scored.
+    """
+    scores = np.concatenate([evidence.first, evidence.second])
+    return np.asarray(np.nanquantile(scores, RANGE, axis=0), dtype=np.float64)
+
+
+def outside_range(members: Floats, span: Floats) -> NDArray[np.bool_]:
+    """Say which scores lie outside their member's reference range, shape (n, n_members)."""
+    outside: NDArray[np.bool_] = (members < span[0]) | (members > span[1])
+    return outside
+
+
+def within_prompts(values: Floats, groups: NDArray[np.int64]) -> Floats:
+    """Subtract from each row the mean of its prompt's rows; shape as given."""
+    counts = np.bincount(groups)
+    sums = np.zeros((len(counts), *values.shape[1:]))
+    np.add.at(sums, groups, values)
+    return values - (sums.T / np.maximum(counts, 1)).T[groups]
+
+
+def disagreement(members: Floats, groups: NDArray[np.int64]) -> float:
+    """Measure how divided the members are on the order of a prompt's completions.
+
+    Parameters
+    ----------
+    members : ndarray, shape (n_samples, n_members)
+        Finite normalised scores.
+    groups : ndarray of int, shape (n_samples,)
+        Prompt of each.
+
+    Returns
+    -------
+    float
+        Mean share of the outvoted members over all pairs of completions of one prompt, a member's
+        tie half on each side: 0 is unanimous, ½ evenly split; NaN where no prompt has a pair.
+    """
+    outvoted, pairs = 0.0, 0
+    for group in range(int(groups.max(initial=-1)) + 1):
+        rows = members[groups == group]
+        i, j = np.triu_indices(len(rows), 1)
+        share = (0.5 + 0.5 * np.sign(rows[i] - rows[j])).mean(axis=1)
+        outvoted += float(np.minimum(share, 1 - share).sum())
+        pairs += len(share)
+    return outvoted / pairs if pairs else float("nan")
+
+
+def within_correlation(members: Floats, groups: NDArray[np.int64]) -> float:
+    """Mean correlation between members of their scores within prompts; NaN where it has none."""
+    centred = within_prompts(members, groups)
+    try:
+        return mean_correlation(margin_correlation(centred))
+    except OptionError:  # a member that scores all completions of each prompt alike
+        return float("nan")
+
+
+def length_slope(reward: Floats, log_length: Floats, groups: NDArray[np.int64]) -> float:
+    """Slope of reward on log length within prompts, by least squares.
+
+    Length is the first thing that policies exploit: a slope that rises along a run says that the
+    reward is being paid for words.
+
+    Parameters
+    ----------
+    reward : ndarray, shape (n_samples,)
+        Normalised units.
+    log_length : ndarray, shape (n_samples,)
+        Natural logarithm of each completion's length.
+    groups : ndarray of int, shape (n_samples,)
+        Prompt of each.
+
+    Returns
+    -------
+    float
+        Normalised units a unit of log length; NaN where lengths do not vary within any prompt.
+    """
+    x, y = within_prompts(log_length, groups), within_prompts(reward, groups)
+    spread = float(x @ x)
+    return float(x @ y) / spread if spread > 1e-12 * len(x) else float("nan")
+
+
+def length_controlled(reward: Floats, log_length: Floats, slope: float, reference: float) -> Floats:
+    """Subtract what length alone explains, above a reference length; shape (n_samples,)."""
+    return reward - slope * (log_length - reference)

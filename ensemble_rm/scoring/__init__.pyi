@@ -1,0 +1,1 @@
+from .score_cache import ScoreCache as ScoreCache

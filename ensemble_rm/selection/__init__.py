@@ -1,1 +1,0 @@
-"""What to ask next: pairs chosen for judgment, each with a known probability."""

@@ -1,0 +1,189 @@
+"""Text in the policy's own template → a sample, where that can be done without guessing.
+
+Most wire formats carry one string that a template made of prompt and completion. Members have
+templates of their own, so the turns must be found again: the operator says how the template writes
+a turn, and a text that is not made of such turns is refused. Members that read the policy's
+template may be declared, and score such text as it is. Knows text; knows nothing of HTTP or models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ensemble_rm.data.samples import Message, Sample
+from ensemble_rm.errors import DataError, OptionError, RawTextError, UnprocessableError
+from ensemble_rm.rl.openrlhf import read_query
+
+KNOWN = {
+    "chatml": "<|im_start|>{role}\n{content}<|im_end|>",
+    "llama3": "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+    "gemma": "<start_of_turn>{role}\n{content}<end_of_turn>",
+}
+"""How some policies' templates write a turn."""
+_SPECIAL = re.compile(r"(?:<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>)\s*$")
+_ROLES = {"model": "assistant", "human": "user"}
+
+
+class TurnTemplate:
+    r"""How a policy's template writes one turn, read backwards.
+
+    Parameters
+    ----------
+    turn : str
+        A name in `KNOWN`, or text with ``{role}`` and ``{content}``, such as
+        ``<|im_start|>{role}\n{content}<|im_end|>``. It must begin with something that stands in no
+        content.
+
+    Raises
+    ------
+    OptionError
+        If it does not have these two, in this order, between other text.
+    """
+
+    def __init__(self, turn: str) -> None:
+        text = KNOWN.get(turn, turn)
+        parts = re.split(r"\{role\}|\{content\}", text)
+        ordered = text.find("{role}") < text.find("{content}")
+        if (
+            len(parts) != 3
+            or not ordered
+            or not all(part.strip() for part in (parts[0], parts[2]))
+            or not parts[1]
+        ):
+            raise OptionError(
+                f"a turn's template is one of {', '.join(KNOWN)}, or text with {{role}} and then "
+                f"{{content}}, each between other text; not {turn!r}"
+            )
+        self.text = text
+        self._open, self._middle, self._close = parts
+
+    @property
+    def end(self) -> str:
+        """What ends a turn."""
+        return self._close.strip()
+
+    def read(self, text: str) -> tuple[tuple[Message, ...], str]:
+        """Return the turns before the last, and the last one's text, which is the assistant's.
+
+        Special tokens before the first turn are skipped; the last turn may lack its end.
+
+        Raises
+        ------
+        UnprocessableError
+            If the text is not made of such turns, or does not end in one by the assistant.
+        """
+        turns = [self._turn(piece) for piece in self._pieces(text)]
+        if len(turns) < 2 or turns[-1].role != "assistant":
+            raise UnprocessableError(
+                "a text in the policy's template must end in a turn by the assistant after others"
+            )
+        return tuple(turns[:-1]), turns[-1].content
+
+    def _pieces(self, text: str) -> list[str]:
+        before, *pieces = text.split(self._open)
+        # A template may begin with a token of its own, such as <|begin_of_text|>.
+        if not pieces or re.fullmatch(r"\s*(?:<[^<>\s]{1,40}>\s*)?", before) is None:
+            raise UnprocessableError("a text is not in the template that this server was told of")
+        for piece in pieces[:-1]:
+            if not piece.rstrip().endswith(self.end):
+                raise UnprocessableError("a turn in a text does not end as its template says")
+        return pieces
+
+    def _turn(self, piece: str) -> Message:
+        role, found, content = piece.partition(self._middle)
+        if not found or re.fullmatch(r"\w{1,32}", role.strip()) is None:
+            raise UnprocessableError("a turn in a text does not name its role as its template says")
+        content, _, after = content.partition(self.end)
+        if re.fullmatch(r"\s*(?:<[^<>\s]{1,40}>\s*)*", after) is None:
+            raise UnprocessableError("there is text between the turns of a text")
+        role = role.strip()
+        return Message(_ROLES.get(role, role), content.strip())
+
+
+@dataclass(frozen=True)
+class RawText:
+    """What this server does with text in the policy's template.
+
+    Attributes
+    ----------
+    template : TurnTemplate, optional
+        How the policy writes a turn; without it no text is taken apart.
+    stop : tuple of str
+        What ends a turn, cut from the completion's end where the prompt is sent apart.
+    members : tuple of str
+        Members that read the policy's template themselves.
+    """
+
+    template: TurnTemplate | None = None
+    stop: tuple[str, ...] = ()
+    members: tuple[str, ...] = field(default=())
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """What ends a turn: what was said, and the template's own end."""
+        return self.stop + (() if self.template is None else (self.template.end,))
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise `OptionError` where a declared member is not among `names`."""
+        if unknown := sorted(set(self.members) - set(names)):
+            raise OptionError(f"no member {unknown[0]!r}; there are {', '.join(names)}")
+
+    def refusing(self, names: Sequence[str]) -> list[str]:
+        """Return the members that cannot read the policy's template."""
+        return [name for name in names if name not in self.members]
+
+    def whole(self, text: str, names: Sequence[str]) -> Sample:
+        """Return the sample of one text that holds prompt and completion.
+
+        Raises
+        ------
+        UnprocessableError
+            If it cannot be taken apart, and a member does not read it as it is.
+        """
+        if not text.strip():
+            raise UnprocessableError("a text is empty")
+        refusing = self.refusing(names)
+        if self.template is not None:
+            try:
+                return Sample(*self.template.read(text))
+            except UnprocessableError:
+                if refusing:
+                    raise
+        if refusing:
+            raise UnprocessableError(
+                f"RawTextError: members {', '.join(refusing)} cannot read text in the policy's "
+                "template; start the server with --policy-template, so that it can take texts "
+                "apart, or with --raw-text-members; or send messages"
+            )
+        return Sample("", text)
+
+    def each(self, texts: str | Sequence[str], names: Sequence[str]) -> list[Sample]:
+        """Return the samples of one text, or of several."""
+        return [self.whole(t, names) for t in ([texts] if isinstance(texts, str) else texts)]
+
+    def split(self, query: str, prompt: str | None, label: object, names: Sequence[str]) -> Sample:
+        """Return the sample of a text whose prompt, or messages, may be sent beside it.
+
+        Raises
+        ------
+        UnprocessableError
+            If neither is there and the text cannot be taken apart, or they do not fit.
+        """
+        if prompt is None:
+            return self.whole(query, names)
+        refusing = self.refusing(names)
+        if not self.stops and _SPECIAL.search(query):
+            raise UnprocessableError(
+                "a query ends in a special token, which no member should read; start the server "
+                "with --stop, or with --policy-template"
+            )
+        try:
+            return read_query(query, prompt, label, stop=self.stops, refusing=refusing)
+        except RawTextError:
+            return self.whole(query, names)
+        except DataError:  # its own message quotes the query
+            raise UnprocessableError(
+                "a query does not begin with its prompt, or its label's messages cannot be read"
+            ) from None

@@ -1,0 +1,2 @@
+from .repository import Versions as Versions
+from .version import Version as Version
