@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-import wire_doubles as doubles
+from tests.support import wire_doubles as doubles
 
 from ensemble_rm import Sample
 from ensemble_rm.members import ClientOptions, RemoteScorer

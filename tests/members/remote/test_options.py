@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-import wire_doubles as doubles
+from tests.support import wire_doubles as doubles
 
 from ensemble_rm import (
     FunctionScorer,

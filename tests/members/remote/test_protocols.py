@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import wire_doubles as doubles
+from tests.support import wire_doubles as doubles
 from hypothesis import given, strategies as st
 from starlette.applications import Starlette
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import wire_doubles as doubles
+from tests.support import wire_doubles as doubles
 from hypothesis import given, settings, strategies as st
 
 from ensemble_rm import FunctionScorer, RewardEnsemble, Scorer

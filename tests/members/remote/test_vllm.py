@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import wire_doubles as doubles
+from tests.support import wire_doubles as doubles
 
 from ensemble_rm import Message, Sample
 from ensemble_rm.errors import (

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import wire_doubles as doubles
+from tests.support import wire_doubles as doubles
 from starlette.testclient import TestClient
 
 from ensemble_rm import Calibration, Preference, Preferences, RewardEnsemble
