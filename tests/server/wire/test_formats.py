@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import wire_doubles as doubles
 from starlette.testclient import TestClient
 
 from ensemble_rm import Calibration, Preference, Preferences, RewardEnsemble
@@ -24,6 +23,7 @@ from ensemble_rm.aggregation import lcb
 from ensemble_rm.server.service import ServerOptions
 from ensemble_rm.server.wire.raw_text import RawText, TurnTemplate
 from ensemble_rm.uncertainty.disagreement import split_uncertainty
+from tests.support import wire_doubles as doubles
 from tests.support.server_process import lengths
 from tests.support.server_runs import client, one
 
