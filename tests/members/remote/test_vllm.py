@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import wire_doubles as doubles
 
 from ensemble_rm import Message, Sample
 from ensemble_rm.errors import (
@@ -26,6 +25,7 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members import ClientOptions, RemoteScorer
 from ensemble_rm.members.remote.raw_logit_check import PROBES
+from tests.support import wire_doubles as doubles
 from tests.support.vllm_server import (
     SPOILED,
     Reference,
