@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.ties import TIE
+from ensemble_rm.errors import EnsembleRMError
 from ensemble_rm.members.encoding import Truncation
+from ensemble_rm.scoring.pipeline import NO_ERRORS, Errors, RawScores
 from ensemble_rm.uncertainty.disagreement import PairUncertainty, member_std, split_uncertainty
 
 
@@ -33,6 +37,18 @@ class Scores:
     truncation : Truncation
         Which samples were cut, by any member that tokenises here; a baseline's references are
         samples too.
+    errors : mapping of (int, str or None) to Exception
+        By (row, member), why a score is missing. Under ``on_error="record"``, every row without a
+        reward is here; its member is None where several members, or their aggregation, failed.
+        Under both policies, it holds what members on servers say of samples without a score.
+    distance : ndarray, shape (n_samples,), optional
+        To the training inputs, where it was asked for.
+
+    Examples
+    --------
+    >>> scores = ensemble.score(samples, on_error="record")
+    >>> for row, error in scores.failed.items():
+    ...     print(row, type(error).__name__)
     """
 
     names: tuple[str, ...]
@@ -40,6 +56,18 @@ class Scores:
     raw: Floats
     reward: Floats
     truncation: Truncation
+    errors: Errors = NO_ERRORS
+    distance: Floats | None = None
+
+    @cached_property
+    def failed(self) -> Mapping[int, Exception]:
+        """By row, why there is no reward; rows with a reward are not in it."""
+        lost: dict[int, Exception] = {}
+        for (row, member), error in self.errors.items():
+            # What failed as a whole says more than what one of its members lacks.
+            if np.isnan(self.reward[row]) and (row not in lost or member is None):
+                lost[row] = error
+        return MappingProxyType(dict(sorted(lost.items())))
 
     @property
     def std(self) -> Floats:
@@ -48,6 +76,43 @@ class Scores:
         An ensemble of one member is an error.
         """
         return member_std(self.members, nan="omit")
+
+
+def aggregate_recorded(
+    names: tuple[str, ...], result: RawScores, members: Floats, aggregator: Aggregator
+) -> Scores:
+    """Aggregate each row that has enough scores; record why the others have no reward.
+
+    Parameters
+    ----------
+    names : tuple of str
+        The members.
+    result : RawScores
+        What the members returned.
+    members : ndarray, shape (n_samples, n_members)
+        Normalised scores.
+    aggregator : Aggregator
+
+    Returns
+    -------
+    Scores
+        A row without a reward is NaN throughout, and stands in `errors`.
+    """
+    reward, errors = np.full(len(members), np.nan), dict(result.errors)
+    rows = np.flatnonzero(~result.failed)
+    try:
+        reward[rows] = aggregator(members[rows])
+    except EnsembleRMError:  # of which rows, only each row by itself can say
+        for row in rows:
+            try:
+                reward[row] = aggregator(members[row : row + 1])[0]
+            except EnsembleRMError as error:
+                errors[int(row), None] = error
+    lost = np.isnan(reward)
+    raw, members = result.raw.copy(), members.copy()
+    raw[lost] = members[lost] = np.nan
+    far = result.distance
+    return Scores(names, members, raw, reward, result.truncation, MappingProxyType(errors), far)
 
 
 @dataclass(frozen=True, eq=False)
