@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ensemble_rm.aggregation.aggregator import Aggregator, mean
+from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble

@@ -48,7 +48,7 @@ class RewardEnsemble(Stored):
     normaliser : Normaliser
         One offset and scale a member.
     aggregator : Aggregator
-        Members' scores to one reward.
+        Members' scores to one reward. Its weights, where it has any, name exactly the members.
     calibration : Calibration, optional
         Fitted by `calibrate`.
     provenance : dict
@@ -82,6 +82,7 @@ class RewardEnsemble(Stored):
             raise OptionError(f"members' names must differ: {self.names}")
         if len(self.normaliser.offset) != k:
             raise OptionError(f"a normaliser of {len(self.normaliser.offset)} for {k} members")
+        object.__setattr__(self, "aggregator", self.aggregator.bind(self.names))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -216,7 +217,8 @@ class RewardEnsemble(Stored):
         AggregatorMismatchError
             If the calibration belongs to another aggregator.
         """
-        calibration = require_calibration(self.calibration, aggregator or self.aggregator)
+        chosen = (aggregator or self.aggregator).bind(self.names)
+        calibration = require_calibration(self.calibration, chosen)
         if not len(prompts) == len(first) == len(second):
             raise OptionError(
                 f"{len(prompts)} prompts, {len(first)} first and {len(second)} second completions"
@@ -326,7 +328,7 @@ class RewardEnsemble(Stored):
             If the method is unknown, cannot take these votes and weights, or is asked for slices.
         """
         require_pairs(held, "calibration")
-        chosen = aggregator or self.aggregator
+        chosen = (aggregator or self.aggregator).bind(self.names)
         calibration = fit_calibration(
             self.judge(held, progress=progress),
             chosen,
@@ -356,6 +358,7 @@ class RewardEnsemble(Stored):
         NotCalibratedError
             If there is no calibration, or its judgments' scores were not kept.
         """
+        aggregator = aggregator.bind(self.names)
         calibration = refit_calibration(self.calibration, aggregator)
         return replace(self, aggregator=aggregator, calibration=calibration)
 
