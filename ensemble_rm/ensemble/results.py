@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +13,8 @@ from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.ties import TIE
-from ensemble_rm.errors import EnsembleRMError
 from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.scoring.pipeline import NO_ERRORS, Errors, RawScores
+from ensemble_rm.scoring.pipeline import Errors, RawScores
 from ensemble_rm.uncertainty.disagreement import PairUncertainty, member_std, split_uncertainty
 
 
@@ -56,7 +54,7 @@ class Scores:
     raw: Floats
     reward: Floats
     truncation: Truncation
-    errors: Errors = NO_ERRORS
+    errors: Errors = field(default_factory=dict)
     distance: Floats | None = None
 
     @cached_property
@@ -67,7 +65,7 @@ class Scores:
             # What failed as a whole says more than what one of its members lacks.
             if np.isnan(self.reward[row]) and (row not in lost or member is None):
                 lost[row] = error
-        return MappingProxyType(dict(sorted(lost.items())))
+        return dict(sorted(lost.items()))
 
     @property
     def std(self) -> Floats:
@@ -102,17 +100,17 @@ def aggregate_recorded(
     rows = np.flatnonzero(~result.failed)
     try:
         reward[rows] = aggregator(members[rows])
-    except EnsembleRMError:  # of which rows, only each row by itself can say
+    except Exception:  # noqa: BLE001 - of which rows, only each row by itself can say
         for row in rows:
             try:
                 reward[row] = aggregator(members[row : row + 1])[0]
-            except EnsembleRMError as error:
+            except Exception as error:  # noqa: BLE001 - recorded
                 errors[int(row), None] = error
     lost = np.isnan(reward)
     raw, members = result.raw.copy(), members.copy()
     raw[lost] = members[lost] = np.nan
     far = result.distance
-    return Scores(names, members, raw, reward, result.truncation, MappingProxyType(errors), far)
+    return Scores(names, members, raw, reward, result.truncation, errors, far)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -43,8 +42,6 @@ Floats = NDArray[np.float64]
 OnError: TypeAlias = Literal["raise", "record"]
 Errors: TypeAlias = Mapping[tuple[int, str | None], Exception]
 """By (row, member), why a score is missing; the member is None where it is not one alone."""
-
-NO_ERRORS: Errors = MappingProxyType({})
 
 _CHUNK = 4096  # samples whose features are in memory at once
 # A server that is out of reach, refuses, or serves the wrong scores fails every sample alike: half
@@ -78,6 +75,21 @@ class RawScores:
     errors: Errors
     baseline: Floats | None = None
     distance: Floats | None = None
+
+    def take(self, rows: Sequence[int]) -> RawScores:
+        """Return these rows, in this order; a row may come several times."""
+        own: dict[int, list[tuple[str | None, Exception]]] = {}
+        for (row, member), error in self.errors.items():
+            own.setdefault(row, []).append((member, error))
+        index = np.asarray(rows, dtype=np.int64)
+        return RawScores(
+            self.raw[index],
+            Truncation(self.truncation.prompts[index], self.truncation.completions[index]),
+            self.failed[index],
+            {(i, member): e for i, row in enumerate(rows) for member, e in own.get(row, ())},
+            None if self.baseline is None else self.baseline[index],
+            None if self.distance is None else self.distance[index],
+        )
 
 
 def score_members(
@@ -126,7 +138,21 @@ def score_members(
     """
     if on_error not in ("raise", "record"):
         raise OptionError(f"on_error must be 'raise' or 'record', not {on_error!r}")
-    call = _Call(scorers, cache, pool, record=on_error == "record")
+    record = on_error == "record"
+    if record and len(distinct := dict.fromkeys(samples)) < len(samples):
+        place = {sample: row for row, sample in enumerate(distinct)}
+        result = score_members(
+            scorers,
+            list(distinct),
+            baseline=baseline,
+            space=space,
+            cache=cache,
+            pool=pool,
+            on_error=on_error,
+            progress=progress,
+        )
+        return result.take([place[sample] for sample in samples])
+    call = _Call(scorers, cache, pool, record=record)
     if baseline:
         result = _with_references(call, samples, progress)
     elif space is not None and cache is None:
@@ -171,12 +197,18 @@ class _Call:
         started: list[list[tuple[range, PendingScores]]] = [[] for _ in range(k)]
         failed: list[dict[int, Exception]] = [{} for _ in range(k)]
         answers: dict[int, MemberScores] = {}
+        if self.record and not samples:  # nothing that fails could be recorded
+            width = sum(len(scorer.names) for scorer in self.scorers)
+            none = np.zeros(0, dtype=np.bool_)
+            return RawScores(np.empty((0, width)), Truncation.none(0), none, {}), None
         try:
             for i, scorer in enumerate(self.scorers):
                 started[i] = self._begin(scorer, samples, failed[i])
             # Computed here while the servers work.
             here = [i for i in range(k) if not started[i] and not failed[i]]
-            for i in here if self.pool is None else self._loaded_first(here):
+            if (pool := self.pool) is not None:  # those in memory first: it loads the fewest models
+                here.sort(key=lambda i: not pool.holds(self.scorers[i]))
+            for i in here:
                 score = self._scoring(self.scorers[i], features, progress)
                 try:
                     answers[i] = _checked(self.scorers[i], score(samples), n)
@@ -188,8 +220,7 @@ class _Call:
                     answers[i] = _joined(self.scorers[i], parts, n)
             for i in range(k):
                 if i not in answers:
-                    waited = self._wait(self.scorers[i], started[i], failed[i])
-                    answers[i] = _joined(self.scorers[i], waited, n)
+                    answers[i] = self._wait(i, started[i], failed, n)
         finally:  # a member that failed leaves the requests of others unread
             for own in started:
                 for _, pending in own:
@@ -200,6 +231,7 @@ class _Call:
         self, scorer: Scorer, samples: Sequence[Sample], failed: MutableMapping[int, Exception]
     ) -> list[tuple[range, PendingScores]]:
         """Send a member's requests; none where this process computes its scores."""
+        parts: Iterable[tuple[range, PendingScores | None]]
         try:
             parts = [(range(len(samples)), scorer.begin(samples))]
         except BaseException as error:  # a template, perhaps, that one sample does not fit
@@ -210,45 +242,35 @@ class _Call:
 
     def _wait(
         self,
-        scorer: Scorer,
+        i: int,
         started: Sequence[tuple[range, PendingScores]],
-        failed: MutableMapping[int, Exception],
-    ) -> list[tuple[range, MemberScores]]:
-        """Read what servers computed; they are asked about no sample twice."""
-        parts = []
+        failed: Sequence[MutableMapping[int, Exception]],
+        n: int,
+    ) -> MemberScores:
+        """Read what a server computed; it is asked about no sample twice."""
+        scorer, parts = self.scorers[i], []
         for rows, pending in started:
+            if len(rows) and all(any(row in own for own in failed) for row in rows):
+                continue  # the samples failed elsewhere: nothing needs these scores
             try:
                 parts.append((rows, _checked(scorer, pending.result(), len(rows))))
             except BaseException as error:
                 if not self.record:
                     raise
-                failed.update(dict.fromkeys(rows, _as_exception(error)))
-        return parts
-
-    def _loaded_first(self, here: Sequence[int]) -> list[int]:
-        """Return the members in the order that loads the fewest models."""
-        assert self.pool is not None
-        order = self.pool.loaded_first([self.scorers[i] for i in here])
-        place = {id(scorer): j for j, scorer in enumerate(order)}
-        return sorted(here, key=lambda i: place[id(self.scorers[i])])
+                failed[i].update(dict.fromkeys(rows, _as_exception(error)))
+        return _joined(scorer, parts, n)
 
     def _scoring(
         self, scorer: Scorer, features: bool, progress: Progress
     ) -> Callable[[Sequence[Sample]], MemberScores]:
         """Return what scores with a member of this process, through pool and cache."""
         score = partial(scorer.score_detailed, features=features, progress=progress)
-        cache, pool, compute = self.cache, self.pool, score
-        if pool is not None:
-
-            def compute(samples: Sequence[Sample]) -> MemberScores:
-                with pool.using(scorer):
-                    return score(samples)
-
-        digest = None if cache is None else scorer.digest
-        if cache is None or digest is None:
+        compute = score if self.pool is None else partial(_score_in, self.pool, scorer, score)
+        digest = None if self.cache is None else scorer.digest
+        if self.cache is None or digest is None:
             return compute
         # Checked here, too: nothing of the wrong shape goes into the cache.
-        return partial(cache.scores, digest, compute=partial(_score_checked, scorer, compute))
+        return partial(self.cache.scores, digest, compute=partial(_score_checked, scorer, compute))
 
     def _combine(
         self,
@@ -270,7 +292,7 @@ class _Call:
         # Without the member that raised, the others would make another reward than was asked for.
         raw[lost] = np.nan
         features = [answer.features for answer in answers if answer.features is not None]
-        return RawScores(raw, cut, lost, MappingProxyType(errors)), (
+        return RawScores(raw, cut, lost, errors), (
             np.concatenate(features, axis=1) if features else None
         )
 
@@ -344,7 +366,7 @@ def _as_exception(error: BaseException) -> Exception:
         return error
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | asyncio.CancelledError):
         raise error
-    failure = RuntimeError(f"scoring raised {type(error).__name__}: {error}")
+    failure = RuntimeError(f"scoring raised {type(error).__name__}")
     failure.__cause__ = error
     return failure
 
@@ -355,6 +377,16 @@ def _checked(scorer: Scorer, answer: MemberScores, n: int) -> MemberScores:
     if answer.features is None:
         return replace(answer, scores=scores)
     return replace(answer, scores=scores, features=check_features(scorer, answer.features, n))
+
+
+def _score_in(
+    pool: ModelPool,
+    scorer: Scorer,
+    score: Callable[[Sequence[Sample]], MemberScores],
+    samples: Sequence[Sample],
+) -> MemberScores:
+    with pool.using(scorer):
+        return score(samples)
 
 
 def _score_checked(
@@ -407,7 +439,7 @@ def _with_references(call: _Call, samples: Sequence[Sample], progress: Progress)
     for (row, member), error in both.errors.items():
         for own in [row] if row < m else np.flatnonzero(places == row - m):
             errors.setdefault((rows[own], member), error)
-    return RawScores(raw, cut, lost, MappingProxyType(errors), below)
+    return RawScores(raw, cut, lost, errors, below)
 
 
 def _with_distances(
@@ -436,7 +468,7 @@ def _with_distances(
             np.concatenate([part.truncation.completions for part in parts]),
         ),
         np.concatenate([part.failed for part in parts]),
-        MappingProxyType(errors),
+        errors,
         distance=np.concatenate(far),
     )
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from ensemble_rm import RewardEnsemble, Sample
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
-from ensemble_rm.ensemble.isolation import score_apart
 from ensemble_rm.errors import (
     NonFiniteScoreError,
     RemoteActivationError,
@@ -71,10 +70,11 @@ def test_nobody_is_asked_again_after_an_outage(
 
 
 @given(texts.filter(bool), errors)
-def test_every_place_comes_once(completions: list[str], error: RemoteError) -> None:
+def test_an_outage_fails_every_sample(completions: list[str], error: RemoteError) -> None:
     samples = [Sample("q", text) for text in completions]
-    apart = score_apart(ensemble(Elsewhere(error)), samples, failures=(Exception,))
-    assert [place for rows, _ in apart for place in rows] == list(range(len(samples)))
+    scores = ensemble(Elsewhere(error)).score(samples, on_error="record")
+    assert np.isnan(scores.reward).all()
+    assert scores.failed == dict.fromkeys(range(len(samples)), error)
 
 
 def test_a_loop_ends_with_the_outage_itself() -> None:

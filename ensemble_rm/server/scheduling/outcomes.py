@@ -14,9 +14,7 @@ import numpy as np
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.ensemble.isolation import score_apart
-from ensemble_rm.errors import EnsembleRMError, NonFiniteScoreError
-from ensemble_rm.server.scheduling.threads import as_failure
+from ensemble_rm.errors import EnsembleRMError
 from ensemble_rm.uncertainty.disagreement import member_std
 
 if TYPE_CHECKING:
@@ -79,28 +77,20 @@ def score_outcomes(ensemble: RewardEnsemble, samples: Sequence[Sample]) -> list[
     list of (Scored or Exception)
         In the order of the samples.
     """
-    found: list[Outcome] = []
-    # A panic in Rust, such as a tokenizer's, is no `Exception`.
-    for rows, scores in score_apart(ensemble, samples, failures=(BaseException,)):
-        if isinstance(scores, BaseException):
-            found.append(scores if isinstance(scores, Exception) else as_failure(scores))
-            continue
-        cut = scores.truncation
-        for i in range(len(rows)):
-            reward = float(scores.reward[i])
-            if not np.isfinite(reward):
-                found.append(NonFiniteScoreError("a reward is NaN or infinite"))
-                continue
-            found.append(
-                Scored(
-                    reward,
-                    scores.members[i],
-                    scores.raw[i],
-                    bool(cut.prompts[i]),
-                    bool(cut.completions[i]),
-                )
-            )
-    return found
+    scores = ensemble.score(samples, on_error="record")
+    cut, failed = scores.truncation, scores.failed
+    return [
+        failed[i]
+        if i in failed
+        else Scored(
+            float(scores.reward[i]),
+            scores.members[i],
+            scores.raw[i],
+            bool(cut.prompts[i]),
+            bool(cut.completions[i]),
+        )
+        for i in range(len(samples))
+    ]
 
 
 def first_error(outcomes: Sequence[object]) -> tuple[int, Exception] | None:
