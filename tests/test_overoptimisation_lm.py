@@ -14,7 +14,8 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ensemble_rm import Preference, Preferences, Recipe, Sample, TrunkOptions, train
+from ensemble_rm import Preference, Preferences, Sample, TrunkOptions, train
+from ensemble_rm.members import BranchRecipe, HeadRecipe
 from ensemble_rm.members.heads.scorer import HeadScorer
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -220,7 +221,7 @@ def test_heads_read_from_a_file_score_as_the_ensemble_does(
             _pairs(50, 6),
             backbone=small_folder,
             members=len(views),
-            views=views,
+            recipe=HeadRecipe(views=tuple(views)),
             options=TrunkOptions(max_length=32, device="cpu"),
             cache_dir=None,
         )
@@ -242,10 +243,8 @@ def test_branches_on_one_trunk_score_as_their_ensembles_do(module: Any, small_fo
             _pairs(12 * seed, 12),
             _pairs(50, 6),
             backbone=small_folder,
-            kind="branch",
             members=2,
-            blocks=1,
-            recipe=Recipe.of("branch", learning_rate=0.02),
+            recipe=BranchRecipe(blocks=1, learning_rate=0.02),
             seed=seed,
             options=TrunkOptions(max_length=32, device="cpu"),
             cache_dir=None,

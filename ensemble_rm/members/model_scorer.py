@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import StorageError
 from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.progress import Progress, silent
@@ -59,6 +60,11 @@ class ModelScorer(ABC):
     def __init__(self, backbone: bb.Backbone, options: TrunkOptions, names: Sequence[str]) -> None:
         self.backbone, self.options, self.names = backbone, options, tuple(names)
         self._lock = RLock()
+
+    @property
+    def trained_from(self) -> str | None:
+        """Digest of the pretrained weights that the members were trained on."""
+        return self.backbone.digest
 
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, n_members) raw scores, in the order of the samples."""
@@ -118,7 +124,7 @@ class ModelScorer(ABC):
         *,
         backbone: str | Path | None = None,
         device: str | None = None,
-        cache_dir: Path | None = bb.DEFAULT_CACHE,
+        cache_dir: Path | None = DEFAULT_CACHE,
     ) -> Self:
         """Read what `save` wrote.
 

@@ -18,7 +18,7 @@ from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 from ensemble_rm.judgments.judgment import Judgment
-from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.heads.scorer import HeadScorer
 from ensemble_rm.members.learning.recipe import Recipe
@@ -26,8 +26,8 @@ from ensemble_rm.progress import Progress, silent
 from ensemble_rm.retraining.gate import Answer, RetrainingGate, gate_members
 from ensemble_rm.retraining.splits import RetrainingParts, part_judgments
 from ensemble_rm.retraining.unit_matching import reward_units, same_units
-from ensemble_rm.training.run import train
-from ensemble_rm.training.start import training_arguments
+from ensemble_rm.training.request import TrainingRequest
+from ensemble_rm.training.run import train_request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,9 +162,9 @@ def retrain(
     """
     require_pairs(old, "retraining")
     chosen = options or RetrainingOptions()
-    said = training_arguments(ensemble)
+    request = replace(TrainingRequest.of(ensemble), seed=chosen.seed, out=out, cache_dir=cache_dir)
     if recipe is not None:
-        said["recipe"] = recipe
+        request = replace(request, recipe=recipe)
     try:
         parts = deal(judgments, old, chosen)
     except TooFewJudgmentsError as error:
@@ -174,15 +174,7 @@ def retrain(
     fit, validation = pairs.split(
         1 - chosen.validation_share, chosen.validation_share, seed=chosen.seed
     )
-    trained = train(
-        fit,
-        validation,
-        **said,
-        seed=chosen.seed,
-        out=out,
-        cache_dir=cache_dir,
-        progress=progress,
-    )
+    trained = train_request(fit, validation, request, progress=progress)
     fixed = old if reference is None else reference
     cache = None if cache_dir is None else FeatureCache(Path(cache_dir).expanduser())
     both = [_reading(one, cache) for one in (ensemble, trained)]
