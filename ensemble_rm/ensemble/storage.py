@@ -21,7 +21,7 @@ from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.errors import OptionError, StorageError, VersionError
 from ensemble_rm.members.registry import member_kind
-from ensemble_rm.members.scorer import Scorer, StoredScorer
+from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.uncertainty.distance import FeatureSpace
 from ensemble_rm.versions.locate import EVIDENCE, FEATURES, is_versioned, read_evidence
 
@@ -46,11 +46,6 @@ def save(
     try:
         members = []
         for i, scorer in enumerate(scorers):
-            if not isinstance(scorer, StoredScorer):
-                raise StorageError(
-                    f"member {scorer.names} is a {type(scorer).__name__}, which cannot be saved; "
-                    "save the others, and add it again after loading"
-                )
             scorer.save(scratch / "members" / str(i))
             members.append({"kind": scorer.kind, "folder": f"members/{i}"})
         if calibration is not None and calibration.evidence is not None:

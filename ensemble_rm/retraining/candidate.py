@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_rm.calibration.calibration import Calibration
+from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS, fit_temperature
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.calibration.temperature import MIN_JUDGMENTS, fit_temperature
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
@@ -45,7 +45,7 @@ class RetrainingOptions:
     weighted : bool
         Whether training counts judgments 1/π, too. Calibration and gate, which say something of
         all pairs, always do; members learn what depends on the pair itself, and there the weights
-        cost more than they mend (``benchmarks/selection.py``).
+        cost more than they mend (``benchmarks/lifecycle/selection.py``).
     delta : float
         Rise of NLL that has to be excluded, nats a judgment.
     delta_accuracy : float

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.aggregation.aggregator import mean
+from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
@@ -313,8 +313,9 @@ def check_start(start: RewardEnsemble, recipe: Recipe, *, members: int, backbone
     if len(start.names) != members:
         raise OptionError(f"start: expected {members} members, not {len(start.names)}")
     expected = {"backbone": backbone} | recipe.settings()
-    for scorer in start.scorers:
-        has: dict[str, Any] = scorer.describe() | {"backbone": scorer.trained_from}  # type: ignore[attr-defined]
+    scorers: tuple[Any, ...] = start.scorers
+    for scorer in scorers:
+        has: dict[str, Any] = scorer.describe() | {"backbone": scorer.trained_from}
         for name, value in expected.items():
             if has.get(name) != value:
                 raise OptionError(f"start: its {name} is {has.get(name)}, but {value} is wanted")
@@ -324,7 +325,7 @@ def _digest_of(start: RewardEnsemble) -> str:
     """Return one digest of all that the members' scores depend on."""
     digest = hashlib.sha256()
     for scorer in start.scorers:
-        digest.update(str(scorer.digest).encode())  # type: ignore[attr-defined]
+        digest.update(str(scorer.digest).encode())
     return digest.hexdigest()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pytest
 
-from ensemble_rm import Preferences, RewardEnsemble, Sample, train
+from ensemble_rm import Preferences, RewardEnsemble, Sample, Scorer, train
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import OptionError, StorageError
@@ -50,7 +51,7 @@ def test_unknown_kinds_and_fields_are_named() -> None:
     assert make_recipe("branch", blocks=1) == BranchRecipe(blocks=1)
 
 
-class LengthScorer:
+class LengthScorer(Scorer):
     """Scores a completion by its length, in units of its own."""
 
     kind = "length"
@@ -59,7 +60,7 @@ class LengthScorer:
     def __init__(self, unit: float) -> None:
         self.unit = unit
 
-    def score(self, samples: list[Sample]) -> np.ndarray:
+    def score(self, samples: Sequence[Sample]) -> np.ndarray:
         return np.array([[len(sample.completion) / self.unit] for sample in samples])
 
     def describe(self) -> dict[str, Any]:

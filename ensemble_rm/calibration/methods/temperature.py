@@ -1,0 +1,294 @@
+"""One temperature: p = σ(Δ/T), fitted on held-out judgments with an interval robust to clusters.
+
+The fit is convex in 1/T: Newton's method in float64 with a bracket.
+
+References
+----------
+.. [1] Guo et al. 2017, arXiv 1706.04599: temperature scaling.
+.. [2] Rahaman & Thiery 2020, arXiv 2007.08792: pool, then calibrate.
+.. [3] Liang & Zeger 1986: the cluster-robust (sandwich) variance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import minimize_scalar
+from scipy.special import expit
+from scipy.stats import t as student
+
+from ensemble_rm.aggregation.aggregator import score_matrix
+from ensemble_rm.arrays import Floats, mean_of_present
+from ensemble_rm.calibration.calibrator import Calibrator
+from ensemble_rm.errors import (
+    NonFiniteScoreError,
+    NoPositiveTemperatureError,
+    OptionError,
+    SeparableError,
+    TooFewJudgmentsError,
+)
+
+MIN_JUDGMENTS = 50
+
+# Every calibration has a temperature; this method has nothing else.
+CALIBRATOR = Calibrator("temperature", strict=True)
+
+
+@dataclass(frozen=True)
+class TemperatureFit:
+    """A fitted temperature.
+
+    Attributes
+    ----------
+    temperature : float
+        T > 0, a divisor, in the unit of the margins.
+    low, high : float
+        Bounds of its interval.
+    log_se : float
+        Standard error of log T, robust to clusters.
+    nll : float
+        Of the fitted judgments, nats a judgment.
+    judgments, prompts : int
+        How many entered, of how many prompts.
+    """
+
+    temperature: float
+    low: float
+    high: float
+    log_se: float
+    nll: float
+    judgments: int
+    prompts: int
+
+
+def _vector(values: ArrayLike | None, n: int, default: float) -> Floats:
+    if values is None:
+        return np.full(n, default)
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.shape != (n,):
+        raise OptionError(f"expected {n} values, not an array of shape {vector.shape}")
+    return vector
+
+
+def margin_losses(margins: Floats, targets: Floats) -> Floats:
+    """Return −y log σ(Δ) − (1 − y) log σ(−Δ) of each judgment, exact at any margin."""
+    return np.asarray(np.logaddexp(0.0, -margins) + (1 - targets) * margins, dtype=np.float64)
+
+
+def margin_nll(margins: Floats, targets: Floats, weights: Floats, inverse: float) -> float:
+    """Weighted mean of −y log σ(βΔ) − (1 − y) log σ(−βΔ)."""
+    loss = margin_losses(inverse * margins, targets)
+    return float((weights * loss).sum() / weights.sum())
+
+
+def fit_temperature(
+    margins: ArrayLike,
+    targets: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    min_judgments: int = MIN_JUDGMENTS,
+    level: float = 0.95,
+) -> TemperatureFit:
+    """Fit T on the NLL of judgments [1]_, with a sandwich interval over prompts [3]_.
+
+    Parameters
+    ----------
+    margins : array_like, shape (n_pairs,)
+        Aggregated reward of the first minus that of the second [2]_.
+    targets : array_like, shape (n_pairs,)
+        P(first is preferred), in [0, 1].
+    weights : array_like, shape (n_pairs,), optional
+        How much each judgment counts, > 0.
+    groups : array_like of int, shape (n_pairs,), optional
+        Prompt of each pair; each its own where not given.
+    min_judgments : int
+        The fewest judgments of non-zero margin.
+    level : float
+        Nominal coverage of the interval.
+
+    Returns
+    -------
+    TemperatureFit
+        Indifferent to the orientation of the pairs.
+
+    Raises
+    ------
+    TooFewJudgmentsError
+        If fewer judgments than `min_judgments` have a margin.
+    SeparableError
+        If every judgment agrees with its margin.
+    NoPositiveTemperatureError
+        If the margins point the wrong way.
+    """
+    x, y, w = read_judgments(margins, targets, weights, min_judgments=min_judgments)
+    scale = float(np.sqrt(np.mean(x**2)))
+    x = x / scale
+    require_pull(x, y, w)
+    if not ((x > 0) & (y < 1) | (x < 0) & (y > 0)).any():
+        raise SeparableError(
+            f"all {int((x != 0).sum())} judgments agree with their margins, so the likelihood "
+            "pulls T to 0; use judgments that the members were not trained on, or more of them"
+        )
+    beta = fit_inverse(x, y, w)
+    p = np.asarray(expit(beta * x))
+    score = w * (y - p) * x
+    curvature = float((w * p * (1 - p) * x**2).sum())
+    clusters = score if groups is None else add_up(score, groups)
+    count = len(clusters)
+    meat = float((clusters**2).sum()) * count / max(count - 1, 1)
+    log_se = math.sqrt(meat) / curvature / beta
+    reach = float(student.ppf(0.5 + level / 2, max(count - 1, 1))) * log_se
+    temperature = scale / beta
+    return TemperatureFit(
+        temperature,
+        temperature * math.exp(-reach),
+        temperature * math.exp(min(reach, 700.0)),
+        log_se,
+        margin_nll(x, y, w, beta),
+        len(x),
+        count,
+    )
+
+
+def read_judgments(
+    margins: ArrayLike, targets: ArrayLike, weights: ArrayLike | None, *, min_judgments: int
+) -> tuple[Floats, Floats, Floats]:
+    """Return margins, targets and weights as vectors; every fit refuses the same ones."""
+    x = np.asarray(margins, dtype=np.float64)
+    if x.ndim != 1:
+        raise OptionError(f"margins must be a vector, not an array of shape {x.shape}")
+    y = _vector(targets, len(x), 0.5)
+    w = _vector(weights, len(x), 1.0)
+    if not (np.isfinite(x).all() and np.isfinite(w).all()):
+        raise NonFiniteScoreError("margins or weights hold NaN or infinity")
+    if not ((y >= 0) & (y <= 1)).all() or not (w > 0).all():
+        raise OptionError("targets must lie in [0, 1] and weights must be > 0")
+    informative = int((x != 0).sum())
+    if informative < max(min_judgments, 2):
+        raise TooFewJudgmentsError(
+            f"{informative} judgments have a margin; a temperature needs {max(min_judgments, 2)}"
+        )
+    return x, y, w
+
+
+def require_pull(x: Floats, y: Floats, w: Floats) -> None:
+    """Refuse judgments that contradict their margins."""
+    pull = float((w * (2 * y - 1) * x).sum())
+    if pull <= 0:
+        raise NoPositiveTemperatureError(
+            f"the judgments contradict the margins (Σ(2y − 1)Δ = {pull:.4g} ≤ 0): "
+            "no positive temperature fits; check the pairs' orientation or retrain the members"
+        )
+
+
+def add_up(score: Floats, groups: ArrayLike) -> Floats:
+    """Return the sum of each group's scores, shape (n_groups,)."""
+    labels = np.unique(np.asarray(groups), return_inverse=True)[1]
+    if labels.shape != score.shape:
+        raise OptionError(f"{labels.size} groups for {len(score)} pairs")
+    return np.asarray(np.bincount(labels, score), dtype=np.float64)
+
+
+_SAMPLE = 4096  # judgments that a large fit starts from
+
+
+def fit_inverse(x: Floats, y: Floats, w: Floats, start: float = 1.0) -> float:
+    """Minimise the NLL over β = 1/T > 0, Newton's steps inside a shrinking bracket.
+
+    The margins are of about unit size, point the right way in sum, and are not separable. A large
+    fit starts from the optimum of every so many-th judgment; the end is the same.
+    """
+    if len(x) > 4 * _SAMPLE:
+        part = slice(None, None, len(x) // _SAMPLE)
+        small = (x[part], y[part], w[part])
+        against = (small[0] > 0) & (small[1] < 1) | (small[0] < 0) & (small[1] > 0)
+        if against.any() and (small[2] * (2 * small[1] - 1) * small[0]).sum() > 0:
+            start = fit_inverse(*small)
+    wx = w * x
+    wxx, constant = wx * x, float(wx @ y)
+    low, high, beta = 0.0, math.inf, start
+    for _ in range(200):
+        p = np.asarray(expit(beta * x))
+        gradient = float(wx @ p) - constant
+        curvature = float(wxx @ (p * (1 - p)))
+        low, high = (beta, high) if gradient < 0 else (low, beta)
+        step = beta - gradient / curvature if curvature > 0 else math.inf
+        middle = 2 * beta if high == math.inf else 0.5 * (low + high)
+        new = step if low <= step <= min(high, 10 * beta) else middle
+        # The next step's error is about the square of this one's.
+        if abs(new - beta) <= 1e-6 * beta:
+            return new
+        beta = new
+        if beta > 1e12:
+            raise SeparableError("the likelihood pulls T to 0; use more judgments")
+    return beta
+
+
+def mixture_probability(member_margins: ArrayLike, temperature: float) -> Floats:
+    """Return p̄ = mean of σ(Δᵢ/T) over the members whose margin is not NaN, shape (n_pairs,).
+
+    NaN where there is none.
+    """
+    return mean_of_present(expit(score_matrix(member_margins) / temperature))
+
+
+def fit_mixture_temperature(
+    member_margins: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None = None
+) -> float:
+    """Fit T_mix on the NLL of the mixture p̄; not the T of the aggregated margin.
+
+    The likelihood of a mixture need not be convex, so a grid over log T is refined.
+
+    Parameters
+    ----------
+    member_margins : array_like, shape (n_pairs, n_members)
+        Normalised; NaN where a member did not score both sides, and is left out of the mixture. A
+        pair without any is left out of the fit.
+    targets : array_like, shape (n_pairs,)
+        P(first is preferred), in [0, 1].
+    weights : array_like, shape (n_pairs,), optional
+        How much each judgment counts, > 0.
+
+    Returns
+    -------
+    float
+        T_mix > 0, in the unit of the margins.
+
+    Raises
+    ------
+    NonFiniteScoreError
+        If a margin is infinite.
+    NoPositiveTemperatureError
+        If every margin is zero, or none is there.
+    """
+    every = score_matrix(member_margins)
+    if np.isinf(every).any():
+        raise NonFiniteScoreError("members' margins hold infinity")
+    known = ~np.isnan(every).all(axis=1)
+    matrix = every[known]
+    y = _vector(targets, len(every), 0.5)[known]
+    w = _vector(weights, len(every), 1.0)[known]
+    scale = float(np.sqrt(np.nanmean(matrix**2))) if len(matrix) else 0.0
+    if not scale > 0:
+        raise NoPositiveTemperatureError("every margin is zero: no temperature fits")
+
+    def loss(log_t: float) -> float:
+        p = np.clip(mixture_probability(matrix, scale * math.exp(log_t)), 1e-300, 1 - 1e-16)
+        return float(-(w * (y * np.log(p) + (1 - y) * np.log1p(-p))).sum() / w.sum())
+
+    grid = np.linspace(-4, 6, 41)
+    best = int(np.argmin([loss(float(g)) for g in grid]))
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-9})
+    return scale * math.exp(float(found.x))
+
+
+def pooling_gain(member_margins: ArrayLike, pooled: ArrayLike, targets: ArrayLike) -> float:
+    """Say what the ensemble buys: mean member NLL − pooled NLL, each at its own T, in nats."""
+    matrix = score_matrix(member_margins)
+    own = [fit_temperature(matrix[:, i], targets).nll for i in range(matrix.shape[1])]
+    return float(np.mean(own)) - fit_temperature(pooled, targets).nll
