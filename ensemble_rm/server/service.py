@@ -342,14 +342,15 @@ class RequestContext:
         check_texts(texts, self.service.options.limits)
         raw_text, names = self.service.options.raw_text, self.ensemble.names
         texts = [texts] if isinstance(texts, str) else texts
-        given = [prompts or [None] * len(texts), labels or [None] * len(texts)]
-        if any(len(column) != len(texts) for column in given):
+        sent: Sequence[str | None] = prompts or [None] * len(texts)
+        messages: Sequence[object] = labels or [None] * len(texts)
+        if not len(texts) == len(sent) == len(messages):
             raise UnprocessableError(
-                f"{len(texts)} texts, {len(given[0])} prompts and {len(given[1])} labels; send one "
-                "of each per sample"
+                f"{len(texts)} texts, {len(sent)} prompts and {len(messages)} labels; send one of "
+                "each per sample"
             )
-        rows = zip(texts, *given, strict=True)
-        return [raw_text.split(text, prompt, label, names) for text, prompt, label in rows]  # type: ignore[arg-type]
+        rows = zip(texts, sent, messages, strict=True)
+        return [raw_text.split(text, prompt, label, names) for text, prompt, label in rows]
 
     async def score(
         self, samples: Sequence[Sample], *, on_error: Literal["raise", "record"] = "raise"

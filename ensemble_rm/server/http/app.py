@@ -37,7 +37,7 @@ from ensemble_rm.server.options import ServerOptions
 from ensemble_rm.server.requests import check_lists, read_json, read_model, unless_gone
 from ensemble_rm.server.service import RequestContext, RewardService
 from ensemble_rm.server.wire.format import Route
-from ensemble_rm.server.wire.registry import WIRE_FORMATS, group_routes
+from ensemble_rm.server.wire.registry import routes_by_path
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
@@ -72,7 +72,7 @@ def create_app(
         Its `state.service` is the `RewardService`.
     """
     service = RewardService(load, options or ServerOptions())
-    formats = group_routes(list(WIRE_FORMATS.values()))
+    formats = routes_by_path()
     description = describe(formats)
 
     async def openapi(_: Request) -> Response:

@@ -1,7 +1,7 @@
 """A wire format: the row from which the server makes its routes and their OpenAPI description.
 
-Each built-in format is a file in this folder, which ends in such a row. `register_wire_format` adds
-one from outside the package.
+Each built-in format is a file in this folder, which ends in such a row. `register` adds one from
+outside the package.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
-from ensemble_rm.aggregation.aggregator import Aggregator, make_aggregator
+from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.data.samples import Message, Prompt, Sample
 from ensemble_rm.errors import EnsembleRMError, UnprocessableError
@@ -18,7 +18,7 @@ from ensemble_rm.server.wire.format import Route, WireFormat
 from ensemble_rm.uncertainty.disagreement import member_std
 
 if TYPE_CHECKING:
-    from ensemble_rm.ensemble.results import Scores
+    from ensemble_rm.server.scheduling.outcomes import RecordedScores
     from ensemble_rm.server.service import RequestContext
 
 _MOST_FIELDS = 32
@@ -237,15 +237,15 @@ def read_prompt(prompt: str | list[Turn]) -> Prompt:
 
 
 def read_aggregator(choice: AggregatorChoice | None, own: Aggregator) -> Aggregator | None:
-    """Return the aggregator that a request chooses; missing scores are treated as by `own`."""
+    """Return the aggregator that a request chooses, with the weights and NaN policy of `own`."""
     if choice is None:
         return None
     given = choice.model_dump(exclude={"name"})
-    return make_aggregator(choice.name, nan=own.nan, min_members=own.min_members, **given)
+    return own.with_rule(choice.name, **given)
 
 
 def aggregate_again(
-    aggregator: Aggregator, scores: Scores
+    aggregator: Aggregator, scores: RecordedScores
 ) -> tuple[Floats, Mapping[int, Exception]]:
     """Return the rewards by another aggregator, and the errors of the rows that have none.
 

@@ -11,7 +11,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 from ensemble_rm.server.http.openapi import describe
-from ensemble_rm.server.wire.registry import WIRE_FORMATS, group_routes
+from ensemble_rm.server.wire.registry import routes_by_path
 from tests.support.server_runs import Process, server
 
 PATHS = ("/v1/score", "/v1/compare", "/get_reward", "/classify", "/v1/embeddings")
@@ -30,7 +30,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
         assert "unexpected" not in found.log_text()
 
 
-described = schemathesis.openapi.from_dict(describe(group_routes(list(WIRE_FORMATS.values()))))
+described = schemathesis.openapi.from_dict(describe(routes_by_path()))
 
 
 @described.parametrize()
