@@ -233,7 +233,7 @@ class RewardService:
     # Scoring -------------------------------------------------------------------------------------
 
     async def score(self, served: ServedEnsemble, samples: Sequence[Sample]) -> RecordedScores:
-        """Score a request's samples in common batches; failures are in `errors`, their rows NaN.
+        """Score a request's samples in common batches; failures are in `failed`, their rows NaN.
 
         Raises
         ------
@@ -242,7 +242,7 @@ class RewardService:
         """
         check_samples(samples, self.options.limits)
         scores = await self.batcher.submit(served, samples)
-        errors = dict(scores.errors)
+        errors = dict(scores.failed)
         for row in np.flatnonzero(~np.isfinite(scores.reward)).tolist():
             errors.setdefault(row, NonFiniteScoreError("a reward is NaN or infinite"))
         scored = np.ones(len(samples), dtype=np.bool_)
@@ -258,7 +258,7 @@ class RewardService:
             if self.options.on_truncation == "refuse":
                 for row in np.flatnonzero(cut).tolist():
                     errors[row] = TooLargeError("sample is longer than a member reads")
-        return scores if len(errors) == len(scores.errors) else _failed(scores, errors)
+        return scores if len(errors) == len(scores.failed) else _failed(scores, errors)
 
 
 def _failed(scores: RecordedScores, errors: dict[int, Exception]) -> RecordedScores:
@@ -266,7 +266,7 @@ def _failed(scores: RecordedScores, errors: dict[int, Exception]) -> RecordedSco
     rows = list(errors)
     reward, members = scores.reward.copy(), scores.members.copy()
     reward[rows], members[rows] = np.nan, np.nan
-    return replace(scores, reward=reward, members=members, errors=errors)
+    return replace(scores, reward=reward, members=members, failed=errors)
 
 
 def _warmed_up(load: Callable[[], RewardEnsemble], old: ServedEnsemble | None) -> ServedEnsemble:
@@ -362,7 +362,7 @@ class RequestContext:
         samples : sequence of Sample
         on_error : {"raise", "record"}
             Whether a sample that cannot be scored makes the request an error, or is in the
-            scores' `errors`, its row NaN.
+            scores' `failed`, its row NaN.
 
         Returns
         -------
@@ -377,8 +377,8 @@ class RequestContext:
             If a sample cannot be scored, under ``"raise"``.
         """
         scores = await self.service.score(self.served, samples)
-        if on_error == "raise" and scores.errors:
-            raise SampleError(*min(scores.errors.items()))
+        if on_error == "raise" and scores.failed:
+            raise SampleError(*min(scores.failed.items()))
         return scores
 
     async def compare(self, samples: Sequence[Sample], subsets: Sequence[str | None]) -> Comparison:

@@ -60,14 +60,14 @@ def test_nobody_is_asked_again_after_an_outage(
     scores = score_recorded(ensemble(scorer), [Sample("q", text) for text in completions])
     assert scorer.calls <= after + 1
     assert len(scores) == len(completions)
-    lost = [scores.errors.get(row) is error for row in range(len(completions))]
+    lost = [scores.failed.get(row) is error for row in range(len(completions))]
     assert lost == sorted(lost)  # the batch is read from its beginning
     assert any(lost) == (scorer.calls > after)
     for row, text in enumerate(completions):
-        if row not in scores.errors:
+        if row not in scores.failed:
             assert scores.reward[row] == len(text)
             continue
-        failure = scores.errors[row]
+        failure = scores.failed[row]
         assert failure is error or (text == "bad" and type(failure) is NonFiniteScoreError)
         assert np.isnan(scores.reward[row]) and np.isnan(scores.members[row]).all()
 

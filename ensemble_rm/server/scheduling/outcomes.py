@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class RecordedScores(Scores):
-    """Scores whose failed rows are NaN, with the error of each in `errors`."""
+    """Scores whose failed rows are NaN, with the error of each in `failed`."""
 
-    errors: Mapping[int, Exception] = field(default_factory=dict)
+    failed: Mapping[int, Exception] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.reward)
@@ -34,7 +34,7 @@ class RecordedScores(Scores):
             self.raw[rows],
             self.reward[rows],
             Truncation(self.truncation.prompts[rows], self.truncation.completions[rows]),
-            {row - start: error for row, error in self.errors.items() if start <= row < stop},
+            {row - start: error for row, error in self.failed.items() if start <= row < stop},
         )
 
     @classmethod
@@ -53,7 +53,7 @@ class RecordedScores(Scores):
             {
                 int(start) + row: error
                 for start, part in zip(starts, parts, strict=False)
-                for row, error in part.errors.items()
+                for row, error in part.failed.items()
             },
         )
 

@@ -128,7 +128,7 @@ class ScoringThread:
         return spent + (0.0 if began is None else monotonic() - began)
 
     async def __call__(self, ensemble: RewardEnsemble, samples: Sequence[Sample]) -> RecordedScores:
-        """Score samples; failures are in `errors`."""
+        """Score samples; failures are in `failed`."""
         return await self._thread.run(partial(self._score, ensemble, samples))
 
     def _score(self, ensemble: RewardEnsemble, samples: Sequence[Sample]) -> RecordedScores:

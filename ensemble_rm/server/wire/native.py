@@ -187,7 +187,7 @@ async def score(request: ScoreRequest, context: RequestContext) -> dict[str, Any
     aggregator = read_aggregator(request.aggregator, ensemble.aggregator)
     samples = [Sample(read_prompt(s.prompt), s.completion, s.reference) for s in request.samples]
     scores = await context.score(samples, on_error="record")
-    reward, errors = scores.reward, scores.errors
+    reward, errors = scores.reward, scores.failed
     if aggregator is not None:
         reward, errors = aggregate_again(aggregator, scores)
     if errors and not request.partial:
@@ -196,7 +196,7 @@ async def score(request: ScoreRequest, context: RequestContext) -> dict[str, Any
         std = member_std(scores.members, nan="omit") if len(scores.names) > 1 else None
     truncated = scores.truncation.prompts | scores.truncation.completions
     rows = range(len(samples))
-    failed = [row in scores.errors for row in rows]
+    failed = [row in scores.failed for row in rows]
     return {
         "version": context.version,
         "aggregator": str(aggregator or ensemble.aggregator),
@@ -251,7 +251,7 @@ def aggregate_again(
 
     What this aggregator cannot do is the request's fault: an `UnprocessableError`.
     """
-    errors = dict(scores.errors)
+    errors = dict(scores.failed)
     reward = np.full(len(scores.reward), np.nan)
     for row in range(len(reward)):
         if row in errors:

@@ -178,10 +178,10 @@ def test_a_panic_is_its_own_samples_failure(texts: list[str]) -> None:
     assert len(scores) == len(texts)
     for row, text in enumerate(texts):
         if text == "panic":
-            assert isinstance(scores.errors[row], RuntimeError)
+            assert isinstance(scores.failed[row], RuntimeError)
             assert math.isnan(scores.reward[row])
         else:
-            assert row not in scores.errors and scores.reward[row] == len(text)
+            assert row not in scores.failed and scores.reward[row] == len(text)
 
 
 def test_a_panic_asks_no_server_again() -> None:
@@ -196,7 +196,7 @@ def test_a_panic_asks_no_server_again() -> None:
     whole = RewardEnsemble(scorers, Normaliser.identity(2), mean())
     texts = ["a", "bb", "panic", "cccc"]
     scores = score_recorded(whole, [Sample("", text) for text in texts])
-    assert list(scores.errors) == [2]
+    assert list(scores.failed) == [2]
     assert seen == texts
 
 

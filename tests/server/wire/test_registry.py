@@ -33,7 +33,7 @@ async def grade(request: Chat, context: RequestContext) -> Grades:
     samples = [Sample(request.question, answer) for answer in request.answers]
     scores = await context.score(samples, on_error="record")
     return Grades(
-        grades=[None if i in scores.errors else r for i, r in enumerate(scores.reward.tolist())]
+        grades=[None if i in scores.failed else r for i, r in enumerate(scores.reward.tolist())]
     )
 
 
