@@ -20,7 +20,9 @@ from ensemble_rm.cli.common import (
 )
 
 HELP = "average the members' weights into one model"
-EXAMPLE = "  ensemble-rm merge runs/hh --data runs/hh.parts/validation.jsonl --out runs/hh-merged"
+EXAMPLE = (
+    "  ensemble-rm average-weights runs/hh --data runs/hh.parts/validation.jsonl --out runs/mean"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ from ensemble_rm.errors import MissingExtraError, OptionError, RemoteFailureWarn
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
     from ensemble_rm.server.http.auth import Token
-    from ensemble_rm.server.service import ServerOptions
+    from ensemble_rm.server.options import NetworkOptions, ServerOptions
 
 HELP = "serve rewards over HTTP"
 EXAMPLE = "  ensemble-rm serve runs/hh --port 8000 --policy-template chatml"
@@ -146,6 +146,7 @@ def run(args: argparse.Namespace) -> None:
             "pip install 'ensemble-rm[server]'"
         ) from error
     token, options = read_token(args.token_file), read_options(args)
+    network = read_network(args)
     # Names and numbers alone; no line holds a request's text.
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s"
@@ -165,12 +166,8 @@ def run(args: argparse.Namespace) -> None:
         finished = serve(
             load,
             options,
-            host=args.host,
-            port=args.port,
+            network=network,
             token=token,
-            drain_seconds=args.drain_seconds,
-            stop_seconds=args.stop_seconds,
-            access_log=args.access_log,
             listening=listening,
         )
     if finished is False:  # Python would end a thread in the middle of native code with an abort
@@ -200,32 +197,47 @@ def read_token(file: Path | None) -> Token | None:
     return None if secret is None else Token(secret.strip())
 
 
+def read_network(args: argparse.Namespace) -> NetworkOptions:
+    """Return the address and the shutdown that the options ask for."""
+    from ensemble_rm.server.options import NetworkOptions
+
+    return NetworkOptions(
+        host=args.host,
+        port=args.port,
+        drain_seconds=args.drain_seconds,
+        stop_seconds=args.stop_seconds,
+        access_log=args.access_log,
+    )
+
+
 def read_options(args: argparse.Namespace) -> ServerOptions:
     """Return what the options ask for."""
-    from ensemble_rm.server.http.limits import Limits
-    from ensemble_rm.server.scheduling.batching import BatchOptions
-    from ensemble_rm.server.service import ServerOptions
-    from ensemble_rm.server.wire.raw_text import RawText, TurnTemplate
+    from ensemble_rm.server.options import BatchOptions, Limits, ServerOptions
+    from ensemble_rm.server.wire.raw_text import RawText
 
-    template = args.policy_template and TurnTemplate(args.policy_template.replace("\\n", "\n"))
+    template = args.policy_template and args.policy_template.replace("\\n", "\n")
     return ServerOptions(
         name=args.name or args.ensemble.absolute().name,
         limits=Limits(
-            body_bytes=args.max_body_bytes,
-            samples=args.max_samples,
-            characters=args.max_characters,
-            tokens=args.max_tokens,
+            max_body_bytes=args.max_body_bytes,
+            max_samples=args.max_samples,
+            max_characters=args.max_characters,
+            max_tokens=args.max_tokens,
             header_seconds=args.header_seconds,
             body_seconds=args.body_seconds,
-            connections=args.max_connections,
+            max_connections=args.max_connections,
         ),
         batching=BatchOptions(
-            tokens=args.batch_tokens,
-            rows=args.batch_samples,
+            batch_tokens=args.batch_tokens,
+            batch_samples=args.batch_samples,
             window_seconds=args.window_ms / 1000,
             queue_samples=args.queue_samples,
             queue_tokens=args.queue_tokens,
         ),
-        raw_text=RawText(template or None, tuple(args.stop), tuple(args.raw_text_members)),
+        raw_text=RawText(
+            policy_template=template or None,
+            stop=tuple(args.stop),
+            raw_text_members=tuple(args.raw_text_members),
+        ),
         on_truncation=args.on_truncation,
     )

@@ -46,7 +46,7 @@ class RetrainingOptions:
     weighted : bool
         Weight judgments by 1/π in training as well. Calibration and gate, which estimate quantities
         over all pairs, always do. Members learn what depends on the pair itself, and there the
-        weights cost more than they gain (``benchmarks/selection.py``).
+        weights cost more than they gain (``benchmarks/lifecycle/selection.py``).
     delta : float
         Rise of the NLL that the gate must exclude, nats per judgment; > 0.
     delta_accuracy : float
