@@ -120,7 +120,18 @@ def check_drift(
 
 
 def past_checks(folder: str | Path) -> list[DriftReport]:
-    """Return the reports of all checks that were kept, oldest first."""
+    """Return the reports of all checks that were kept.
+
+    Parameters
+    ----------
+    folder : str or Path
+        An ensemble's versions.
+
+    Returns
+    -------
+    list of DriftReport
+        Oldest first; without those of dry runs.
+    """
     log = AuditLog(Path(folder).expanduser() / FOLDER, CHECKS)
     return [DriftReport.from_json(row) for row in log.read()]
 

@@ -51,8 +51,11 @@ class RetrainingRunOptions(TimeRange, RetrainingOptions, RunOptions):
     ----------
     since, until
         Which judgments; see `TimeRange`.
-    gate_share, calibration_share, validation_share, weighted, delta, delta_accuracy, level, \
-min_judgments, seed
+    gate_share, calibration_share, validation_share, weighted
+        How the judgments are used; see `RetrainingOptions`.
+    delta, delta_accuracy, level, min_judgments
+        Of the gate; see `RetrainingOptions`.
+    seed
         See `RetrainingOptions`.
     dry_run, wait
         See `RunOptions`. A dry run splits the judgments, reports the parts, and trains nothing.
@@ -61,7 +64,13 @@ min_judgments, seed
 
 @dataclass(frozen=True, kw_only=True)
 class RetrainingRun(JobOutcome):
-    """The outcome of one run of `retrain_run`; see `JobOutcome`."""
+    """The outcome of one run of `retrain_run`.
+
+    Attributes
+    ----------
+    verdict, reason, run, incumbent, version, dry_run, details
+        As in every job; see `JobOutcome`.
+    """
 
 
 def retrain_run(
