@@ -55,7 +55,7 @@ from scipy.special import expit, logsumexp
 from scipy.stats import t as student
 
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.calibration.temperature import TemperatureFit
+from ensemble_rm.calibration.methods.temperature import TemperatureFit
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
 
 TOLERANCE = 0.1
