@@ -27,7 +27,7 @@ from ensemble_rm.cli.jobs import (
 
 if TYPE_CHECKING:
     from ensemble_rm.members.learning.recipe import Recipe
-    from ensemble_rm.retraining.candidate import RetrainingOptions
+    from ensemble_rm.retraining.job import RetrainingRunOptions
 
 HELP = "train the members on new judgments, publish if better"
 EXAMPLE = (
@@ -90,13 +90,9 @@ def run(args: argparse.Namespace) -> int:
             args.folder,
             old,
             store,
-            since=read_time(args.since, "--since"),
-            until=read_time(args.until, "--until"),
             reference=reference,
             recipe=_recipe(args),
             options=_options(args),
-            dry_run=args.dry_run,
-            wait=args.wait,
             load=partial(load_version, backbone=args.backbone, device=args.device),
             cache_dir=args.cache_dir or DEFAULT_CACHE,
             progress=bars,
@@ -106,10 +102,14 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _options(args: argparse.Namespace) -> RetrainingOptions:
-    from ensemble_rm.retraining.candidate import RetrainingOptions
+def _options(args: argparse.Namespace) -> RetrainingRunOptions:
+    from ensemble_rm.retraining.job import RetrainingRunOptions
 
-    return RetrainingOptions(
+    return RetrainingRunOptions(
+        since=read_time(args.since, "--since"),
+        until=read_time(args.until, "--until"),
+        dry_run=args.dry_run,
+        wait=args.wait,
         gate_share=args.gate_share,
         calibration_share=args.calibration_share,
         validation_share=args.validation_share,
