@@ -35,7 +35,7 @@ from benchmarks.shared.preference_runs import calibrated, package_folder
 from ensemble_rm import Preferences, load_preferences
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import ScoredPairs, fit_normaliser
-from ensemble_rm.calibration.temperature import pooling_gain
+from ensemble_rm.calibration.methods.temperature import pooling_gain
 from ensemble_rm.errors import NoPositiveTemperatureError
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.metrics import accuracy, bootstrap, error_auroc, nll, pair_nll
@@ -236,13 +236,13 @@ def costs(studies: dict[str, Study], args: argparse.Namespace, figures: Figures)
     import tempfile
 
     from benchmarks.shared import scoring_sides as scoring
-    from ensemble_rm.members import ClassifierScorer
+    from ensemble_rm.members import FullScorer
 
     for backbone, study in studies.items():
         options, k = study.options, study.sizes.members
         with tempfile.TemporaryDirectory() as folder:
             one = scoring.make_classifier(study.backbone, Path(folder) / "model")
-            whole = ClassifierScorer.from_name(one, options)
+            whole = FullScorer.from_name(one, options)
             sides: dict[str, Any] = {
                 "one": whole,
                 "views": scoring.heads(study.backbone, options, k),

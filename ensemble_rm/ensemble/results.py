@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -56,6 +56,45 @@ class Scores:
     truncation: Truncation
     errors: Errors = field(default_factory=dict)
     distance: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    def __getitem__(self, rows: slice) -> Scores:
+        """Return the scores of consecutive samples."""
+        start, stop, _ = rows.indices(len(self))
+        return replace(
+            self,
+            members=self.members[start:stop],
+            raw=self.raw[start:stop],
+            reward=self.reward[start:stop],
+            truncation=self.truncation[start:stop],
+            errors={
+                (row - start, member): error
+                for (row, member), error in self.errors.items()
+                if start <= row < stop
+            },
+            distance=None if self.distance is None else self.distance[start:stop],
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """Return the scores of all parts, in their order: at least one, of the same members."""
+        starts = np.cumsum([0, *map(len, parts)]).tolist()
+        far = [part.distance for part in parts if part.distance is not None]
+        return cls(
+            parts[0].names,
+            np.concatenate([part.members for part in parts]),
+            np.concatenate([part.raw for part in parts]),
+            np.concatenate([part.reward for part in parts]),
+            Truncation.join([part.truncation for part in parts]),
+            {
+                (start + row, member): error
+                for start, part in zip(starts, parts, strict=False)
+                for (row, member), error in part.errors.items()
+            },
+            np.concatenate(far) if len(far) == len(parts) else None,
+        )
 
     @cached_property
     def failed(self) -> Mapping[int, Exception]:

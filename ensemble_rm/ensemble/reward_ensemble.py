@@ -20,9 +20,9 @@ from ensemble_rm.calibration.calibration import (
     refit_calibration,
     require_calibration,
 )
+from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.calibration.temperature import MIN_JUDGMENTS
 from ensemble_rm.data.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
 from ensemble_rm.ensemble import storage
 from ensemble_rm.ensemble.results import (
@@ -33,7 +33,7 @@ from ensemble_rm.ensemble.results import (
     compare_scored,
 )
 from ensemble_rm.errors import NoFeaturesError, OptionError
-from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.scorer import Scorer, Token, as_scorer, with_tokens, with_tokens_of
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.scoring.model_pool import ModelPool

@@ -84,7 +84,7 @@ class RawScores:
         index = np.asarray(rows, dtype=np.int64)
         return RawScores(
             self.raw[index],
-            Truncation(self.truncation.prompts[index], self.truncation.completions[index]),
+            self.truncation[index],
             self.failed[index],
             {(i, member): e for i, row in enumerate(rows) for member, e in own.get(row, ())},
             None if self.baseline is None else self.baseline[index],
@@ -463,10 +463,7 @@ def _with_distances(
         errors.update({(begin + row, member): e for (row, member), e in part.errors.items()})
     return RawScores(
         np.concatenate([part.raw for part in parts]),
-        Truncation(
-            np.concatenate([part.truncation.prompts for part in parts]),
-            np.concatenate([part.truncation.completions for part in parts]),
-        ),
+        Truncation.join([part.truncation for part in parts]),
         np.concatenate([part.failed for part in parts]),
         errors,
         distance=np.concatenate(far),

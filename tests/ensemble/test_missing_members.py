@@ -30,15 +30,15 @@ from ensemble_rm.active_learning.selection import select_pairs
 from ensemble_rm.aggregation import make_aggregator, mean
 from ensemble_rm.aggregation.aggregator import NanPolicy
 from ensemble_rm.calibration import Normaliser
+from ensemble_rm.calibration.methods.temperature import fit_mixture_temperature
 from ensemble_rm.calibration.normaliser import fit_normaliser
-from ensemble_rm.calibration.temperature import fit_mixture_temperature
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
 from ensemble_rm.evaluation.table import evaluation_text
 from ensemble_rm.rl.monitor.alarms import AlarmRule
 from ensemble_rm.rl.monitor.monitor import OverOptimisationMonitor
 from ensemble_rm.rl.openrlhf import openrlhf_reward
 from ensemble_rm.rl.scoring import LoopRewards
-from ensemble_rm.server.http.app import create_app
+from ensemble_rm.server import create_app
 from ensemble_rm.server.options import ServerOptions
 from ensemble_rm.server.wire.raw_text import RawText
 from ensemble_rm.uncertainty.disagreement import margin_correlation, member_std, split_uncertainty
