@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.recalibration.decision import Decision
 
@@ -54,7 +55,7 @@ class Recalibration:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object: what `--json` prints and the audit log holds."""
-        said: dict[str, Any] = plain(asdict(self))
+        said: dict[str, Any] = finite_or_none(asdict(self))
         return said
 
     def __str__(self) -> str:
@@ -84,19 +85,8 @@ def explain(decision: Decision, incumbent: Calibration | None) -> dict[str, Any]
                 "effective": found.effective,
             }
     said["incumbent_log_se"] = None if incumbent is None else incumbent.fit.log_se
-    explained: dict[str, Any] = plain(said)
+    explained: dict[str, Any] = finite_or_none(said)
     return explained
-
-
-def plain(said: Any) -> Any:
-    """Return the same with NaN and infinity as null, which JSON has no numbers for."""
-    if isinstance(said, Mapping):
-        return {name: plain(value) for name, value in said.items()}
-    if isinstance(said, list | tuple):
-        return [plain(value) for value in said]
-    if isinstance(said, float) and not abs(said) < float("inf"):
-        return None
-    return said
 
 
 def key_of(*parts: Any) -> str:

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import TooFewJudgmentsError
@@ -22,7 +23,7 @@ from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
 from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.recalibration.outcome import Verdict, key_of, plain
+from ensemble_rm.recalibration.outcome import Verdict, key_of
 from ensemble_rm.retraining.candidate import Retraining, RetrainingOptions, deal, retrain
 from ensemble_rm.versions.job_run import RunLog, working
 from ensemble_rm.versions.repository import Versions, now_utc
@@ -63,7 +64,7 @@ class RetrainingRun:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object: what `--json` prints and the audit log holds."""
-        said: dict[str, Any] = plain(asdict(self))
+        said: dict[str, Any] = finite_or_none(asdict(self))
         return said
 
     def __str__(self) -> str:
@@ -202,13 +203,13 @@ class _Job:
 
     def _act(self, incumbent: Version, found: Retraining, told: dict[str, Any]) -> RetrainingRun:
         told = told | found.details | {"reason": found.reason}
-        told["gate"] = None if found.gate is None else plain(asdict(found.gate))
+        told["gate"] = None if found.gate is None else finite_or_none(asdict(found.gate))
         if found.answer != "publish" or found.ensemble is None:
             verdict: Verdict = "too few" if found.answer == "too few" else "kept"
             return self._end(incumbent, verdict, found.reason, told)
         published = self.versions.publish_ensemble(
             found.ensemble.save_pretrained,
-            provenance={"retraining": plain(told) | {"run": self.log.run}},
+            provenance={"retraining": finite_or_none(told) | {"run": self.log.run}},
         )
         return self._end(incumbent, "published", found.reason, told, version=published.number)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats, finite_or_none
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import CalibrationError, OptionError
 from ensemble_rm.rl.chat import read_samples
@@ -217,14 +217,15 @@ class TRLReward:
             "failure": list(rewards.failures),
         }
         if members.shape[1] > 1:
-            found["member_std"] = plain(member_std(members, nan="omit"))
+            found["member_std"] = finite_or_none(member_std(members, nan="omit"))
         for name, column in zip(self.pinned.ensemble.names, members.T, strict=True):
-            found[f"score/{name}"] = plain(column)
+            found[f"score/{name}"] = finite_or_none(column)
         if span is not None:
             counts = outside_range(members, span).sum(axis=1)
-            found["outside_range"] = plain(np.where(np.isnan(members).any(axis=1), np.nan, counts))
+            counts = np.where(np.isnan(members).any(axis=1), np.nan, counts)
+            found["outside_range"] = finite_or_none(counts)
         if np.isfinite(beats).any():
-            found["beats_reference"] = plain(beats)
+            found["beats_reference"] = finite_or_none(beats)
         return found
 
 
@@ -248,11 +249,6 @@ class AsyncTRLReward(TRLReward):
         self._watch(*found, completions, completion_ids)
         self._log(*found, log_metric, log_extra)
         return found[1].listed()
-
-
-def plain(values: Floats) -> list[float | None]:
-    """Return floats for a table, None for NaN."""
-    return [float(v) if np.isfinite(v) else None for v in values]
 
 
 def version_number(version: str) -> float:

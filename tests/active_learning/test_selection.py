@@ -18,7 +18,7 @@ from ensemble_rm import (
     select_pairs,
 )
 from ensemble_rm.active_learning import SelectedPairs, to_tasks
-from ensemble_rm.active_learning.strategies import PoolMargins, score_pool, utility
+from ensemble_rm.active_learning.acquisition import PoolMargins, score_pool, utility
 from ensemble_rm.active_learning.tasks import FORMATS, label_studio_config
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser

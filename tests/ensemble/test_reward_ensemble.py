@@ -34,8 +34,7 @@ from ensemble_rm.errors import (
     StorageError,
     TooFewJudgmentsError,
 )
-from ensemble_rm.evaluation.plots import draw_evaluation
-from ensemble_rm.evaluation.table import evaluation_text
+from ensemble_rm.evaluation.report import draw_evaluation, evaluation_text
 
 RECIPE = Recipe()
 OPTIONS = TrunkOptions(max_length=128, device="cpu")

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.data.samples import Message, Prompt, Sample
 from ensemble_rm.ensemble.results import Comparison
 from ensemble_rm.errors import EnsembleRMError, UnprocessableError
@@ -219,11 +218,6 @@ def read_aggregator(choice: AggregatorChoice | None, own: Aggregator) -> Aggrega
 # Outcomes to answers ---------------------------------------------------------------------------
 
 
-def numbers(row: Floats) -> list[float | None]:
-    """Return a row with null where a member is missing; JSON has no NaN."""
-    return [float(x) if np.isfinite(x) else None for x in row]
-
-
 def aggregate(
     outcomes: Sequence[Outcome], aggregator: Aggregator | None
 ) -> list[float | Exception]:
@@ -268,8 +262,8 @@ def score_answer(
         "names": list(names),
         "rewards": [None if isinstance(value, Exception) else value for value in rewards],
         "std": None if len(names) == 1 else [None if s is None else s.std for s in scored],
-        "members": [None if s is None else numbers(s.members) for s in scored],
-        "raw": [None if s is None else numbers(s.raw) for s in scored],
+        "members": [None if s is None else finite_or_none(s.members) for s in scored],
+        "raw": [None if s is None else finite_or_none(s.raw) for s in scored],
         "truncated": [s is not None and (s.prompt_cut or s.completion_cut) for s in scored],
         "errors": [_name(r) if isinstance(r, Exception) else None for r in rewards],
     }
@@ -288,7 +282,7 @@ def compare_answer(comparison: Comparison, *, version: str) -> dict[str, Any]:
         "version": version,
         "probability": comparison.probability.tolist(),
         "margin": comparison.margin.tolist(),
-        "epistemic": numbers(comparison.epistemic) if several else None,
-        "aleatoric": numbers(comparison.aleatoric) if several else None,
+        "epistemic": finite_or_none(comparison.epistemic) if several else None,
+        "aleatoric": finite_or_none(comparison.aleatoric) if several else None,
         "tie_probability": None if ties is None else ties.tolist(),
     }
