@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the verdict's exit code."""
     from ensemble_rm.judgments.store import JudgmentStore
-    from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
+    from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
     from ensemble_rm.retraining.job import retrain_run
 
     old = read_pairs(args.data, skip_bad=args.skip_bad)
@@ -132,10 +132,7 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
         return None
     from dataclasses import replace
 
-    from ensemble_rm.training.start import training_arguments
+    from ensemble_rm.training.request import TrainingRequest
 
     ensemble = load_version(args.folder, backbone=args.backbone, device=args.device)
-    said = training_arguments(ensemble)
-    recipe: Recipe = replace(said["recipe"], **given)
-    recipe.check(said["kind"])
-    return recipe
+    return replace(TrainingRequest.of(ensemble).recipe, **given)
