@@ -33,8 +33,8 @@ from ensemble_rm.errors import (
     OneMemberError,
     OptionError,
 )
+from ensemble_rm.judgments.imports.formats import ImportOptions
 from ensemble_rm.judgments.imports.importing import import_judgments
-from ensemble_rm.judgments.imports.rows import ImportOptions
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.uncertainty.disagreement import member_std, split_uncertainty
 
