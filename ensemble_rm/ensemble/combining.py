@@ -65,9 +65,9 @@ def combine(
     ------
     OptionError
         If there is no member, or a member scores all completions of a prompt alike.
-    EmptyDataError
+    DataError
         If there is no reference pair.
-    BackboneError, MissingHeadError
+    ModelError
         If a model that is named cannot be a member.
     """
     require_pairs(reference, "fitting the normaliser")
