@@ -156,7 +156,9 @@ def score_members(
         with_references = partial(_with_references, ask, record=record)
         result = (with_references if baseline else ask)(samples, progress=progress)
         if space is not None:
-            far = feature_distance(scorers, samples, space, pool=pool, progress=progress)
+            far, left = np.full(len(samples), np.nan), np.flatnonzero(~result.failed)
+            known = [samples[int(i)] for i in left]
+            far[left] = feature_distance(scorers, known, space, pool=pool, progress=progress)
             result = replace(result, distance=far)
     return result if rows is None else result.take(rows)
 
