@@ -8,10 +8,10 @@ VLLM := .venv-vllm
 # One thread a test process: two processes of two threads on two cores can be five times slower.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --durations=10
-CODE := ensemble_rm tests $(wildcard benchmarks)
+CODE := ensemble_rm tests docs $(wildcard benchmarks)
 SETTINGS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test fast slow vllm coverage lint ruff-check ruff-format mypy format bench-quick clean
+.PHONY: help demo test fast slow docs vllm coverage lint ruff-check ruff-format mypy format bench-quick clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -19,13 +19,16 @@ help:  ## this list
 demo: $(VENV)/.installed-demo  ## install and run the demo
 	$(BIN)/ensemble-rm demo
 
-test: lint fast slow  ## all that CI runs: lint, then the fast suite, then the slow one
+test: lint fast slow docs  ## all that CI runs: lint, the fast suite, the slow one, the documentation
 
 fast: $(VENV)/.installed-dev  ## the fast suite and the docstrings' examples
 	$(PYTEST) -m "not slow" --doctest-modules tests ensemble_rm
 
 slow: $(VENV)/.installed-dev  ## the tests that train and score with real backbones
 	$(PYTEST) -m slow tests
+
+docs: $(VENV)/.installed-dev  ## build the documentation, warnings as errors, into docs/_build/html
+	$(TEST_ENV) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 vllm: $(VLLM)/.installed  ## install vLLM beside, for tests against the real server (2 minutes, 4 GB)
 
@@ -51,7 +54,7 @@ bench-quick: $(VENV)/.installed-dev  ## the temperature fit's benchmark at its s
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration_fit.py --quick
 
 clean:  ## remove what make made
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .coverage* htmlcov .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist docs/_build docs/reference/generated *.egg-info .coverage* htmlcov .hypothesis
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find ensemble_rm tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

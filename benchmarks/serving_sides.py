@@ -49,12 +49,11 @@ def write_port(file: Path, port: int) -> None:
 
 def serve_ours(args: argparse.Namespace, options: TrunkOptions) -> None:
     from ensemble_rm.server.lifecycle import serve
-    from ensemble_rm.server.service import ServerOptions
+    from ensemble_rm.server.options import NetworkOptions
 
     serve(
         lambda: make_ensemble(args, options),
-        ServerOptions(),
-        port=args.port,
+        network=NetworkOptions(port=args.port),
         listening=lambda _, port: write_port(args.port_file, port),
     )
 

@@ -17,7 +17,7 @@ _HEAD = '''\
 {use}
 """
 
-from ensemble_rm import {imports}
+{imports}
 
 # The version that this run is rewarded by; another one in its folder is an error.
 ENSEMBLE = {folder!r}
@@ -145,9 +145,9 @@ def render(
         Python.
     """
     template = TEMPLATES[loop]
-    maker, call = None, "None"
+    maker, call = "", "None"
     if aggregator is not None:
-        maker = "make_aggregator"
+        maker = "from ensemble_rm.aggregation import make_aggregator\n"
         given: dict[str, object] = dict(aggregator.parameters)
         given |= {} if aggregator.nan == "raise" else {"nan": aggregator.nan}
         given |= {} if aggregator.min_members == 1 else {"min_members": aggregator.min_members}
@@ -156,7 +156,7 @@ def render(
     head = _HEAD.format(
         title=template.title,
         use=template.use.format(name=file_name, module=file_name.removesuffix(".py")),
-        imports=", ".join(sorted(filter(None, [maker, template.factory]))),
+        imports=f"{maker}from ensemble_rm.rl import {template.factory}",
         folder=folder,
         digest=digest,
         device=device,

@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from ensemble_rm.errors import OptionError, ServerError
+from ensemble_rm.errors import ServerError
 from ensemble_rm.server.http.app import create_app
 from ensemble_rm.server.http.auth import Token, check_bind
 from ensemble_rm.server.http.connections import with_deadline
-from ensemble_rm.server.service import ServerOptions
+from ensemble_rm.server.options import NetworkOptions, ServerOptions
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 _BACKLOG = 2048
-_LAST_PORT = 2**16 - 1
 _ANSWERING = 2  # seconds, of a client that does not read
 _KEEP_ALIVE = 65  # seconds; longer than balancers keep theirs, so that they close first
 
@@ -113,25 +112,12 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-def _check_numbers(port: int, **seconds: float) -> None:
-    """Raise `OptionError` where a number would bind another port, or let the server never end."""
-    if not 0 <= port <= _LAST_PORT:
-        raise OptionError(f"the port must lie between 0 and {_LAST_PORT}, not {port}")
-    for name, value in seconds.items():
-        if not 0 <= value < math.inf:
-            raise OptionError(f"{name} must be a finite number of seconds ≥ 0, not {value:g}")
-
-
 def serve(
     load: Callable[[], RewardEnsemble],
-    options: ServerOptions,
+    options: ServerOptions | None = None,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    network: NetworkOptions | None = None,
     token: Token | None = None,
-    drain_seconds: float = 0.0,
-    stop_seconds: float = 300.0,
-    access_log: bool = False,
     listening: Callable[[str, int], None] | None = None,
 ) -> bool:
     """Serve an ensemble until a signal comes.
@@ -140,17 +126,11 @@ def serve(
     ----------
     load : callable
         Returns the ensemble; called in a thread, while the server listens already.
-    options : ServerOptions
-    host, port : str, int
-        What to bind; port 0 is any that is free.
+    options : ServerOptions, optional
+    network : NetworkOptions, optional
+        Address, port and shutdown.
     token : Token, optional
         Required for every host but this machine's own.
-    drain_seconds : float
-        From the signal until nothing new is accepted; `/ready` is false meanwhile.
-    stop_seconds : float
-        For what was accepted, from then on; what is not scored by then is answered 503.
-    access_log : bool
-        Whether uvicorn logs a line a request: address, path, status.
     listening : callable, optional
         Called with the address once it is bound.
 
@@ -163,8 +143,6 @@ def serve(
 
     Raises
     ------
-    OptionError
-        If the port is none, or the seconds are negative, infinite or NaN.
     BindError
         If others reach the host, and there is no token.
     ServerError
@@ -172,9 +150,9 @@ def serve(
     EnsembleRMError
         What loading the ensemble raised.
     """
-    _check_numbers(port, drain_seconds=drain_seconds, stop_seconds=stop_seconds)
-    check_bind(host, token)
-    bound = bind(host, port)
+    options, network = options or ServerOptions(), network or NetworkOptions()
+    check_bind(network.host, token)
+    bound = bind(network.host, network.port)
     failed: list[BaseException] = []
 
     def fail(error: BaseException) -> None:
@@ -187,17 +165,17 @@ def serve(
         app,
         http=with_deadline(
             options.limits.header_seconds,
-            connections=options.limits.connections,
+            connections=options.limits.max_connections,
             refused=service.metrics.requests.labels("other", "503").inc,
         ),
         ws="none",
         lifespan="on",
         log_config=None,
-        access_log=access_log,
+        access_log=network.access_log,
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=math.ceil(stop_seconds) + _ANSWERING,
+        timeout_graceful_shutdown=math.ceil(network.stop_seconds) + _ANSWERING,
     )
 
     def drain() -> None:
@@ -206,9 +184,9 @@ def serve(
     server = Server(
         config,
         draining=drain,
-        drain_seconds=drain_seconds,
+        drain_seconds=network.drain_seconds,
         abandoning=service.abandon,
-        stop_seconds=stop_seconds,
+        stop_seconds=network.stop_seconds,
     )
     with bound:
         if listening is not None:

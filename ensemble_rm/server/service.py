@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,49 +15,19 @@ from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import require_calibration
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.ensemble.results import Comparison, compare_scored
-from ensemble_rm.errors import NonFiniteScoreError, NotReadyError, OptionError, TooLargeError
+from ensemble_rm.errors import NonFiniteScoreError, NotReadyError, TooLargeError
 from ensemble_rm.server.holder import Held, Holder
-from ensemble_rm.server.http.limits import Limits, estimate_tokens
+from ensemble_rm.server.http.limits import check_samples, estimate_tokens
 from ensemble_rm.server.metrics import Metrics
-from ensemble_rm.server.scheduling.batching import Batcher, BatchOptions
+from ensemble_rm.server.options import ServerOptions
+from ensemble_rm.server.scheduling.batching import Batcher
 from ensemble_rm.server.scheduling.outcomes import Outcome, SampleError, Scored, first_error
 from ensemble_rm.server.scheduling.worker import ScoringThread
-from ensemble_rm.server.wire.raw_text import RawText
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
-Truncated: TypeAlias = Literal["report", "refuse"]
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """How a server behaves.
-
-    Attributes
-    ----------
-    name : str
-        What answers call the model.
-    limits : Limits
-    batching : BatchOptions
-    raw_text : RawText
-        What is done with text in the policy's template.
-    on_truncation : {"report", "refuse"}
-        Whether a sample that a member read in part has a reward, and the answer says so.
-    """
-
-    name: str = "ensemble"
-    limits: Limits = field(default_factory=Limits)
-    batching: BatchOptions = field(default_factory=BatchOptions)
-    raw_text: RawText = field(default_factory=RawText)
-    on_truncation: Truncated = "report"
-
-    def __post_init__(self) -> None:
-        if self.on_truncation not in ("report", "refuse"):
-            raise OptionError(
-                f"on_truncation must be 'report' or 'refuse', not {self.on_truncation!r}"
-            )
 
 
 class RewardService:
@@ -162,7 +131,7 @@ class RewardService:
         RequestError
             If they are over a limit, or the queue is full.
         """
-        self.options.limits.check_samples(samples)
+        check_samples(samples, self.options.limits)
         found = await self.batcher.submit(held, samples)
         for i, outcome in enumerate(found):
             if isinstance(outcome, Exception):

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import wire_doubles as doubles
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -19,6 +18,7 @@ from starlette.routing import Route
 from ensemble_rm import RewardEnsemble
 from ensemble_rm.cli.main import main
 from ensemble_rm.errors import RemoteFailureWarning
+from tests.support import wire_doubles as doubles
 from tests.support.judge_doubles import app_of, judge, quality
 
 N = 120

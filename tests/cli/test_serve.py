@@ -124,9 +124,9 @@ def test_every_option_arrives() -> None:
     assert options.raw_text.template is not None
     assert options.raw_text.template.text == "<s>{role}\n{content}<e>"
     assert options.raw_text.stops == ("</s>", "<e>", "<e>")
-    assert options.raw_text.members == ("a", "b")
-    assert (options.batching.tokens, options.batching.window_seconds) == (7, 0.002)
-    assert (options.batching.queue_samples, options.limits.samples) == (9, 3)
+    assert options.raw_text.raw_text_members == ("a", "b")
+    assert (options.batching.batch_tokens, options.batching.window_seconds) == (7, 0.002)
+    assert (options.batching.queue_samples, options.limits.max_samples) == (9, 3)
     assert (options.on_truncation, options.name) == ("refuse", "mine")
 
 

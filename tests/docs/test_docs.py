@@ -14,8 +14,13 @@ from ensemble_rm.cli.main import make_parser
 from ensemble_rm.data.loading import load_preferences
 from ensemble_rm.demo.data import FILE
 from tests.support import CHECKOUT
+from tests.test_layering import FLOORS
 
-PAGES = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *(CHECKOUT / "docs").glob("*.md")]
+PAGES = [
+    CHECKOUT / "README.md",
+    CHECKOUT / "CONTRIBUTING.md",
+    *sorted((CHECKOUT / "docs").rglob("*.md")),
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -68,10 +73,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_the_readmes_tree_is_the_packages() -> None:
-    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
-    shown = set(re.findall(r"^  (\w+(?:\.py|/)) ", text, re.M))
+def test_the_file_map_lists_the_rooms_in_the_order_of_the_floors() -> None:
+    text = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^  (\w+)(?:\.py|/) ", text, re.M)
     package = CHECKOUT / "ensemble_rm"
-    there = {f"{p.name}/" for p in package.iterdir() if p.is_dir() and p.name != "__pycache__"}
-    there |= {p.name for p in package.glob("*.py") if not p.name.startswith("__")}
-    assert shown == there
+    rooms = {p.name for p in package.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    rooms |= {p.stem for p in package.glob("*.py") if not p.name.startswith("__")}
+    assert sorted(shown) == sorted(rooms)
+    floors = [FLOORS[room] for room in shown]
+    assert floors == sorted(floors)

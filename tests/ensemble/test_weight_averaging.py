@@ -236,12 +236,12 @@ def test_the_command(
     branches.save_pretrained(run)
     data.write_text("".join(json.dumps(pair.to_json()) + "\n" for pair in parts[1]))
     arguments = [f"--data={data}", f"--out={out}", "--device=cpu", "--json"]
-    assert main(["merge", str(run), *arguments]) == 0
+    assert main(["average-weights", str(run), *arguments]) == 0
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert said["members"] == list(branches.names)
     found = RewardEnsemble.from_pretrained(out, device="cpu").score(SAMPLES)
     np.testing.assert_array_equal(
         found.reward, average_weights(branches, parts[1]).score(SAMPLES).reward
     )
-    assert main(["merge", str(out), *arguments]) == 4
+    assert main(["average-weights", str(out), *arguments]) == 4
     assert "its mean is itself" in capsys.readouterr().err

@@ -33,8 +33,8 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members import HeadScorer
 from ensemble_rm.rl import openrlhf_reward, verl_reward
+from ensemble_rm.rl.chat import read_query
 from ensemble_rm.rl.gathering import GatheredScores
-from ensemble_rm.rl.openrlhf import read_query
 from ensemble_rm.rl.pinned import PinnedEnsemble
 
 CHAT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

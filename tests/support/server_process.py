@@ -16,11 +16,9 @@ from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.server.http import connections as protocol
 from ensemble_rm.server.http.auth import Token
-from ensemble_rm.server.http.limits import Limits
 from ensemble_rm.server.lifecycle import serve
-from ensemble_rm.server.scheduling.batching import BatchOptions
-from ensemble_rm.server.service import ServerOptions
-from ensemble_rm.server.wire.raw_text import RawText, TurnTemplate
+from ensemble_rm.server.options import BatchOptions, Limits, NetworkOptions, ServerOptions
+from ensemble_rm.server.wire.raw_text import RawText
 
 
 def length(sample: Sample) -> float:
@@ -92,23 +90,26 @@ def main() -> None:
         scratch.write_text(str(port))
         scratch.replace(args.port_file)
 
-    template = None if args.policy_template is None else TurnTemplate(args.policy_template)
     options = ServerOptions(
-        raw_text=RawText(template, members=tuple(args.raw_text_members), stop=tuple(args.stop)),
+        raw_text=RawText(
+            policy_template=args.policy_template,
+            raw_text_members=tuple(args.raw_text_members),
+            stop=tuple(args.stop),
+        ),
         limits=Limits(
             header_seconds=args.header_seconds,
             body_seconds=args.body_seconds,
-            connections=args.max_connections,
+            max_connections=args.max_connections,
         ),
-        batching=BatchOptions(rows=args.rows, queue_samples=args.queue_samples),
+        batching=BatchOptions(batch_samples=args.rows, queue_samples=args.queue_samples),
     )
     serve(
         load,
         options,
-        port=args.port,
+        network=NetworkOptions(
+            port=args.port, drain_seconds=args.drain_seconds, stop_seconds=args.stop_seconds
+        ),
         token=None if args.token is None else Token(args.token),
-        drain_seconds=args.drain_seconds,
-        stop_seconds=args.stop_seconds,
         listening=listening,
     )
 

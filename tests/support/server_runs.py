@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from ensemble_rm import RewardEnsemble
 from ensemble_rm.server.http.app import create_app
 from ensemble_rm.server.http.auth import Token
-from ensemble_rm.server.service import ServerOptions
+from ensemble_rm.server.options import ServerOptions
 from tests.support import CHECKOUT, SUPPORT
 
 

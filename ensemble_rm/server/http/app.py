@@ -21,7 +21,8 @@ from ensemble_rm.server.http.guard import Guard
 from ensemble_rm.server.http.openapi import describe
 from ensemble_rm.server.http.routes import Routes
 from ensemble_rm.server.loading import loaded
-from ensemble_rm.server.service import RewardService, ServerOptions
+from ensemble_rm.server.options import ServerOptions
+from ensemble_rm.server.service import RewardService
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble

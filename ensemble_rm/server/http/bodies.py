@@ -27,7 +27,8 @@ from ensemble_rm.errors import (
     SlowRequestError,
     TemplateError,
 )
-from ensemble_rm.server.http.limits import Limits, parse_json
+from ensemble_rm.server.http.limits import check_bytes, parse_json
+from ensemble_rm.server.options import Limits
 from ensemble_rm.server.scheduling.outcomes import SampleError, say_error
 
 T = TypeVar("T")
@@ -70,10 +71,10 @@ async def read_json(request: Request, limits: Limits) -> Any:
     try:
         async with asyncio.timeout(limits.body_seconds):
             if declared.isdecimal():
-                limits.check_bytes(int(declared[:20]))
+                check_bytes(int(declared[:20]), limits)
             async for chunk in request.stream():
                 body += chunk
-                limits.check_bytes(len(body))
+                check_bytes(len(body), limits)
     except TimeoutError:
         raise SlowRequestError(
             f"the body did not arrive within {limits.body_seconds:g} s"

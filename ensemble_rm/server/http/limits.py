@@ -7,14 +7,14 @@ request's own text. Knows bytes and samples; knows nothing of HTTP or of scores.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from ensemble_rm.data.samples import Prompt, Sample
-from ensemble_rm.errors import BadRequestError, OptionError, TooLargeError, UnprocessableError
+from ensemble_rm.errors import BadRequestError, TooLargeError, UnprocessableError
+from ensemble_rm.server.options import Limits
 
 _BYTES_A_TOKEN = 4
 _TOKENS_A_TURN = 4  # what a template puts around it
@@ -24,112 +24,82 @@ _SHOWN = 5  # faults of a body that a message names
 M = TypeVar("M", bound=BaseModel)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a request may cost.
+def check_bytes(size: int, limits: Limits) -> None:
+    """Raise `TooLargeError` where a body has more bytes."""
+    if size > limits.max_body_bytes:
+        raise TooLargeError(f"the body has more than {limits.max_body_bytes} bytes; send fewer")
 
-    Attributes
-    ----------
-    body_bytes : int
-        Of a request's body.
-    samples : int
-        A request's completions; a pair has two.
-    characters : int
-        A sample's prompt, completion and reference together.
-    tokens : int
-        A request's, as `estimate_tokens` counts them.
-    header_seconds, body_seconds : float
-        From the first byte to the end of the headers, and of the body.
-    connections : int
-        Open at once.
+
+def check_lists(body: object, limits: Limits) -> None:
+    """Raise `TooLargeError` where a list of a body is longer than a request's samples."""
+    values = body.values() if isinstance(body, dict) else ()
+    longest = max((len(value) for value in values if isinstance(value, list)), default=0)
+    if longest > limits.max_samples:
+        raise TooLargeError(
+            f"a list of {longest} in one request, and {limits.max_samples} at most; send several"
+        )
+
+
+def check_entries(body: object, limits: Limits) -> None:
+    """Raise `TooLargeError` where a body's lists have more entries than its tokens allow.
+
+    Each turn is some tokens, however short; to read a body of hundreds of thousands in shape
+    would hold the event loop for seconds, only to refuse it.
     """
-
-    body_bytes: int = 8 * 2**20
-    samples: int = 1024
-    characters: int = 200_000
-    tokens: int = 262_144
-    header_seconds: float = 10.0
-    body_seconds: float = 15.0
-    connections: int = 1024
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not value > 0:
-                raise OptionError(f"the limit {field.name} must be > 0, not {value!r}")
-
-    def check_bytes(self, size: int) -> None:
-        """Raise `TooLargeError` where a body has more bytes."""
-        if size > self.body_bytes:
-            raise TooLargeError(f"the body has more than {self.body_bytes} bytes; send fewer")
-
-    def check_lists(self, body: object) -> None:
-        """Raise `TooLargeError` where a list of a body is longer than a request's samples."""
-        values = body.values() if isinstance(body, dict) else ()
-        longest = max((len(value) for value in values if isinstance(value, list)), default=0)
-        if longest > self.samples:
-            raise TooLargeError(
-                f"a list of {longest} in one request, and {self.samples} at most; send several"
-            )
-
-    def check_entries(self, body: object) -> None:
-        """Raise `TooLargeError` where a body's lists have more entries than its tokens allow.
-
-        Each turn is some tokens, however short; to read a body of hundreds of thousands in shape
-        would hold the event loop for seconds, only to refuse it.
-        """
-        most = self.tokens // _TOKENS_A_TURN + _LISTS * self.samples
-        count, left = 0, [body]
-        while left:
-            value = left.pop()
-            if isinstance(value, list):
-                count += len(value)
-                if count > most:
-                    raise TooLargeError(
-                        f"more than {most} messages and texts in one request; send several"
-                    )
-            elif isinstance(value, dict):
-                value = value.values()
-            else:
-                continue
-            left += [entry for entry in value if isinstance(entry, dict | list)]
-
-    def check_texts(self, texts: str | Sequence[str]) -> None:
-        """Raise `TooLargeError` where a text, before it is taken apart, is longer than a sample."""
-        for i, text in enumerate([texts] if isinstance(texts, str) else texts):
-            if len(text) > self.characters:
+    most = limits.max_tokens // _TOKENS_A_TURN + _LISTS * limits.max_samples
+    count, left = 0, [body]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            count += len(value)
+            if count > most:
                 raise TooLargeError(
-                    f"text {i} has {len(text)} characters, and may have {self.characters}"
+                    f"more than {most} messages and texts in one request; send several"
                 )
+        elif isinstance(value, dict):
+            value = value.values()
+        else:
+            continue
+        left += [entry for entry in value if isinstance(entry, dict | list)]
 
-    def check_samples(self, samples: Sequence[Sample]) -> None:
-        """Raise an error where the samples of a request are none, too many or too long.
 
-        Raises
-        ------
-        UnprocessableError
-            If there is no sample.
-        TooLargeError
-            If there are too many, or one is too long, or all of them are together.
-        """
-        if not samples:
-            raise UnprocessableError("the request holds no sample")
-        if len(samples) > self.samples:
+def check_texts(texts: str | Sequence[str], limits: Limits) -> None:
+    """Raise `TooLargeError` where a text, before it is taken apart, is longer than a sample."""
+    for i, text in enumerate([texts] if isinstance(texts, str) else texts):
+        if len(text) > limits.max_characters:
             raise TooLargeError(
-                f"{len(samples)} samples in one request, and {self.samples} at most; send several"
+                f"text {i} has {len(text)} characters, and may have {limits.max_characters}"
             )
-        for i, sample in enumerate(samples):
-            size = prompt_characters(sample.prompt) + len(sample.completion)
-            size += len(sample.reference or "")
-            if size > self.characters:
-                raise TooLargeError(
-                    f"sample {i} has {size} characters, and may have {self.characters}"
-                )
-        tokens = sum(sum(estimate_tokens(sample)) for sample in samples)
-        if tokens > self.tokens:
+
+
+def check_samples(samples: Sequence[Sample], limits: Limits) -> None:
+    """Raise an error where the samples of a request are none, too many or too long.
+
+    Raises
+    ------
+    UnprocessableError
+        If there is no sample.
+    TooLargeError
+        If there are too many, or one is too long, or all of them are together.
+    """
+    if not samples:
+        raise UnprocessableError("the request holds no sample")
+    if len(samples) > limits.max_samples:
+        raise TooLargeError(
+            f"{len(samples)} samples in one request, and {limits.max_samples} at most; send several"
+        )
+    for i, sample in enumerate(samples):
+        size = prompt_characters(sample.prompt) + len(sample.completion)
+        size += len(sample.reference or "")
+        if size > limits.max_characters:
             raise TooLargeError(
-                f"about {tokens} tokens in one request, and {self.tokens} at most; send several"
+                f"sample {i} has {size} characters, and may have {limits.max_characters}"
             )
+    tokens = sum(sum(estimate_tokens(sample)) for sample in samples)
+    if tokens > limits.max_tokens:
+        raise TooLargeError(
+            f"about {tokens} tokens in one request, and {limits.max_tokens} at most; send several"
+        )
 
 
 def prompt_characters(prompt: Prompt) -> int:

@@ -17,7 +17,7 @@ from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import NotReadyError, UnprocessableError
 from ensemble_rm.rl.openrlhf import logs_spread
 from ensemble_rm.server.http.bodies import json_answer, read_json, unless_gone
-from ensemble_rm.server.http.limits import read_model
+from ensemble_rm.server.http.limits import check_entries, check_lists, check_texts, read_model
 from ensemble_rm.server.service import RewardService
 from ensemble_rm.server.wire import llamafactory, native, openrlhf, sglang, vllm
 
@@ -77,7 +77,7 @@ class Routes:
         """OpenRLHF: rewards of texts in the policy's template, messages beside them as labels."""
         held = self.service.current
         asked = self._read(openrlhf.OpenRLHFRequest, await self._body(request))
-        self.options.limits.check_texts(asked.query)
+        check_texts(asked.query, self.options.limits)
         samples = openrlhf.read_openrlhf(asked, self.options.raw_text, held.ensemble.names)
         found = await self._scores(request, held, samples)
         said = openrlhf.openrlhf_answer(found, spread=logs_spread(held.ensemble))
@@ -100,7 +100,7 @@ class Routes:
             asked = read_model(vllm.ClassifyChat, body)
         else:
             asked = self._read(vllm.ClassifyText, body)
-            self.options.limits.check_texts(asked.input)
+            check_texts(asked.input, self.options.limits)
         samples = vllm.read_classify(asked, self.options.raw_text, held.ensemble.names)
         found = await self._scores(request, held, samples)
         said = vllm.classify_answer(
@@ -173,15 +173,15 @@ class Routes:
 
     async def _body(self, request: Request) -> object:
         body: object = await read_json(request, self.options.limits)
-        self.options.limits.check_entries(body)
+        check_entries(body, self.options.limits)
         return body
 
     def _read(self, kind: type[M], body: object) -> M:
-        self.options.limits.check_lists(body)
+        check_lists(body, self.options.limits)
         return read_model(kind, body)
 
     def _each(self, held: Held, texts: str | list[str]) -> list[Sample]:
-        self.options.limits.check_texts(texts)
+        check_texts(texts, self.options.limits)
         return self.options.raw_text.each(texts, held.ensemble.names)
 
     async def _scores(self, request: Request, held: Held, samples: list[Sample]) -> list[Scored]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Generic, TypeVar
 
-from ensemble_rm.errors import NotReadyError, OptionError, QueueFullError, TooLargeError
+from ensemble_rm.errors import NotReadyError, QueueFullError, TooLargeError
+from ensemble_rm.server.options import BatchOptions
 from ensemble_rm.server.scheduling.queue import FairQueue, Part, Ticket
 
 K = TypeVar("K", bound=Hashable)
@@ -29,40 +30,6 @@ _TURNS = 32  # of the loop, in which a request that is being read arrives
 _FIRST_RATE = 500.0  # tokens a second, until a batch has been measured
 _SMOOTHING = 0.2
 _LONGEST = 60  # seconds of Retry-After
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchOptions:
-    """How requests join.
-
-    Attributes
-    ----------
-    tokens : int
-        Of a batch at most, as estimated; a prompt that several samples share counts once.
-    rows : int
-        Samples of a batch at most.
-    window_seconds : float
-        How long a free worker waits at most for others to come; after a batch of several requests,
-        2 % of what that took, where it is more, but never over 0.1 s; where it was idle for 0.1 s,
-        as long as others keep coming within the window of one another, 0.1 s at most.
-    queue_samples, queue_tokens : int
-        That wait at most; what comes then is told when to come again.
-    """
-
-    tokens: int = 8192
-    rows: int = 256
-    window_seconds: float = 0.005
-    queue_samples: int = 4096
-    queue_tokens: int = 1 << 20
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "rows", "queue_samples", "queue_tokens"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.window_seconds <= 1:
-            raise OptionError(
-                f"the window must lie between 0 and 1 second, not {self.window_seconds}"
-            )
 
 
 @dataclass
@@ -110,7 +77,9 @@ class Batcher(Generic[K, S, R]):
     ) -> None:
         self._score, self._group, self._cost = score, group, cost
         self._options, self._on_batch = options, on_batch
-        self.queue: FairQueue[K, S] = FairQueue(tokens=options.tokens, rows=options.rows)
+        self.queue: FairQueue[K, S] = FairQueue(
+            tokens=options.batch_tokens, rows=options.batch_samples
+        )
         self._waiting: dict[Ticket[K, S], _Waiting[R]] = {}
         self._arrived = asyncio.Event()
         self._closing = False

@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ensemble_rm.data.samples import Message, Sample
 from ensemble_rm.errors import DataError, OptionError, RawTextError, UnprocessableError
-from ensemble_rm.rl.openrlhf import read_query
+from ensemble_rm.rl.chat import read_query
 
 KNOWN = {
     "chatml": "<|im_start|>{role}\n{content}<|im_end|>",
@@ -102,37 +103,69 @@ class TurnTemplate:
         return Message(_ROLES.get(role, role), content.strip())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RawText:
-    """What this server does with text in the policy's template.
+    """How text in the policy's chat template is read.
 
     Attributes
     ----------
-    template : TurnTemplate, optional
-        How the policy writes a turn; without it no text is taken apart.
+    policy_template : str, optional
+        How the policy's template writes a turn; see `TurnTemplate`. Without it, text is not split
+        into turns.
     stop : tuple of str
-        What ends a turn, cut from the completion's end where the prompt is sent apart.
-    members : tuple of str
-        Members that read the policy's template themselves.
+        Tokens that end a turn, removed from the end of a completion whose prompt is sent
+        separately.
+    raw_text_members : tuple of str
+        Members that read text in the policy's template as it is.
+
+    Raises
+    ------
+    OptionError
+        If `policy_template` is not a turn's template.
     """
 
-    template: TurnTemplate | None = None
-    stop: tuple[str, ...] = ()
-    members: tuple[str, ...] = field(default=())
+    policy_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "how the policy's template writes a turn: chatml, llama3, gemma, or text with "
+            "{role} and {content}"
+        },
+    )
+    stop: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "token that ends a turn, removed from the end of a completion, such as "
+            "'<|im_end|>'; may be repeated"
+        },
+    )
+    raw_text_members: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "members that read text in the policy's template as it is"},
+    )
+
+    def __post_init__(self) -> None:
+        _ = self.template  # a wrong template is an error here, not at the first request
+
+    @cached_property
+    def template(self) -> TurnTemplate | None:
+        """The policy's turn template."""
+        return None if self.policy_template is None else TurnTemplate(self.policy_template)
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """What ends a turn: what was said, and the template's own end."""
+        """Tokens that end a turn: `stop`, and the end of the policy's template."""
         return self.stop + (() if self.template is None else (self.template.end,))
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise `OptionError` where a declared member is not among `names`."""
-        if unknown := sorted(set(self.members) - set(names)):
-            raise OptionError(f"no member {unknown[0]!r}; there are {', '.join(names)}")
+        """Raise `OptionError` where `raw_text_members` names an unknown member."""
+        if unknown := sorted(set(self.raw_text_members) - set(names)):
+            raise OptionError(
+                f"raw_text_members: no member {unknown[0]!r}; the members are {', '.join(names)}"
+            )
 
     def refusing(self, names: Sequence[str]) -> list[str]:
         """Return the members that cannot read the policy's template."""
-        return [name for name in names if name not in self.members]
+        return [name for name in names if name not in self.raw_text_members]
 
     def whole(self, text: str, names: Sequence[str]) -> Sample:
         """Return the sample of one text that holds prompt and completion.

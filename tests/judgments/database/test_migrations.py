@@ -12,7 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from ensemble_rm.errors import SchemaVersionError
-from ensemble_rm.judgments.database.engine import MIGRATIONS, Database, engine as database
+from ensemble_rm.judgments.database import engine as database
+from ensemble_rm.judgments.database.engine import MIGRATIONS, Database
 from ensemble_rm.judgments.store import JudgmentStore
 from tests.support import CHECKOUT
 from tests.support.judgment_rows import many

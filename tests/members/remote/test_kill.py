@@ -11,11 +11,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-import wire_doubles as doubles
 
 from ensemble_rm import Sample
 from ensemble_rm.members import ClientOptions, RemoteScorer
-from tests.support import SUPPORT
+from tests.support import SUPPORT, wire_doubles as doubles
 
 DOUBLES = SUPPORT / "wire_doubles.py"
 CLIENTS, CALLS, SAMPLES = 6, 10, 8

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-import wire_doubles as doubles
 
 from ensemble_rm import (
     FunctionScorer,
@@ -33,6 +32,7 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members import ClientOptions, RemoteScorer
 from ensemble_rm.members.scorer import with_tokens_of
+from tests.support import wire_doubles as doubles
 from tests.support.remote_members import SECRET, member, openrlhf, samples
 
 # The self-test -----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import wire_doubles as doubles
 from hypothesis import given, strategies as st
 from starlette.applications import Starlette
 
@@ -23,6 +22,7 @@ from ensemble_rm.errors import (
 from ensemble_rm.members import RemoteScorer
 from ensemble_rm.members.remote.protocols import WIRES, Asked, read_number
 from ensemble_rm.members.remote.request_text import Rendered
+from tests.support import wire_doubles as doubles
 
 TEXTS = ["a", "b", "hello there", "ünïcode ☃", "", " "]
 SAMPLES = [Sample("ask: ", text) for text in TEXTS]

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import wire_doubles as doubles
 from hypothesis import given, settings, strategies as st
 
 from ensemble_rm import FunctionScorer, RewardEnsemble, Scorer
@@ -24,6 +23,7 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members import ClientOptions, RemoteScorer
 from ensemble_rm.members.scorer import StoredScorer
+from tests.support import wire_doubles as doubles
 from tests.support.remote_members import QUICK, member, openrlhf, samples
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import wire_doubles as doubles
 
 from ensemble_rm import Message, Sample
 from ensemble_rm.errors import (
@@ -26,6 +25,7 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members import ClientOptions, RemoteScorer
 from ensemble_rm.members.remote.raw_logit_check import PROBES
+from tests.support import wire_doubles as doubles
 from tests.support.vllm_server import (
     SPOILED,
     Reference,
@@ -195,7 +195,7 @@ def test_a_server_without_the_protocol_is_refused_at_once(token_url: str) -> Non
 
 
 def test_the_servers_own_key_does_not_guard_its_scores(token_url: str) -> None:
-    """As docs/remote.md says: a proxy has to."""
+    """As docs/guides/remote.md says: a proxy has to."""
     assert httpx.get(f"{token_url}/v1/models").status_code == 401
     assert np.isfinite(scorer(token_url, "vllm-pooling").score(SAMPLES)).all()
     assert np.isfinite(scorer(token_url, "vllm-pooling", token=KEY).score(SAMPLES)).all()

@@ -15,11 +15,11 @@ from ensemble_rm import FunctionScorer, Preference, Preferences, RewardEnsemble,
 from ensemble_rm.aggregation import make_aggregator, mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import DataError, TooLargeError, UnprocessableError
-from ensemble_rm.rl.openrlhf import read_label, without_stops
-from ensemble_rm.server.http.limits import Limits, read_model
-from ensemble_rm.server.service import ServerOptions
+from ensemble_rm.rl.chat import read_label, without_stops
+from ensemble_rm.server.http.limits import check_entries, check_lists, read_model
+from ensemble_rm.server.options import Limits, ServerOptions
 from ensemble_rm.server.wire import llamafactory, native, openrlhf, raw_text, sglang, vllm
-from ensemble_rm.server.wire.raw_text import RawText, TurnTemplate
+from ensemble_rm.server.wire.raw_text import RawText
 from tests.support.server_process import length, lengths
 from tests.support.server_runs import client, one
 
@@ -141,12 +141,12 @@ def test_a_text_that_is_too_long_is_not_taken_apart(
     path: str, body: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ServerOptions(
-        limits=Limits(characters=1000), raw_text=RawText(TurnTemplate("chatml"))
+        limits=Limits(max_characters=1000), raw_text=RawText(policy_template="chatml")
     )
     with client(lengths(), options) as asking:
         assert asking.post(path, json=body(f"{CHATML}Hello<|im_end|>")).status_code == 200
         monkeypatch.setattr(raw_text, "read_query", None)
-        monkeypatch.setattr(TurnTemplate, "read", None)
+        monkeypatch.setattr(raw_text.TurnTemplate, "read", None)
         answer = asking.post(path, json=body(CHATML + "<|im_end|>" * 100))
     assert (answer.status_code, answer.json()["error"]["type"]) == (413, "TooLargeError")
 
@@ -156,9 +156,9 @@ def test_a_list_is_as_long_as_a_request_may_be(n: int, most: int, name: str) -> 
     body = {"model": "m", name: [None] * n, "partial": True}
     if n > most:
         with pytest.raises(TooLargeError, match=f"list of {n}"):
-            Limits(samples=most).check_lists(body)
+            check_lists(body, Limits(max_samples=most))
     else:
-        Limits(samples=most).check_lists(body)
+        check_lists(body, Limits(max_samples=most))
 
 
 @given(
@@ -175,12 +175,12 @@ def test_a_body_has_as_many_entries_as_its_tokens_allow(body: Any) -> None:
         return own + sum(entries(v) for v in inner if isinstance(v, dict | list)) if inner else own
 
     n = entries(body) if isinstance(body, dict | list) else 0
-    Limits(tokens=4 * n + 1, samples=1).check_entries(body)
+    check_entries(body, Limits(max_tokens=4 * n + 1, max_samples=1))
     if n > 4:
-        Limits(tokens=4 * (n - 4), samples=1).check_entries(body)
+        check_entries(body, Limits(max_tokens=4 * (n - 4), max_samples=1))
     if n > 5:
         with pytest.raises(TooLargeError, match=f"more than {n - 1} messages"):
-            Limits(tokens=4 * (n - 5), samples=1).check_entries(body)
+            check_entries(body, Limits(max_tokens=4 * (n - 5), max_samples=1))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_what_ends_a_turn_is_cut_as_often_as_it_stands(parts: list[str], stop: l
 def test_a_label_of_text_in_text_holds_no_messages() -> None:
     deep = json.dumps("[" * 100_000)
     body = {"query": [f"{CHATML}Hello"], "prompts": [CHATML], "labels": [deep]}
-    with client(lengths(), ServerOptions(raw_text=RawText(TurnTemplate("chatml")))) as asking:
+    with client(lengths(), ServerOptions(raw_text=RawText(policy_template="chatml"))) as asking:
         assert asking.post("/get_reward", json=body).json()["rewards"] == [7.5]
 
 
@@ -232,7 +232,7 @@ def test_a_label_that_is_a_right_answer_holds_no_messages(label: object) -> None
     """Whatever JSON it happens to be: the query's template says what was asked."""
     assert read_label(label) == (None, None)
     body = {"query": [f"{CHATML}Hello"], "prompts": [CHATML], "labels": [label]}
-    with client(lengths(), ServerOptions(raw_text=RawText(TurnTemplate("chatml")))) as asking:
+    with client(lengths(), ServerOptions(raw_text=RawText(policy_template="chatml"))) as asking:
         assert asking.post("/get_reward", json=body).json()["rewards"] == [7.5]
 
 
@@ -247,7 +247,7 @@ def test_messages_that_cannot_be_read_are_no_right_answer(turns: list[Any]) -> N
 # Numbers that JSON, or a format, does not have ----------------------------------------------------
 
 
-RAW = ServerOptions(raw_text=RawText(members=("m0", "m1")))
+RAW = ServerOptions(raw_text=RawText(raw_text_members=("m0", "m1")))
 
 
 @pytest.mark.parametrize("most", [1e200, 1.5e308])
@@ -280,7 +280,7 @@ def test_an_embedding_in_base64_is_a_float32_or_the_request_has_an_error(
     score: float, fits: bool
 ) -> None:
     body = {"input": "Hello", "encoding_format": "base64"}
-    with client(giving(score), ServerOptions(raw_text=RawText(members=("m0",)))) as asking:
+    with client(giving(score), ServerOptions(raw_text=RawText(raw_text_members=("m0",)))) as asking:
         answer = asking.post("/v1/embeddings", json=body)
         assert asking.post("/v1/embeddings", json={"input": "Hello"}).status_code == 200
     if fits:

@@ -14,16 +14,15 @@ from starlette.testclient import TestClient
 
 from ensemble_rm.errors import BindError, OptionError
 from ensemble_rm.server.http.auth import Token, check_bind
-from ensemble_rm.server.http.limits import Limits
-from ensemble_rm.server.service import ServerOptions
+from ensemble_rm.server.options import Limits, ServerOptions
 from ensemble_rm.server.wire.raw_text import RawText
 from tests.support.server_process import lengths
 from tests.support.server_runs import client, one
 
 SECRET = "correct-horse-battery-staple"
 MARK = "zebra-crossing"  # stands in every hostile text, and in no answer and no log
-LIMITS = Limits(body_bytes=200_000, samples=8, characters=20_000, tokens=30_000)
-OPEN_TEXT = RawText(members=("length", "twice"))
+LIMITS = Limits(max_body_bytes=200_000, max_samples=8, max_characters=20_000, max_tokens=30_000)
+OPEN_TEXT = RawText(raw_text_members=("length", "twice"))
 PATHS = ("/v1/score", "/v1/compare", "/get_reward", "/classify", "/v1/embeddings")
 PATHS += ("/v1/score/evaluation",)
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from ensemble_rm.errors import NotReadyError, OptionError, QueueFullError, TooLargeError
+from ensemble_rm.server.options import BatchOptions
 from ensemble_rm.server.scheduling import batching
-from ensemble_rm.server.scheduling.batching import Batcher, BatchOptions
+from ensemble_rm.server.scheduling.batching import Batcher
 from ensemble_rm.server.scheduling.queue import FairQueue, Part, Ticket
 
 # A sample is (group, own tokens, its own number); the group's tokens are shared.
@@ -177,7 +178,7 @@ def test_no_answer_is_lost_doubled_or_mixed_up(
 ) -> None:
     async def run() -> None:
         worker = Worker()
-        batcher = make(worker, rows=rows)
+        batcher = make(worker, batch_samples=rows)
         batcher.start()
         tasks = [asyncio.ensure_future(batcher.submit(0, samples)) for samples in asked]
         await asyncio.sleep(0)
@@ -232,7 +233,7 @@ def test_a_burst_is_taken_in_whole_by_a_worker_that_was_idle(
 
     async def run() -> list[list[int]]:
         worker = Worker()
-        batcher = make(worker, rows=4, window_seconds=1.0)
+        batcher = make(worker, batch_samples=4, window_seconds=1.0)
         batcher._ended = clock[0] - (20.0 if idle else 5.0)
         batcher.start()
         asked = []
@@ -294,7 +295,7 @@ def test_what_a_client_gave_up_while_it_is_scored_harms_nobody() -> None:
 
 def test_a_broken_worker_is_an_error_and_the_next_batch_is_served() -> None:
     async def run() -> None:
-        batcher = make(Worker(), rows=2)
+        batcher = make(Worker(), batch_samples=2)
         batcher.start()
         with pytest.raises(ValueError, match="broken"):
             await batcher.submit(-1, [1, 2, 3, 4, 5])
@@ -309,7 +310,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
     async def run() -> None:
         worker = Worker()
         worker.free.clear()
-        batcher = make(worker, queue_samples=4, rows=1)
+        batcher = make(worker, queue_samples=4, batch_samples=1)
         batcher.start()
         first = asyncio.ensure_future(batcher.submit(0, [0]))
         while not worker.batches:
@@ -333,7 +334,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
 def test_closing_finishes_what_was_accepted() -> None:
     async def run() -> None:
         worker = Worker()
-        batcher = make(worker, rows=2)
+        batcher = make(worker, batch_samples=2)
         batcher.start()
         tasks = [asyncio.ensure_future(batcher.submit(0, [i])) for i in range(7)]
         await asyncio.sleep(0)
@@ -346,7 +347,8 @@ def test_closing_finishes_what_was_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"tokens": 0}, {"rows": 0}, {"window_seconds": 2.0}, {"queue_samples": 0}]
+    "options",
+    [{"batch_tokens": 0}, {"batch_samples": 0}, {"window_seconds": 2.0}, {"queue_samples": 0}],
 )
 def test_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises(OptionError):

@@ -17,8 +17,9 @@ from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import NotReadyError
 from ensemble_rm.server.holder import Held
+from ensemble_rm.server.options import BatchOptions
 from ensemble_rm.server.scheduling import worker
-from ensemble_rm.server.scheduling.batching import Batcher, BatchOptions
+from ensemble_rm.server.scheduling.batching import Batcher
 from ensemble_rm.server.scheduling.outcomes import Scored, score_outcomes
 from ensemble_rm.server.scheduling.threads import CallThread
 from ensemble_rm.server.scheduling.worker import ScoringThread
@@ -103,7 +104,7 @@ def test_what_is_abandoned_is_refused_and_nothing_waits_for_it(requests: int, ro
         return samples
 
     async def ask() -> list[list[int] | BaseException]:
-        options = BatchOptions(rows=rows, window_seconds=0)
+        options = BatchOptions(batch_samples=rows, window_seconds=0)
         batcher: Batcher[str, int, int] = Batcher(
             score, group=lambda sample: sample, cost=lambda _: (1, 1), options=options
         )

@@ -16,21 +16,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import wire_doubles as doubles
 from starlette.testclient import TestClient
 
 from ensemble_rm import Calibration, Preference, Preferences, RewardEnsemble
 from ensemble_rm.aggregation import lcb
-from ensemble_rm.server.service import ServerOptions
-from ensemble_rm.server.wire.raw_text import RawText, TurnTemplate
+from ensemble_rm.server.options import ServerOptions
+from ensemble_rm.server.wire.raw_text import RawText
 from ensemble_rm.uncertainty.disagreement import split_uncertainty
+from tests.support import wire_doubles as doubles
 from tests.support.server_process import lengths
 from tests.support.server_runs import client, one
 
 CHAT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 TEXT = f"{CHAT}Hello<|im_end|>"
 MESSAGES = [{"role": "user", "content": "Hi"}]
-OPTIONS = ServerOptions(name="lengths", raw_text=RawText(TurnTemplate("chatml")))
+OPTIONS = ServerOptions(name="lengths", raw_text=RawText(policy_template="chatml"))
 HELLO = 7.5  # the mean of 5 and 10
 
 

@@ -55,7 +55,7 @@ def test_gemmas_model_is_the_assistant() -> None:
 )
 def test_what_is_not_certain_is_refused_without_quoting_it(text: str) -> None:
     with pytest.raises(UnprocessableError) as refused:
-        RawText(TurnTemplate("chatml")).whole(text, ["a"])
+        RawText(policy_template="chatml").whole(text, ["a"])
     assert "Hello" not in str(refused.value) and "Hi" not in str(refused.value)
 
 
@@ -69,14 +69,14 @@ def test_a_template_is_checked(turn: str) -> None:
 
 
 def test_members_that_read_the_template_score_it_as_it_is() -> None:
-    raw = RawText(members=("a",))
+    raw = RawText(raw_text_members=("a",))
     assert raw.whole("any text", ["a"]) == Sample("", "any text")
     with pytest.raises(UnprocessableError, match="members b cannot read"):
         raw.whole("any text", ["a", "b"])
     with pytest.raises(OptionError, match="no member 'a'"):
         raw.check(["b"])
     # With a template, what it fits is still taken apart.
-    both = RawText(TurnTemplate("chatml"), members=("a",))
+    both = RawText(policy_template="chatml", raw_text_members=("a",))
     assert both.whole(f"{CHAT}Hello", ["a"]) == Sample(ASKED, "Hello")
     assert both.whole("any text", ["a"]) == Sample("", "any text")
 
@@ -84,10 +84,12 @@ def test_members_that_read_the_template_score_it_as_it_is() -> None:
 def test_a_prompt_that_is_sent_apart_is_cut_off_with_what_ends_the_turn() -> None:
     label = [{"role": "user", "content": "Hi"}]
     query = f"{CHAT}Hello<|im_end|>\n"
-    for raw in (RawText(TurnTemplate("chatml")), RawText(stop=("<|im_end|>",))):
+    for raw in (RawText(policy_template="chatml"), RawText(stop=("<|im_end|>",))):
         assert raw.split(query, CHAT, label, ["a"]) == Sample(ASKED, "Hello")
     # Without messages the template tells; without either nobody does.
-    assert RawText(TurnTemplate("chatml")).split(query, CHAT, "4", ["a"]) == Sample(ASKED, "Hello")
+    assert RawText(policy_template="chatml").split(query, CHAT, "4", ["a"]) == Sample(
+        ASKED, "Hello"
+    )
     stopped = RawText(stop=("<|im_end|>",))
     for raw, what in ((RawText(), "ends in a special token"), (stopped, "cannot read")):
         with pytest.raises(UnprocessableError, match=what):
