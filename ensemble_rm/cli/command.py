@@ -71,7 +71,10 @@ def typer_command(name: str, kind: type[Command], epilog: str) -> Any:
     read.__annotations__ = dict(parameters)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     last = name.rpartition(" ")[2]
-    app.command(last, help=_escaped(inspect.getdoc(kind) or ""), epilog=_escaped(epilog))(read)
+    # Rich keeps line breaks; a paragraph is filled to the terminal's width instead.
+    paragraphs = (inspect.getdoc(kind) or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(last, help=_escaped(text), epilog=_escaped(epilog))(read)
     return typer.main.get_command(app)
 
 
@@ -104,7 +107,7 @@ def _annotation(leaf: Leaf) -> Any:
         "help": _escaped(leaf.help),
         "show_default": False,
         "rich_help_panel": leaf.metadata.get("panel"),
-        "metavar": leaf.metadata.get("metavar"),
+        "metavar": leaf.flag if leaf.is_argument else leaf.metadata.get("metavar"),
     }
     if leaf.is_argument:
         return Annotated[kind, typer.Argument(parser=_as_text, **given)]

@@ -53,7 +53,7 @@ PANELS: dict[str, dict[str, str]] = {
         "init-reward": "write an RL loop's reward file",
         "make-pairs": "make DPO pairs from several samples per prompt",
     },
-    "Try": {"demo": "train, calibrate and evaluate on data that ship with the project"},
+    "Start": {"demo": "train, calibrate and evaluate on data that ship with the project"},
 }
 GROUPS: dict[str, dict[str, str]] = {
     "judgments": {
@@ -116,6 +116,24 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 
+def _version(value: bool) -> None:  # noqa: FBT001 - Typer's signature
+    if value:
+        print(f"ensemble-rm {__version__}")
+        raise typer.Exit
+
+
+def _top(
+    version: Annotated[  # noqa: FBT002 - Typer's signature
+        bool, typer.Option("--version", help="print the version", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Robust, calibrated rewards from ensembles of reward models."""
+
+
+def _listed() -> None:
+    """Stand for a subcommand in the list; `_Subcommands` puts the real one in its place."""
+
+
 class _Subcommands(TyperGroup):
     """Replaces a listed subcommand by its whole self, with options, once it is invoked."""
 
@@ -155,28 +173,37 @@ def command_names() -> list[str]:
     return names + [f"{group} {name}" for group, below in GROUPS.items() for name in below]
 
 
-def make_app() -> typer.Typer:
-    """Return the Typer application with every subcommand's name, help and panel."""
-    settings: dict[str, Any] = {"cls": _Subcommands, "no_args_is_help": True}
-    app = typer.Typer(rich_markup_mode="rich", epilog=EXIT_CODES, **settings)
+def make_app(words: Sequence[str] = ()) -> typer.Typer:
+    """Return the Typer application with every subcommand's name, help and panel.
 
-    @app.callback()
-    def ensemble_rm(
-        version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
-    ) -> None:
-        """Robust, calibrated rewards from ensembles of reward models."""
+    Parameters
+    ----------
+    words : sequence of str
+        The command line. A group that it only passes through has no options of its own: Typer
+        would read them with pydantic, which takes longer than all the rest of ``--help``.
+    """
 
-    def listed() -> None:
-        """Stand for a subcommand in the list; `_Subcommands` puts the real one in its place."""
+    def settings(depth: int) -> dict[str, Any]:
+        ends_here = len(words) <= depth or words[depth].startswith("-")
+        return {
+            "cls": _Subcommands,
+            "no_args_is_help": True,
+            "rich_markup_mode": "rich",
+            "add_help_option": ends_here,
+            "add_completion": ends_here,
+        }
+
+    app = typer.Typer(epilog=EXIT_CODES, **settings(0))
+    app.callback()(_top if not words or words[0].startswith("-") else _listed)
 
     for panel, commands in PANELS.items():
         for name, text in commands.items():
             if name not in GROUPS:
-                app.command(name, help=text, rich_help_panel=panel)(listed)
+                app.command(name, help=text, rich_help_panel=panel)(_listed)
                 continue
-            group = typer.Typer(help=text, **settings)
+            group = typer.Typer(help=text, **settings(1))
             for below, what in GROUPS[name].items():
-                group.command(below, help=what)(listed)
+                group.command(below, help=what)(_listed)
             app.add_typer(group, name=name, rich_help_panel=panel)
     return app
 
@@ -204,7 +231,7 @@ def parse(arguments: Sequence[str]) -> Invocation | int:
         flag = word.partition("=")[0]
         if new := RENAMED_OPTIONS.get(words[0], {}).get(flag):
             raise errors.OptionError(f"{flag} is now {new}")
-    command = typer.main.get_command(make_app())
+    command = typer.main.get_command(make_app(words))
     try:
         result = command.main(words, prog_name="ensemble-rm", standalone_mode=False)
     except TyperException as error:
