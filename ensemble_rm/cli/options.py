@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -117,6 +118,8 @@ class Leaf:
         text = str(self.metadata.get("help", "")).rstrip(".")
         if self.default is MISSING:
             return f"{text} (required)"
+        if "(default:" in text:
+            return text
         return f"{text} (default: {self.metadata.get('shown') or shown(self.default)})"
 
 
@@ -147,13 +150,12 @@ def leaves(command: type) -> list[Leaf]:
 def _leaves(
     kind: type, default: Any, path: tuple[str, ...], panel: str | None, change: Mapping[str, Any]
 ) -> Iterator[Leaf]:
-    hints = get_type_hints(kind)
     for field in fields(kind):
         if not field.init or (field.name in change and change[field.name] is None):
             continue
         metadata = dict(field.metadata) | dict(change.get(field.name, {}))
         value = getattr(default, field.name) if is_dataclass(default) else _default(field)
-        inner, optional = without_none(hints[field.name])
+        inner, optional = without_none(field_type(kind, field.name))
         here = (*path, field.name)
         if is_dataclass(inner) and "parse" not in metadata:
             assert isinstance(inner, type)
@@ -163,6 +165,19 @@ def _leaves(
         else:
             metadata["panel"] = metadata.get("panel") or panel
             yield Leaf(here, inner, optional, value, metadata)
+
+
+def field_type(kind: type, name: str) -> Any:
+    """Return the type of one field.
+
+    Only its annotation is read: another one may name a class that is imported for types alone.
+    """
+    for owner in kind.__mro__:
+        if name in (annotations := vars(owner).get("__annotations__", {})):
+            module = vars(sys.modules[owner.__module__])
+            shim = type("Shim", (), {"__annotations__": {name: annotations[name]}})
+            return get_type_hints(shim, globalns=module)[name]
+    raise LookupError(f"{kind.__name__} has no field {name!r}")
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -198,7 +213,7 @@ def _build(
     by_path = {leaf.path: leaf for leaf in options}
     groups = {leaf.path[len(path)] for leaf in options if len(leaf.path) > len(path) + 1}
     names = [leaf.path[len(path)] for leaf in options]
-    hints, built = get_type_hints(kind), dict[str, Any]()
+    built: dict[str, Any] = {}
     for name, value in values.items():
         if name not in names:
             where = ".".join((*path, str(name)))
@@ -211,7 +226,7 @@ def _build(
         if field.name in groups and (given or field.default is not None):
             if not isinstance(given or {}, Mapping):
                 raise OptionError(f"{field.name}: {given!r} must be a mapping of settings")
-            inner = without_none(hints[field.name])[0]
+            inner = without_none(field_type(kind, field.name))[0]
             depth = len(path) + 1
             own = [leaf for leaf in below if len(leaf.path) > depth]
             built[field.name] = _build(inner, given or {}, own, (*path, field.name))
