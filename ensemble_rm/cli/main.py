@@ -80,7 +80,9 @@ RENAMED = {
     "unpin": "versions unpin",
 }
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {
+    "drift": {"--looks": "--checks"},
     "remote": {"--self-test": "--raw-logit-check"},
+    "serve": {"--window-ms": "--window-seconds, in seconds"},
 }
 
 EXIT_CODES = """\

@@ -252,12 +252,13 @@ def convert(leaf: Leaf, value: Any) -> Any:
     try:
         if parse := leaf.metadata.get("parse"):
             return parse(value) if isinstance(value, str) else value
-        return _convert(leaf.type, value, leaf.choices)
+        metavar = leaf.metadata.get("metavar", "NAME=VALUE")
+        return _convert(leaf.type, value, leaf.choices, metavar)
     except (TypeError, ValueError) as error:
         raise OptionError(f"{leaf.flag}: {error}") from None
 
 
-def _convert(kind: Any, value: Any, choices: Sequence[str]) -> Any:
+def _convert(kind: Any, value: Any, choices: Sequence[str], metavar: str = "") -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple:
         values = _items(value, element_type(kind))
@@ -265,7 +266,7 @@ def _convert(kind: Any, value: Any, choices: Sequence[str]) -> Any:
             raise ValueError(f"{len(arguments)} values are needed, not {len(values)}")
         return tuple(_convert(arguments[0], item, choices) for item in values)
     if _is_mapping(kind):
-        pairs = value.items() if isinstance(value, Mapping) else map(_pair(kind), _items(value))
+        pairs = value.items() if isinstance(value, Mapping) else map(_pair(kind, metavar), _items(value))
         return {str(key): _convert(element_type(kind), item, choices) for key, item in pairs}
     if origin is Literal or choices:
         return _choice(value, choices)
@@ -280,14 +281,14 @@ def _items(value: Any, kind: Any = str) -> list[Any]:
     return [x for item in items for x in (item.split(",") if isinstance(item, str) else [item])]
 
 
-def _pair(kind: Any) -> Callable[[Any], tuple[str, str]]:
+def _pair(kind: Any, metavar: str) -> Callable[[Any], tuple[str, str]]:
     # A JSON value may hold "=", and so may a label's name; numbers and outcomes never do.
     split = str.partition if element_type(kind) is Any else str.rpartition
 
     def read(text: Any) -> tuple[str, str]:
         name, equals, value = split(str(text), "=")
         if not equals:
-            raise ValueError(f"needs NAME=VALUE, not {text!r}")
+            raise ValueError(f"needs {metavar}, not {text!r}")
         return name, value
 
     return read
