@@ -84,7 +84,7 @@ class Remote(Command):
 
     def run(self, console: Console) -> None:
         """Probe the server, and save the member."""
-        from ensemble_rm.aggregation.aggregator import mean
+        from ensemble_rm.aggregation.rules.mean import mean
         from ensemble_rm.calibration.normaliser import Normaliser
         from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
