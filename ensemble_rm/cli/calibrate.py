@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ensemble_rm.cli.command import Command
-from ensemble_rm.cli.common import ENSEMBLE, AggregatorOptions, Loading, read_pairs
+from ensemble_rm.cli.common import (
+    ENSEMBLE,
+    AggregatorOptions,
+    Loading,
+    aggregator_options,
+    read_pairs,
+)
 from ensemble_rm.cli.options import argument, nested, option
 from ensemble_rm.cli.signatures import default_of
 
@@ -55,7 +61,7 @@ class Calibrate(Command):
     )
     dry_run: bool = option("fit and report, and save nothing", default=False)
     loading: Loading = nested(Loading, panel="Loading")
-    aggregator: AggregatorOptions = nested(AggregatorOptions, panel="Aggregator")
+    aggregator: AggregatorOptions = aggregator_options()
 
     example: ClassVar[str] = (
         "  ensemble-rm calibrate runs/hh --data judgments.jsonl --aggregator lcb --kappa 1.0"
@@ -126,8 +132,6 @@ def _details(calibration: Calibration) -> list[str]:
     for part in calibration.slices:
         own = f"no fit of its own: {part.refusal}"
         if part.own is not None:
-            own = (
-                f"own {part.own.temperature:.3f} of {part.own.judgments}, weight {part.share:.0%}"
-            )
+            own = f"own {part.own.temperature:.3f} of {part.own.judgments}, weight {part.share:.0%}"
         lines.append(f"  {part.name}: T = {part.temperature:.3f} ({own})")
     return lines

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ensemble_rm.cli.command import Command
-from ensemble_rm.cli.common import AggregatorOptions, Loading, read_pairs
+from ensemble_rm.cli.common import AggregatorOptions, Loading, aggregator_options, read_pairs
 from ensemble_rm.cli.options import nested, option
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.options import TrunkOptions
@@ -41,7 +41,7 @@ class Combine(Command):
         "maximum number of models in memory at once", default=None, metavar="N", shown="all"
     )
     text: TrunkOptions = nested(TrunkOptions, panel="Text")
-    aggregator: AggregatorOptions = nested(AggregatorOptions, panel="Aggregator")
+    aggregator: AggregatorOptions = aggregator_options()
 
     example: ClassVar[str] = (
         "  ensemble-rm combine --member deberta=OpenAssistant/reward-model-deberta-v3-large-v2 \\\n"

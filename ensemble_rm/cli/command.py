@@ -127,12 +127,10 @@ def _shown_type(leaf: Leaf) -> Any:
     if get_origin(leaf.type) is tuple:
         arguments = get_args(leaf.type)
         repeated = arguments[-1] is Ellipsis
-        return list[kind] if repeated else tuple[(kind,) * len(arguments)]  # type: ignore[valid-type]
+        return list[kind] if repeated else tuple[(kind,) * len(arguments)]  # type: ignore[valid-type,misc]
     return list[str] if element_type(leaf.type) is not leaf.type else kind
 
 
 def _escaped(text: str) -> str:
     """Keep rich from reading ``[NAME=]`` as markup."""
     return text.replace("[", r"\[")
-
-

@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ensemble_rm.cli.options import option
+from ensemble_rm.aggregation.aggregator import Aggregator, make_aggregator
+from ensemble_rm.aggregation.rule import RULES
+from ensemble_rm.cli.options import nested, option
 from ensemble_rm.cli.signatures import default_of
 from ensemble_rm.errors import BadRowsError, OptionError
 
 if TYPE_CHECKING:
-    from ensemble_rm.aggregation.aggregator import Aggregator
     from ensemble_rm.cli.console import Console
     from ensemble_rm.data.samples import Preferences
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
-    from ensemble_rm.ensemble.results import Truncation
 
 ENSEMBLE = "folder of a saved ensemble"
 RUN = "folder of a saved ensemble and its versions"
 STORE = "judgment store: a file (SQLite) or postgresql://user@host/name"
 JSON_ROWS = "JSON lines (.gz too)"
-AGGREGATORS = ("mean", "minimum", "uwo", "lcb", "entropic", "median", "quantile", "cvar")
-_FORMULAS = "ensemble_rm.aggregation.aggregator"
+_MAKE = ("ensemble_rm.aggregation.aggregator", "make_aggregator")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,31 +62,33 @@ class Loading:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregatorOptions:
-    """An aggregator by name, with its coefficients."""
+    """An aggregator by name. `WithCoefficients` adds the coefficients of all of them."""
 
     name: str | None = option(
         "aggregator",
         default=None,
         flag="aggregator",
-        choices=AGGREGATORS,
+        choices=tuple(RULES),
         shown="the ensemble's own",
     )
-    lam: float | None = option("λ of uwo", default=None)
-    kappa: float | None = option("κ of lcb", default=None)
-    beta: float | None = option("β of entropic", default=None)
-    q: float | None = option("q of quantile", default=None)
-    alpha: float | None = option("α of cvar", default=None)
+    weights: Mapping[str, float] | None = option(
+        "weight of a member, ≥ 0, scaled to sum 1; repeated for every member",
+        default=default_of(*_MAKE, "weights"),
+        flag="weight",
+        metavar="MEMBER=WEIGHT",
+        shown="equal",
+    )
     nan: Literal["raise", "omit"] | None = option(
         "handling of a member without a score, such as one whose server failed: an error, or "
         "leave it out of that sample",
         default=None,
-        shown=default_of(_FORMULAS, "make_aggregator", "nan"),
+        shown=default_of(*_MAKE, "nan"),
     )
     min_members: int | None = option(
         "minimum number of members with a score",
         default=None,
         metavar="N",
-        shown=str(default_of(_FORMULAS, "make_aggregator", "min_members")),
+        shown=str(default_of(*_MAKE, "min_members")),
     )
 
     def make(self) -> Aggregator | None:
@@ -98,16 +99,35 @@ class AggregatorOptions:
         OptionError
             If a coefficient is given without a name, or does not fit it.
         """
-        from ensemble_rm.aggregation.aggregator import make_aggregator
-
-        names = ("lam", "kappa", "beta", "q", "alpha", "nan", "min_members")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {
+            leaf.name: value
+            for leaf in fields(self)
+            if leaf.name != "name" and (value := getattr(self, leaf.name)) is not None
+        }
         if self.name is None:
             if given:
-                flag = next(iter(given)).replace("_", "-")
+                flag = "weight" if "weights" in given else next(iter(given)).replace("_", "-")
                 raise OptionError(f"--{flag} needs --aggregator")
             return None
         return make_aggregator(self.name, **given)
+
+
+WithCoefficients = make_dataclass(
+    "WithCoefficients",
+    [
+        (coefficient.name, float | None, option(coefficient.help, default=None, metavar="X"))
+        for rule in RULES.values()
+        for coefficient in rule.coefficients
+    ],
+    bases=(AggregatorOptions,),
+    frozen=True,
+    kw_only=True,
+)
+
+
+def aggregator_options() -> Any:
+    """Return a command's field for an aggregator and its coefficients."""
+    return nested(WithCoefficients, panel="Aggregator")
 
 
 def use_aggregator(ensemble: RewardEnsemble, aggregator: Aggregator | None) -> RewardEnsemble:
@@ -136,15 +156,6 @@ def read_pairs(console: Console, source: str, *, skip_bad: bool) -> Preferences:
     if report.problems:
         console.left_out(f"{len(report.problems)} bad rows of {source}")
     return pairs
-
-
-def tell_cut(console: Console, truncation: Truncation) -> None:
-    """Say at the end how many samples were truncated."""
-    counts = truncation.to_json()
-    console.cut(
-        f"{counts['prompts_cut']} prompts and {counts['completions_cut']} completions, at the "
-        "members' maximum length"
-    )
 
 
 def write_jsonl(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -87,9 +87,7 @@ class Progress:
                 self._display.remove_task(task)
             self._task = self._display.add_task(stage, total=total or None, rate="")
         rate = done / max(time.monotonic() - self._started, 1e-9)
-        self._display.update(
-            self._task, completed=done, total=total or None, rate=f"{rate:.3g}/s"
-        )
+        self._display.update(self._task, completed=done, total=total or None, rate=f"{rate:.3g}/s")
 
 
 class Console:

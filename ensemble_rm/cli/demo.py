@@ -41,9 +41,7 @@ class Demo(Command):
     )
     members: int = option("number of members", default=default_of(*_RUN, "members"), metavar="K")
     seed: int = option("seed of the split and of the members", default=default_of(*_RUN, "seed"))
-    out: Path = option(
-        "folder of the result", default=Path("ensemble-rm-demo"), metavar="FOLDER"
-    )
+    out: Path = option("folder of the result", default=Path("ensemble-rm-demo"), metavar="FOLDER")
 
     example: ClassVar[str] = "  ensemble-rm demo\n  ensemble-rm demo --data pairs.jsonl"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ensemble_rm.cli.command import Command
-from ensemble_rm.cli.common import ENSEMBLE, AggregatorOptions
-from ensemble_rm.cli.options import argument, nested, option
+from ensemble_rm.cli.common import ENSEMBLE, AggregatorOptions, aggregator_options
+from ensemble_rm.cli.options import argument, option
 from ensemble_rm.errors import OptionError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class InitReward(Command):
     ensemble: Path = argument(ENSEMBLE)
     device: str = option("device of the members: cpu, cuda (each rank's own) or cuda:1")
     out: Path = option("new Python file", metavar="FILE")
-    aggregator: AggregatorOptions = nested(AggregatorOptions, panel="Aggregator")
+    aggregator: AggregatorOptions = aggregator_options()
     dry_run: bool = option("print the file, and write nothing", default=False)
 
     example: ClassVar[str] = (

@@ -124,9 +124,7 @@ class Export(Command):
     out: Path | None = option(
         "file, or folder of a data set", default=None, metavar="PATH", shown="standard output"
     )
-    kind: Literal["jsonl", "dataset"] = option(
-        "format of the export", default="jsonl", flag="as"
-    )
+    kind: Literal["jsonl", "dataset"] = option("format of the export", default="jsonl", flag="as")
 
     example: ClassVar[str] = (
         "  ensemble-rm judgments export judgments.db --since 2026-11-01 --out november.jsonl"

@@ -118,14 +118,14 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 
-def _version(value: bool) -> None:  # noqa: FBT001 - Typer's signature
+def _version(value: bool) -> None:
     if value:
         print(f"ensemble-rm {__version__}")
         raise typer.Exit
 
 
 def _top(
-    version: Annotated[  # noqa: FBT002 - Typer's signature
+    version: Annotated[
         bool, typer.Option("--version", help="print the version", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
@@ -163,7 +163,7 @@ def load_command(name: str) -> Any:
 
 def find_command(name: str) -> type[Command]:
     """Return the class of a subcommand, such as ``"versions list"``."""
-    first, last = name.split()[0], name.split()[-1]
+    first, last = name.split(maxsplit=1)[0], name.rsplit(maxsplit=1)[-1]
     module = import_module(f"ensemble_rm.cli.{first.replace('-', '_')}")
     kind: type[Command] = getattr(module, "".join(part.title() for part in last.split("-")))
     return kind

@@ -61,7 +61,7 @@ def nested(kind: type, *, panel: str | None = None, optional: bool = False, **le
     **leaves
         For fields of `kind` by name: metadata that replaces its own; None leaves the field out.
     """
-    metadata = {"panel": panel, "leaves": leaves}
+    metadata = {"kind": kind, "panel": panel, "leaves": leaves}
     if optional:
         return dataclasses.field(default=None, metadata=metadata)
     if any(f.default is MISSING and f.default_factory is MISSING for f in fields(kind)):
@@ -155,7 +155,7 @@ def _leaves(
             continue
         metadata = dict(field.metadata) | dict(change.get(field.name, {}))
         value = getattr(default, field.name) if is_dataclass(default) else _default(field)
-        inner, optional = without_none(field_type(kind, field.name))
+        inner, optional = without_none(metadata.get("kind") or field_type(kind, field.name))
         here = (*path, field.name)
         if is_dataclass(inner) and "parse" not in metadata:
             assert isinstance(inner, type)
@@ -226,14 +226,13 @@ def _build(
         if field.name in groups and (given or field.default is not None):
             if not isinstance(given or {}, Mapping):
                 raise OptionError(f"{field.name}: {given!r} must be a mapping of settings")
-            inner = without_none(field_type(kind, field.name))[0]
+            inner = field.metadata.get("kind") or without_none(field_type(kind, field.name))[0]
             depth = len(path) + 1
             own = [leaf for leaf in below if len(leaf.path) > depth]
             built[field.name] = _build(inner, given or {}, own, (*path, field.name))
-        elif below and field.name not in groups and field.name not in built:
-            if below[0].default is MISSING:
-                what = "argument" if below[0].is_argument else "option"
-                raise OptionError(f"missing {what} {below[0].flag}")
+        elif below and field.name not in {*groups, *built} and below[0].default is MISSING:
+            what = "argument" if below[0].is_argument else "option"
+            raise OptionError(f"missing {what} {below[0].flag}")
     return kind(**built)
 
 
@@ -251,7 +250,7 @@ def convert(leaf: Leaf, value: Any) -> Any:
         raise OptionError(f"{leaf.flag}: a value is needed")
     try:
         if parse := leaf.metadata.get("parse"):
-            return parse(value) if isinstance(value, str) else value
+            return parse(str(value))
         metavar = leaf.metadata.get("metavar", "NAME=VALUE")
         return _convert(leaf.type, value, leaf.choices, metavar)
     except (TypeError, ValueError) as error:
@@ -266,7 +265,11 @@ def _convert(kind: Any, value: Any, choices: Sequence[str], metavar: str = "") -
             raise ValueError(f"{len(arguments)} values are needed, not {len(values)}")
         return tuple(_convert(arguments[0], item, choices) for item in values)
     if _is_mapping(kind):
-        pairs = value.items() if isinstance(value, Mapping) else map(_pair(kind, metavar), _items(value))
+        pairs = (
+            value.items()
+            if isinstance(value, Mapping)
+            else map(_pair(kind, metavar), _items(value))
+        )
         return {str(key): _convert(element_type(kind), item, choices) for key, item in pairs}
     if origin is Literal or choices:
         return _choice(value, choices)
@@ -303,34 +306,36 @@ def _choice(value: Any, choices: Sequence[str]) -> str:
 
 def _scalar(kind: Any, value: Any) -> Any:
     if kind is Any:
-        if not isinstance(value, str):
-            return value
-        try:
-            return json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"{value!r} is not JSON ({error})") from None
+        return _json(value) if isinstance(value, str) else value
     if kind is bool:
         value = _BOOLS.get(value.lower(), value) if isinstance(value, str) else value
         if not isinstance(value, bool):
             raise ValueError(f"{value!r} is not yes or no")
         return value
-    if kind is int:
-        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-            raise ValueError(f"{value!r} is not a whole number")
-        try:
-            return int(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{value!r} is not a whole number") from None
-    if kind is float:
-        try:
-            return float("x" if isinstance(value, bool) else value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{value!r} is not a number") from None
+    if kind in (int, float):
+        return _number(kind, value)
     if kind is datetime:
         return read_time(value)
     if not isinstance(value, str | Path):
         raise TypeError(f"{value!r} is not text")
     return Path(value) if kind is Path else str(value)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not JSON ({error})") from None
+
+
+def _number(kind: type[int] | type[float], value: Any) -> int | float:
+    """Read a number; a fraction is not a whole number, and true is neither."""
+    wrong = isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1)
+    try:
+        return kind("" if wrong else value)
+    except (TypeError, ValueError, OverflowError):
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{value!r} is not {what}") from None
 
 
 def _is_mapping(kind: Any) -> bool:

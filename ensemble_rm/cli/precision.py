@@ -32,9 +32,7 @@ class Precision(Command):
     )
     loading: Loading = nested(Loading, panel="Loading")
 
-    example: ClassVar[str] = (
-        "  ensemble-rm precision runs/hh --data samples.jsonl --dtype bfloat16"
-    )
+    example: ClassVar[str] = "  ensemble-rm precision runs/hh --data samples.jsonl --dtype bfloat16"
 
     def run(self, console: Console) -> None:
         """Compare the dtypes."""

@@ -12,6 +12,7 @@ from ensemble_rm.cli.common import (
     JSON_ROWS,
     AggregatorOptions,
     Loading,
+    aggregator_options,
     check_can_write,
     use_aggregator,
     write_jsonl,
@@ -43,7 +44,7 @@ class Rank(Command):
         "number of completions to keep per prompt", default=None, metavar="N", shown="all"
     )
     loading: Loading = nested(Loading, panel="Loading")
-    aggregator: AggregatorOptions = nested(AggregatorOptions, panel="Aggregator")
+    aggregator: AggregatorOptions = aggregator_options()
 
     example: ClassVar[str] = (
         "  ensemble-rm rank runs/hh --data samples.jsonl --top 1 --out best.jsonl"
@@ -83,10 +84,11 @@ class Rank(Command):
         console.next(f"ensemble-rm make-pairs {self.ensemble} --data {self.data}")
 
     def _row(self, group: list[Sample], ranking: Ranking) -> dict[str, Any]:
+        from ensemble_rm.data.samples import prompt_json
+
         order = ranking.order.tolist()[: self.top]
-        prompt = group[0].prompt
         return {
-            "prompt": prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt],
+            "prompt": prompt_json(group[0].prompt),
             "completions": [group[i].completion for i in order],
             "rewards": [float(ranking.reward[i]) for i in order],
             "positions": order,

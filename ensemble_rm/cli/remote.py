@@ -96,7 +96,12 @@ class Remote(Command):
             alone = RewardEnsemble((scorer,), Normaliser.identity(1), mean(), provenance=provenance)
             alone.save_pretrained(self.out)
         scorer.close()
-        data = {"name": name, "url": self.url, "protocol": self.protocol, "probes": scores}
+        data: dict[str, Any] = {
+            "name": name,
+            "url": self.url,
+            "protocol": self.protocol,
+            "probes": scores,
+        }
         data |= {"problems": problems, "out": str(self.out), "dry_run": self.dry_run}
         text = f"{name} at {self.url} by {self.protocol}"
         text += "; nothing written (--dry-run)\n" if self.dry_run else "\n"

@@ -15,6 +15,7 @@ from ensemble_rm.cli.common import (
     JSON_ROWS,
     AggregatorOptions,
     Loading,
+    aggregator_options,
     check_can_write,
     number_or_none,
     use_aggregator,
@@ -53,7 +54,7 @@ class Score(Command):
         "folder of raw scores to reuse and to add to", default=None, metavar="FOLDER"
     )
     loading: Loading = nested(Loading, panel="Loading")
-    aggregator: AggregatorOptions = nested(AggregatorOptions, panel="Aggregator")
+    aggregator: AggregatorOptions = aggregator_options()
 
     example: ClassVar[str] = (
         "  ensemble-rm score runs/hh --data samples.jsonl --aggregator lcb --kappa 1.0 "

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ensemble_rm.cli.command import Command
-from ensemble_rm.cli.common import ENSEMBLE, AggregatorOptions, Loading, use_aggregator
+from ensemble_rm.cli.common import (
+    ENSEMBLE,
+    AggregatorOptions,
+    Loading,
+    aggregator_options,
+    use_aggregator,
+)
 from ensemble_rm.cli.options import argument, nested, option
 from ensemble_rm.errors import MissingExtraError, OptionError, RemoteFailureWarning
 from ensemble_rm.server.options import NetworkOptions, ServerOptions
@@ -49,7 +55,7 @@ class Serve(Command):
         name={"metavar": "NAME", "shown": "the folder's name"},
     )
     loading: Loading = nested(Loading, panel="Loading")
-    aggregator: AggregatorOptions = nested(AggregatorOptions, panel="Aggregator")
+    aggregator: AggregatorOptions = aggregator_options()
 
     example: ClassVar[str] = "  ensemble-rm serve runs/hh --port 8000 --policy-template chatml"
 
@@ -81,9 +87,7 @@ class Serve(Command):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RemoteFailureWarning)  # `/metrics` counts them
-            finished = serve(
-                load, options, network=self.network, token=token, listening=listening
-            )
+            finished = serve(load, options, network=self.network, token=token, listening=listening)
         if finished is False:  # Python would end a thread inside native code with an abort
             sys.stdout.flush()
             sys.stderr.flush()

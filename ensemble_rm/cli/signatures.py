@@ -31,11 +31,7 @@ def default_of(module: str, function: str, parameter: str) -> Any:
     body: list[ast.stmt] = _tree(module).body
     for name in function.split("."):
         node = next(
-            (
-                x
-                for x in body
-                if isinstance(x, ast.ClassDef | ast.FunctionDef) and x.name == name
-            ),
+            (x for x in body if isinstance(x, ast.ClassDef | ast.FunctionDef) and x.name == name),
             None,
         )
         if node is None:
@@ -45,8 +41,11 @@ def default_of(module: str, function: str, parameter: str) -> Any:
     given = node.args
     positional = [*given.posonlyargs, *given.args]
     defaults = dict(
-        zip([a.arg for a in positional[len(positional) - len(given.defaults) :]], given.defaults,
-            strict=True)
+        zip(
+            [a.arg for a in positional[len(positional) - len(given.defaults) :]],
+            given.defaults,
+            strict=True,
+        )
     )
     keyword = zip(given.kwonlyargs, given.kw_defaults, strict=True)
     defaults |= {a.arg: value for a, value in keyword if value is not None}

@@ -99,7 +99,7 @@ class Train(Command):
         cache_dir={"metavar": "FOLDER"},
     )
     text: TrunkOptions = nested(TrunkOptions, panel="Text")
-    recipe: RecipeOptions = nested(  # type: ignore[valid-type]
+    recipe: Any = nested(
         RecipeOptions,
         panel="Recipe",
         views={"flag": "view", "metavar": "LAYER:POOLING"},

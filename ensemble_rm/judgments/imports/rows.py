@@ -71,15 +71,46 @@ class ImportOptions:
         If a label means no outcome.
     """
 
-    source: str | None = None
-    prompt: str | None = None
-    first: str | None = None
-    second: str | None = None
-    question: str | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    empty_is_tie: bool = False
-    judged_at: datetime | None = None
-    assume_utc: bool = False
+    source: str | None = field(
+        default=None, metadata={"help": "source of judgments that do not name one"}
+    )
+    prompt: str | None = field(
+        default=None, metadata={"help": "field of the prompt in an export", "shown": "prompt"}
+    )
+    first: str | None = field(
+        default=None,
+        metadata={
+            "help": "field of the first text in an export",
+            "shown": "answer1 in Label Studio, first in Argilla",
+        },
+    )
+    second: str | None = field(
+        default=None,
+        metadata={
+            "help": "field of the second text in an export",
+            "shown": "answer2 in Label Studio, second in Argilla",
+        },
+    )
+    question: str | None = field(
+        default=None,
+        metadata={
+            "help": "control or question of the verdict in an export",
+            "shown": "the only one",
+        },
+    )
+    labels: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "meaning of a label: first, second or tie; repeated"},
+    )
+    empty_is_tie: bool = field(
+        default=False, metadata={"help": "read a submitted annotation without a selection as a tie"}
+    )
+    judged_at: datetime | None = field(
+        default=None, metadata={"help": "time of verdicts that name no time", "metavar": "TIME"}
+    )
+    assume_utc: bool = field(
+        default=False, metadata={"help": "read times without an offset as UTC"}
+    )
 
     def __post_init__(self) -> None:
         for label, outcome in self.labels.items():

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
-from ensemble_rm.members.backbone.pooling import POOLINGS, RULES, Pooling, Rule, pool
 from ensemble_rm.members.backbone.options import TrunkOptions
+from ensemble_rm.members.backbone.pooling import POOLINGS, RULES, Pooling, Rule, pool
 from ensemble_rm.members.encoding import Encoded, TextEncoder
 from ensemble_rm.members.forward.batching import Batch
 from ensemble_rm.members.forward.cpu.grouped_attention import group_heads
