@@ -48,7 +48,7 @@ def argument(help: str, *, default: Any = MISSING, **metadata: Any) -> Any:  # n
     return option(help, default=default, argument=True, **metadata)
 
 
-def nested(kind: type, *, panel: str | None = None, optional: bool = False, **leaves: Any) -> Any:
+def nested(kind: type, *, panel: str | None = None, **leaves: Any) -> Any:
     """Return a dataclass field whose options are those of another dataclass.
 
     Parameters
@@ -56,14 +56,10 @@ def nested(kind: type, *, panel: str | None = None, optional: bool = False, **le
     kind : type
     panel : str, optional
         Heading of its options in the help.
-    optional : bool
-        Whether the value is None unless one of its options is given.
     **leaves
         For fields of `kind` by name: metadata that replaces its own; None leaves the field out.
     """
     metadata = {"kind": kind, "panel": panel, "leaves": leaves}
-    if optional:
-        return dataclasses.field(default=None, metadata=metadata)
     if any(f.default is MISSING and f.default_factory is MISSING for f in fields(kind)):
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default_factory=kind, metadata=metadata)
@@ -160,7 +156,6 @@ def _leaves(
         if is_dataclass(inner) and "parse" not in metadata:
             assert isinstance(inner, type)
             below = metadata.get("panel") or panel
-            # The options of a value that may be None show what they are once one of them is given.
             yield from _leaves(inner, value, here, below, metadata.get("leaves", {}))
         else:
             metadata["panel"] = metadata.get("panel") or panel
@@ -223,7 +218,7 @@ def _build(
     for field in fields(kind):
         below = [leaf for leaf in options if leaf.path[len(path)] == field.name]
         given = values.get(field.name)
-        if field.name in groups and (given or field.default is not None):
+        if field.name in groups:
             if not isinstance(given or {}, Mapping):
                 raise OptionError(f"{field.name}: {given!r} must be a mapping of settings")
             inner = field.metadata.get("kind") or without_none(field_type(kind, field.name))[0]
@@ -372,14 +367,23 @@ def read_days(text: str) -> float:
     return days
 
 
-def plain(value: Any) -> Any:
-    """Return a value as YAML and JSON have it: a dataclass as a mapping, a path as text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
+def settings(config: Any) -> dict[str, Any]:
+    """Return a command's options as `build` reads them back: nested, of YAML's and JSON's types."""
+    result: dict[str, Any] = {}
+    for leaf in leaves(type(config)):
+        values, value = result, config
+        for name in leaf.path[:-1]:
+            value = getattr(value, name)
+            values = values.setdefault(name, {})
+        values[leaf.path[-1]] = _plain(getattr(value, leaf.path[-1]))
+    return result
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, datetime):
         return value.isoformat()
     return str(value) if isinstance(value, Path) else value
@@ -413,5 +417,5 @@ def write_config(path: Path, command: str, config: Any) -> None:
     import yaml
 
     head = f"# ensemble-rm {command} --config {path.name}\n"
-    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(settings(config), sort_keys=False, allow_unicode=True)
     path.write_text(head + text, encoding="utf-8")
