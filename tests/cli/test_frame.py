@@ -1,4 +1,4 @@
-"""The frame of the command line: help, defaults, suggestions, configuration files, old spellings."""
+"""The frame of the command line: help, defaults, suggestions, configuration, old spellings."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read(*words: str) -> Any:
     return invocation.command
 
 
-# Help ------------------------------------------------------------------------------------------
+# Help --------------------------------------------------------------------------------------------
 
 
 @each_command
@@ -121,7 +121,7 @@ def test_shell_completion_completes_subcommands() -> None:
     words = {"_ENSEMBLE_RM_COMPLETE": "complete_bash", "COMP_WORDS": "ensemble-rm versions r"}
     code = (
         "import os, sys\n"
-        f"os.environ.update({words!r}, COMP_CWORD='2', _TYPER_COMPLETE_ARGS='ensemble-rm versions r')\n"
+        f"os.environ.update({words!r}, COMP_CWORD='2')\n"
         "sys.argv = ['ensemble-rm']\n"
         "from ensemble_rm.cli.main import main\nmain()"
     )
@@ -217,7 +217,7 @@ def test_a_default_that_is_not_there_is_an_error(function: str, parameter: str) 
         default_of("ensemble_rm.active_learning.selection", function, parameter)
 
 
-# Values --------------------------------------------------------------------------------------------
+# Values ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +298,7 @@ def test_a_dataclass_survives_yaml(tmp_path: Path) -> None:
     assert build(Everything, json.loads(json.dumps(settings(values)))) == values
 
 
-# Mistakes ------------------------------------------------------------------------------------------
+# Mistakes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_a_mistake_costs_one_line(
     assert json.loads(capsys.readouterr().out)["exit_code"] == 2
 
 
-# Configuration files -------------------------------------------------------------------------------
+# Configuration files -----------------------------------------------------------------------------
 
 
 @each_command
@@ -393,7 +393,7 @@ def test_a_bad_file_is_named(
     assert "cannot be read" in capsys.readouterr().err
 
 
-# What is printed -----------------------------------------------------------------------------------
+# What is printed ---------------------------------------------------------------------------------
 
 
 def test_without_a_terminal_progress_is_a_line_every_30_seconds(

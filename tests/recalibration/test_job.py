@@ -16,7 +16,7 @@ import pytest
 
 from ensemble_rm import Versions, recalibrate
 from ensemble_rm.cli.main import main
-from ensemble_rm.drift.check import DriftCheckOptions, check_drift, past_checks
+from ensemble_rm.drift import DriftCheckOptions, check_drift, past_checks
 from ensemble_rm.errors import LockedError, StorageError
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.window import WindowOptions, choose, read_window
