@@ -15,6 +15,7 @@ from . import (
     retraining as retraining,
     rl as rl,
     scoring as scoring,
+    server as server,
     training as training,
     uncertainty as uncertainty,
     versions as versions,

@@ -62,7 +62,6 @@ HOMES = {
     "alembic": {"judgments"},
     "psycopg": {"judgments"},
     "httpx": {"members.remote"},
-    "fastapi": {"server"},
     "starlette": {"server"},
     "uvicorn": {"server"},
     "prometheus_client": {"server"},

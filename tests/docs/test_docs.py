@@ -13,6 +13,7 @@ import pytest
 from ensemble_rm.cli.main import parse
 from ensemble_rm.data.loading import load_preferences
 from ensemble_rm.demo.data import FILE
+from ensemble_rm.server.wire import registry
 from tests.support import CHECKOUT
 from tests.test_layering import FLOORS
 
@@ -55,6 +56,8 @@ def test_a_snippet_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    # What a snippet registers is gone after it.
+    monkeypatch.setattr(registry, "_FORMATS", dict(registry._FORMATS))
     rows = [pair.to_json() for pair in load_preferences(FILE)[:900]]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names: dict[str, Any] = {"BACKBONE": minilm_folder}
