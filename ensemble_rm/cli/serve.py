@@ -68,7 +68,7 @@ class Serve(Command):
             raise
         except ImportError as error:
             raise MissingExtraError(
-                f"the server needs FastAPI, uvicorn and prometheus-client ({error}): "
+                f"the server needs Starlette, uvicorn and prometheus-client ({error}): "
                 "pip install 'ensemble-rm[server]'"
             ) from error
         token, options = read_token(self.token_file), self.options()
