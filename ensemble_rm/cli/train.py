@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,40 +23,45 @@ PARTS = ("train", "validation", "calibration", "test")
 def _recipe_options() -> type:
     """Return a dataclass with the fields of every kind's recipe, each None unless it is given.
 
-    One kind's field is another's, too, perhaps with another default; the help shows all of them.
+    Kinds share fields, perhaps with other defaults; the help shows the default of each kind.
     """
-    options: dict[str, tuple[str, Any, Any]] = {}
+    options: dict[str, tuple[str, Any, dict[str, Any]]] = {}
     defaults: dict[str, dict[str, list[str]]] = {}
     for kind in trained_kinds():
         recipe = member_kind(kind).recipe_class()
         for each in fields(recipe):
+            if each.name == "callbacks":  # objects, which no text names
+                continue
+            text, _, stated = each.metadata["help"].rstrip(")").partition(" (default: ")
             inner = without_none(field_type(recipe, each.name))[0]
-            known = options.get(each.name)
-            # Heads try several values of what other kinds take one of.
-            if known is None or known[1] == inner | None:
-                metadata = dict(each.metadata) | {"panel": "Recipe"}
-                options[each.name] = (
-                    each.name,
-                    inner | None,
-                    field(default=None, metadata=metadata),
-                )
-            texts = defaults.setdefault(each.name, {})
-            texts.setdefault(_default_text(each), []).append(kind)
-    for name, (_, _, own) in options.items():
-        own.metadata = {**own.metadata, "shown": _all_defaults(defaults[name])}
-    return make_dataclass("RecipeOptions", list(options.values()), frozen=True, kw_only=True)
+            # The first kind's type serves all: heads try several values where others take one.
+            metadata = dict(each.metadata) | {"help": text}
+            options.setdefault(each.name, (each.name, inner | None, metadata))
+            default = stated or shown(
+                each.default if each.default_factory is MISSING else each.default_factory()
+            )
+            defaults.setdefault(each.name, {}).setdefault(default, []).append(kind)
+    described = [
+        (name, kind, field(default=None, metadata=metadata | {"shown": _join(defaults[name])}))
+        for name, kind, metadata in options.values()
+    ]
+    return make_dataclass("RecipeOptions", described, frozen=True, kw_only=True)
 
 
-def _default_text(each: Field[Any]) -> str:
-    if each.default_factory is not MISSING:
-        return shown(each.default_factory())
-    return shown(each.default)
+def _join(defaults: dict[str, list[str]]) -> str:
+    """Return the kinds' defaults in words, once where all have the same."""
+    if len(defaults) == 1:
+        return next(iter(defaults))
+    return "; ".join(f"{', '.join(kinds)}: {text}" for text, kinds in defaults.items())
 
 
-def _all_defaults(texts: dict[str, list[str]]) -> str:
-    if len(texts) == 1:
-        return next(iter(texts))
-    return "; ".join(f"{', '.join(kinds)}: {text}" for text, kinds in texts.items())
+def read_size(text: str) -> int:
+    """Read a number of bytes, such as ``16GiB`` or ``17179869184``."""
+    number = text.strip().removesuffix("GiB")
+    try:
+        return int(float(number) * 2**30) if number != text.strip() else int(number)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is not a size, such as 16GiB") from None
 
 
 RecipeOptions = _recipe_options()
@@ -105,6 +110,11 @@ class Train(Command):
         views={"flag": "view", "metavar": "LAYER:POOLING"},
         targets={"flag": "target", "metavar": "NAME"},
         trainer_args={"flag": "trainer-arg", "metavar": "NAME=JSON"},
+        states_limit={
+            "help": "maximum size of the token states on disk, in bytes or as in 20GiB",
+            "parse": read_size,
+            "metavar": "SIZE",
+        },
     )
 
     example: ClassVar[str] = (
@@ -152,8 +162,6 @@ class Train(Command):
 
     def full_request(self) -> TrainingRequest:
         """Return the request, with the recipe of the kind that was asked for."""
-        from dataclasses import replace
-
         given = {
             each.name: value
             for each in fields(self.recipe)

@@ -19,7 +19,7 @@ from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import CalibrationError, TooFewJudgmentsError
 from ensemble_rm.judgments.judgment import Judgment
-from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.heads.scorer import HeadScorer
 from ensemble_rm.members.learning.recipe import Recipe
@@ -28,8 +28,8 @@ from ensemble_rm.retraining.gate import Answer, RetrainingGate, gate_members
 from ensemble_rm.retraining.options import RetrainingOptions
 from ensemble_rm.retraining.splits import RetrainingParts, split_judgments
 from ensemble_rm.retraining.unit_matching import reward_units, same_units
-from ensemble_rm.training.run import train
-from ensemble_rm.training.start import training_arguments
+from ensemble_rm.training.request import TrainingRequest
+from ensemble_rm.training.run import train_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,9 @@ def retrain(
     """
     require_pairs(old, "retraining")
     options = options or RetrainingOptions()
-    arguments = training_arguments(ensemble)
+    request = replace(TrainingRequest.of(ensemble), seed=options.seed, out=out, cache_dir=cache_dir)
     if recipe is not None:
-        arguments["recipe"] = recipe
+        request = replace(request, recipe=recipe)
     try:
         parts = sufficient_parts(judgments, old, options)
     except TooFewJudgmentsError as error:
@@ -123,15 +123,7 @@ def retrain(
     pairs = Preferences((*old, *parts.train), f"{old.source} and {parts.train.source}")
     share = options.validation_share
     fit, validation = pairs.split(1 - share, share, seed=options.seed)
-    trained = train(
-        fit,
-        validation,
-        **arguments,
-        seed=options.seed,
-        out=out,
-        cache_dir=cache_dir,
-        progress=progress,
-    )
+    trained = train_request(fit, validation, request, progress=progress)
     reference = old if reference is None else reference
     cache = None if cache_dir is None else FeatureCache(Path(cache_dir).expanduser())
     incumbent = _with_cache(ensemble, cache)

@@ -19,7 +19,7 @@ from ensemble_rm.errors import TooFewJudgmentsError
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.store import JudgmentStore
-from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.retraining.candidate import (

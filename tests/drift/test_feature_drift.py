@@ -15,7 +15,7 @@ import pytest
 from ensemble_rm import FunctionScorer, RewardEnsemble, Sample, Versions, recalibrate, train
 from ensemble_rm.drift.check import check_drift
 from ensemble_rm.errors import NoFeaturesError
-from ensemble_rm.members import scorer_features
+from ensemble_rm.members import HeadRecipe, scorer_features
 from ensemble_rm.scoring import ScoreCache
 from ensemble_rm.uncertainty import fit_feature_space
 from tests.support.recalibration_runs import calibrated, judged, score_of, stored, write_run
@@ -107,7 +107,7 @@ def test_training_keeps_where_its_inputs_lie(small_folder: Path, tmp_path: Path)
         *(fit, validation),
         backbone=small_folder,
         members=2,
-        views=["1:mean", "2:both"],
+        recipe=HeadRecipe(views=("1:mean", "2:both")),
         options=OPTIONS,
         out=tmp_path / "run",
         cache_dir=None,

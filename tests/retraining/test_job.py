@@ -14,7 +14,6 @@ import pytest
 from ensemble_rm import (
     Preference,
     Preferences,
-    Recipe,
     RewardEnsemble,
     TrunkOptions,
     retrain,
@@ -26,6 +25,7 @@ from ensemble_rm.cli.main import main
 from ensemble_rm.errors import LockedError, OptionError, VersionError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.store import JudgmentStore
+from ensemble_rm.members import HeadRecipe, make_recipe
 from ensemble_rm.retraining import RetrainingOptions, RetrainingRunOptions, retrain_run
 from ensemble_rm.versions.repository import Versions
 
@@ -294,7 +294,7 @@ def test_what_cannot_be_retrained_is_refused(ensemble: RewardEnsemble, cache: Pa
         RetrainingOptions(validation_share=1.0)
     with pytest.raises(VersionError):
         Versions("nowhere").current()
-    adam = Recipe(solver="adam", epochs=2)
+    adam = HeadRecipe(solver="adam", epochs=2)
     found = retrain(ensemble, OLD, NEW, recipe=adam, options=OPTIONS, cache_dir=cache)
     assert found.candidate is not None
     assert found.candidate.provenance["recipe"]["solver"] == "adam"
@@ -305,12 +305,11 @@ def test_other_kinds_are_published_whole(
     kind: str, small_folder: Path, store: Path, tmp_path: Path
 ) -> None:
     """Their weights leave the job's work folder with the version."""
-    recipe = Recipe.of(kind, epochs=3, learning_rate=5e-3)
+    recipe = make_recipe(kind, epochs=3, learning_rate=5e-3)
     run = tmp_path / "run"
     first = train(
         *OLD.split(0.75, 0.25, seed=0),
         backbone=small_folder,
-        kind=kind,  # type: ignore[arg-type]
         members=2,
         recipe=recipe,
         options=TrunkOptions(max_length=32, device="cpu"),
