@@ -48,7 +48,7 @@ class Evaluate(Command):
         """Evaluate the ensemble."""
         pairs = read_pairs(console, self.data, skip_bad=self.skip_bad)
         from ensemble_rm.evaluation.evaluation import evaluate
-        from ensemble_rm.evaluation.table import evaluation_text
+        from ensemble_rm.evaluation.report import evaluation_text
 
         ensemble = self.loading.open(self.ensemble)
         with console.progress() as progress:
@@ -57,7 +57,7 @@ class Evaluate(Command):
             )
         data, text = evaluation.to_json(), evaluation_text(evaluation)
         if self.report is not None:
-            from ensemble_rm.evaluation.plots import draw_evaluation
+            from ensemble_rm.evaluation.report import draw_evaluation
 
             pictures = draw_evaluation(evaluation, self.report)
             (self.report / "evaluation.json").write_text(json.dumps(data, indent=1) + "\n")

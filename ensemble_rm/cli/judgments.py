@@ -15,12 +15,12 @@ from ensemble_rm.cli.options import argument, nested, option
 from ensemble_rm.cli.signatures import default_of
 from ensemble_rm.errors import OptionError
 from ensemble_rm.judgments.filter import JudgmentFilter
-from ensemble_rm.judgments.imports.rows import ImportOptions
+from ensemble_rm.judgments.imports.formats import ImportOptions
 
 if TYPE_CHECKING:
     from ensemble_rm.cli.console import Console
     from ensemble_rm.judgments.agreement import AgreementReport
-    from ensemble_rm.judgments.imports.rows import Imported
+    from ensemble_rm.judgments.imports.formats import Imported
     from ensemble_rm.judgments.store import JudgmentStore
     from ensemble_rm.metrics import Interval
 
