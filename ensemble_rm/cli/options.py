@@ -186,8 +186,10 @@ def without_none(kind: Any) -> tuple[Any, bool]:
     if get_origin(kind) not in (Union, types.UnionType):
         return kind, False
     rest = [part for part in get_args(kind) if part is not types.NoneType]
-    # Of `str | Path` and of `str | tuple[str, ...]`, the last one reads every text.
-    return rest[-1], len(rest) < len(get_args(kind))
+    optional = len(rest) < len(get_args(kind))
+    several = [part for part in rest if get_origin(part) is tuple]
+    # A Hub id is text, and a Path would change "./x"; several names are more than one.
+    return (several or [part for part in rest if part is str] or rest)[0], optional
 
 
 def build(command: type[T], values: Mapping[str, Any]) -> T:
