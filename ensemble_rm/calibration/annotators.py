@@ -29,12 +29,12 @@ from scipy.optimize import minimize
 from scipy.special import expit, logsumexp
 
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.methods.temperature import (
     fit_temperature,
     margin_losses,
     read_judgments,
 )
-from ensemble_rm.data.weights import MIN_JUDGMENTS
 from ensemble_rm.errors import OptionError
 
 _REACH, _STEP = 5.0, 0.05  # of the grid of log T, about that of all judgments

@@ -14,6 +14,7 @@ from scipy.special import expit
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibrator import Curve, find_calibrator
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.methods.temperature import (
     TemperatureFit,
     fit_mixture_temperature,
@@ -22,7 +23,6 @@ from ensemble_rm.calibration.methods.temperature import (
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.calibration.slices import SliceFit, fit_slices
 from ensemble_rm.calibration.ties import TieModel, fit_ties
-from ensemble_rm.data.weights import MIN_JUDGMENTS
 from ensemble_rm.errors import AggregatorMismatchError, NotCalibratedError, OptionError
 
 

@@ -31,8 +31,8 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.methods.temperature import add_up, read_judgments, require_pull
-from ensemble_rm.data.weights import MIN_JUDGMENTS
 from ensemble_rm.errors import NoTiesError, OptionError, SeparableError
 
 TIE_MODELS: tuple[str, ...] = ("davidson", "rao-kupper")

@@ -20,8 +20,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from ensemble_rm.errors import OptionError
 
-MIN_JUDGMENTS = 50  # effective, by default: with fewer a temperature's interval spans a factor
-
 Floats = NDArray[np.float64]
 
 

@@ -19,10 +19,10 @@ from ensemble_rm.calibration.calibration import (
     refit_calibration,
     require_calibration,
 )
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.data.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
-from ensemble_rm.data.weights import MIN_JUDGMENTS
 from ensemble_rm.ensemble.results import Comparison, Ranking, Scores, compare_scored
 from ensemble_rm.ensemble.stored import Origin, Stored
 from ensemble_rm.errors import NoFeaturesError, OptionError

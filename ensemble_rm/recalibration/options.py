@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ensemble_rm.data.weights import MIN_JUDGMENTS
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.drift.options import DriftOptions
 from ensemble_rm.evidence.window import WindowOptions
 from ensemble_rm.versions.options import RunOptions

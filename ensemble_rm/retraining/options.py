@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ensemble_rm.data.weights import MIN_JUDGMENTS
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.errors import OptionError
 from ensemble_rm.judgments.filter import TimeRange
 from ensemble_rm.versions.options import RunOptions

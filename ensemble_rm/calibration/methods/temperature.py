@@ -23,7 +23,7 @@ from scipy.stats import t as student
 from ensemble_rm.aggregation.aggregator import score_matrix
 from ensemble_rm.arrays import Floats, mean_of_present
 from ensemble_rm.calibration.calibrator import Calibrator
-from ensemble_rm.data.weights import MIN_JUDGMENTS
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.errors import (
     NonFiniteScoreError,
     NoPositiveTemperatureError,
