@@ -12,7 +12,7 @@ from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.combining import normalised
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
-from ensemble_rm.errors import MergeError, OptionError
+from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.branches.scorer import BranchScorer
 from ensemble_rm.members.full.scorer import FullScorer
 from ensemble_rm.members.learning.weight_averaging import average_branches, average_classifiers
@@ -47,10 +47,10 @@ def average_weights(
 
     Raises
     ------
-    MergeError
+    ModelError
         If the members are of another kind, or do not share their starting weights, shapes, pooling
         or the heads' standardisation.
-    EmptyDataError
+    DataError
         If there is no reference pair.
     OptionError
         If full members are merged and `out` is not given.
@@ -70,7 +70,7 @@ def average_weights(
         return merged
     if len(models) < len(scorers):
         found = sorted({type(scorer).__name__ for scorer in scorers})
-        raise MergeError(
+        raise ModelError(
             f"only members of kind 'full' or of kind 'branch' have a mean, not {found}"
         )
     if out is None:

@@ -146,7 +146,7 @@ class ModelScorer(Scorer):
 
         Raises
         ------
-        BackboneError
+        ModelError
             If the backbone's weights are not those that the members were saved with.
         MissingExtraError
             If a package that the kind needs is not installed.

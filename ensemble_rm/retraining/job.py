@@ -101,7 +101,7 @@ def retrain_run(
         If another job works on the folder and `wait` is not set.
     StorageError
         If something cannot be read or written; the current version stays current.
-    OptionError, EmptyDataError, TrainingError
+    OptionError, DataError, TrainingError
         See `retrain`.
     """
     options = options or RetrainingRunOptions()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import NonFiniteLossError
+from ensemble_rm.errors import TrainingError
 from ensemble_rm.members.backbone.token_states import TokenStates
 from ensemble_rm.members.branches.module import Branch, PairStates
 from ensemble_rm.members.branches.recipe import BranchedRecipe
@@ -210,9 +210,8 @@ class BranchTrainer:
 
         Raises
         ------
-        NonFiniteLossError
+        TrainingError
             If a member's loss is NaN or infinite.
-        ResumeError
             If the checkpoint belongs to another run.
         """
         k, patience = len(self.branches), self.recipe.patience
@@ -285,7 +284,7 @@ class BranchTrainer:
 
     def _refuse_nan(self, loss: torch.Tensor, member: int, epoch: int) -> None:
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(
+            raise TrainingError(
                 f"the loss of member {member} became NaN or infinite in epoch {epoch}; lower "
                 f"learning_rate={self.recipe.learning_rate}, or take dtype='float32'"
             )

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import silu
 
-from ensemble_rm.errors import NonFiniteLossError
+from ensemble_rm.errors import TrainingError
 from ensemble_rm.members.heads.recipe import HeadRecipe
 from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.learning.checkpoint import (
@@ -252,9 +252,8 @@ class HeadTrainer:
 
         Raises
         ------
-        NonFiniteLossError
+        TrainingError
             If a member's loss is NaN or infinite.
-        ResumeError
             If the checkpoint belongs to another run.
         """
         recipe = self.recipe
@@ -315,7 +314,7 @@ class HeadTrainer:
         bad = ~(torch.isfinite(train_loss) & torch.isfinite(nll))
         if bad.any():
             member, lane = (int(i) for i in bad.nonzero()[0])
-            raise NonFiniteLossError(
+            raise TrainingError(
                 f"the loss of member {member} (weight_decay={self.recipe.weight_decay[lane]}) "
                 f"became NaN or infinite in epoch {epoch}; lower learning_rate="
                 f"{self.recipe.learning_rate}, or look for non-finite features"

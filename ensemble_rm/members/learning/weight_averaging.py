@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ensemble_rm.errors import MergeError
+from ensemble_rm.errors import ModelError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.branches.scorer import BranchScorer
 from ensemble_rm.members.full.scorer import FullScorer
@@ -36,14 +36,14 @@ def average_tensors(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
     Raises
     ------
-    MergeError
+    ModelError
         If the shapes differ, or whole numbers do.
     """
     first = tensors[0]
     _same(f"shape of {name}", [tuple(tensor.shape) for tensor in tensors])
     if not first.is_floating_point():
         if any(not torch.equal(first, tensor) for tensor in tensors):
-            raise MergeError(f"the members' whole numbers {name!r} differ; they have no mean")
+            raise ModelError(f"the members' whole numbers {name!r} differ; they have no mean")
         return first
     total = torch.stack([tensor.double() for tensor in tensors]).mean(0)
     return total.to(first.dtype)
@@ -54,7 +54,7 @@ def average_branches(scorers: Sequence[BranchScorer]) -> BranchScorer:
 
     Raises
     ------
-    MergeError
+    ModelError
         If there is only one branch, or they grew from other weights, are read in other ways, or
         standardise what they read by other numbers.
     """
@@ -69,7 +69,7 @@ def average_branches(scorers: Sequence[BranchScorer]) -> BranchScorer:
     for name in first.heads.tensors():
         stacked = np.concatenate([scorer.heads.tensors()[name] for scorer in scorers])
         if name in ("offset", "gain") and (stacked != stacked[:1]).any():
-            raise MergeError(
+            raise ModelError(
                 f"the heads standardise what they read by other numbers ({name}), so that their "
                 "weights have other units; train the branches in one run, without bootstrap"
             )
@@ -98,7 +98,7 @@ def average_classifiers(scorers: Sequence[FullScorer], folder: Path) -> FullScor
 
     Raises
     ------
-    MergeError
+    ModelError
         If there is only one, one was not trained here, or they started from other weights, are
         read in other ways, or hold other weights.
     """
@@ -106,7 +106,7 @@ def average_classifiers(scorers: Sequence[FullScorer], folder: Path) -> FullScor
     _require_two(len(scorers))
     for scorer in scorers:
         if not scorer.own or scorer.start is None:
-            raise MergeError(
+            raise ModelError(
                 f"member {scorer.names[0]!r} does not say which weights its training started from; "
                 "the mean of unrelated models is no model: merge members of one run of kind 'full'"
             )
@@ -139,11 +139,11 @@ def _average_files(sources: Sequence[Path], target: Path) -> None:
 
 def _require_two(members: int) -> None:
     if members < 2:
-        raise MergeError("there is one member; its mean is itself")
+        raise ModelError("there is one member; its mean is itself")
 
 
 def _same(what: str, values: Iterable[Any]) -> None:
     first, *others = values
     odd = next((value for value in others if value != first), None)
     if odd is not None:
-        raise MergeError(f"the members differ in their {what}: {str(first)[:60]}, {str(odd)[:60]}")
+        raise ModelError(f"the members differ in their {what}: {str(first)[:60]}, {str(odd)[:60]}")

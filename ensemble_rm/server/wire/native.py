@@ -18,7 +18,7 @@ from ensemble_rm.server.wire.format import Route, WireFormat
 from ensemble_rm.uncertainty.disagreement import member_std
 
 if TYPE_CHECKING:
-    from ensemble_rm.server.scheduling.outcomes import RecordedScores
+    from ensemble_rm.ensemble.results import Scores
     from ensemble_rm.server.service import RequestContext
 
 _MOST_FIELDS = 32
@@ -245,7 +245,7 @@ def read_aggregator(choice: AggregatorChoice | None, own: Aggregator) -> Aggrega
 
 
 def aggregate_again(
-    aggregator: Aggregator, scores: RecordedScores
+    aggregator: Aggregator, scores: Scores
 ) -> tuple[Floats, Mapping[int, Exception]]:
     """Return the rewards by another aggregator, and the errors of the rows that have none.
 
