@@ -54,7 +54,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logsumexp
 from scipy.stats import t as student
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.methods.temperature import TemperatureFit
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
 

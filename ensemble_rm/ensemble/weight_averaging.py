@@ -13,7 +13,7 @@ from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.combining import normalised
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
-from ensemble_rm.errors import MergeError
+from ensemble_rm.errors import ModelError
 from ensemble_rm.members.model_scorer import ModelScorer
 from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.progress import Progress, silent
@@ -46,10 +46,10 @@ def average_weights(
 
     Raises
     ------
-    MergeError
+    ModelError
         If the members are of another kind, or do not share their starting weights, shapes, pooling
         or the heads' standardisation.
-    EmptyDataError
+    DataError
         If there is no reference pair.
     OptionError
         If full members are merged and `out` is not given.
@@ -62,7 +62,7 @@ def average_weights(
     kind = type(ensemble.scorers[0])
     if not issubclass(kind, ModelScorer) or {type(s) for s in ensemble.scorers} != {kind}:
         names = sorted({type(scorer).__name__ for scorer in ensemble.scorers})
-        raise MergeError(f"only members of one kind, 'full' or 'branch', have a mean, not {names}")
+        raise ModelError(f"only members of one kind, 'full' or 'branch', have a mean, not {names}")
     members: Any = ensemble.scorers
     with tempfile.TemporaryDirectory(prefix="ensemble_rm.") as scratch:
         model = Path(scratch) / "model"

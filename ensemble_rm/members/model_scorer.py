@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import MergeError, StorageError
+from ensemble_rm.errors import ModelError, StorageError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.trunk import TrunkOptions
@@ -135,10 +135,10 @@ class ModelScorer(Scorer):
 
         Raises
         ------
-        MergeError
+        ModelError
             If the weights of this kind, or of these members, have no mean.
         """
-        raise MergeError(
+        raise ModelError(
             f"weights of {cls.__name__} have no mean; only those of branches and "
             "of full members have one"
         )
@@ -167,7 +167,7 @@ class ModelScorer(Scorer):
 
         Raises
         ------
-        BackboneError
+        ModelError
             If the backbone's weights are not those that the members were saved with.
         MissingExtraError
             If a package that the kind needs is not installed.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS
 from ensemble_rm.data.weights import effective_sample_size

@@ -175,7 +175,7 @@ def retrain(
     ------
     OptionError
         If the ensemble was not made by training, or an option is out of range.
-    EmptyDataError
+    DataError
         If there are no old pairs.
     TrainingError
         If training cannot continue.

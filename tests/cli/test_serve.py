@@ -44,7 +44,7 @@ def test_it_binds_nothing_that_others_reach_without_a_token(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     said = refused(capsys, tmp_path, "--host", "0.0.0.0")
-    assert (said["error"], said["exit_code"]) == ("BindError", 2)
+    assert (said["error"], said["exit_code"]) == ("ServerError", 2)
     assert "--token-file" in said["message"]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import BackboneError, OptionError
+from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.pooling import POOLINGS, RULES, Pooling, Rule, pool
 from ensemble_rm.members.encoding import Encoded, Template, TextEncoder
@@ -146,7 +146,7 @@ def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.Modul
 
     Raises
     ------
-    BackboneError
+    ModelError
         If no ModuleList is as long as the config says the model is deep.
     """
     config: Any = model.config
@@ -154,7 +154,7 @@ def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.Modul
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return tuple(name.split(".")), module
-    raise BackboneError(
+    raise ModelError(
         f"{type(model).__name__} has no list of {depth} blocks; only kind='full' can train it"
     )
 

@@ -196,9 +196,8 @@ class BranchTrainer(TrainingLoop):
 
         Raises
         ------
-        NonFiniteLossError
+        TrainingError
             If a member's loss is NaN or infinite.
-        ResumeError
             If the checkpoint belongs to another run.
         """
         state = self.run_epochs(progress)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from torch.nn import ModuleList
 
-from ensemble_rm.errors import MergeError
+from ensemble_rm.errors import ModelError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.trunk import Trunk
 from ensemble_rm.members.branches.base import Branched, Tensors
@@ -68,7 +68,7 @@ class BranchScorer(Branched):
 
         Raises
         ------
-        MergeError
+        ModelError
             If there is only one branch, or they were trained from other weights, are read in other
             ways, or standardise the pooled states by other numbers.
         """
@@ -83,7 +83,7 @@ class BranchScorer(Branched):
         for name in first.heads.tensors():
             stacked = np.concatenate([scorer.heads.tensors()[name] for scorer in scorers])
             if name in ("offset", "gain") and (stacked != stacked[:1]).any():
-                raise MergeError(
+                raise ModelError(
                     f"the heads standardise the pooled states by other numbers ({name}), so that "
                     "their weights have other units; train the branches in one run, without "
                     "bootstrap"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import BackboneError, MergeError, OptionError
+from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.pooling import pool
@@ -96,14 +96,14 @@ def set_pad_token(model: Any, tokenizer: Any) -> None:
 
     Raises
     ------
-    BackboneError
+    ModelError
         If neither names one.
     """
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     if config.pad_token_id is None:
-        raise BackboneError(
+        raise ModelError(
             f"{tokenizer.name_or_path} names no pad token, by which a batch is filled up; "
             "set pad_token in its tokenizer's config"
         )
@@ -178,9 +178,8 @@ class FullScorer(ModelScorer):
 
         Raises
         ------
-        BackboneError
+        ModelError
             If there is no such model, or it has not one output.
-        MissingHeadError
             If the head's weights are absent.
         """
         scorer = cls(bb.locate(model, cache_dir=cache_dir), options, name=name)
@@ -318,7 +317,7 @@ class FullScorer(ModelScorer):
         ------
         OptionError
             If no folder is given.
-        MergeError
+        ModelError
             If there is only one member, one was not trained here, or they started from other
             weights, are read in other ways, or hold other weights.
         """
@@ -326,7 +325,7 @@ class FullScorer(ModelScorer):
         require_two(len(scorers))
         for scorer in scorers:
             if not scorer.own or scorer.start is None:
-                raise MergeError(
+                raise ModelError(
                     f"member {scorer.names[0]!r} does not say which weights its training started "
                     "from; the mean of unrelated models is no model: merge members of one run of "
                     "kind 'full'"

@@ -203,9 +203,8 @@ class HeadTrainer(TrainingLoop):
 
         Raises
         ------
-        NonFiniteLossError
+        TrainingError
             If a member's loss is NaN or infinite.
-        ResumeError
             If the checkpoint belongs to another run.
         """
         state = self.run_epochs(progress)

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ensemble_rm.errors import MergeError
+from ensemble_rm.errors import ModelError
 
 NAME = "merged"  # of the averaged member
 
@@ -30,14 +30,14 @@ def average_tensors(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
     Raises
     ------
-    MergeError
+    ModelError
         If the shapes differ, or integer tensors do.
     """
     first = tensors[0]
     require_same(f"shape of {name}", [tuple(tensor.shape) for tensor in tensors])
     if not first.is_floating_point():
         if any(not torch.equal(first, tensor) for tensor in tensors):
-            raise MergeError(f"the members' whole numbers {name!r} differ; they have no mean")
+            raise ModelError(f"the members' whole numbers {name!r} differ; they have no mean")
         return first
     total = torch.stack([tensor.double() for tensor in tensors]).mean(0)
     return total.to(first.dtype)
@@ -48,7 +48,7 @@ def average_files(sources: Sequence[Path], target: Path) -> None:
 
     Raises
     ------
-    MergeError
+    ModelError
         If the files hold tensors of other names or shapes.
     """
     with ExitStack() as stack:
@@ -62,16 +62,16 @@ def average_files(sources: Sequence[Path], target: Path) -> None:
 
 
 def require_two(members: int) -> None:
-    """Raise `MergeError` if there is only one member."""
+    """Raise `ModelError` if there is only one member."""
     if members < 2:
-        raise MergeError("there is one member; its mean is itself")
+        raise ModelError("there is one member; its mean is itself")
 
 
 def require_same(what: str, values: Iterable[Any]) -> None:
-    """Raise `MergeError` if the members' values differ; `what` names them in the message."""
+    """Raise `ModelError` if the members' values differ; `what` names them in the message."""
     first, *others = values
     other = next((value for value in others if value != first), None)
     if other is not None:
-        raise MergeError(
+        raise ModelError(
             f"the members differ in their {what}: {str(first)[:60]}, {str(other)[:60]}"
         )

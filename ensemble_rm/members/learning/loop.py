@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ensemble_rm.errors import NonFiniteLossError
+from ensemble_rm.errors import TrainingError
 from ensemble_rm.members.learning.checkpoint import (
     load_checkpoint,
     remove_checkpoint,
@@ -120,10 +120,8 @@ class TrainingLoop(ABC):
 
         Raises
         ------
-        NonFiniteLossError
-            If an active lane's loss is NaN or infinite.
-        ResumeError
-            If the checkpoint belongs to another run.
+        TrainingError
+            If an active lane's loss is NaN or infinite, or the checkpoint belongs to another run.
         """
         epochs, patience, _ = self._limits
         state = self._start()
@@ -148,9 +146,9 @@ class TrainingLoop(ABC):
             remove_checkpoint(self.checkpoint)
         return state
 
-    def diverged(self, lane: tuple[int, ...], epoch: int) -> NonFiniteLossError:
+    def diverged(self, lane: tuple[int, ...], epoch: int) -> TrainingError:
         """Return the error of a lane whose loss is NaN or infinite."""
-        return NonFiniteLossError(
+        return TrainingError(
             f"the loss of {self.lane_name(lane)} became NaN or infinite in epoch {epoch}; lower "
             f"learning_rate={self._limits[2]}, or {self.divergence_hint}"
         )

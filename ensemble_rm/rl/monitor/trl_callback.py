@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import NoPenaltyError, OptionError
+from ensemble_rm.errors import LoopError, OptionError
 from ensemble_rm.rl.monitor.alarms import Alarm, mean_of
 from ensemble_rm.rl.monitor.monitor import OverOptimisationMonitor
 from ensemble_rm.rl.scoring import LoopRewards
@@ -105,17 +105,17 @@ class MonitorCallback(TrainerCallback):
 
         Raises
         ------
-        NoPenaltyError
+        LoopError
             If β is to be raised in a run that has none, or whose loss has taken it already.
         """
         if self.action == "raise_beta":
             if not trainer.beta > 0:
-                raise NoPenaltyError(
+                raise LoopError(
                     f"β can be raised only in a run that was started with β > 0, and this one has "
                     f"{trainer.beta}: without, TRL holds no reference model; set beta in its config"
                 )
             if getattr(trainer.args, "use_liger_kernel", False):
-                raise NoPenaltyError("use_liger_kernel fixes β at the start; switch it off")
+                raise LoopError("use_liger_kernel fixes β at the start; switch it off")
         self._trainer = trainer
         self.reward.watched_by(self._collect)
         # Before those that report: what it adds to the logs is seen by the callbacks after it.
@@ -168,7 +168,7 @@ class MonitorCallback(TrainerCallback):
         figures: dict[str, float] = {}
         if calls:
             samples = [sample for part, _rewards, _tokens in calls for sample in part]
-            rewards = joined([rewards for _samples, rewards, _tokens in calls])
+            rewards = LoopRewards.join([rewards for _samples, rewards, _tokens in calls])
             alarms = self.monitor.observe(state.global_step, samples, rewards, kl=kl)
             figures = self._of_step(state.global_step, alarms)
             if self.records is not None:
@@ -264,16 +264,6 @@ class MonitorCallback(TrainerCallback):
             self._trainer.processing_class, [s for s, _ in chosen], [ids for _, ids in chosen]
         )
         return mean_kl(self._policy(), self.reference, encoded)
-
-
-def joined(calls: list[LoopRewards]) -> LoopRewards:
-    """Return several calls' rewards as one's."""
-    return LoopRewards(
-        np.concatenate([call.reward for call in calls]),
-        np.concatenate([call.members for call in calls]),
-        np.concatenate([call.reference_reward for call in calls]),
-        tuple(error for call in calls for error in call.errors),
-    )
 
 
 def averaged(parts: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -14,11 +14,11 @@ import torch
 
 from ensemble_rm import Preferences, RewardEnsemble, Sample, TrunkOptions, train
 from ensemble_rm.errors import (
-    BackboneError,
     MissingExtraError,
+    ModelError,
     OptionError,
-    ResumeError,
     StorageError,
+    TrainingError,
 )
 from ensemble_rm.members import (
     BranchRecipe,
@@ -186,7 +186,7 @@ def test_save_and_load_are_identical(
     np.testing.assert_array_equal(copied.score(SAMPLES).reward, scores.reward)
     stored = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
     assert stored < (small_folder / "model.safetensors").stat().st_size  # adapters and heads only
-    with pytest.raises(BackboneError, match="not those of the saved"):
+    with pytest.raises(ModelError, match="not those of the saved"):
         RewardEnsemble.from_pretrained(out, backbone=minilm_folder)
     (out / "members/0/adapters.safetensors").write_bytes(b"")
     with pytest.raises(StorageError, match="no saved lora member"):
@@ -230,7 +230,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     out = tmp_path / "run"
     with pytest.raises(Killed):
         run(parts, small_folder, tmp_path, out=out, progress=kill, **given)
-    with pytest.raises(ResumeError, match="another recipe"):
+    with pytest.raises(TrainingError, match="another recipe"):
         run(parts, small_folder, tmp_path, out=out, seed=5, **given)
     stages.clear()
     again = run(parts, small_folder, tmp_path, out=out, progress=note, **given)
