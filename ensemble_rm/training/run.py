@@ -163,7 +163,7 @@ def train_request(
 
     Raises
     ------
-    EnsembleError
+    EnsembleRMError
         What `train` raises.
     """
     out = None if request.out is None else Path(request.out).expanduser()
@@ -208,7 +208,7 @@ def plan(fit: Preferences, validation: Preferences, request: TrainingRequest) ->
 
     Raises
     ------
-    EnsembleError
+    EnsembleRMError
         What `train` raises before it reads weights.
     """
     job, _ = _prepare(fit, validation, request)
