@@ -32,12 +32,8 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 from ensemble_rm.arrays import Floats
-from ensemble_rm.calibration.methods.temperature import (
-    MIN_JUDGMENTS,
-    add_up,
-    read_judgments,
-    require_pull,
-)
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
+from ensemble_rm.calibration.methods.temperature import add_up, read_judgments, require_pull
 from ensemble_rm.errors import CalibrationError, OptionError, SeparableError
 
 TIE_MODELS: tuple[str, ...] = ("davidson", "rao-kupper")

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.backbone.pooling import POOLINGS, RULES, Pooling, Rule, pool
-from ensemble_rm.members.encoding import Encoded, Template, TextEncoder
+from ensemble_rm.members.encoding import Encoded, TextEncoder
 from ensemble_rm.members.forward.batching import Batch
 from ensemble_rm.members.forward.cpu.grouped_attention import group_heads
 from ensemble_rm.members.forward.cpu.kernels import quicken
@@ -112,33 +113,6 @@ def views_per_member(
         if not 1 <= view.layer <= depth:
             raise OptionError(f"view {view}: {name} has layers 1 to {depth}")
     return parsed
-
-
-@dataclass(frozen=True, slots=True)
-class TrunkOptions:
-    """How a trunk reads text and computes.
-
-    Attributes
-    ----------
-    template : {"auto", "chat", "pair", "plain"}
-    max_length : int
-        Longest sequence in tokens.
-    dtype : {"float32", "bfloat16", "float16"}
-        Of the trunk's weights and states; pooling and heads are float32 or better.
-    device : str, optional
-        The best available where none is named.
-    token_budget : int, optional
-        Padded tokens in a batch; found from the model and its device where it is not given.
-    share_prefix : bool
-        Read each prompt once for all its completions, where the model keeps a cache.
-    """
-
-    template: Template = "auto"
-    max_length: int = 512
-    dtype: str = "float32"
-    device: str | None = None
-    token_budget: int | None = None
-    share_prefix: bool = True
 
 
 def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.ModuleList]:
