@@ -17,7 +17,7 @@ from ensemble_rm.data.samples import Message, Prompt, Sample
 from ensemble_rm.errors import OptionError, TemplateError
 
 Template: TypeAlias = Literal["auto", "chat", "pair", "plain"]
-_TOKENISED = 512  # samples at once: a tokenizer says more of each token than is kept
+_TOKENISED = 512  # samples at once: a tokenizer returns more per token than is kept
 TEMPLATES: tuple[str, ...] = ("auto", "chat", "pair", "plain")
 
 
