@@ -12,7 +12,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -374,11 +374,11 @@ def _ask(
             [pair.rejected for pair in chosen],
         )
     by_judge[rows] = verdicts.probability
-    reasons: Sequence[str | None] = [None] * len(rows)
+    errors: Mapping[int, Exception] = {}
     usage = Usage(calls=len(rows))
     if isinstance(verdicts, JudgeVerdicts):
-        reasons, usage = verdicts.failures, verdicts.usage
-    for row, reason in zip(rows.tolist(), reasons, strict=True):
+        errors, usage = verdicts.errors, verdicts.usage
+    for i, row in enumerate(rows.tolist()):
         if np.isnan(by_judge[row]):
-            failures[row] = reason or "the judge has no judgment"
+            failures[row] = str(errors[i]) if i in errors else "the judge has no judgment"
     return by_judge, tuple(failures), usage
