@@ -14,7 +14,7 @@ from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.scorer import Scorer, with_tokens_of
 from ensemble_rm.scoring.score_cache import ScoreCache
 from ensemble_rm.uncertainty.distance import FeatureSpace
-from ensemble_rm.versions.locate import Located, locate
+from ensemble_rm.versions.version import Located, locate
 
 
 @dataclass(frozen=True, slots=True)
