@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.data.samples import Sample
+from ensemble_rm.data.samples import Preference, Preferences
 from ensemble_rm.errors import DataError, OptionError, RemoteUnavailableError, StorageError
 from ensemble_rm.evidence.score_table import KEY, Keys, ScoreTable
 from ensemble_rm.evidence.window import Ints, Window
@@ -323,16 +323,14 @@ def _score(
 
     And the (n_pairs, 2) distances to the training features, if the ensemble has a feature space.
     """
-    samples = []
+    pairs = []
     for judgment in judgments:
         _, first, second = judgment.text_digests
-        sides = [judgment.first, judgment.second]
-        if first > second:
-            sides.reverse()
-        samples += [Sample(judgment.prompt, side) for side in sides]
-    members, distances = ensemble.members_with_distance(samples)
-    n = len(judgments)
-    return members.reshape(n, 2, -1), None if distances is None else distances.reshape(n, 2)
+        sides = (judgment.first, judgment.second)
+        pairs.append(Preference(judgment.prompt, *(sides if first <= second else sides[::-1])))
+    scored = ensemble.judge(Preferences(tuple(pairs)))
+    distances = scored.distances if scored.distances.shape[1] else None
+    return np.stack([scored.first, scored.second], axis=1), distances
 
 
 def evidence_of(window: Window, table: ScoreTable) -> ScoredPairs | None:

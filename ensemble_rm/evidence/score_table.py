@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import StorageError
 from ensemble_rm.sqlite import read_blobs
 from ensemble_rm.versions.atomic_files import storage_errors

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
-from ensemble_rm.errors import DataError, JudgmentConflictError, UnknownJudgmentError
+from ensemble_rm.errors import DataError, JudgmentConflictError
 from ensemble_rm.judgments.database.queries import COLUMNS, ROWS_AT_ONCE
 from ensemble_rm.judgments.database.tables import judgments, texts
 from ensemble_rm.judgments.judgment import Judgment, digest, text_body
@@ -67,7 +67,7 @@ class Writer:
 
         Raises
         ------
-        JudgmentConflictError, UnknownJudgmentError
+        JudgmentConflictError, DataError
             If `strict` is set and a judgment is refused.
         """
         for left in reversed(range(TRIES)):
@@ -153,9 +153,9 @@ def corrected_twice(one: Judgment, by: str) -> JudgmentConflictError:
     )
 
 
-def unknown(one: Judgment) -> UnknownJudgmentError:
+def unknown(one: Judgment) -> DataError:
     """Return the error of a correction whose target does not exist."""
-    return UnknownJudgmentError(
+    return DataError(
         f"`corrects` {one.corrects}: no such judgment is stored; add it first, or fix the id"
     )
 
