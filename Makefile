@@ -8,7 +8,8 @@ VLLM := .venv-vllm
 # One thread a test process: two processes of two threads on two cores can be five times slower.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --durations=10
-CODE := ensemble_rm tests docs $(wildcard benchmarks)
+TESTS := tests benchmarks/tests
+CODE := ensemble_rm tests docs benchmarks
 SETTINGS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo test fast slow docs vllm coverage lint ruff-check ruff-format mypy format bench-quick clean
@@ -22,10 +23,10 @@ demo: $(VENV)/.installed-demo  ## install and run the demo
 test: lint fast slow docs  ## all that CI runs: lint, the fast suite, the slow one, the documentation
 
 fast: $(VENV)/.installed-dev  ## the fast suite and the docstrings' examples
-	$(PYTEST) -m "not slow" --doctest-modules tests ensemble_rm
+	$(PYTEST) -m "not slow" --doctest-modules $(TESTS) ensemble_rm
 
 slow: $(VENV)/.installed-dev  ## the tests that train and score with real backbones
-	$(PYTEST) -m slow tests
+	$(PYTEST) -m slow $(TESTS)
 
 docs: $(VENV)/.installed-dev  ## build the documentation, warnings as errors, into docs/_build/html
 	$(TEST_ENV) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
@@ -33,7 +34,7 @@ docs: $(VENV)/.installed-dev  ## build the documentation, warnings as errors, in
 vllm: $(VLLM)/.installed  ## install vLLM beside, for tests against the real server (2 minutes, 4 GB)
 
 coverage: $(VENV)/.installed-dev  ## both suites, with the lines that no test reaches
-	$(PYTEST) --cov --cov-report=term-missing --doctest-modules tests ensemble_rm
+	$(PYTEST) --cov --cov-report=term-missing --doctest-modules $(TESTS) ensemble_rm
 
 lint: ruff-check ruff-format mypy  ## style, format and types, changing nothing
 
@@ -51,7 +52,7 @@ format: $(VENV)/.installed-dev  ## sort imports, mend what can be mended, format
 	$(BIN)/ruff format $(CODE)
 
 bench-quick: $(VENV)/.installed-dev  ## the temperature fit's benchmark at its smallest size
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration_fit.py --quick
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed/calibration_fit.py --quick
 
 clean:  ## remove what make made
 	rm -rf $(VENV) $(VLLM) build dist docs/_build docs/reference/generated *.egg-info .coverage* htmlcov .hypothesis

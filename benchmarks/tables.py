@@ -1,17 +1,20 @@
-"""The documents' tables of what is measured, from the figures in results/.
+"""The tables of measured figures in README.md and docs/measured.md, made from results/.
 
-``python benchmarks/tables.py`` prints them; a test holds README.md and docs/measured.md against
-them.
+``python benchmarks/tables.py`` prints them; a test compares the documents with them.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
+
+from benchmarks.shared.common import RESULTS, ROOT
+
 TRUNKS = {"": "SmolLM2-135M", "_minilm": "MiniLM-L6"}
 PARTS = ("harmless", "all", "tldr", "mtbench")
 KINDS = {
@@ -193,21 +196,27 @@ CLAIMS = (
 )
 
 
-def figures_of(name: str) -> dict[str, dict[str, float]]:
+def figures_of(name: str) -> dict[str, dict[str, Any]]:
     """Return the figures of a committed result."""
-    said: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    figures: dict[str, dict[str, float]] = said["figures"]
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    figures: dict[str, dict[str, Any]] = result["figures"]
     return figures
 
 
-def gain(figures: dict[str, dict[str, float]], name: str, digits: int) -> str:
+def script_of(name: str) -> Path:
+    """Return the path of the script that writes a result, from the repository's root."""
+    (script,) = (ROOT / "benchmarks").glob(f"*/{name}.py")
+    return script.relative_to(ROOT)
+
+
+def gain(figures: dict[str, dict[str, Any]], name: str, digits: int) -> str:
     if name not in figures:
         return ""
     f = figures[name]
     return f"{f['median']:+.{digits}f} [{f['low']:+.{digits}f}, {f['high']:+.{digits}f}]"
 
 
-def rows(figures: dict[str, dict[str, float]], kinds: Collection[str]) -> list[list[str]]:
+def rows(figures: dict[str, dict[str, Any]], kinds: Collection[str]) -> list[list[str]]:
     found = []
     for suffix, trunk in TRUNKS.items():
         for part in PARTS:
@@ -248,7 +257,7 @@ def preferences(kinds: Collection[str] = tuple(KINDS)) -> str:
 
 def kinds() -> str:
     """Return the table of what each kind of member costs, and what diversity it buys."""
-    import kinds as benchmark
+    from benchmarks.quality import kinds as benchmark
 
     figures = figures_of("kinds")
     shown = {
@@ -285,7 +294,7 @@ def claims() -> str:
         f = figures_of(script)[name]
         middle, low, high = (shown.format(f[part]) for part in ("median", "low", "high"))
         spread = "" if low == high else f" ({low} to {high})"
-        command = f"`python benchmarks/{script}.py`" if script != before else "the same"
+        command = f"`python {script_of(script)}`" if script != before else "the same"
         lines.append([claim, middle + spread, command])
         before = script
     return markdown(lines)

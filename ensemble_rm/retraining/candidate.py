@@ -45,7 +45,7 @@ class RetrainingOptions:
     weighted : bool
         Whether training counts judgments 1/π, too. Calibration and gate, which say something of
         all pairs, always do; members learn what depends on the pair itself, and there the weights
-        cost more than they mend (``benchmarks/selection.py``).
+        cost more than they mend (``benchmarks/lifecycle/selection.py``).
     delta : float
         Rise of NLL that has to be excluded, nats a judgment.
     delta_accuracy : float

@@ -4,4 +4,3 @@ from pathlib import Path
 
 SUPPORT = Path(__file__).resolve().parent
 CHECKOUT = SUPPORT.parents[1]
-BENCHMARKS = CHECKOUT / "benchmarks"

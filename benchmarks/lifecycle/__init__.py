@@ -1,0 +1,1 @@
+"""Recalibration, retraining and selection as judgments keep arriving."""

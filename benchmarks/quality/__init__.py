@@ -1,0 +1,1 @@
+"""How well ensembles predict preferences, against peers."""

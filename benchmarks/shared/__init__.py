@@ -1,0 +1,1 @@
+"""What several benchmarks share: options, figures, data parts, peers."""
