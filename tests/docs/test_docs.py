@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ensemble_rm.cli.main import make_parser
-from ensemble_rm.data.loading import load_preferences
+from ensemble_rm.data.loading import (
+    load_preferences,
+    read_comparisons,
+    read_jsonl,
+    read_samples,
+)
 from ensemble_rm.demo.data import FILE
+from ensemble_rm.judgments.judgment import Judgment
 from tests.support import CHECKOUT
 from tests.test_layering import FLOORS
 
@@ -59,6 +66,31 @@ def test_a_snippet_runs(
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names: dict[str, Any] = {"BACKBONE": minilm_folder}
     exec(compile(code, "snippet", "exec"), names)
+
+
+def examples(kind: str) -> list[str]:
+    """The JSON Lines of a kind that the pages show."""
+    block = rf"^<!-- data: {kind} -->\n```jsonl\n(.*?)^```"
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    return [block_ for text in texts for block_ in re.findall(block, text, re.S | re.M)]
+
+
+READERS: dict[str, Callable[[Path], int]] = {
+    "preferences": lambda path: len(load_preferences(path)),
+    "samples": lambda path: len(list(read_samples(path))),
+    "comparisons": lambda path: len(read_comparisons(path)),
+    "judgments": lambda path: len([Judgment.from_json(row) for _, row in read_jsonl(path)]),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_the_rows_that_are_shown_can_be_read(kind: str, tmp_path: Path) -> None:
+    shown = examples(kind)
+    assert shown
+    for i, rows in enumerate(shown):
+        path = tmp_path / f"{i}.jsonl"
+        path.write_text(rows, encoding="utf-8")
+        assert READERS[kind](path) == len(rows.splitlines())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
