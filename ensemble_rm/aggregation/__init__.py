@@ -2,4 +2,6 @@
 
 import lazy_loader as lazy
 
+import ensemble_rm.aggregation.rules  # noqa: F401  registers the library's own rules
+
 __getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,55 +1,27 @@
-"""Members' scores to one score: the aggregators and what they do about a missing member.
+"""Members' scores to one score: the aggregator and what it does about missing members.
 
 Knows arrays of floats; knows nothing of members, margins, temperatures or judgments. Coefficients
 act in the unit of the scores: normalise the members first, or λ, κ and β change their meaning with
 every version of a member.
-
-References
-----------
-.. [1] Coste et al. 2023, arXiv 2310.02743: mean, minimum (WCO) and UWO.
-.. [2] Zhang et al. 2024, arXiv 2401.16635: the lower confidence bound.
-.. [3] arXiv 2606.09073: the entropic aggregator, a soft minimum.
-.. [4] Rockafellar & Uryasev 2000: conditional value at risk (CVaR).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ensemble_rm.aggregation.formulas import FORMULAS, Floats, Sorted
+from ensemble_rm.aggregation.rule import SortedScores, find_rule
+from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
 
 NanPolicy: TypeAlias = Literal["raise", "omit"]
 
 _SHOWN = 10  # bad entries that a message names
-
-
-AGGREGATORS: dict[str, tuple[str, ...]] = {name: names for name, (_, names) in FORMULAS.items()}
-"""Every aggregator's name, with the names of its coefficients."""
-
-_DOMAINS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "lam": ("a finite number ≥ 0", lambda value: value >= 0),
-    "kappa": ("a finite number ≥ 0", lambda value: value >= 0),
-    "beta": ("a finite number > 0", lambda value: value > 0),
-    "q": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
-    "alpha": ("a number in (0, 1]", lambda value: 0 < value <= 1),
-}
-
-
-def _coefficient(aggregator: str, name: str, value: object) -> float:
-    wanted, holds = _DOMAINS[name]
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise OptionError(f"{aggregator}: {name} must be {wanted}, not {value!r}")
-    number = float(value)
-    if not math.isfinite(number) or not holds(number):
-        raise OptionError(f"{aggregator}: {name} must be {wanted}, not {value!r}")
-    return number + 0.0  # −0 is 0
 
 
 def score_matrix(scores: ArrayLike) -> Floats:
@@ -84,11 +56,20 @@ def score_matrix(scores: ArrayLike) -> Floats:
     return np.ascontiguousarray(raw, dtype=np.float64)
 
 
-def name_entries(bad: NDArray[np.bool_]) -> str:
-    """Name the rows and members where `bad`, an (n, k) mask, is set: a message's own words."""
-    places = np.argwhere(bad)
-    shown = ", ".join(f"row {row} member {member}" for row, member in places[:_SHOWN])
-    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+def name_entries(bad: NDArray[np.bool_], names: Sequence[str] = ()) -> str:
+    """Return the rows and members where `bad` is set, for a message.
+
+    Parameters
+    ----------
+    bad : ndarray of bool, shape (n_samples, n_members)
+    names : sequence of str, optional
+        The members' names; without them members are numbered.
+    """
+    entries = np.argwhere(bad)
+    shown = ", ".join(
+        f"row {row} member {names[member] if names else member}" for row, member in entries[:_SHOWN]
+    )
+    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
     return shown + more
 
 
@@ -96,31 +77,41 @@ def name_entries(bad: NDArray[np.bool_]) -> str:
 class Aggregator:
     """How the members' scores of a sample become one score.
 
-    Two aggregators are equal if their fields are. Use the factories (`mean`, `lcb`, …) or, with a
-    name from a command line, `make_aggregator`.
+    Two aggregators are equal if their rule, coefficients, weights and policy for missing members
+    are. Use the factories (`mean`, `lcb`, …) or, with a name from a command line,
+    `make_aggregator`.
 
     Parameters
     ----------
     name : str
-        A key of `AGGREGATORS`.
+        A registered rule, see `register`.
     parameters : tuple of (str, float)
         The coefficients by name, in the unit of the scores.
     nan : {"raise", "omit"}
-        What a NaN score does: raise, or leave the member out in that row. Infinity always raises.
+        What a NaN score does: raise, or leave the member out in that row; the weights of the
+        others then count in proportion. Infinity always raises.
     min_members : int
         The fewest members that may make up a score, ≥ 1.
+    weights : tuple of (str, float)
+        Weight of each member by its name, ≥ 0, at least one above 0; scaled to sum 1. A member of
+        weight 0 is left out: its score is not read, not even where it is NaN. Empty: every member
+        counts alike.
+    members : tuple of str
+        The members in the order of the columns, which an aggregator with weights needs to be
+        called. `RewardEnsemble` fills them in, see `bind`.
     """
 
     name: str
     parameters: tuple[tuple[str, float], ...] = ()
     nan: NanPolicy = "raise"
     min_members: int = 1
+    weights: tuple[tuple[str, float], ...] = ()
+    members: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        if self.name not in AGGREGATORS:
-            raise OptionError(f"no aggregator {self.name!r}; there are {', '.join(AGGREGATORS)}")
+        rule = find_rule(self.name)
         given = dict(self.parameters)
-        wanted = AGGREGATORS[self.name]
+        wanted = [coefficient.name for coefficient in rule.coefficients]
         if unknown := [key for key in given if key not in wanted]:
             takes = f"takes {', '.join(wanted)}" if wanted else "takes no coefficient"
             raise OptionError(f"{self.name} {takes}, not {', '.join(map(str, unknown))}")
@@ -131,8 +122,46 @@ class Aggregator:
         count: Any = self.min_members
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise OptionError(f"min_members must be a whole number ≥ 1, not {count!r}")
-        checked = tuple((key, _coefficient(self.name, key, given[key])) for key in wanted)
+        checked = tuple((c.name, c.check(self.name, given[c.name])) for c in rule.coefficients)
         object.__setattr__(self, "parameters", checked)
+        object.__setattr__(self, "weights", _scaled_weights(self.weights))
+        object.__setattr__(self, "members", tuple(self.members))
+        if self.weights and self.members:
+            _require_same_names(dict(self.weights), self.members)
+
+    def bind(self, members: Sequence[str]) -> Aggregator:
+        """Return the same aggregator for scores whose columns are these members.
+
+        Parameters
+        ----------
+        members : sequence of str
+            The members' names in the order of the columns.
+
+        Returns
+        -------
+        Aggregator
+            Equal to this one. Without weights names do not matter, and it is this one.
+
+        Raises
+        ------
+        OptionError
+            If a weight names no member, or a member has no weight.
+        """
+        if not self.weights or self.members == tuple(members):
+            return self
+        return replace(self, members=tuple(members))
+
+    def with_rule(self, name: str, **coefficients: float) -> Aggregator:
+        """Return another rule over the same weights, with the same policy for missing members.
+
+        Parameters
+        ----------
+        name : str
+            A registered rule.
+        **coefficients : float
+            Every coefficient that it takes.
+        """
+        return replace(self, name=name, parameters=tuple(coefficients.items()))
 
     def __call__(self, scores: ArrayLike) -> Floats:
         """Aggregate (n_samples, n_members) scores to (n_samples,), in their unit.
@@ -140,15 +169,21 @@ class Aggregator:
         Raises
         ------
         OptionError
-            If the scores are no matrix, or have fewer columns than `min_members`.
+            If the scores are no matrix, have fewer columns than `min_members`, or are not those of
+            the members that have weights.
         NonFiniteScoreError
             If a score is infinite, is NaN against the policy, or the result overflows.
         OneMemberError
-            If a spread is asked of a single member.
+            If the rule needs the spread of the members and there is a single one.
         """
         rows = self._sorted(score_matrix(scores))
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            result = FORMULAS[self.name][0](rows, **dict(self.parameters))
+            result = find_rule(self.name).formula(rows, **dict(self.parameters))
+        if result.shape != (len(rows.values),):
+            raise OptionError(
+                f"the formula of {self.name!r} returned the shape {result.shape} for "
+                f"{len(rows.values)} samples; return one score per row"
+            )
         if not np.isfinite(result).all():
             row = int(np.flatnonzero(~np.isfinite(result))[0])
             raise NonFiniteScoreError(f"{self} overflows in row {row}; normalise the scores")
@@ -156,210 +191,196 @@ class Aggregator:
 
     @property
     def fewest(self) -> int:
-        """The fewest scores that make up one: `min_members`, and two where their spread counts."""
-        spread = self.name in ("uwo", "lcb") and any(value > 0 for _, value in self.parameters)
+        """The fewest scores that a row needs: `min_members`, and two where their spread counts."""
+        spread = find_rule(self.name).spread and any(value > 0 for _, value in self.parameters)
         return max(self.min_members, 2 if spread else 1)
 
     def where_enough(self, scores: ArrayLike) -> Floats:
-        """Aggregate as a call does; under ``nan="omit"``, NaN where fewer than `fewest` are left.
+        """Aggregate as a call does; under ``nan="omit"``, NaN for rows with too few scores.
 
-        For judgments and reports, which go on without such a sample; a reward does not.
+        A row needs `fewest` scores. For judgments and reports, which go on without such a sample;
+        a reward does not.
         """
         matrix = score_matrix(scores)
-        if self.nan == "raise" or matrix.shape[1] < self.fewest or np.isinf(matrix).any():
+        used = self._column_weights(matrix.shape[1]) > 0
+        if self.nan == "raise" or used.sum() < self.fewest or np.isinf(matrix[:, used]).any():
             return self(matrix)
-        enough = (~np.isnan(matrix)).sum(axis=1) >= self.fewest
-        found = np.full(len(matrix), np.nan)
+        enough = (~np.isnan(matrix[:, used])).sum(axis=1) >= self.fewest
+        result = np.full(len(matrix), np.nan)
         if enough.any():
-            found[enough] = self(matrix[enough])
-        return found
+            result[enough] = self(matrix[enough])
+        return result
 
-    def _sorted(self, scores: Floats) -> Sorted:
-        if scores.shape[1] < self.min_members:
-            raise OptionError(f"{self} got the scores of {scores.shape[1]} members")
-        if (infinite := np.isinf(scores)).any():
-            raise NonFiniteScoreError(f"infinite scores: {name_entries(infinite)}")
-        missing = np.isnan(scores)
+    def _column_weights(self, columns: int) -> Floats:
+        """Return one weight per column, 1 each where none were given."""
+        if not self.weights:
+            return np.ones(columns)
+        if not self.members:
+            raise OptionError(
+                f"{self} needs to know which column is which member; call bind(names), or give it "
+                "to a RewardEnsemble"
+            )
+        if len(self.members) != columns:
+            raise OptionError(f"{self} got {columns} columns for the members {self.members}")
+        weights = dict(self.weights)
+        return np.array([weights[name] for name in self.members])
+
+    def _sorted(self, scores: Floats) -> SortedScores:
+        weights = self._column_weights(scores.shape[1])
+        used = weights > 0
+        if used.sum() < self.min_members:
+            raise OptionError(f"{self} got the scores of {int(used.sum())} members")
+        if (infinite := np.isinf(scores) & used).any():
+            raise NonFiniteScoreError(f"infinite scores: {name_entries(infinite, self.members)}")
+        missing = np.isnan(scores) & used
         if self.nan == "raise" and missing.any():
             raise NonFiniteScoreError(
-                f"NaN scores: {name_entries(missing)}; nan='omit' leaves such members out"
+                f"NaN scores: {name_entries(missing, self.members)}; nan='omit' leaves such "
+                "members out"
             )
-        counts = np.asarray((~missing).sum(axis=1), dtype=np.int64)
-        short = counts < self.min_members
+        present = used & ~missing
+        short = present.sum(axis=1) < self.min_members
         if short.any():
             raise NonFiniteScoreError(
                 f"{int(short.sum())} rows have fewer than min_members={self.min_members} scores "
-                f"that are not NaN: {name_entries(missing & short[:, None])}"
+                f"that are not NaN: {name_entries(missing & short[:, None], self.members)}"
             )
-        present = np.arange(scores.shape[1]) < counts[:, None]
-        return Sorted(np.where(present, np.sort(scores, axis=1), 0.0), present, counts)
+        # Ascending with what is left out last. Ties are ordered by weight, so that the order of
+        # the columns cannot change even the rounding.
+        keys = np.where(present, scores, np.inf)
+        if self.weights:
+            order = np.lexsort((np.broadcast_to(weights, keys.shape), keys), axis=1)
+            ordered = np.where(present, weights, 0.0)[np.arange(len(keys))[:, None], order]
+        else:
+            ordered = np.arange(scores.shape[1]) < present.sum(axis=1)[:, None]
+        values = np.sort(keys, axis=1)
+        return SortedScores(np.where(ordered > 0, values, 0.0), ordered.astype(np.float64))
 
     def __str__(self) -> str:
         words = [f"{key}={value!r}" for key, value in self.parameters]
         words += [f"nan={self.nan!r}"] if self.nan != "raise" else []
         words += [f"min_members={self.min_members}"] if self.min_members != 1 else []
+        if self.weights:
+            shown = ", ".join(f"{name!r}: {weight:.6g}" for name, weight in self.weights)
+            words.append(f"weights={{{shown}}}")
         return f"{self.name}({', '.join(words)})"
 
     def to_json(self) -> dict[str, Any]:
         """Return the aggregator as a JSON object; `from_json` reads it."""
-        return {
+        d: dict[str, Any] = {
             "name": self.name,
             "parameters": dict(self.parameters),
             "nan": self.nan,
             "min_members": self.min_members,
         }
+        if self.weights:  # without any the object, and every digest of it, is as of old
+            d |= {"weights": dict(self.weights), "members": [*self.members]}
+        return d
 
     @classmethod
     def from_json(cls, d: Any) -> Aggregator:
         """Read what `to_json` wrote; anything else raises `OptionError`."""
         keys = {"name", "parameters", "nan", "min_members"}
-        if not isinstance(d, Mapping) or set(d) != keys or not isinstance(d["parameters"], Mapping):
+        weighted = keys | {"weights", "members"}
+        if (
+            not isinstance(d, Mapping)
+            or set(d) not in (keys, weighted)
+            or not isinstance(d["parameters"], Mapping)
+            or not isinstance(d.get("weights", {}), Mapping)
+        ):
             raise OptionError(f"an aggregator is an object with {sorted(keys)}, not {d!r}")
-        return cls(str(d["name"]), tuple(d["parameters"].items()), d["nan"], d["min_members"])
+        return cls(
+            str(d["name"]),
+            tuple(d["parameters"].items()),
+            d["nan"],
+            d["min_members"],
+            tuple(d.get("weights", {}).items()),
+            tuple(map(str, d.get("members", ()))),
+        )
+
+
+def _scaled_weights(weights: Any) -> tuple[tuple[str, float], ...]:
+    """Check members' weights; return them by name, scaled to sum 1."""
+    if not weights:
+        return ()
+    if not all(isinstance(name, str) for name, _ in weights):
+        raise OptionError(f"weights are by member name, not {dict(weights)!r}")
+    named = sorted(weights, key=lambda entry: entry[0])
+    if len(dict(named)) < len(named):
+        raise OptionError(f"weights name a member twice: {[name for name, _ in named]}")
+    for name, weight in named:
+        number = isinstance(weight, int | float | np.integer | np.floating)
+        if isinstance(weight, bool) or not number or not math.isfinite(weight) or weight < 0:
+            raise OptionError(
+                f"the weight of member {name!r} must be a finite number ≥ 0, not {weight!r}"
+            )
+    values = [float(weight) for _, weight in named]
+    if not any(values):
+        raise OptionError(f"at least one weight must be above 0: {dict(named)}")
+    # Weights that sum to 1 stay as they are, so that what is saved loads as the same numbers.
+    if max(values) > 1 or abs(math.fsum(values) - 1) > 1e-12:
+        exponent = math.frexp(max(values))[1]  # a power of two: no rounding, and no overflow
+        values = [math.ldexp(value, -exponent) for value in values]
+        total = math.fsum(values)
+        values = [value / total for value in values]
+    return tuple((name, value) for (name, _), value in zip(named, values, strict=True))
+
+
+def _require_same_names(weights: Mapping[str, float], members: Sequence[str]) -> None:
+    if unknown := [name for name in weights if name not in members]:
+        raise OptionError(
+            f"weights name {', '.join(map(repr, unknown))}, and the members are "
+            f"{', '.join(map(repr, members))}"
+        )
+    if missing := [name for name in members if name not in weights]:
+        raise OptionError(
+            f"no weight for {', '.join(map(repr, missing))}; name every member, with weight 0 to "
+            "leave one out"
+        )
 
 
 def make_aggregator(
-    name: str, *, nan: NanPolicy = "raise", min_members: int = 1, **coefficients: float
+    name: str,
+    *,
+    nan: NanPolicy = "raise",
+    min_members: int = 1,
+    weights: Mapping[str, float] | None = None,
+    **coefficients: float,
 ) -> Aggregator:
     """Make an aggregator from its name.
 
     Parameters
     ----------
     name : str
-        A key of `AGGREGATORS`.
+        A registered rule: ``"mean"``, ``"minimum"``, ``"uwo"``, ``"lcb"``, ``"entropic"``,
+        ``"median"``, ``"quantile"``, ``"cvar"``, or one of your own, see `register`.
     nan : {"raise", "omit"}
         What a NaN score does.
     min_members : int
         The fewest members that may make up a score.
+    weights : mapping of str to float, optional
+        Weight of each member by its name: finite, ≥ 0, at least one above 0; scaled to sum 1. The
+        ensemble that takes the aggregator must have exactly these members.
     **coefficients : float
-        Every coefficient that the name takes, and no other.
+        Every coefficient that the rule takes, and no other.
 
     Returns
     -------
     Aggregator
-        The aggregator.
+        Equal for weights of equal proportions, up to rounding.
 
     Raises
     ------
     OptionError
-        If the name is unknown, or a coefficient is missing, unknown or out of its range.
+        If the name is unknown, a coefficient is missing, unknown or out of its range, or a weight
+        is not a finite number ≥ 0.
     """
-    return Aggregator(name, tuple(coefficients.items()), nan, min_members)
-
-
-def mean() -> Aggregator:
-    """Mean of the members: cheap averaging, no protection against shared blind spots [1]_.
-
-    Returns
-    -------
-    Aggregator
-        (1/k) Σ rᵢ.
-    """
-    return make_aggregator("mean")
-
-
-def minimum() -> Aggregator:
-    """Worst member, Coste et al.'s worst-case optimisation [1]_.
-
-    Returns
-    -------
-    Aggregator
-        min rᵢ.
-    """
-    return make_aggregator("minimum")
-
-
-def uwo(lam: float) -> Aggregator:
-    """Uncertainty-weighted optimisation: penalises the members' **variance** [1]_.
-
-    Parameters
-    ----------
-    lam : float
-        λ ≥ 0, per normalised unit. Coste et al. use 0.5 for best-of-n and 0.1 for PPO.
-
-    Returns
-    -------
-    Aggregator
-        mean − λ·Var, Var = (1/k) Σ(rᵢ − mean)² (ddof 0).
-
-    Examples
-    --------
-    >>> float(uwo(lam=0.5)([[1.0, 2.0, 4.0]])[0])
-    1.5555555555555558
-    """
-    return make_aggregator("uwo", lam=lam)
-
-
-def lcb(kappa: float) -> Aggregator:
-    """Lower confidence bound: penalises the members' **standard deviation** [2]_.
-
-    Parameters
-    ----------
-    kappa : float
-        κ ≥ 0, no unit. κ = 1 is Eisenstein et al.'s mean minus std.
-
-    Returns
-    -------
-    Aggregator
-        mean − κ·std (ddof 0).
-    """
-    return make_aggregator("lcb", kappa=kappa)
-
-
-def entropic(beta: float) -> Aggregator:
-    """Soft minimum, between minimum (β → 0) and mean (β → ∞); never below the minimum [3]_.
-
-    Parameters
-    ----------
-    beta : float
-        β > 0, in normalised units.
-
-    Returns
-    -------
-    Aggregator
-        −β log[(1/k) Σ exp(−rᵢ/β)].
-    """
-    return make_aggregator("entropic", beta=beta)
-
-
-def median() -> Aggregator:
-    """Median of the members: one broken member does not move it far.
-
-    Returns
-    -------
-    Aggregator
-        The middle score, or the mean of the two in the middle.
-    """
-    return make_aggregator("median")
-
-
-def quantile(q: float) -> Aggregator:
-    """Interpolate a quantile of the members linearly between ranks, as numpy does.
-
-    Parameters
-    ----------
-    q : float
-        In [0, 1]; 0 is the minimum, ½ the median.
-
-    Returns
-    -------
-    Aggregator
-        The q-quantile.
-    """
-    return make_aggregator("quantile", q=q)
-
-
-def cvar(alpha: float) -> Aggregator:
-    """Mean of the lowest share of the members: conditional value at risk [4]_.
-
-    Parameters
-    ----------
-    alpha : float
-        In (0, 1], the share of members; a member may count in part. 1 is the mean.
-
-    Returns
-    -------
-    Aggregator
-        Mean of the lowest α·k members.
-    """
-    return make_aggregator("cvar", alpha=alpha)
+    if weights is not None and not weights:
+        raise OptionError("weights is empty; name every member, or leave weights out")
+    return Aggregator(
+        name,
+        tuple(coefficients.items()),
+        nan,
+        min_members,
+        () if weights is None else tuple(weights.items()),
+    )

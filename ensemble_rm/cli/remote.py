@@ -88,7 +88,7 @@ def read_client(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from ensemble_rm.aggregation.aggregator import mean
+    from ensemble_rm.aggregation.rules.mean import mean
     from ensemble_rm.calibration.normaliser import Normaliser
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 

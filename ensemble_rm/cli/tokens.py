@@ -36,8 +36,6 @@ def with_tokens(ensemble: RewardEnsemble) -> RewardEnsemble:
 
 
 def _with_token(scorer: Scorer) -> Scorer:
-    from ensemble_rm.members.scorer import TokenScorer
-
-    if isinstance(scorer, TokenScorer) and scorer.token_variable is not None:
+    if scorer.token_variable is not None:
         return scorer.with_token(read_token(scorer.token_variable))
     return scorer

@@ -39,7 +39,7 @@ from ensemble_rm.errors import OptionError
 from ensemble_rm.uncertainty.disagreement import member_std
 
 _CHUNK = 2_000_000  # entries of a block of permutations
-NO_FEATURES = "no reference of features: no scorer exposes any (FeatureScorer), or none was kept"
+NO_FEATURES = "no reference of features: no member has any (Scorer.features), or none was kept"
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ have one unit.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ensemble_rm.aggregation.aggregator import Aggregator, mean
+from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
@@ -19,10 +19,11 @@ from ensemble_rm.ensemble.storage import FILE
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.members.full.scorer import ClassifierScorer
-from ensemble_rm.members.scorer import Scorer, StoredScorer, score_all, unloaded
+from ensemble_rm.members.scorer import Scorer, as_scorer
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.scoring.baselines import score_with_references
 from ensemble_rm.scoring.model_pool import ModelPool
+from ensemble_rm.scoring.pipeline import score_all
 
 
 def combine(
@@ -80,7 +81,7 @@ def combine(
         if pool is None:
             scorers += _open(name, member, given)
         else:  # bound to no name, what was loaded to be looked at goes before the next is
-            scorers += unloaded(_open(name, member, given))
+            scorers += [s.unloaded() for s in _open(name, member, given)]
     said = {name: _source(member) for name, member in members.items()}
     return normalised(
         scorers,
@@ -145,7 +146,7 @@ def _open(
         member = RewardEnsemble.from_pretrained(member, device=options.device)
     if isinstance(member, RewardEnsemble):
         return tuple(_renamed(scorer, name) for scorer in member.scorers)
-    return (member,)
+    return (as_scorer(member),)
 
 
 def _source(member: Scorer | RewardEnsemble | str | Path) -> str:
@@ -156,8 +157,6 @@ def _source(member: Scorer | RewardEnsemble | str | Path) -> str:
 
 def _renamed(scorer: Scorer, name: str) -> Scorer:
     """Return a copy whose columns bear the member's name before their own."""
-    if not isinstance(scorer, StoredScorer):
+    if not scorer.kind:
         return scorer
-    twin = copy.copy(scorer)
-    twin.names = tuple(f"{name}/{own}" for own in scorer.names)  # type: ignore[misc]
-    return twin
+    return scorer.with_names([f"{name}/{own}" for own in scorer.names])

@@ -18,7 +18,7 @@ from ensemble_rm.data.samples import Sample
 from ensemble_rm.ensemble.results import Scores
 from ensemble_rm.errors import RemoteActivationError, RemoteRefusalError, RemoteUnavailableError
 from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.members.scorer import ElsewhereScorer, PendingScores, Scorer, checked_scores
+from ensemble_rm.members.scorer import MemberScores, PendingScores, Scorer, check_scores
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
@@ -122,7 +122,7 @@ def asking_once(scorers: Sequence[Scorer]) -> Iterator[tuple[Scorer, ...]]:
     scorers : sequence of Scorer
         Others stay as they are.
     """
-    kept = tuple(AskedOnce(one) if isinstance(one, ElsewhereScorer) else one for one in scorers)
+    kept = tuple(AskedOnce(one) if one.address is not None else one for one in scorers)
     try:
         yield kept
     finally:
@@ -131,24 +131,29 @@ def asking_once(scorers: Sequence[Scorer]) -> Iterator[tuple[Scorer, ...]]:
                 one.give_up()
 
 
-class AskedOnce:
+class AskedOnce(Scorer):
     """A member on another server that is asked about each sample once.
 
     Parameters
     ----------
-    scorer : ElsewhereScorer
+    scorer : Scorer
     """
 
-    def __init__(self, scorer: ElsewhereScorer) -> None:
+    def __init__(self, scorer: Scorer) -> None:
         self._scorer, self.names = scorer, scorer.names
         self._asked: list[_Asked] = []
         self._places: dict[Sample, tuple[_Asked, int]] = {}
 
     def score(self, samples: Sequence[Sample]) -> Floats:
         """Return (n_samples, n_members) raw scores."""
-        return self.begin_score(samples).result()
+        return self.begin(samples).result().scores
 
-    def begin_score(self, samples: Sequence[Sample]) -> PendingScores:
+    @property
+    def address(self) -> str | None:
+        """The scorer's."""
+        return self._scorer.address
+
+    def begin(self, samples: Sequence[Sample]) -> PendingScores:
         """Ask about the samples that are new."""
         new = [sample for sample in dict.fromkeys(samples) if sample not in self._places]
         if new:
@@ -165,15 +170,17 @@ class AskedOnce:
 class _Asked:
     """Samples that were asked about together, and what came of it: once, be it an error."""
 
-    def __init__(self, scorer: ElsewhereScorer, samples: Sequence[Sample]) -> None:
+    def __init__(self, scorer: Scorer, samples: Sequence[Sample]) -> None:
         self._scorer, self._n = scorer, len(samples)
-        self.pending = scorer.begin_score(samples)
+        pending = scorer.begin(samples)
+        assert pending is not None
+        self.pending = pending
 
     @cached_property
     def found(self) -> Floats | Exception:
         """All rows, or why there are none."""
         try:
-            return checked_scores(self._scorer, self.pending.result(), self._n)
+            return check_scores(self._scorer, self.pending.result().scores, self._n)
         except Exception as error:  # noqa: BLE001 - raised to each who asks
             return error
 
@@ -184,13 +191,13 @@ class _Rows:
     def __init__(self, places: Sequence[tuple[_Asked, int]], k: int) -> None:
         self._places, self._k = places, k
 
-    def result(self) -> Floats:
+    def result(self) -> MemberScores:
         rows = np.empty((len(self._places), self._k))
         for place, (asked, row) in enumerate(self._places):
             if isinstance(asked.found, Exception):
                 raise asked.found
             rows[place] = asked.found[row]
-        return rows
+        return MemberScores(rows, Truncation.none(len(rows)))
 
     def cancel(self) -> None:
         """Nothing: who scores the same samples again wants the answers."""

@@ -27,11 +27,12 @@ from ensemble_rm.ensemble.results import Comparison, Ranking, Scores, compare_sc
 from ensemble_rm.ensemble.stored import Origin, Stored
 from ensemble_rm.errors import NoFeaturesError, OptionError
 from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.members.scorer import FeatureScorer, Scorer, score_all, unloaded, with_tokens
+from ensemble_rm.members.scorer import Scorer, as_scorer, with_tokens
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.scoring.baselines import score_with_references
-from ensemble_rm.scoring.features import score_and_features
+from ensemble_rm.scoring.features import features_in_chunks, score_and_features
 from ensemble_rm.scoring.model_pool import ModelPool
+from ensemble_rm.scoring.pipeline import score_all
 from ensemble_rm.scoring.score_cache import ScoreCache
 from ensemble_rm.uncertainty.distance import FeatureSpace
 
@@ -43,11 +44,11 @@ class RewardEnsemble(Stored):
     Parameters
     ----------
     scorers : sequence of Scorer
-        Anything with `names` and `score(samples) -> (n_samples, n_members)`.
+        Or any objects with `names` and `score(samples) -> (n_samples, n_members)`.
     normaliser : Normaliser
         One offset and scale a member.
     aggregator : Aggregator
-        Members' scores to one reward.
+        Members' scores to one reward. Its weights, where it has any, name exactly the members.
     calibration : Calibration, optional
         Fitted by `calibrate`.
     provenance : dict
@@ -73,7 +74,7 @@ class RewardEnsemble(Stored):
     feature_space: FeatureSpace | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scorers", tuple(self.scorers))
+        object.__setattr__(self, "scorers", tuple(map(as_scorer, self.scorers)))
         k = len(self.names)
         if k == 0:
             raise OptionError("an ensemble needs at least one member")
@@ -81,6 +82,7 @@ class RewardEnsemble(Stored):
             raise OptionError(f"members' names must differ: {self.names}")
         if len(self.normaliser.offset) != k:
             raise OptionError(f"a normaliser of {len(self.normaliser.offset)} for {k} members")
+        object.__setattr__(self, "aggregator", self.aggregator.bind(self.names))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,9 +153,8 @@ class RewardEnsemble(Stored):
                 "the ensemble has no feature space: no member exposes features, or none was kept; "
                 "fit one with fit_feature_space(scorer_features(ensemble.scorers, training))"
             )
-        reading = [scorer for scorer in self.scorers if isinstance(scorer, FeatureScorer)]
-        parts = score_and_features(reading, samples, pool=self.model_pool, progress=progress)
-        return np.concatenate([self.feature_space.distance(features) for *_, features in parts])
+        parts = features_in_chunks(self.scorers, samples, pool=self.model_pool, progress=progress)
+        return np.concatenate([self.feature_space.distance(features) for features in parts])
 
     def members_with_distance(
         self, samples: Sequence[Sample], *, progress: Progress = silent
@@ -216,7 +217,8 @@ class RewardEnsemble(Stored):
         AggregatorMismatchError
             If the calibration belongs to another aggregator.
         """
-        calibration = require_calibration(self.calibration, aggregator or self.aggregator)
+        chosen = (aggregator or self.aggregator).bind(self.names)
+        calibration = require_calibration(self.calibration, chosen)
         if not len(prompts) == len(first) == len(second):
             raise OptionError(
                 f"{len(prompts)} prompts, {len(first)} first and {len(second)} second completions"
@@ -326,7 +328,7 @@ class RewardEnsemble(Stored):
             If the method is unknown, cannot take these votes and weights, or is asked for slices.
         """
         require_pairs(held, "calibration")
-        chosen = aggregator or self.aggregator
+        chosen = (aggregator or self.aggregator).bind(self.names)
         calibration = fit_calibration(
             self.judge(held, progress=progress),
             chosen,
@@ -356,6 +358,7 @@ class RewardEnsemble(Stored):
         NotCalibratedError
             If there is no calibration, or its judgments' scores were not kept.
         """
+        aggregator = aggregator.bind(self.names)
         calibration = refit_calibration(self.calibration, aggregator)
         return replace(self, aggregator=aggregator, calibration=calibration)
 
@@ -396,4 +399,6 @@ class RewardEnsemble(Stored):
         """
         if n is None:
             return replace(self, model_pool=None)
-        return replace(self, scorers=unloaded(self.scorers), model_pool=ModelPool(n))
+        return replace(
+            self, scorers=tuple(s.unloaded() for s in self.scorers), model_pool=ModelPool(n)
+        )

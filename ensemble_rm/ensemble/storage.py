@@ -27,7 +27,7 @@ from ensemble_rm.members.implicit import ImplicitScorer
 from ensemble_rm.members.judges.scorer import JudgeScorer
 from ensemble_rm.members.lora.scorer import LoraScorer
 from ensemble_rm.members.remote.scorer import RemoteScorer
-from ensemble_rm.members.scorer import Scorer, StoredScorer
+from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.uncertainty.distance import FeatureSpace
 from ensemble_rm.versions.locate import EVIDENCE, FEATURES, is_versioned, read_evidence
 
@@ -59,11 +59,6 @@ def save(
     try:
         members = []
         for i, scorer in enumerate(scorers):
-            if not isinstance(scorer, StoredScorer):
-                raise StorageError(
-                    f"member {scorer.names} is a {type(scorer).__name__}, which cannot be saved; "
-                    "save the others, and add it again after loading"
-                )
             scorer.save(scratch / "members" / str(i))
             members.append({"kind": scorer.kind, "folder": f"members/{i}"})
         if calibration is not None and calibration.evidence is not None:

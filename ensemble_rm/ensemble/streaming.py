@@ -11,7 +11,6 @@ from ensemble_rm.data.samples import Sample
 from ensemble_rm.ensemble.results import Scores
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.scorer import TextScorer
 from ensemble_rm.progress import Progress, silent
 
 DEFAULT_CHUNK = 4096
@@ -54,7 +53,7 @@ def stream_scores(
 def _stream(
     ensemble: RewardEnsemble, samples: Iterable[Sample], chunk: int, progress: Progress
 ) -> Iterator[Scores]:
-    passes = max(sum(isinstance(scorer, TextScorer) for scorer in ensemble.scorers), 1)
+    passes = len(ensemble.scorers)
     done = 0
     for part in chunks(samples, chunk):
         counter = _Counter(done, len(part), passes, progress)

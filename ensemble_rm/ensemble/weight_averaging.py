@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from ensemble_rm.aggregation.aggregator import mean
+from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.combining import normalised
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble

@@ -8,24 +8,22 @@ row has what its calibration says: a curve, or each subset's temperature, where 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from ensemble_rm.aggregation.aggregator import (
-    Aggregator,
-    cvar,
-    entropic,
-    lcb,
-    mean,
-    median,
-    minimum,
-    uwo,
-)
+from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.aggregation.rules.cvar import cvar
+from ensemble_rm.aggregation.rules.entropic import entropic
+from ensemble_rm.aggregation.rules.lcb import lcb
+from ensemble_rm.aggregation.rules.mean import mean
+from ensemble_rm.aggregation.rules.median import median
+from ensemble_rm.aggregation.rules.minimum import minimum
+from ensemble_rm.aggregation.rules.uwo import uwo
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
@@ -48,17 +46,17 @@ from ensemble_rm.uncertainty.disagreement import (
 
 
 def default_aggregators(like: Aggregator | None = None) -> tuple[Aggregator, ...]:
-    """Return the aggregators that an evaluation sets side by side.
+    """Return the aggregators that an evaluation compares by default.
 
     Parameters
     ----------
     like : Aggregator, optional
-        Whose policy for missing members they have.
+        They take its policy for missing members and its member weights.
     """
     every = (mean(), minimum(), lcb(1.0), uwo(0.5), entropic(1.0), median(), cvar(0.5))
     if like is None:
         return every
-    return tuple(replace(a, nan=like.nan, min_members=like.min_members) for a in every)
+    return tuple(like.with_rule(a.name, **dict(a.parameters)) for a in every)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +173,9 @@ def evaluate(
     test = test.shuffled_sides(seed=seed)
     test, scored, unrewarded = _rewarded(ensemble, test, progress)
     evidence = None if ensemble.calibration is None else ensemble.calibration.evidence
-    usual = default_aggregators(ensemble.aggregator)
-    chosen = dict.fromkeys([*(aggregators or usual), ensemble.aggregator])
+    others = [a.bind(ensemble.names) for a in aggregators or ()]
+    others = others or [*default_aggregators(ensemble.aggregator)]
+    chosen = dict.fromkeys([*others, ensemble.aggregator])
     if scored.members == 1:
         chosen = dict.fromkeys([ensemble.aggregator])
     ways: list[tuple[str, str, Callable[[ScoredPairs], Floats]]] = [

@@ -18,7 +18,7 @@ from ensemble_rm.ensemble.results import Scores
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.checkpoint import torch_dtype
-from ensemble_rm.members.scorer import OptionedScorer, Scorer
+from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.progress import Progress, silent
 
 REFERENCE = "float32"
@@ -120,7 +120,7 @@ def precision_report(
     torch_dtype(dtype)
     if len(samples) < 2:
         raise OptionError(f"drift needs at least 2 samples, not {len(samples)}")
-    unchanged = [n for s in ensemble.scorers if not isinstance(s, OptionedScorer) for n in s.names]
+    unchanged = [n for s in ensemble.scorers if s.options is None for n in s.names]
     if len(unchanged) == len(ensemble.names):
         raise OptionError(
             f"none of the members {ensemble.names} has a dtype; "
@@ -149,7 +149,7 @@ def _scores_in(
     """Score with every member in a dtype; those that have it already are used as they are."""
 
     def turned(scorer: Scorer) -> Scorer:
-        if not isinstance(scorer, OptionedScorer) or scorer.options.dtype == dtype:
+        if scorer.options is None or scorer.options.dtype == dtype:
             return scorer
         return scorer.with_options(replace(scorer.options, dtype=dtype))
 

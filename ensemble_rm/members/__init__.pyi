@@ -16,9 +16,9 @@ from .remote.client import ClientOptions as ClientOptions
 from .remote.raw_logit_check import RawLogitReport as RawLogitReport
 from .remote.scorer import RemoteScorer as RemoteScorer, RemoteScores as RemoteScores
 from .scorer import (
-    ElsewhereScorer as ElsewhereScorer,
-    FeatureScorer as FeatureScorer,
     FunctionScorer as FunctionScorer,
+    MemberScores as MemberScores,
+    PendingScores as PendingScores,
     Scorer as Scorer,
     scorer_features as scorer_features,
 )

@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.members.digest import member_digest
-from ensemble_rm.members.encoding import TextEncoder, Truncation, count_truncation
+from ensemble_rm.members.encoding import TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import Batch, batches
 from ensemble_rm.members.forward.token_budget import pick_token_budget
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
+from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
 
 _LOGITS = 64 * 2**20  # bytes of a batch's float32 logits, where nobody says a budget
@@ -148,10 +148,14 @@ class ImplicitScorer(ModelScorer):
 
     @in_turn
     @torch.inference_mode()
-    def score_counted(
-        self, samples: Sequence[Sample], *, progress: Progress = silent
-    ) -> tuple[NDArray[np.float64], Truncation]:
-        """Return the scores, and how many samples were cut."""
+    def score_detailed(
+        self,
+        samples: Sequence[Sample],
+        *,
+        features: bool = False,  # noqa: ARG002 - these members have none
+        progress: Progress = silent,
+    ) -> MemberScores:
+        """Return the scores and which samples were cut."""
         encoder, models = self._open()
         encoded = encoder.encode(samples)
         # An empty text has no token: its probability is 1 under both. In a chat its end has one.
@@ -163,7 +167,7 @@ class ImplicitScorer(ModelScorer):
             done += len(batch.rows)
             progress("scoring", done, len(encoded))
         out[np.array(empty, dtype=np.bool_)] = 0.0
-        return out, count_truncation(encoded)
+        return MemberScores(out, count_truncation(encoded))
 
     def _parts(self) -> dict[str, Any]:
         return {"reference": self.reference, "beta": self.beta, "name": self.names[0]}

@@ -6,7 +6,7 @@ Knows no kind of member, and not what the model is.
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import wraps
@@ -22,7 +22,7 @@ from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import StorageError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.trunk import TrunkOptions
-from ensemble_rm.members.encoding import Truncation
+from ensemble_rm.members.scorer import MemberScores, Scorer
 from ensemble_rm.progress import Progress, silent
 
 P = ParamSpec("P")
@@ -41,10 +41,10 @@ def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P
     return alone
 
 
-class ModelScorer(ABC):
+class ModelScorer(Scorer):
     """A scorer that loads a model at its first score, and is saved as JSON and safetensors.
 
-    A kind adds `score_counted`, and what it is made of beside the model and how that is read.
+    A kind adds `score_detailed`, and what it is made of beside the model and how that is read.
 
     Parameters
     ----------
@@ -54,7 +54,8 @@ class ModelScorer(ABC):
         One a column.
     """
 
-    kind: str
+    options: TrunkOptions
+    has_model = True
 
     def __init__(self, backbone: bb.Backbone, options: TrunkOptions, names: Sequence[str]) -> None:
         self.backbone, self.options, self.names = backbone, options, tuple(names)
@@ -62,13 +63,13 @@ class ModelScorer(ABC):
 
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, n_members) raw scores, in the order of the samples."""
-        return self.score_counted(samples)[0]
+        return self.score_detailed(samples).scores
 
     @abstractmethod
-    def score_counted(
-        self, samples: Sequence[Sample], *, progress: Progress = silent
-    ) -> tuple[NDArray[np.float64], Truncation]:
-        """Return the scores, and how many samples were cut."""
+    def score_detailed(
+        self, samples: Sequence[Sample], *, features: bool = False, progress: Progress = silent
+    ) -> MemberScores:
+        """Return the scores, which samples were cut and, if asked, the features."""
 
     @in_turn
     def unload(self) -> None:
@@ -79,6 +80,10 @@ class ModelScorer(ABC):
     @abstractmethod
     def _forget(self) -> None:
         """Keep no reference to the model."""
+
+    def unloaded(self) -> Self:
+        """Return the same members with no model in memory yet."""
+        return self.with_options(self.options)
 
     def with_options(self, options: TrunkOptions) -> Self:
         """Return the same members under other options; the model is loaded at their first score."""

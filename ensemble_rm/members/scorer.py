@@ -1,172 +1,308 @@
-"""The protocol that every kind of member keeps: samples in, a matrix of scores out."""
+"""The interface of a member: `Scorer`, one abstract method with defaults for all else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import NonFiniteScoreError, OptionError
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.errors import NonFiniteScoreError, OptionError, StorageError
 from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.progress import Progress
-from ensemble_rm.scoring.model_pool import ModelPool, Unloadable
-from ensemble_rm.scoring.score_cache import ScoreCache
+from ensemble_rm.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from ensemble_rm.members.backbone.trunk import TrunkOptions
+
+Floats = NDArray[np.float64]
+Token: TypeAlias = str | Callable[[], str]
+"""A bearer token, or a function that returns the current one."""
 
 
-@runtime_checkable
-class Scorer(Protocol):
-    """Scores samples, one column a member.
+@dataclass(frozen=True, eq=False)
+class MemberScores:
+    """Scores of one scorer, in the order of the samples.
 
-    A user's own kind of member writes these two; everything else is built on them.
+    Attributes
+    ----------
+    scores : ndarray, shape (n_samples, n_members)
+        Raw scores, each member in its own unit; NaN where a sample has no score.
+    truncation : Truncation
+        Which samples were cut.
+    features : ndarray, shape (n_samples, n_features), optional
+        Where they were asked for and the scorer has some.
+    errors : mapping of int to Exception
+        By row, why a sample has no score, as far as the scorer knows.
     """
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """One name a column."""
-        ...
-
-    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Return (n_samples, n_members) raw scores, in the order of the samples."""
-        ...
-
-
-@runtime_checkable
-class TextScorer(Scorer, Protocol):
-    """A scorer that tokenises: it reports progress and what truncation took."""
-
-    def score_counted(
-        self, samples: Sequence[Sample], *, progress: Progress
-    ) -> tuple[NDArray[np.float64], Truncation]:
-        """Return the scores, and how many samples were cut."""
-        ...
-
-
-@runtime_checkable
-class DigestedScorer(TextScorer, Protocol):
-    """A scorer whose raw scores can be kept: one digest says all that they depend on."""
-
-    @property
-    def digest(self) -> str:
-        """Equal where the scores of equal samples are."""
-        ...
-
-
-@runtime_checkable
-class OptionedScorer(Scorer, Protocol):
-    """A scorer that can read and compute in another way: another dtype, another device."""
-
-    options: TrunkOptions
-
-    def with_options(self, options: TrunkOptions) -> Scorer:
-        """Return the same member under other options; weights are loaded at its first score."""
-        ...
-
-
-@runtime_checkable
-class ReloadableScorer(OptionedScorer, Unloadable, Protocol):
-    """A scorer whose model can leave memory, and comes back at its next score."""
-
-
-@runtime_checkable
-class StoredScorer(Scorer, Protocol):
-    """A scorer that can be saved to a folder and read back by its kind's name."""
-
-    kind: str
-
-    def save(self, folder: Path) -> None:
-        """Write safetensors and JSON to a new folder."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it."""
-        ...
-
-
-@runtime_checkable
-class TokenScorer(Scorer, Protocol):
-    """A scorer on another server, which a token lets in; it is saved without."""
-
-    @property
-    def address(self) -> str:
-        """The server's."""
-        ...
-
-    @property
-    def token(self) -> str | Callable[[], str] | None:
-        """The bearer token, or what returns the one that holds now."""
-        ...
-
-    @property
-    def token_variable(self) -> str | None:
-        """The environment variable in which the command line finds it."""
-        ...
-
-    def with_token(self, token: str | Callable[[], str] | None) -> Scorer:
-        """Return the same member with another token."""
-        ...
+    scores: Floats
+    truncation: Truncation
+    features: Floats | None = None
+    errors: Mapping[int, Exception] = field(default_factory=dict)
 
 
 class PendingScores(Protocol):
-    """Scores that were asked for and have not been read."""
+    """Scores that are on their way; see `Scorer.begin`."""
 
-    def result(self) -> NDArray[np.float64]:
-        """Wait for the (n_samples, n_members) raw scores."""
+    def result(self) -> MemberScores:
+        """Wait for the scores."""
         ...
 
     def cancel(self) -> None:
-        """Give up what is not done."""
+        """Give up what is not done yet."""
         ...
 
 
-@runtime_checkable
-class ElsewhereScorer(Scorer, Protocol):
-    """A scorer that waits for others: all such members of an ensemble are asked at once."""
+class Scorer(ABC):
+    """A member, or several that share a model: samples in, one column of scores per member out.
 
-    def begin_score(self, samples: Sequence[Sample]) -> PendingScores:
-        """Ask for what `score` returns, and do not wait."""
-        ...
+    A subclass implements `score` and sets `names`. Every other method has a default that says
+    "this scorer has no such thing". An object that is not a subclass, with `names` and `score`
+    alone, works too: `RewardEnsemble` adapts it.
+
+    Attributes
+    ----------
+    names : tuple of str
+        One name per column.
+    kind : str
+        Under which a saved scorer is found again; empty for one that cannot be saved.
+    options : TrunkOptions, optional
+        How a model in this process reads and computes; None without one.
+    has_model : bool
+        Whether a model in this process is loaded at the first score and freed by `unload`.
+    address : str, optional
+        URL of the server that computes the scores; None where this process does.
+    token : str or callable, optional
+        Bearer token for that server, or a function that returns the current one. Never saved.
+    token_variable : str, optional
+        Environment variable in which the command line finds the token.
+    """
+
+    names: tuple[str, ...]
+    kind: str = ""
+    options: TrunkOptions | None = None
+    has_model: bool = False
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample]) -> Floats:
+        """Return (n_samples, n_members) float64 raw scores, in the order of the samples.
+
+        NaN means that a sample has no score; the aggregator's policy decides what follows.
+        """
+
+    # What else comes of a pass ------------------------------------------------------------------
+
+    def score_detailed(
+        self,
+        samples: Sequence[Sample],
+        *,
+        features: bool = False,
+        progress: Progress = silent,  # noqa: ARG002 - the default has no steps to report
+    ) -> MemberScores:
+        """Return the scores with what was cut, why scores are missing and, if asked, features.
+
+        Parameters
+        ----------
+        samples : sequence of Sample
+        features : bool
+            Whether to return the features, too; override to compute both in one pass.
+        progress : callable
+            Called with (stage, done, total).
+        """
+        return MemberScores(
+            self.score(samples),
+            Truncation.none(len(samples)),
+            self.features(samples) if features else None,
+        )
+
+    def features(self, samples: Sequence[Sample]) -> Floats | None:  # noqa: ARG002 - has none
+        """Return (n_samples, n_features) inputs of the members' heads; None where there are none.
+
+        Distances to the training inputs are taken between features.
+        """
+        return None
+
+    def begin(self, samples: Sequence[Sample]) -> PendingScores | None:  # noqa: ARG002 - the same
+        """Start scoring elsewhere without waiting; None where this process computes the scores.
+
+        An ensemble begins all its members before it computes any score of its own, so that it
+        takes as long as its slowest member and not as long as all of them.
+        """
+        return None
+
+    # Caches -------------------------------------------------------------------------------------
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of all that the scores depend on; None, the default, means: never cache them."""
+        return None
+
+    # Models in memory ---------------------------------------------------------------------------
+
+    def unload(self) -> None:  # noqa: B027 - a scorer without a model has nothing to free
+        """Free the model's memory; the next score loads it again."""
+
+    def unloaded(self) -> Scorer:
+        """Return the same members with no model in memory yet."""
+        return self
+
+    def with_options(self, options: TrunkOptions) -> Scorer:
+        """Return the same members under other options: another dtype, another device.
+
+        Raises
+        ------
+        OptionError
+            If there is no model in this process.
+        """
+        raise OptionError(f"{self._title()} has no model here, so that {options} do not apply")
+
+    # Servers ------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str | None:
+        """URL of the server that computes the scores; None where this process does."""
+        return None
+
+    @property
+    def token(self) -> Token | None:
+        """Bearer token for the server, or a function that returns the current one."""
+        return None
+
+    @property
+    def token_variable(self) -> str | None:
+        """Environment variable in which the command line finds the token."""
+        return None
+
+    def with_token(self, token: Token | None) -> Scorer:  # noqa: ARG002 - the default takes none
+        """Return the same members with another token.
+
+        Raises
+        ------
+        OptionError
+            If they are not on a server.
+        """
+        raise OptionError(f"{self._title()} is not on a server and takes no token")
+
+    # Storage ------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:  # noqa: ARG002 - the default cannot be saved
+        """Write safetensors and JSON to a new folder.
+
+        Raises
+        ------
+        StorageError
+            If this kind of scorer cannot be saved.
+        """
+        raise StorageError(
+            f"{self._title()} cannot be saved; save the others, and add it again after loading"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what provenance and reports record about the scorer, as JSON values.
+
+        Raises
+        ------
+        StorageError
+            If this kind of scorer cannot be saved.
+        """
+        raise StorageError(f"{self._title()} cannot be described in a file")
+
+    def with_names(self, names: Sequence[str]) -> Self:
+        """Return a copy with other column names.
+
+        Raises
+        ------
+        OptionError
+            If there is not one name per column.
+        """
+        if len(names) != len(self.names):
+            raise OptionError(f"{len(names)} names for the {len(self.names)} members {self.names}")
+        twin = copy.copy(self)
+        twin.names = tuple(names)
+        return twin
+
+    def _title(self) -> str:
+        return f"member {', '.join(map(repr, self.names))} ({type(self).__name__})"
 
 
-@runtime_checkable
-class FeatureScorer(Scorer, Protocol):
-    """A scorer that shows what it reads, so that distances to the training inputs can be taken."""
-
-    def features(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
-        """Return (n_samples, n_features) features, in the order of the samples."""
-        ...
-
-
-class FunctionScorer:
+class FunctionScorer(Scorer):
     """A Python function as a member: a rule, a verifier, a length penalty.
 
     Parameters
     ----------
     name : str
-        The column's name.
+        Name of the column.
     function : callable
         Takes a sample, returns its score: any finite real number.
+
+    Examples
+    --------
+    >>> brevity = FunctionScorer("brevity", lambda sample: -len(sample.completion))
+    >>> brevity.score([Sample("Why?", "Because.")])
+    array([[-8.]])
     """
 
     def __init__(self, name: str, function: Callable[[Sample], float]) -> None:
         self.names = (name,)
         self._function = function
 
-    def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
+    def score(self, samples: Sequence[Sample]) -> Floats:
         """Return (n_samples, 1) scores."""
-        return np.array([[float(self._function(s))] for s in samples], dtype=np.float64).reshape(
-            len(samples), 1
+        scores = [float(self._function(sample)) for sample in samples]
+        return np.array(scores, dtype=np.float64).reshape(-1, 1)
+
+
+class AdaptedScorer(Scorer):
+    """An object with `names` and `score` alone, as a `Scorer`.
+
+    Parameters
+    ----------
+    member : object
+        Kept under this name.
+    """
+
+    def __init__(self, member: Any) -> None:
+        self.member = member
+        self.names = tuple(member.names)
+
+    def score(self, samples: Sequence[Sample]) -> Floats:
+        """Return the object's scores."""
+        scores: Floats = self.member.score(samples)
+        return scores
+
+    def _title(self) -> str:
+        return f"member {', '.join(map(repr, self.names))} ({type(self.member).__name__})"
+
+
+def as_scorer(member: object) -> Scorer:
+    """Return a member as a `Scorer`; an object with `names` and `score` alone is adapted.
+
+    Raises
+    ------
+    OptionError
+        If the object has no `names`, or no method `score`.
+    """
+    if isinstance(member, Scorer):
+        return member
+    if not callable(getattr(member, "score", None)) or getattr(member, "names", None) is None:
+        raise OptionError(
+            f"a member needs `names` and `score(samples)`; {type(member).__name__} lacks one of "
+            "them; subclass ensemble_rm.Scorer"
         )
+    return AdaptedScorer(member)
 
 
-def checked_scores(scorer: Scorer, scores: NDArray[np.float64], n: int) -> NDArray[np.float64]:
-    """Return the scores where they have the promised shape; infinity is an error, NaN is not yet.
+# Checks of what a scorer returns -----------------------------------------------------------------
+
+
+def check_scores(scorer: Scorer, scores: Floats, n: int) -> Floats:
+    """Return the scores if they have the promised shape and none is infinite; NaN passes.
 
     Raises
     ------
@@ -178,7 +314,7 @@ def checked_scores(scorer: Scorer, scores: NDArray[np.float64], n: int) -> NDArr
     matrix = np.asarray(scores, dtype=np.float64)
     if matrix.shape != (n, len(scorer.names)):
         raise OptionError(
-            f"{type(scorer).__name__} returned scores of shape {matrix.shape} for {n} samples and "
+            f"{scorer._title()} returned scores of shape {matrix.shape} for {n} samples and "
             f"{len(scorer.names)} names; a scorer returns (n_samples, n_members)"
         )
     infinite = np.isinf(matrix).any(axis=0)
@@ -188,10 +324,25 @@ def checked_scores(scorer: Scorer, scores: NDArray[np.float64], n: int) -> NDArr
     return matrix
 
 
-def scorer_features(
-    scorers: Sequence[Scorer], samples: Sequence[Sample]
-) -> NDArray[np.float64] | None:
-    """Return the features of all scorers that have some, side by side; None where none has.
+def check_features(scorer: Scorer, features: Floats, n: int) -> Floats:
+    """Return the features if they have the promised shape, (n, n_features).
+
+    Raises
+    ------
+    OptionError
+        If they have not.
+    """
+    matrix = np.asarray(features, dtype=np.float64)
+    if matrix.ndim != 2 or len(matrix) != n:
+        raise OptionError(
+            f"{scorer._title()} returned features of shape {matrix.shape} for {n} samples; "
+            "they are (n_samples, n_features)"
+        )
+    return matrix
+
+
+def scorer_features(scorers: Sequence[Scorer], samples: Sequence[Sample]) -> Floats | None:
+    """Return the features of all scorers that have some, in adjacent columns; None without any.
 
     Parameters
     ----------
@@ -209,166 +360,64 @@ def scorer_features(
     OptionError
         If a scorer returns another number of rows.
     """
-    found = [
-        checked_features(scorer, scorer.features(samples), len(samples))
+    columns = [
+        check_features(scorer, features, len(samples))
         for scorer in scorers
-        if isinstance(scorer, FeatureScorer)
+        if (features := scorer.features(samples)) is not None
     ]
-    return np.concatenate(found, axis=1) if found else None
+    return np.concatenate(columns, axis=1) if columns else None
 
 
-def checked_features(
-    scorer: FeatureScorer, features: NDArray[np.float64], n: int
-) -> NDArray[np.float64]:
-    """Return the features where they have the promised shape, (n, n_features).
-
-    Raises
-    ------
-    OptionError
-        If they have not.
-    """
-    read = np.asarray(features, dtype=np.float64)
-    if read.ndim != 2 or len(read) != n:
-        raise OptionError(
-            f"{type(scorer).__name__} returned features of shape {read.shape} for {n} samples; "
-            "they are (n_samples, n_features)"
-        )
-    return read
-
-
-def unloaded(scorers: Sequence[Scorer]) -> tuple[Scorer, ...]:
-    """Return the same members, with no model in memory as yet; others stay as they are."""
-    return tuple(
-        scorer.with_options(scorer.options) if isinstance(scorer, ReloadableScorer) else scorer
-        for scorer in scorers
-    )
+# Tokens of members on servers --------------------------------------------------------------------
 
 
 def with_tokens_of(scorers: Sequence[Scorer], others: Sequence[Scorer]) -> tuple[Scorer, ...]:
-    """Return the same members, those on servers that others have tokens for with these.
+    """Return the same members; those on servers without a token take it from `others`.
 
-    A member has the token of its namesake at its address; one without a namesake there has the
-    only one that is known there.
+    A member takes the token of the member of the same name at the same address. Without such a
+    member, it takes the only token that is known for that address.
+
+    Parameters
+    ----------
+    scorers, others : sequence of Scorer
     """
-    known = [one for one in others if isinstance(one, TokenScorer)]
 
-    def let_in(one: Scorer) -> Scorer:
-        if not isinstance(one, TokenScorer) or one.token is not None:
-            return one
-        there = [other for other in known if other.address == one.address]
-        same = [other.token for other in there if other.names == one.names]
+    def with_known_token(scorer: Scorer) -> Scorer:
+        if scorer.address is None or scorer.token is not None:
+            return scorer
+        there = [other for other in others if other.address == scorer.address]
+        same = [other.token for other in there if other.names == scorer.names]
         tokens = same or [other.token for other in there if other.token is not None]
         if not tokens or tokens[0] is None or any(token != tokens[0] for token in tokens):
-            return one
-        return one.with_token(tokens[0])
+            return scorer
+        return scorer.with_token(tokens[0])
 
-    return tuple(map(let_in, scorers))
+    return tuple(map(with_known_token, scorers))
 
 
-def with_tokens(
-    scorers: Sequence[Scorer], tokens: Mapping[str, str | Callable[[], str]]
-) -> tuple[Scorer, ...]:
-    """Return the same members, those that are named here with these tokens.
+def with_tokens(scorers: Sequence[Scorer], tokens: Mapping[str, Token]) -> tuple[Scorer, ...]:
+    """Return the same members, those that are named with these bearer tokens.
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+    tokens : mapping of str to str or callable
+        By the member's name.
 
     Raises
     ------
     OptionError
-        If a name is none of a member on another server.
+        If a name belongs to no member on a server.
     """
-    there = {name for one in scorers if isinstance(one, TokenScorer) for name in one.names}
-    if unknown := sorted(set(tokens) - there):
+    remote = {name for s in scorers if s.address is not None for name in s.names}
+    if unknown := sorted(set(tokens) - remote):
         raise OptionError(
             f"tokens name {', '.join(map(repr, unknown))}; members on other servers are "
-            f"{', '.join(map(repr, sorted(there))) or 'none'}"
+            f"{', '.join(map(repr, sorted(remote))) or 'none'}"
         )
     return tuple(
-        one.with_token(tokens[one.names[0]])
-        if isinstance(one, TokenScorer) and one.names[0] in tokens
-        else one
-        for one in scorers
+        scorer.with_token(tokens[scorer.names[0]])
+        if scorer.address is not None and scorer.names[0] in tokens
+        else scorer
+        for scorer in scorers
     )
-
-
-def score_all(
-    scorers: Sequence[Scorer],
-    samples: Sequence[Sample],
-    *,
-    cache: ScoreCache | None = None,
-    pool: ModelPool | None = None,
-    progress: Progress,
-) -> tuple[NDArray[np.float64], Truncation]:
-    """Return every member's raw scores, (n_samples, n_members), and which samples were cut.
-
-    Members on other servers are asked first, and waited for last.
-
-    Parameters
-    ----------
-    scorers : sequence of Scorer
-    samples : sequence of Sample
-    cache : ScoreCache, optional
-        Looked into, and filled, for every scorer that has a digest.
-    pool : ModelPool, optional
-        How many scorers hold their models at once; all where there is none.
-    progress : callable
-        Called with (stage, done, total).
-    """
-    columns: dict[int, NDArray[np.float64]] = {}
-    cut = Truncation.none(len(samples))
-    with asked_ahead(scorers, samples) as asked:
-        for scorer in scorers if pool is None else pool.loaded_first(scorers):
-            if id(scorer) in asked:
-                continue
-            compute = partial(_score, scorer, pool=pool, progress=progress)
-            if cache is not None and len(samples) > 0 and isinstance(scorer, DigestedScorer):
-                scores, more = cache.scores(scorer.digest, samples, compute)
-            else:
-                scores, more = compute(samples)
-            columns[id(scorer)] = scores
-            cut |= more
-        columns |= {key: waited() for key, waited in asked.items()}
-    return np.concatenate([columns[id(scorer)] for scorer in scorers], axis=1), cut
-
-
-@contextmanager
-def asked_ahead(
-    scorers: Sequence[Scorer], samples: Sequence[Sample]
-) -> Iterator[dict[int, Callable[[], NDArray[np.float64]]]]:
-    """Ask all members on other servers; what is not done in the end is given up.
-
-    Parameters
-    ----------
-    scorers : sequence of Scorer
-    samples : sequence of Sample
-
-    Yields
-    ------
-    dict of int to callable
-        By a scorer's id, in their order, what waits for its scores.
-    """
-    asked: list[PendingScores] = []
-    found: dict[int, Callable[[], NDArray[np.float64]]] = {}
-    try:
-        for scorer in scorers:
-            if isinstance(scorer, ElsewhereScorer):
-                asked.append(scorer.begin_score(samples))
-                found[id(scorer)] = partial(_waited, scorer, asked[-1], len(samples))
-        yield found
-    finally:
-        for one in asked:
-            one.cancel()
-
-
-def _waited(scorer: Scorer, pending: PendingScores, n: int) -> NDArray[np.float64]:
-    return checked_scores(scorer, pending.result(), n)
-
-
-def _score(
-    scorer: Scorer, samples: Sequence[Sample], *, pool: ModelPool | None, progress: Progress
-) -> tuple[NDArray[np.float64], Truncation]:
-    cut = Truncation.none(len(samples))
-    with nullcontext() if pool is None else pool.using(scorer):
-        if isinstance(scorer, TextScorer):
-            scores, cut = scorer.score_counted(samples, progress=progress)
-        else:
-            scores = scorer.score(samples)
-    return checked_scores(scorer, scores, len(samples)), cut

@@ -62,12 +62,11 @@ def same_units(
     wanted = reward_units(incumbent.score(samples, progress=progress).reward, groups)
     scores = candidate.score(samples, progress=progress).members
     own = fit_normaliser(scores, groups, nan=incumbent.aggregator.nan)
-    factor = _factor(own(scores), groups, incumbent.aggregator, wanted.scale[0])
-    level = reward_units(incumbent.aggregator(factor * own(scores)), groups).offset[0]
+    aggregator = incumbent.aggregator.bind(candidate.names)
+    factor = _factor(own(scores), groups, aggregator, wanted.scale[0])
+    level = reward_units(aggregator(factor * own(scores)), groups).offset[0]
     normaliser = _chain(candidate.normaliser, own, factor, wanted.offset[0] - level)
-    return replace(
-        candidate, normaliser=normaliser, aggregator=incumbent.aggregator, calibration=None
-    )
+    return replace(candidate, normaliser=normaliser, aggregator=aggregator, calibration=None)
 
 
 def reward_units(

@@ -151,6 +151,7 @@ def render(
         given: dict[str, object] = dict(aggregator.parameters)
         given |= {} if aggregator.nan == "raise" else {"nan": aggregator.nan}
         given |= {} if aggregator.min_members == 1 else {"min_members": aggregator.min_members}
+        given |= {"weights": dict(aggregator.weights)} if aggregator.weights else {}
         words = "".join(f", {key}={value!r}" for key, value in given.items())
         call = f"make_aggregator({aggregator.name!r}{words})"
     head = _HEAD.format(

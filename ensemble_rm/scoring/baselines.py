@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import BaselineError
 from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.members.scorer import Scorer, checked_scores, score_all
+from ensemble_rm.members.scorer import Scorer, check_scores
 from ensemble_rm.progress import Progress
 from ensemble_rm.scoring.model_pool import ModelPool
+from ensemble_rm.scoring.pipeline import score_all
 from ensemble_rm.scoring.score_cache import ScoreCache
 
 
@@ -43,7 +44,7 @@ def reference_samples(samples: Sequence[Sample]) -> tuple[list[Sample], NDArray[
 def baseline_scores(scorer: Scorer, samples: Sequence[Sample]) -> NDArray[np.float64]:
     """Return the raw score of each sample's reference, shape (n_samples, n_members)."""
     references, places = reference_samples(samples)
-    scores = checked_scores(scorer, scorer.score(references), len(references))
+    scores = check_scores(scorer, scorer.score(references), len(references))
     return scores[places]
 
 

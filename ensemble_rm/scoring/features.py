@@ -6,36 +6,19 @@ For distances to the training inputs; knows nothing of where those lie.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from contextlib import nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.members.scorer import (
-    FeatureScorer,
-    Scorer,
-    asked_ahead,
-    checked_features,
-    checked_scores,
-    score_all,
-)
+from ensemble_rm.members.scorer import Scorer, check_features, check_scores
 from ensemble_rm.progress import Progress
 from ensemble_rm.scoring.model_pool import ModelPool
+from ensemble_rm.scoring.pipeline import asked_ahead
 
 CHUNK = 4096  # samples whose features are in memory at once
-
-
-@runtime_checkable
-class ReadingScorer(FeatureScorer, Protocol):
-    """A scorer whose scores and features come of one pass."""
-
-    def score_and_features(
-        self, samples: Sequence[Sample], *, progress: Progress
-    ) -> tuple[NDArray[np.float64], Truncation, NDArray[np.float64]]:
-        """Return the scores, which samples were cut, and the features."""
-        ...
 
 
 def score_and_features(
@@ -50,7 +33,7 @@ def score_and_features(
     Parameters
     ----------
     scorers : sequence of Scorer
-        At least one of them a FeatureScorer.
+        At least one of them has features.
     samples : sequence of Sample
     pool : ModelPool, optional
         How many scorers hold their models at once.
@@ -63,7 +46,6 @@ def score_and_features(
     cut : Truncation
     features : ndarray, shape (n, n_features)
     """
-    blind = [scorer for scorer in scorers if not isinstance(scorer, FeatureScorer)]
     for begin in range(0, max(len(samples), 1), CHUNK):
         chunk = samples[begin : begin + CHUNK]
 
@@ -74,7 +56,7 @@ def score_and_features(
         cut = Truncation.none(len(chunk))
         columns: dict[int, NDArray[np.float64]] = {}
         read = []
-        with asked_ahead(blind, chunk) as asked:
+        with asked_ahead(scorers, chunk) as asked:
             for scorer in scorers:
                 if id(scorer) in asked:
                     continue
@@ -87,18 +69,31 @@ def score_and_features(
         yield scores, cut, np.concatenate(read, axis=1)
 
 
+def features_in_chunks(
+    scorers: Sequence[Scorer],
+    samples: Sequence[Sample],
+    *,
+    pool: ModelPool | None = None,
+    progress: Progress,
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the features of all scorers that have some, (n, n_features) each, in chunks."""
+    for begin in range(0, max(len(samples), 1), CHUNK):
+        chunk = samples[begin : begin + CHUNK]
+        columns = []
+        for scorer in scorers:
+            with nullcontext() if pool is None or not scorer.has_model else pool.using(scorer):
+                features = scorer.features(chunk)
+            if features is not None:
+                columns.append(check_features(scorer, features, len(chunk)))
+        progress("scoring", begin + len(chunk), len(samples))
+        yield np.concatenate(columns, axis=1)
+
+
 def _read(
     scorer: Scorer, samples: Sequence[Sample], pool: ModelPool | None, progress: Progress
 ) -> tuple[NDArray[np.float64], Truncation, NDArray[np.float64] | None]:
     n = len(samples)
-    if not isinstance(scorer, ReadingScorer):
-        scores, cut = score_all([scorer], samples, pool=pool, progress=progress)
-        if not isinstance(scorer, FeatureScorer):
-            return scores, cut, None
-        return scores, cut, checked_features(scorer, scorer.features(samples), n)
-    if pool is None:
-        scores, cut, features = scorer.score_and_features(samples, progress=progress)
-    else:
-        with pool.using(scorer):
-            scores, cut, features = scorer.score_and_features(samples, progress=progress)
-    return checked_scores(scorer, scores, n), cut, checked_features(scorer, features, n)
+    with nullcontext() if pool is None else pool.using(scorer):
+        found = scorer.score_detailed(samples, features=True, progress=progress)
+    features = None if found.features is None else check_features(scorer, found.features, n)
+    return check_scores(scorer, found.scores, n), found.truncation, features

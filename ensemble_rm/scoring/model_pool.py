@@ -8,20 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Condition
-from typing import Protocol, TypeVar, runtime_checkable
 
 from ensemble_rm.errors import OptionError
-
-T = TypeVar("T")
-
-
-@runtime_checkable
-class Unloadable(Protocol):
-    """What loads a model at its first use, and can let it go until the next."""
-
-    def unload(self) -> None:
-        """Free the model's memory; the next score loads it anew."""
-        ...
+from ensemble_rm.members.scorer import Scorer
 
 
 class ModelPool:
@@ -45,19 +34,19 @@ class ModelPool:
         if max_loaded < 1:
             raise OptionError(f"max_loaded_models must be at least 1, not {max_loaded}")
         self.max_loaded = max_loaded
-        self._held: dict[int, Unloadable] = {}  # by id, the one idle for longest first
+        self._held: dict[int, Scorer] = {}  # by id, the one idle for longest first
         self._users: dict[int, int] = {}
         self._changed = Condition()
 
-    def loaded_first(self, scorers: Sequence[T]) -> list[T]:
+    def loaded_first(self, scorers: Sequence[Scorer]) -> list[Scorer]:
         """Return the scorers in the order that loads least: those in memory before the others."""
         with self._changed:
             return sorted(scorers, key=lambda scorer: id(scorer) not in self._held)
 
     @contextmanager
-    def using(self, scorer: object) -> Iterator[None]:
+    def using(self, scorer: Scorer) -> Iterator[None]:
         """Let a scorer hold its model inside; what is idle is unloaded where room is needed."""
-        if not isinstance(scorer, Unloadable):
+        if not scorer.has_model:
             yield
             return
         key = id(scorer)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.aggregation.aggregator import mean
+from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble

@@ -8,8 +8,7 @@ from hypothesis import given, strategies as st
 from scipy.optimize import minimize_scalar
 
 from ensemble_rm import Calibration
-from ensemble_rm.aggregation import lcb
-from ensemble_rm.aggregation.aggregator import mean
+from ensemble_rm.aggregation import lcb, mean
 from ensemble_rm.calibration import Normaliser, ScoredPairs, fit_normaliser, fit_temperature
 from ensemble_rm.calibration.calibration import fit_calibration
 from ensemble_rm.calibration.temperature import (

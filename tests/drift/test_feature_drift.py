@@ -74,7 +74,7 @@ def test_scores_without_distances_leave_the_others_to_be_tested(tmp_path: Path) 
         assert recalibrate(run, store, **given).version == 2
         store.add(judged(2.0, 150, seed=2, start=181, days=4))
         found = look(run, store, **given).unlabelled
-    assert found is not None and "FeatureScorer" in found.unavailable["distance"]
+    assert found is not None and "Scorer.features" in found.unavailable["distance"]
     assert [shift.name for shift in found.shifts] == ["reward", "std", "correlation"]
 
 

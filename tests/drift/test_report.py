@@ -89,7 +89,7 @@ def test_what_is_missing_is_named() -> None:
     text = drift_text(report)
     assert "▸ labelled: unavailable\n  no judgment since publication" in text
     assert "▸ raters: unavailable\n  not asked for" in text
-    assert "FeatureScorer" in drift_text(reports()[-1])
+    assert "Scorer.features" in drift_text(reports()[-1])
     assert report.alarms == ()
 
 

@@ -139,7 +139,7 @@ def test_one_member_has_neither_spread_nor_correlation() -> None:
     found = unlabelled_drift(Reference.of(*batch(rng, 80, k=1)), *batch(rng, 60, k=1))
     assert [shift.name for shift in found.shifts] == ["reward"]
     assert set(found.unavailable) == {"std", "correlation", "distance"}
-    assert "FeatureScorer" in found.unavailable["distance"]
+    assert "Scorer.features" in found.unavailable["distance"]
 
 
 def test_a_member_that_never_varies_has_no_correlation() -> None:

@@ -28,7 +28,6 @@ from ensemble_rm.errors import OptionError
 from ensemble_rm.evaluation import precision_report
 from ensemble_rm.evaluation.precision import measure_drift, precision_text
 from ensemble_rm.members import BranchScorer, ClassifierScorer, HeadScorer
-from ensemble_rm.members.scorer import OptionedScorer
 
 OPTIONS = TrunkOptions(max_length=32, device="cpu")
 LENGTH = FunctionScorer("length", lambda s: float(len(s.completion)))
@@ -109,7 +108,6 @@ def test_every_kind_takes_other_options(kind: str, small_folder: Path, tmp_path:
     assert all(0 < row.rms <= row.maximum for row in report.members)
     for scorer in ensemble.scorers:
         assert isinstance(scorer, HeadScorer | BranchScorer | ClassifierScorer)
-        assert isinstance(scorer, OptionedScorer)
         low = TrunkOptions(max_length=32, device="cpu", dtype="bfloat16")
         there = scorer.with_options(low)
         assert there.options == low and there.names == scorer.names

@@ -36,7 +36,7 @@ def ensemble(scorers: Sequence[Scorer], **options: Any) -> RewardEnsemble:
     return RewardEnsemble(tuple(scorers), Normaliser.identity(k), aggregator, **options)
 
 
-class Seeing:
+class Seeing(Scorer):
     """A member that shows what it reads."""
 
     names = ("seeing",)
@@ -205,16 +205,16 @@ def test_who_does_not_answer_the_probes_is_asked_no_more(on_outage: str) -> None
 
 def test_scores_that_were_begun_can_be_given_up() -> None:
     far = Waiting()
-    pending = member(far, client=PATIENT).begin_score(samples(1))
+    pending = member(far, client=PATIENT).begin(samples(1))
     assert far.asked.wait(SECONDS)
     pending.cancel()
     assert far.given_up.wait(SECONDS)
 
 
 def test_a_member_lives_until_what_was_begun_is_read() -> None:
-    pending = member(openrlhf(float), client=PATIENT).begin_score(samples(2))
+    pending = member(openrlhf(float), client=PATIENT).begin(samples(2))
     gc.collect()
-    assert pending.result().tolist() == [[0.0], [1.0]]
+    assert pending.result().scores.tolist() == [[0.0], [1.0]]
 
 
 # Scored again in parts ---------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_what_was_given_up_was_paid_for(read: bool) -> None:
     )
     if read:
         judge.score([Sample("", "short")])
-    pending = judge.begin_score([Sample("", text) for text in ("one", "endless", "three")])
+    pending = judge.begin([Sample("", text) for text in ("one", "endless", "three")])
     assert asked.wait(SECONDS)
     pending.cancel()
     judge.close()

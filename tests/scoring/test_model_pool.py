@@ -168,8 +168,11 @@ def test_threads_share_the_room_and_disturb_no_score(
 
 
 def test_who_finds_no_room_waits_for_an_idle_model() -> None:
-    class Held:
+    class Held(FunctionScorer):
+        has_model = True
+
         def __init__(self) -> None:
+            super().__init__("held", lambda _: 0.0)
             self.unloads = 0
 
         def unload(self) -> None:

@@ -47,7 +47,7 @@ def test_scores_are_identical_with_and_without_and_models_stay_unloaded(
     plain = ensemble_of(two_heads(), length).score(SAMPLES)
     cold = ensemble_of(two_heads(), length).with_score_cache(ScoreCache(tmp_path)).score(SAMPLES)
     heads: Any = two_heads()
-    heads.score_counted = refuse
+    heads.score_detailed = refuse
     kept = ensemble_of(heads, length).with_score_cache(ScoreCache(tmp_path))
     order = np.random.default_rng(0).permutation(len(SAMPLES))
     warm = kept.score([SAMPLES[i] for i in order])
@@ -236,7 +236,7 @@ def test_the_command_keeps_scores(
     kept = [*command, f"--score-cache={tmp_path / 'scores'}"]
     assert main(kept) == 0
     assert capsys.readouterr().out == plain
-    monkeypatch.setattr(HeadScorer, "score_counted", refuse)
+    monkeypatch.setattr(HeadScorer, "score_detailed", refuse)
     assert main(kept) == 0
     assert capsys.readouterr().out == plain
     (tmp_path / "scores" / "scores.sqlite").write_bytes(b"no database" * 100)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch.nn import ModuleList
 
@@ -25,10 +24,11 @@ from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.trunk import Trunk, TrunkOptions, View
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.digest import member_digest
-from ensemble_rm.members.encoding import Truncation, count_truncation
+from ensemble_rm.members.encoding import count_truncation
 from ensemble_rm.members.forward.prefix_cache import Prefix
 from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
+from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
 
 Tensors = dict[str, torch.Tensor]
@@ -109,10 +109,14 @@ class Branched(ModelScorer):
 
     @in_turn
     @torch.inference_mode()
-    def score_counted(
-        self, samples: Sequence[Sample], *, progress: Progress = silent
-    ) -> tuple[NDArray[np.float64], Truncation]:
-        """Return the scores, and how many samples were cut."""
+    def score_detailed(
+        self,
+        samples: Sequence[Sample],
+        *,
+        features: bool = False,  # noqa: ARG002 - these members have none
+        progress: Progress = silent,
+    ) -> MemberScores:
+        """Return the scores and which samples were cut."""
         branching, members = self._open()
         trunk = branching.trunk
         encoded = trunk.encoder.encode(samples)
@@ -130,7 +134,7 @@ class Branched(ModelScorer):
                 out[batch.rows, i] = self.heads(i, pooled.cpu().numpy())
             done += len(batch.rows)
             progress("scoring", done, len(encoded))
-        return out, count_truncation(encoded)
+        return MemberScores(out, count_truncation(encoded))
 
     @cached_property
     def digest(self) -> str:

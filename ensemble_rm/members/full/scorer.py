@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import BackboneError, OptionError
@@ -25,7 +24,7 @@ from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.pooling import pool
 from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.members.digest import member_digest
-from ensemble_rm.members.encoding import Encoded, TextEncoder, Truncation, count_truncation
+from ensemble_rm.members.encoding import Encoded, TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import Batch
 from ensemble_rm.members.forward.cpu.grouped_attention import group_heads
 from ensemble_rm.members.forward.cpu.kernels import quicken
@@ -33,6 +32,7 @@ from ensemble_rm.members.forward.prefix_cache import keeps_a_cache, read_prefix,
 from ensemble_rm.members.forward.shared_prompts import passes
 from ensemble_rm.members.forward.token_budget import pick_token_budget
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
+from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
 
 ClassifierPooling: TypeAlias = Literal["published", "attended"]
@@ -216,10 +216,14 @@ class ClassifierScorer(ModelScorer):
 
     @in_turn
     @torch.inference_mode()
-    def score_counted(
-        self, samples: Sequence[Sample], *, progress: Progress = silent
-    ) -> tuple[NDArray[np.float64], Truncation]:
-        """Return the scores, and how many samples were cut."""
+    def score_detailed(
+        self,
+        samples: Sequence[Sample],
+        *,
+        features: bool = False,  # noqa: ARG002 - these members have none
+        progress: Progress = silent,
+    ) -> MemberScores:
+        """Return the scores and which samples were cut."""
         encoder, model = self._open()
         encoded = encoder.encode(samples)
         out = np.empty((len(encoded), 1))
@@ -229,7 +233,7 @@ class ClassifierScorer(ModelScorer):
             out[batch.rows, 0] = scores.double().cpu().numpy()
             done += len(batch.rows)
             progress("scoring", done, len(encoded))
-        return out, count_truncation(encoded)
+        return MemberScores(out, count_truncation(encoded))
 
     def _passes(self, encoded: Sequence[Encoded], model: Any) -> Iterator[Batch]:
         """Yield batches that share their prompts, where the model can."""

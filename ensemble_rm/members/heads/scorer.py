@@ -20,9 +20,10 @@ from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.feature_cache import FeatureCache, features_in_parts
 from ensemble_rm.members.backbone.trunk import Trunk, TrunkOptions, View
 from ensemble_rm.members.digest import member_digest
-from ensemble_rm.members.encoding import Truncation, count_truncation
+from ensemble_rm.members.encoding import count_truncation
 from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
+from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
 
 Floats = NDArray[np.float64]
@@ -94,26 +95,24 @@ class HeadScorer(ModelScorer):
         self._trunk = None
 
     @in_turn
-    def score_counted(
-        self, samples: Sequence[Sample], *, progress: Progress = silent
-    ) -> tuple[Floats, Truncation]:
-        """Return the scores, and how many samples were cut."""
-        return self._score(samples, None, progress)
-
-    def _score(
-        self, samples: Sequence[Sample], features: Floats | None, progress: Progress
-    ) -> tuple[Floats, Truncation]:
-        """Score, and enter what was read in `features`, where there are some to be filled."""
+    def score_detailed(
+        self, samples: Sequence[Sample], *, features: bool = False, progress: Progress = silent
+    ) -> MemberScores:
+        """Return the scores, which samples were cut and, if asked, what all views read."""
         trunk = self.trunk
         encoded = trunk.encoder.encode(samples)
         distinct = tuple(dict.fromkeys(self.views))
         out = np.empty((len(encoded), len(self.views)))
+        kept = None
+        if features:
+            count = len(dict.fromkeys(part for view in self.views for part in view.parts()))
+            kept = np.empty((len(encoded), count * trunk.width))
         parts = features_in_parts(trunk, encoded, distinct, cache=self.cache, progress=progress)
         for rows, read in parts:
             out[rows] = self.apply(read, distinct)
-            if features is not None:
-                features[rows] = parts_of(read, distinct)
-        return out, count_truncation(encoded)
+            if kept is not None:
+                kept[rows] = parts_of(read, distinct)
+        return MemberScores(out, count_truncation(encoded), kept)
 
     def apply(self, read: NDArray[np.float32], distinct: Sequence[View]) -> Floats:
         """Run the heads on (n, n_views, width) features of `distinct` views: (n, k)."""
@@ -123,19 +122,9 @@ class HeadScorer(ModelScorer):
             out[:, member] = self.weights(member, read[:, place[view]])
         return out
 
-    @in_turn
-    def features(self, samples: Sequence[Sample]) -> Floats:
+    def features(self, samples: Sequence[Sample]) -> Floats | None:
         """Return what all views read, (n_samples, n_features): each layer and pooling once."""
-        return self.score_and_features(samples)[2]
-
-    @in_turn
-    def score_and_features(
-        self, samples: Sequence[Sample], *, progress: Progress = silent
-    ) -> tuple[Floats, Truncation, Floats]:
-        """Return what `score_counted` does, and the features of the same pass."""
-        count = len(dict.fromkeys(part for view in self.views for part in view.parts()))
-        features = np.empty((len(samples), count * self.trunk.width))
-        return *self._score(samples, features, progress), features
+        return self.score_detailed(samples, features=True).features
 
     def _parts(self) -> dict[str, Any]:
         return {

@@ -61,8 +61,8 @@ class RubricJudge:
                 f"{type(self).__name__} needs a {self.wants} rubric, and {self.rubric.name} is "
                 f"{self.rubric.kind}"
             )
-        self.options = JudgeOptions(url=url, model=model, **options)
-        self._judge = Judge(self.options, token=token, transport=transport)
+        self.judge_options = JudgeOptions(url=url, model=model, **options)
+        self._judge = Judge(self.judge_options, token=token, transport=transport)
 
     def close(self) -> None:
         """Close the connections; the next question opens new ones."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import RemoteFailureWarning
+from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.judges.asking import Judge, JudgeOptions, Reply
 from ensemble_rm.members.judges.base import RubricJudge
 from ensemble_rm.members.judges.replies import Rating, read_rating
@@ -22,6 +23,7 @@ from ensemble_rm.members.remote.address import Token
 from ensemble_rm.members.remote.failures import count_failures
 from ensemble_rm.members.remote.loop_thread import Pending
 from ensemble_rm.members.remote.storage import StoredElsewhere
+from ensemble_rm.members.scorer import MemberScores
 
 
 class JudgeScorer(RubricJudge, StoredElsewhere):
@@ -84,7 +86,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
     @property
     def address(self) -> str:
         """The server's."""
-        return self.options.url
+        return self.judge_options.url
 
     @property
     def usage(self) -> Usage:
@@ -100,7 +102,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
     @property
     def token_variable(self) -> str | None:
         """The environment variable in which the command line finds the token."""
-        return self.options.token_variable
+        return self.judge_options.token_variable
 
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, 1) ratings; NaN where there is none, with a warning.
@@ -114,30 +116,31 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         RemoteRefusalError
             If it refuses the address, the token or the model.
         """
-        return self.begin_score(samples).result()
+        return self.begin(samples).result().scores
 
-    def begin_score(self, samples: Sequence[Sample]) -> Pending[NDArray[np.float64]]:
+    def begin(self, samples: Sequence[Sample]) -> Pending[MemberScores]:
         """Ask for what `score` returns, and do not wait; what it raises, the result raises."""
         questions = [self.rubric.ask(s.prompt, completion=s.completion) for s in samples]
         return self._begin(questions, self._ratings)
 
-    def _ratings(self, said: tuple[list[Reply], Usage]) -> NDArray[np.float64]:
+    def _ratings(self, said: tuple[list[Reply], Usage]) -> MemberScores:
         read = [self._read(reply) for reply in said[0]]
         failed = [one for one in read if isinstance(one, str)]
         self._unread += said[1].calls - (len(read) - len(failed))
         if failed:
-            where = f"{self.names[0]!r} at {self.options.url}"
+            where = f"{self.names[0]!r} at {self.judge_options.url}"
             text = count_failures(
                 failed, len(read), what="rating", where=where, else_="a reply that is no rating"
             )
             warnings.warn(text, RemoteFailureWarning, stacklevel=4)
         scores = [one.value if isinstance(one, Rating) else np.nan for one in read]
-        return np.array(scores, dtype=np.float64).reshape(len(read), 1)
+        ratings = np.array(scores, dtype=np.float64).reshape(len(read), 1)
+        return MemberScores(ratings, Truncation.none(len(read)))
 
     def with_token(self, token: Token | None) -> Self:
         """Return the same member with another token."""
         twin = copy.copy(self)
-        twin._judge = Judge(self.options, token=token, transport=self._judge.transport)
+        twin._judge = Judge(self.judge_options, token=token, transport=self._judge.transport)
         twin._judge.usage = self._judge.usage
         return twin
 
@@ -153,7 +156,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         return {
             "kind": self.kind,
             "name": self.names[0],
-            "judge": self.options.to_json(),
+            "judge": self.judge_options.to_json(),
             "rubric": self.rubric.to_json(),
         }
 

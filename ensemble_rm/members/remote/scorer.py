@@ -26,6 +26,7 @@ from ensemble_rm.errors import (
     RemoteFailureWarning,
     RemoteUnavailableError,
 )
+from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
 from ensemble_rm.members.remote.failures import Reason, count_failures
@@ -40,6 +41,7 @@ from ensemble_rm.members.remote.raw_logit_check import (
 )
 from ensemble_rm.members.remote.request_text import Rendered, Renderer, TextTemplate
 from ensemble_rm.members.remote.storage import StoredElsewhere
+from ensemble_rm.members.scorer import MemberScores
 
 T = TypeVar("T")
 Outage: TypeAlias = Literal["raise", "nan"]
@@ -138,7 +140,7 @@ class RemoteScorer(StoredElsewhere):
         transport: Any = None,
     ) -> None:
         self.url, self.protocol, self.names = check_url(url), protocol, (name,)
-        self.options = client or ClientOptions()
+        self.client = client or ClientOptions()
         self._wire = find_wire(protocol)
         self._renderer = Renderer(
             template, tokenizer=tokenizer, strips_bos=self._wire.adds_special_tokens
@@ -150,7 +152,7 @@ class RemoteScorer(StoredElsewhere):
         single = self._renderer.form == "messages"
         self.batch_size = 1 if single else batch_size or self._wire.batch
         self.raw_logit_check_mode, self.on_outage = raw_logit_check, on_outage
-        self.token_variable: str | None = token_variable
+        self._token_variable = token_variable
         self._transport = transport
         self._endpoint = endpoint(self.url, self._wire.path)
         self._connect(token)
@@ -188,7 +190,7 @@ class RemoteScorer(StoredElsewhere):
         if isinstance(token, str):
             bearer(token)  # refused before the first request
         self._token = token
-        self._client = RemoteClient(self.options, token=token, transport=self._transport)
+        self._client = RemoteClient(self.client, token=token, transport=self._transport)
         self._thread = LoopThread(self._client.aclose)
         self._tested = self.raw_logit_check_mode == "off"
 
@@ -204,6 +206,11 @@ class RemoteScorer(StoredElsewhere):
     def token(self) -> Token | None:
         """The bearer token, or what returns the one that holds now."""
         return self._token
+
+    @property
+    def token_variable(self) -> str | None:
+        """Environment variable in which the command line finds the token."""
+        return self._token_variable
 
     # Scoring -----------------------------------------------------------------------------------
 
@@ -222,9 +229,9 @@ class RemoteScorer(StoredElsewhere):
         RemoteActivationError
             If the self-test fails, and is an error.
         """
-        return self.begin_score(samples).result()
+        return self.begin(samples).result().scores
 
-    def begin_score(self, samples: Sequence[Sample]) -> Pending[NDArray[np.float64]]:
+    def begin(self, samples: Sequence[Sample]) -> Pending[MemberScores]:
         """Ask for what `score` returns, and do not wait; what it raises, the result raises."""
         return self._begin(samples, self._warned)
 
@@ -272,7 +279,7 @@ class RemoteScorer(StoredElsewhere):
         failures = tuple(None if isinstance(one, float) else _reason(one) for one in found)
         return RemoteScores(np.array(scores, dtype=np.float64), failures)
 
-    def _warned(self, found: RemoteScores) -> NDArray[np.float64]:
+    def _warned(self, found: RemoteScores) -> MemberScores:
         failed = [reason for reason in found.failures if reason is not None]
         if failed:
             where = f"{self.names[0]!r} at {self.url}"
@@ -281,7 +288,7 @@ class RemoteScorer(StoredElsewhere):
                 failed, n, what="score", where=where, else_="an answer that is no score"
             )
             warnings.warn(text, RemoteFailureWarning, stacklevel=4)
-        return found.scores[:, None]
+        return MemberScores(found.scores[:, None], Truncation.none(len(found.scores)))
 
     def _tell(self, orders: _Orders) -> RawLogitReport:
         """Say what the probes told, unless nobody answered: then they are sent another time."""
@@ -323,13 +330,13 @@ class RemoteScorer(StoredElsewhere):
             "template": template if isinstance(template, str) else repr(template),
             "tokenizer": None if tokenizer is None else str(tokenizer),
             "model": self._asked.model,
-            "token_variable": self.token_variable,
+            "token_variable": self._token_variable,
             "batch_size": self.batch_size,
             "special_tokens": self._asked.special_tokens,
             "truncate": self._asked.truncate,
             "raw_logit_check": self.raw_logit_check_mode,
             "on_outage": self.on_outage,
-            "client": asdict(self.options),
+            "client": asdict(self.client),
         }
 
     def _python(self) -> str | None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from ensemble_rm.errors import StorageError
+from ensemble_rm.members.scorer import Scorer
 
 _FILE = "member.json"
 
 
-class StoredElsewhere(ABC):
+class StoredElsewhere(Scorer):
     """A member that other servers run; a kind adds `describe`, `_of` and `_python`."""
-
-    kind: str
-    names: tuple[str, ...]
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.aggregation.aggregator import Aggregator, mean, minimum
+from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.aggregation.rules.mean import mean
+from ensemble_rm.aggregation.rules.minimum import minimum
 from ensemble_rm.data.samples import Sample, prompt_json
 from ensemble_rm.errors import DataError, OptionError
 from ensemble_rm.rl.monitor.alarms import Alarm, AlarmRule, StepRecord, mean_of
@@ -97,7 +99,7 @@ class OverOptimisationMonitor:
         if "reward" in given:
             raise OptionError("'reward' is the run's own aggregator; give this one another name")
         nan = ensemble.aggregator.nan
-        others = {name: replace(how, nan=nan) for name, how in given.items()}
+        others = {name: replace(how, nan=nan).bind(ensemble.names) for name, how in given.items()}
         self._aggregators = {"reward": ensemble.aggregator, **others}
         self._pool = None if pool is None else Path(pool)
         self._several = len(ensemble.names) > 1

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
-from ensemble_rm.aggregation.aggregator import Aggregator, make_aggregator
+from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.data.samples import Message, Prompt, Sample
 from ensemble_rm.ensemble.results import Comparison
@@ -209,11 +209,11 @@ def read_pairs(request: CompareRequest) -> tuple[list[Sample], list[str | None]]
 
 
 def read_aggregator(choice: AggregatorChoice | None, own: Aggregator) -> Aggregator | None:
-    """Return the aggregator that a request asks for; missing members are `own`'s to judge."""
+    """Return the rule that a request asks for, with the weights and the NaN policy of `own`."""
     if choice is None:
         return None
     given = choice.model_dump(exclude={"name"})
-    return make_aggregator(choice.name, nan=own.nan, min_members=own.min_members, **given)
+    return own.with_rule(choice.name, **given)
 
 
 # Outcomes to answers ---------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ensemble_rm.members.backbone.pooling import Rule, pool
 from ensemble_rm.members.backbone.trunk import Trunk, default_views
 from ensemble_rm.members.encoding import TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import plan
-from ensemble_rm.members.scorer import FeatureScorer, checked_scores, scorer_features
+from ensemble_rm.members.scorer import check_scores, scorer_features
 
 SENTENCE = "the quick brown fox jumps over a lazy dog and then sleeps near its warm den"
 WORDS = SENTENCE.split()
@@ -303,12 +303,12 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
 def test_a_function_is_a_scorer() -> None:
     scorer = FunctionScorer("brevity", lambda s: -len(s.completion))
     samples = texts(3)
-    found = checked_scores(scorer, scorer.score(samples), 3)
+    found = check_scores(scorer, scorer.score(samples), 3)
     assert found[:, 0].tolist() == [-len(s.completion) for s in samples]
     with pytest.raises(OptionError, match="shape"):
-        checked_scores(scorer, found.T, 3)
+        check_scores(scorer, found.T, 3)
     with pytest.raises(NonFiniteScoreError, match="brevity"):
-        checked_scores(scorer, np.full((3, 1), np.inf), 3)
+        check_scores(scorer, np.full((3, 1), np.inf), 3)
 
 
 def test_heads_show_the_features_that_they_score(two_heads: Callable[..., HeadScorer]) -> None:
@@ -316,6 +316,7 @@ def test_heads_show_the_features_that_they_score(two_heads: Callable[..., HeadSc
     scorer = two_heads()
     samples = [Sample(f"prompt {i % 3}", "word " * (1 + i % 5)) for i in range(9)]
     features = scorer.features(samples)
+    assert features is not None
     assert features.shape == (9, 2 * 16)
     own = [scorer.weights(i, features[:, 16 * i : 16 * i + 16]) for i in range(2)]
     assert np.stack(own, axis=1) == pytest.approx(scorer.score(samples))
@@ -324,7 +325,7 @@ def test_heads_show_the_features_that_they_score(two_heads: Callable[..., HeadSc
     assert both is not None
     assert (both == np.concatenate([features, features], axis=1)).all()
     assert scorer_features([rule], samples) is None
-    assert not isinstance(rule, FeatureScorer)
+    assert rule.features(samples) is None
 
 
 def test_a_feature_of_several_samples_is_refused() -> None:
@@ -332,7 +333,7 @@ def test_a_feature_of_several_samples_is_refused() -> None:
         def features(self, samples: object) -> np.ndarray:
             return np.zeros((1, 3))
 
-    with pytest.raises(OptionError, match="Short returned features"):
+    with pytest.raises(OptionError, match=r"'a' \(Short\) returned features"):
         scorer_features([Short("a", lambda sample: 0.0)], [Sample("p", "a"), Sample("p", "b")])
 
 

@@ -42,8 +42,9 @@ def check(folder: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     scorer = ClassifierScorer.from_name(folder, OPTIONS)
-    found, cut = scorer.score_counted(SAMPLES)
-    assert cut.samples == len(SAMPLES)
+    detailed = scorer.score_detailed(SAMPLES)
+    found = detailed.scores
+    assert detailed.truncation.samples == len(SAMPLES)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     encoder = scorer._open()[0]
     alone = []

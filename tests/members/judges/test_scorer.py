@@ -350,7 +350,7 @@ def test_a_judge_is_saved_without_its_token(tmp_path: Path) -> None:
     assert "s3cret" not in (tmp_path / "j" / "members" / "0" / "member.json").read_text()
     (again,) = RewardEnsemble.from_pretrained(tmp_path / "j").scorers
     assert isinstance(again, JudgeScorer)
-    assert again.describe() == scorer.describe() and again.options.price == Price(1.0, 2.0)
+    assert again.describe() == scorer.describe() and again.judge_options.price == Price(1.0, 2.0)
     with pytest.raises(StorageError):
         JudgeScorer(URL, model="m", name="j", transport=httpx.MockTransport(rating)).save(tmp_path)
 
