@@ -36,7 +36,7 @@ from benchmarks.lifecycle.recalibration_years import (
     simulate,
 )
 from benchmarks.shared.common import RESULTS, Figures, make_parser
-from ensemble_rm.calibration.temperature import TemperatureFit
+from ensemble_rm.calibration.methods.temperature import TemperatureFit
 from ensemble_rm.drift import DriftTest
 
 POLICIES = ("none", "blind", "gated")

@@ -36,8 +36,8 @@ from benchmarks.shared.preference_runs import Budget, Part, package_folder
 from ensemble_rm import Preferences, Recipe, TrunkOptions, load_preferences
 from ensemble_rm.active_learning.design import plan_draw
 from ensemble_rm.active_learning.strategies import PoolMargins, utility
+from ensemble_rm.calibration.methods.temperature import fit_mixture_temperature, fit_temperature
 from ensemble_rm.calibration.normaliser import fit_normaliser
-from ensemble_rm.calibration.temperature import fit_mixture_temperature, fit_temperature
 from ensemble_rm.data.weights import effective_sample_size, inclusion_weights
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.members.backbone.checkpoint import locate

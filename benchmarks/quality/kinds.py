@@ -35,7 +35,7 @@ from benchmarks.shared.preference_runs import calibrated, package_folder
 from ensemble_rm import Preferences, load_preferences
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import ScoredPairs, fit_normaliser
-from ensemble_rm.calibration.temperature import pooling_gain
+from ensemble_rm.calibration.methods.temperature import pooling_gain
 from ensemble_rm.errors import NoPositiveTemperatureError
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.metrics import accuracy, bootstrap, error_auroc, nll, pair_nll

@@ -18,7 +18,7 @@ import numpy as np
 from ensemble_rm import Preferences, Recipe, RewardEnsemble, TrunkOptions, train
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import ScoredPairs, fit_normaliser, fit_temperature
-from ensemble_rm.calibration.temperature import pooling_gain
+from ensemble_rm.calibration.methods.temperature import pooling_gain
 from ensemble_rm.demo.data import packaged_backbone
 from ensemble_rm.errors import NoPositiveTemperatureError
 from ensemble_rm.members.backbone.checkpoint import Backbone

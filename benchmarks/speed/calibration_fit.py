@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's
 
 from benchmarks.shared.common import Figures, make_parser, seconds
 from ensemble_rm.calibration import fit_temperature
-from ensemble_rm.calibration.temperature import margin_nll
+from ensemble_rm.calibration.methods.temperature import margin_nll
 
 
 def main() -> None:

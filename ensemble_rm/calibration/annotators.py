@@ -29,7 +29,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, logsumexp
 
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.calibration.temperature import (
+from ensemble_rm.calibration.methods.temperature import (
     MIN_JUDGMENTS,
     fit_temperature,
     margin_losses,

@@ -13,16 +13,15 @@ from scipy.special import expit
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.calibration.curves import AnyCurve, count_ties, curve_json, read_curve
-from ensemble_rm.calibration.fits import METHODS, fit_curve
-from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.calibration.slices import SliceFit, fit_slices
-from ensemble_rm.calibration.temperature import (
+from ensemble_rm.calibration.calibrator import Curve, find_calibrator
+from ensemble_rm.calibration.methods.temperature import (
     MIN_JUDGMENTS,
     TemperatureFit,
     fit_mixture_temperature,
     fit_temperature,
 )
+from ensemble_rm.calibration.scored_pairs import ScoredPairs
+from ensemble_rm.calibration.slices import SliceFit, fit_slices
 from ensemble_rm.calibration.ties import TieModel, fit_ties
 from ensemble_rm.errors import AggregatorMismatchError, NotCalibratedError, OptionError
 
@@ -46,7 +45,7 @@ class Calibration:
     method : str
         The calibrator's name: ``"temperature"``, ``"power"``, ``"isotonic"``, ``"histogram"`` or
         ``"bbq"``.
-    curve : PowerCurve, LinearCurve or StepCurve, optional
+    curve : Curve, optional
         What the method fitted; a temperature is its own.
     slices : tuple of SliceFit
         Temperatures of subsets, where they were asked for.
@@ -68,14 +67,15 @@ class Calibration:
     digest: str
     created: str
     method: str = "temperature"
-    curve: AnyCurve | None = None
+    curve: Curve | None = None
     slices: tuple[SliceFit, ...] = ()
     ties: int = 0
     evidence: ScoredPairs | None = field(default=None, compare=False, repr=False)
     tie_model: TieModel | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS or (self.curve is None) != (self.method == "temperature"):
+        wanted = find_calibrator(self.method).curve
+        if type(self.curve) is not (wanted or type(None)):
             raise OptionError(f"no calibration has method {self.method!r} and curve {self.curve}")
 
     @property
@@ -129,7 +129,7 @@ class Calibration:
             "digest": self.digest,
             "created": self.created,
             "method": self.method,
-            "curve": None if self.curve is None else curve_json(self.curve),
+            "curve": None if self.curve is None else self.curve.to_json(),
             "slices": [one.to_json() for one in self.slices],
             "ties": self.ties,
             "tie_model": None if self.tie_model is None else self.tie_model.to_json(),
@@ -138,15 +138,16 @@ class Calibration:
     @classmethod
     def from_json(cls, d: Any, *, evidence: ScoredPairs | None = None) -> Calibration:
         """Read what `to_json` wrote, or wrote before there were methods, slices and tie models."""
-        curve, tie_model = d.get("curve"), d.get("tie_model")
+        tie_model, method = d.get("tie_model"), str(d.get("method", "temperature"))
+        curve = find_calibrator(method).read_curve(d.get("curve"))
         return cls(
             Aggregator.from_json(d["aggregator"]),
             TemperatureFit(**d["fit"]),
             float(d["mixture_temperature"]),
             str(d["digest"]),
             str(d["created"]),
-            str(d.get("method", "temperature")),
-            None if curve is None else read_curve(curve),
+            method,
+            curve,
             tuple(SliceFit.from_json(one) for one in d.get("slices", ())),
             int(d.get("ties", 0)),
             evidence,
@@ -193,7 +194,7 @@ def fit_calibration(
     OptionError
         If the method is unknown, cannot take these votes and weights, or is asked for slices.
     """
-    if slices and method != "temperature":
+    if slices and find_calibrator(method).fit is not None:
         raise OptionError(f"slices have temperatures; method={method!r} has none: leave one out")
     pairs = pairs.rewarded(aggregator)
     margins = pairs.margins(aggregator)
@@ -204,7 +205,8 @@ def fit_calibration(
         groups=pairs.groups,
         min_judgments=min_judgments,
     )
-    curve = fit_curve(method, margins, pairs.targets, pairs.weights, temperature=fit.temperature)
+    calibrator = find_calibrator(method)
+    curve = calibrator.fit_curve(margins, pairs.targets, pairs.weights, temperature=fit.temperature)
     mixture = fit_mixture_temperature(pairs.member_margins, pairs.targets, weights=pairs.weights)
     return Calibration(
         aggregator,
@@ -215,7 +217,7 @@ def fit_calibration(
         method,
         curve,
         fit_slices(pairs, aggregator, overall=fit) if slices else (),
-        0 if curve is None or method == "power" else count_ties(curve, margins),
+        calibrator.count_ties(curve, margins),
         pairs,
         None if ties is None else _fit_ties(pairs, margins, ties, min_judgments),
     )

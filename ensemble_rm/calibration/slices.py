@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.calibration.methods.temperature import TemperatureFit, fit_temperature
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 
 MIN_SLICE_JUDGMENTS = 20

@@ -31,7 +31,7 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.calibration.temperature import (
+from ensemble_rm.calibration.methods.temperature import (
     MIN_JUDGMENTS,
     add_up,
     read_judgments,

@@ -43,7 +43,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.calibration.temperature import TemperatureFit
+from ensemble_rm.calibration.methods.temperature import TemperatureFit
 from ensemble_rm.drift.betting import Bets
 from ensemble_rm.drift.payoffs import JudgedRows, prompt_digest
 from ensemble_rm.errors import OptionError

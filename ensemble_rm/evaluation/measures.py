@@ -14,8 +14,8 @@ import numpy as np
 from scipy.special import expit
 
 from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.calibration.methods.temperature import TemperatureFit, fit_temperature
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.metrics import (
     EceNull,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
-from ensemble_rm.calibration.temperature import MIN_JUDGMENTS
+from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS
 from ensemble_rm.data.weights import effective_sample_size
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 from ensemble_rm.evidence.dated_margins import (

@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import Calibration
+from ensemble_rm.calibration.methods.temperature import (
+    TemperatureFit,
+    fit_mixture_temperature,
+    fit_temperature,
+    margin_nll,
+)
 from ensemble_rm.calibration.slices import (
     MIN_SLICE_JUDGMENTS,
     MIN_SLICE_PROMPTS,
     SliceFit,
     shrink as shrink_slices,
-)
-from ensemble_rm.calibration.temperature import (
-    TemperatureFit,
-    fit_mixture_temperature,
-    fit_temperature,
-    margin_nll,
 )
 from ensemble_rm.data.weights import effective_sample_size
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError

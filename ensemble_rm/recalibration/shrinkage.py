@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ensemble_rm.calibration.temperature import TemperatureFit
+from ensemble_rm.calibration.methods.temperature import TemperatureFit
 
 
 @dataclass(frozen=True, slots=True)

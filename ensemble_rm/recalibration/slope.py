@@ -23,7 +23,7 @@ from typing import Any
 
 from scipy.stats import truncnorm
 
-from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature, margin_nll
+from ensemble_rm.calibration.methods.temperature import TemperatureFit, fit_temperature, margin_nll
 from ensemble_rm.errors import NoPositiveTemperatureError
 from ensemble_rm.evidence.dated_margins import DatedMargins
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ensemble_rm.calibration.calibration import Calibration
+from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS, fit_temperature
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.calibration.temperature import MIN_JUDGMENTS, fit_temperature
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError

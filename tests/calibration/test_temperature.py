@@ -11,7 +11,7 @@ from ensemble_rm import Calibration
 from ensemble_rm.aggregation import lcb, mean
 from ensemble_rm.calibration import Normaliser, ScoredPairs, fit_normaliser, fit_temperature
 from ensemble_rm.calibration.calibration import fit_calibration
-from ensemble_rm.calibration.temperature import (
+from ensemble_rm.calibration.methods.temperature import (
     fit_mixture_temperature,
     margin_nll,
     mixture_probability,

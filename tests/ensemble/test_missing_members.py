@@ -30,8 +30,8 @@ from ensemble_rm.active_learning.selection import select_pairs
 from ensemble_rm.aggregation import make_aggregator, mean
 from ensemble_rm.aggregation.aggregator import NanPolicy
 from ensemble_rm.calibration import Normaliser
+from ensemble_rm.calibration.methods.temperature import fit_mixture_temperature
 from ensemble_rm.calibration.normaliser import fit_normaliser
-from ensemble_rm.calibration.temperature import fit_mixture_temperature
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
 from ensemble_rm.evaluation.table import evaluation_text
 from ensemble_rm.rl.monitor.alarms import AlarmRule

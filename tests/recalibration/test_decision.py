@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from ensemble_rm import Calibration
 from ensemble_rm.aggregation import mean
-from ensemble_rm.calibration.temperature import TemperatureFit, fit_temperature
+from ensemble_rm.calibration.methods.temperature import TemperatureFit, fit_temperature
 from ensemble_rm.data.weights import effective_sample_size, inclusion_weights
 from ensemble_rm.errors import OptionError, TooFewJudgmentsError
 from ensemble_rm.evidence.dated_margins import (
@@ -362,7 +362,7 @@ def test_slices_are_gated_and_drawn_towards_the_shrunk_temperature() -> None:
 
 
 def test_only_temperatures_are_recalibrated() -> None:
-    from ensemble_rm.calibration.curves import PowerCurve
+    from ensemble_rm.calibration.methods.power import PowerCurve
 
     old = replace(incumbent_at(1.0), method="power", curve=PowerCurve(1.0, 1.0))
     with pytest.raises(OptionError, match="'power'"):

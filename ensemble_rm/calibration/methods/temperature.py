@@ -21,7 +21,8 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 from ensemble_rm.aggregation.aggregator import score_matrix
-from ensemble_rm.aggregation.formulas import Floats, mean_of_present
+from ensemble_rm.arrays import Floats, mean_of_present
+from ensemble_rm.calibration.calibrator import Calibrator
 from ensemble_rm.errors import (
     NonFiniteScoreError,
     NoPositiveTemperatureError,
@@ -31,6 +32,9 @@ from ensemble_rm.errors import (
 )
 
 MIN_JUDGMENTS = 50
+
+# Every calibration has a temperature; this method has nothing else.
+CALIBRATOR = Calibrator("temperature", strict=True)
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,15 @@ from scipy.special import expit
 
 from ensemble_rm import Calibration
 from ensemble_rm.aggregation import lcb, mean
-from ensemble_rm.calibration import ScoredPairs, fit_temperature
+from ensemble_rm.calibration import CalibrationData, ScoredPairs, fit_temperature
 from ensemble_rm.calibration.calibration import fit_calibration
-from ensemble_rm.calibration.curves import (
-    LinearCurve,
-    PowerCurve,
-    StepCurve,
-    count_ties,
-    curve_json,
-    read_curve,
-)
-from ensemble_rm.calibration.fits import METHODS, fit_bins, fit_isotonic, fit_power
-from ensemble_rm.calibration.temperature import margin_nll
+from ensemble_rm.calibration.calibrator import CALIBRATORS
+from ensemble_rm.calibration.methods.bbq import fit_bbq
+from ensemble_rm.calibration.methods.binning import StepCurve
+from ensemble_rm.calibration.methods.histogram import fit_histogram
+from ensemble_rm.calibration.methods.isotonic import LinearCurve, fit_isotonic
+from ensemble_rm.calibration.methods.power import PowerCurve, fit_power
+from ensemble_rm.calibration.methods.temperature import margin_nll
 from ensemble_rm.errors import (
     NoPositiveTemperatureError,
     OptionError,
@@ -32,6 +29,8 @@ from ensemble_rm.errors import (
     TooFewJudgmentsError,
 )
 
+METHODS = ("temperature", "power", "isotonic", "histogram", "bbq")
+FITS = {"histogram": fit_histogram, "bbq": fit_bbq}
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -42,6 +41,10 @@ def planted(
     x = rng.normal(0, 2, n)
     p = expit(a * np.sign(x) * np.abs(x) ** gamma)
     return x, (rng.random(n) < p).astype(float)
+
+
+def data(x: np.ndarray, y: np.ndarray, w: np.ndarray, temperature: float = 1.0) -> CalibrationData:
+    return CalibrationData(x, y, w, temperature)
 
 
 def scored(n: int = 600, *, soft: bool = True) -> ScoredPairs:
@@ -170,8 +173,10 @@ def test_ties_are_counted(method: str) -> None:
 
 def test_count_ties() -> None:
     step = StepCurve((1.0,), (0.6, 0.7))
-    assert count_ties(step, [0.2, -0.2, 0.3, 2.0, 5.0, -6.0]) == 3
-    assert count_ties(PowerCurve(1.0, 1.0), [0.2, -0.2, 0.3, 2.0]) == 0
+    margins = [0.2, -0.2, 0.3, 2.0, 5.0, -6.0]
+    assert CALIBRATORS["histogram"].count_ties(step, margins) == 3
+    # A curve that rises strictly ties nothing, also where floats no longer show it.
+    assert CALIBRATORS["power"].count_ties(PowerCurve(1.0, 1.0), [50.0, 60.0]) == 0
 
 
 # Power ---------------------------------------------------------------------------------------
@@ -180,7 +185,7 @@ def test_count_ties() -> None:
 @pytest.mark.parametrize(("a", "gamma"), [(0.8, 1.0), (1.0, 0.5), (0.4, 2.0)])
 def test_a_planted_power_is_recovered(a: float, gamma: float) -> None:
     x, y = planted(30_000, a=a, gamma=gamma)
-    found = fit_power(x, y, np.ones(len(x)))
+    found = fit_power(data(x, y, np.ones(len(x))))
     assert found.gamma == pytest.approx(gamma, rel=0.1)
     assert found.a == pytest.approx(a, rel=0.1)
 
@@ -192,7 +197,7 @@ def test_a_power_fits_no_worse_than_a_temperature_or_its_neighbours() -> None:
     def loss(a: float, gamma: float) -> float:
         return margin_nll(a * np.sign(x) * np.abs(x) ** gamma, y, w, 1.0)
 
-    found = fit_power(x, y, w)
+    found = fit_power(data(x, y, w))
     best = loss(found.a, found.gamma)
     assert best <= fit_temperature(x, y, weights=w).nll + 1e-12
     for da in (0.98, 1.02):
@@ -203,7 +208,7 @@ def test_a_power_fits_no_worse_than_a_temperature_or_its_neighbours() -> None:
 @given(st.floats(1e-6, 1e6))
 def test_a_power_does_not_know_the_margins_unit(scale: float) -> None:
     x, y = planted(300, gamma=0.7)
-    one, two = (fit_power(s * x, y, np.ones(300)) for s in (1.0, scale))
+    one, two = (fit_power(data(s * x, y, np.ones(300))) for s in (1.0, scale))
     assert one.gamma == pytest.approx(two.gamma, rel=1e-4)
     np.testing.assert_allclose(one.probability(x), two.probability(scale * x), atol=1e-5)
 
@@ -216,12 +221,12 @@ def test_a_power_that_runs_away_is_refused() -> None:
     # Small margins tell more than large ones.
     y = np.where(small, x > 0, against).astype(float)
     with pytest.raises(NoPositiveTemperatureError, match="γ to 0"):
-        fit_power(x, y, np.ones(1000))
+        fit_power(data(x, y, np.ones(1000)))
     # Only the largest margin tells anything.
     x = np.concatenate([np.repeat([1.0], 200), np.repeat([1.05], 50)])
     y = np.concatenate([np.tile([0.0, 1.0], 100), np.r_[np.ones(49), 0]])
     with pytest.raises(SeparableError, match="γ to infinity"):
-        fit_power(x, y, np.ones(250))
+        fit_power(data(x, y, np.ones(250)))
 
 
 # Isotonic ------------------------------------------------------------------------------------
@@ -233,7 +238,7 @@ def test_isotonic_is_scikit_learns_on_both_orientations() -> None:
     x, y = planted(500)
     y[:50] = 0.5
     w = np.random.default_rng(1).uniform(0.5, 2, 500)
-    ours = fit_isotonic(x, y, w)
+    ours = fit_isotonic(data(x, y, w))
     theirs = IsotonicRegression(out_of_bounds="clip")
     theirs.fit(np.r_[x, -x], np.r_[y, 1 - y], sample_weight=np.r_[w, w])
     grid = np.linspace(-9, 9, 3001)
@@ -242,7 +247,7 @@ def test_isotonic_is_scikit_learns_on_both_orientations() -> None:
 
 def test_isotonic_fits_its_judgments_best_among_the_rising_curves() -> None:
     x, y = planted(500)
-    ours = fit_isotonic(x, y, np.ones(500)).probability(x)
+    ours = fit_isotonic(data(x, y, np.ones(500))).probability(x)
     for other in (expit(0.8 * x), expit(2 * x), (x > 0).astype(float)):
         assert ((ours - y) ** 2).sum() <= ((other - y) ** 2).sum()
 
@@ -257,7 +262,7 @@ def test_a_binning_curve_is_netcals_map(method: str) -> None:
     # Won first: BBQ adds its likelihoods in float32, so that their order shows in the sixth digit.
     x, y = (side[np.argsort(-planted(700)[1], kind="stable")] for side in planted(700))
     t = 1.3
-    ours = fit_bins(x, y, np.ones(700), method=method, temperature=t)
+    ours = FITS[method](data(x, y, np.ones(700), t))
     kind = {"histogram": HistogramBinning, "bbq": BBQ}[method]
     theirs = kind().fit(expit(np.r_[x, -x] / t), np.r_[y, 1 - y].astype(int))
     grid = np.random.default_rng(0).normal(0, 4, 5000)
@@ -272,7 +277,7 @@ def test_a_histogram_is_the_share_of_wins_in_its_bins() -> None:
     x, y = planted(900)
     y[:100] = np.tile([0.5, 0.75], 50)
     w = np.where(np.arange(900) % 2 == 0, 3.0, 1.5)
-    curve = fit_bins(x, y, w, method="histogram", temperature=1.0)
+    curve = fit_histogram(data(x, y, w, 1.0))
     bins = np.minimum(np.floor(expit(np.abs(x)) * 10).astype(int), 9)
     wins = np.where(x > 0, y, 1 - y)
     for b in range(5, 10):
@@ -286,14 +291,14 @@ def test_weights_that_cannot_be_copied_are_refused_by_name() -> None:
     x, y = planted(300)
     w = np.random.default_rng(0).uniform(0.1, 3, 300)
     with pytest.raises(OptionError, match=r"'bbq' counts judgments.*isotonic"):
-        fit_bins(x, y, w, method="bbq", temperature=1.0)
-    curve = fit_bins(x, y, np.full(300, 0.37), method="histogram", temperature=1.0)
-    assert curve == fit_bins(x, y, np.ones(300), method="histogram", temperature=1.0)
+        fit_bbq(data(x, y, w, 1.0))
+    curve = fit_histogram(data(x, y, np.full(300, 0.37), 1.0))
+    assert curve == fit_histogram(data(x, y, np.ones(300), 1.0))
 
 
 def test_bbq_draws_no_bar(capfd: pytest.CaptureFixture[str]) -> None:
     x, y = planted(300)
-    fit_bins(x, y, np.ones(300), method="bbq", temperature=1.0)
+    fit_bbq(data(x, y, np.ones(300), 1.0))
     heard = capfd.readouterr()
     assert heard.out == heard.err == ""
 
@@ -350,11 +355,14 @@ def test_curves_that_are_none_are_refused() -> None:
         lambda: LinearCurve((1.0,), (0.6, 0.7)),
         lambda: StepCurve((1.0,), (0.6, 1.2)),
         lambda: StepCurve((1.0,), (0.6,)),
-        lambda: read_curve({"shape": "spline"}),
+        lambda: PowerCurve.from_json({"shape": "spline", "a": 1.0, "gamma": 1.0}),
+        lambda: Calibration.from_json(calibrated("power").to_json() | {"curve": None}),
+        lambda: Calibration.from_json(calibrated("power").to_json() | {"method": "temperature"}),
+        lambda: Calibration.from_json(calibrated("power").to_json() | {"method": "spline"}),
     ):
         with pytest.raises(OptionError):
             make()
     for curve in (PowerCurve(2.0, 0.5), LinearCurve((1.0,), (0.6,)), StepCurve((), (0.6,))):
-        assert read_curve(json.loads(json.dumps(curve_json(curve)))) == curve
+        assert type(curve).from_json(json.loads(json.dumps(curve.to_json()))) == curve
     with pytest.raises(OptionError, match="isotonic"):
         Calibration(mean(), calibrated("power").fit, 1.0, "", "", method="isotonic")
