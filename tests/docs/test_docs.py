@@ -70,7 +70,7 @@ def test_a_snippet_runs(
 
 def examples(kind: str) -> list[str]:
     """The JSON Lines of a kind that the pages show."""
-    block = rf"^<!-- data: {kind} -->\n```jsonl\n(.*?)^```"
+    block = rf"^<!-- data: {kind} -->\n```json\n(.*?)^```"
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     return [block_ for text in texts for block_ in re.findall(block, text, re.S | re.M)]
 
