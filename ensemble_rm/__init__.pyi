@@ -15,6 +15,7 @@ from . import (
     retraining as retraining,
     rl as rl,
     scoring as scoring,
+    server as server,
     training as training,
     uncertainty as uncertainty,
     versions as versions,
@@ -38,7 +39,6 @@ from .judgments.imports.importing import import_judgments as import_judgments
 from .judgments.judgment import Judgment as Judgment
 from .judgments.store import JudgmentStore as JudgmentStore
 from .members.backbone.trunk import TrunkOptions as TrunkOptions, View as View
-from .members.learning.recipe import Recipe as Recipe
 from .members.scorer import FunctionScorer as FunctionScorer, Scorer as Scorer
 from .recalibration.job import recalibrate as recalibrate
 from .retraining.candidate import retrain as retrain

@@ -259,18 +259,18 @@ class ServerError(EnsembleRMError):
 
 
 class BindError(ServerError):
-    """An address that other machines reach was asked for without a token."""
+    """An address that other machines reach needs a token."""
 
 
 class RequestError(ServerError):
-    """A request is refused; the message holds none of its text.
+    """A request is refused; the message quotes none of its text.
 
     Attributes
     ----------
     status : int
-        HTTP status of the answer.
+        HTTP status of the response.
     retry_after : int, optional
-        Seconds after which to come again.
+        Seconds after which to retry.
     """
 
     status = 400
@@ -278,11 +278,11 @@ class RequestError(ServerError):
 
 
 class BadRequestError(RequestError):
-    """A request's body is no JSON."""
+    """A request's body is not valid JSON."""
 
 
 class UnauthorisedError(RequestError):
-    """A request carries no token, or a wrong one."""
+    """A request has no token, or a wrong one."""
 
     status = 401
 
@@ -294,7 +294,7 @@ class SlowRequestError(RequestError):
 
 
 class TooLargeError(RequestError):
-    """A request's body, a sample of it or their number is over a limit."""
+    """A request's body, a sample in it or their number exceeds a limit."""
 
     status = 413
 
@@ -306,13 +306,13 @@ class MediaTypeError(RequestError):
 
 
 class UnprocessableError(RequestError):
-    """A request's body is JSON of another shape, or holds what cannot be scored."""
+    """A request's body has another shape, or samples that cannot be scored."""
 
     status = 422
 
 
 class QueueFullError(RequestError):
-    """As much waits to be scored as may."""
+    """The queue of samples is full."""
 
     status = 429
 
@@ -322,7 +322,7 @@ class QueueFullError(RequestError):
 
 
 class NotReadyError(RequestError):
-    """The ensemble is not loaded yet, or the server shuts down."""
+    """The ensemble is not loaded yet, or the server is shutting down."""
 
     status = 503
     retry_after = 1

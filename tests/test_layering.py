@@ -17,7 +17,7 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         (
-            ("errors", "arrays", "progress", "sqlite", "plotting", "text_table"),
+            ("errors", "arrays", "field_help", "progress", "sqlite", "plotting", "text_table"),
             ("data",),
             ("aggregation",),
             ("metrics",),
@@ -62,7 +62,6 @@ HOMES = {
     "alembic": {"judgments"},
     "psycopg": {"judgments"},
     "httpx": {"members.remote"},
-    "fastapi": {"server"},
     "starlette": {"server"},
     "uvicorn": {"server"},
     "prometheus_client": {"server"},

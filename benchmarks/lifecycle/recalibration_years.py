@@ -21,8 +21,7 @@ from ensemble_rm.drift import DriftTest
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.evidence.dated_margins import DAY, DatedMargins, forgetting, joined
 from ensemble_rm.metrics import ece
-from ensemble_rm.recalibration import GateOptions
-from ensemble_rm.recalibration.decision import decide
+from ensemble_rm.recalibration.decision import DecisionOptions, decide
 
 JUDGMENTS = 300
 MONTH = 30 * DAY
@@ -32,7 +31,7 @@ CORRUPTED = 8
 WINDOW, HALF_LIFE = 180, 60  # days
 SPREAD = 2.0  # of a margin
 FRESH = 4000  # pairs that a month's calibration error is measured on
-OPTIONS = GateOptions(half_life=HALF_LIFE)
+OPTIONS = DecisionOptions(half_life=HALF_LIFE)
 
 
 class Truth(NamedTuple):
@@ -139,7 +138,7 @@ def simulate(
     seed: int,
     corrupted: str = "",
     curves: bool = True,
-    options: GateOptions = OPTIONS,
+    options: DecisionOptions = OPTIONS,
 ) -> Year:
     """Live through a year with every policy on the same judgments."""
     rng = np.random.default_rng(seed)

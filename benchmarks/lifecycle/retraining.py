@@ -43,7 +43,6 @@ from benchmarks.shared.preference_runs import Budget, Part, package_folder
 from ensemble_rm import (
     Preference,
     Preferences,
-    Recipe,
     RewardEnsemble,
     TrunkOptions,
     load_preferences,
@@ -54,6 +53,7 @@ from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.votes import to_preferences
+from ensemble_rm.members import HeadRecipe
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.heads.scorer import HeadScorer
@@ -102,7 +102,7 @@ def gold_scores(part: Part) -> np.ndarray:
         part.take(fit),
         part.take(held),
         view_of=list(range(k)),
-        recipe=Recipe(),
+        recipe=HeadRecipe(),
         seeds=member_seeds(0, k),
     ).weights
     raw = np.stack([heads(i, part.read[:, i]) for i in range(k)], axis=1)

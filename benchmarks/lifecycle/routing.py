@@ -40,7 +40,6 @@ from benchmarks.shared.preference_runs import Budget, Part, package_folder
 from ensemble_rm import (
     FunctionScorer,
     Preferences,
-    Recipe,
     RewardEnsemble,
     Sample,
     TrunkOptions,
@@ -49,7 +48,7 @@ from ensemble_rm import (
 from ensemble_rm.active_learning import route
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import fit_normaliser
-from ensemble_rm.members import JudgeComparator
+from ensemble_rm.members import HeadRecipe, JudgeComparator
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.heads.solver import solve_heads
 from ensemble_rm.members.learning.seeds import member_seeds
@@ -86,7 +85,7 @@ class Trunk:
             self.part.take(fit),
             self.part.take(validation),
             view_of=list(range(k)),
-            recipe=Recipe(),
+            recipe=HeadRecipe(),
             seeds=member_seeds(seed, k),
         ).weights
         samples, n = self.part.pairs.samples(), len(self.part.pairs)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.shared.preference_runs import package_folder
-from ensemble_rm import Recipe, RewardEnsemble, TrunkOptions, load_preferences, train
+from ensemble_rm import RewardEnsemble, TrunkOptions, load_preferences, train
+from ensemble_rm.members import FullRecipe
 
 HELD, TOKENS = 0.05, 128
 
@@ -24,9 +25,8 @@ def make_gold(folder: Path, data: Path, *, pairs: int | None = None) -> RewardEn
         fit,
         validation,
         backbone=package_folder("minilm"),
-        kind="full",
         members=1,
-        recipe=Recipe.of("full", epochs=2 if pairs is None else 1, learning_rate=5e-5),
+        recipe=FullRecipe(epochs=2 if pairs is None else 1, learning_rate=5e-5),
         options=TrunkOptions(max_length=TOKENS, dtype="bfloat16", device="cpu"),
         out=folder,
         progress=lambda stage, n, of: (

@@ -9,27 +9,28 @@ saved one, under KIND-CASE-seedN; made where it is missing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.shared.preference_runs import package_folder
-from ensemble_rm import Preference, Preferences, Recipe, RewardEnsemble, Sample, TrunkOptions, train
+from ensemble_rm import Preference, Preferences, RewardEnsemble, Sample, TrunkOptions, train
+from ensemble_rm.members import HeadRecipe
 
 CASES = {"clean": 0.0, "noise": 0.25}
 STEEPNESS = 2.0  # of the annotator, a standard deviation of gold
 OPTIONS = TrunkOptions(max_length=128, dtype="bfloat16", device="cpu")
-LAST = ["30:last"]  # SmolLM2's last layer, last token: what a head reads in today's practice
-MIDDLE = ["22:both"]  # the middle one of the five views
-BOOTSTRAP = Recipe.of("head", bootstrap=True)
+LAST = ("30:last",)  # SmolLM2's last layer, last token: what a head reads in today's practice
+MIDDLE = ("22:both",)  # the middle one of the five views
+ONE_VIEW, MIDDLE_VIEW = HeadRecipe(views=LAST), HeadRecipe(views=MIDDLE)
 KINDS: dict[str, dict[str, Any]] = {
-    "single": {"backbone": "smollm2", "members": 1, "views": LAST},
-    "heads": {"backbone": "smollm2", "members": 5, "views": LAST, "recipe": BOOTSTRAP},
+    "single": {"backbone": "smollm2", "members": 1, "recipe": ONE_VIEW},
+    "heads": {"backbone": "smollm2", "members": 5, "recipe": replace(ONE_VIEW, bootstrap=True)},
     "views": {"backbone": "smollm2", "members": 5},
-    "middle_one": {"backbone": "smollm2", "members": 1, "views": MIDDLE},
-    "middle": {"backbone": "smollm2", "members": 5, "views": MIDDLE, "recipe": BOOTSTRAP},
+    "middle_one": {"backbone": "smollm2", "members": 1, "recipe": MIDDLE_VIEW},
+    "middle": {"backbone": "smollm2", "members": 5, "recipe": replace(MIDDLE_VIEW, bootstrap=True)},
     "minilm": {"backbone": "minilm", "members": 5},
     "branch": {"backbone": "smollm2", "members": 5, "kind": "branch"},
 }

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ensemble_rm import Preferences, Recipe, TrunkOptions
+from ensemble_rm import Preferences, TrunkOptions
+from ensemble_rm.members import HeadRecipe, make_recipe
 from ensemble_rm.members.backbone.checkpoint import Backbone
 from ensemble_rm.members.backbone.feature_cache import FeatureCache, features
 from ensemble_rm.members.backbone.token_states import TokenStates, states_path, token_states
@@ -36,7 +37,6 @@ from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.learning.dropout import set_dropout
 from ensemble_rm.members.learning.job import Job
 from ensemble_rm.members.learning.seeds import member_seeds
-from ensemble_rm.members.lora.adapters import LoraOptions
 from ensemble_rm.members.lora.training import grow_adapters
 
 BLOCKS = {"minilm": (1, 2, 4), "smollm2": (1, 2, 4, 8)}
@@ -206,7 +206,7 @@ class Study:
         k = 5 if way.name.endswith("5") else self.sizes.members
         spread = way.views == "spread"
         chosen = default_views(depth, k) if spread else (View(depth, "both"),) * k
-        recipe = Recipe(**way.recipe)
+        recipe = HeadRecipe(**way.recipe)
         if not spread and not recipe.bootstrap and recipe.subspace == 1:
             recipe = replace(recipe, solver="adam")  # solved, they would be one head
         result = fit_heads(
@@ -227,22 +227,23 @@ class Study:
 
     # Branches and adapters ---------------------------------------------------------------------
 
-    def _job(self, way: Way, rows: dict[str, np.ndarray], seed: int, depth: int) -> Job:
+    def _job(self, way: Way, rows: dict[str, np.ndarray], seed: int, depth: int) -> Job[Any]:
         k = self.sizes.members
+        given: dict[str, Any] = {"epochs": self.sizes.epochs, "patience": 1} | way.recipe
+        if way.kind != "full":
+            given["blocks"] = way.blocks or depth
+        if way.kind == "lora":
+            given["warm_start"] = way.warm_start
         return Job(
             self.data(rows["fit"]),
             self.data(rows["validation"]),
             self.backbone,
             member_seeds(seed, k),
-            (View(depth, "both"),) * k,
-            way.blocks or depth,
             self.options,
-            Recipe.of(way.kind, **({"epochs": self.sizes.epochs, "patience": 1} | way.recipe)),
+            make_recipe(way.kind, **given).resolve(self.backbone, k),
             f"{self.work.name}-{way.name}-{seed}",
             self.work / f"{way.name}-{seed}.training",
             self.cache_dir,
-            lora=LoraOptions(),
-            warm_start=way.warm_start,
         )
 
     def _branched(
@@ -251,7 +252,7 @@ class Study:
         depth = self.trunk.depth
         job = self._job(way, rows, seed, depth)
         self.read_states(self.tops)
-        trunk = Trunk(self.backbone, self.options, top=depth - job.blocks)
+        trunk = Trunk(self.backbone, self.options, top=depth - job.recipe.blocks)
         set_dropout(trunk.rest, job.recipe.dropout)
         if trunk.top not in self._states:
             encoded = trunk.encoder.encode(self.all.samples())

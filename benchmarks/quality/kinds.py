@@ -236,13 +236,13 @@ def costs(studies: dict[str, Study], args: argparse.Namespace, figures: Figures)
     import tempfile
 
     from benchmarks.shared import scoring_sides as scoring
-    from ensemble_rm.members import ClassifierScorer
+    from ensemble_rm.members import FullScorer
 
     for backbone, study in studies.items():
         options, k = study.options, study.sizes.members
         with tempfile.TemporaryDirectory() as folder:
             one = scoring.make_classifier(study.backbone, Path(folder) / "model")
-            whole = ClassifierScorer.from_name(one, options)
+            whole = FullScorer.from_name(one, options)
             sides: dict[str, Any] = {
                 "one": whole,
                 "views": scoring.heads(study.backbone, options, k),

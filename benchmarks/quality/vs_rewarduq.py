@@ -143,8 +143,9 @@ def side_ours(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModel, AutoTokenizer  # noqa: F401  the library imports them late
 
-    from ensemble_rm import Preference, Preferences, Recipe, TrunkOptions, train
+    from ensemble_rm import Preference, Preferences, TrunkOptions, train
     from ensemble_rm.data.samples import as_prompt
+    from ensemble_rm.members import HeadRecipe
     from ensemble_rm.metrics import accuracy, ece, nll
 
     imports = perf_counter() - began
@@ -154,7 +155,7 @@ def side_ours(job: dict[str, Any]) -> dict[str, Any]:
         pairs = (Preference(as_prompt(r["prompt"]), r["chosen"], r["rejected"]) for r in rows)
         return Preferences(tuple(pairs))
 
-    def run(recipe: Recipe) -> tuple[RewardEnsemble, np.ndarray]:
+    def run(recipe: HeadRecipe) -> tuple[RewardEnsemble, np.ndarray]:
         ensemble = train(
             read(job["fit"]),
             read(job["validation"]),
@@ -173,7 +174,7 @@ def side_ours(job: dict[str, Any]) -> dict[str, Any]:
         return ensemble, margins
 
     began, cpu = perf_counter(), process_time()
-    ensemble, margins = run(Recipe(solver="adam", epochs=job["epochs"]))
+    ensemble, margins = run(HeadRecipe(solver="adam", epochs=job["epochs"]))
     wall, cpu = perf_counter() - began, process_time() - cpu
     fresh, took = read(job["fresh"]).samples(), []
     for repeat in range(job["score_repeats"] + 1):
@@ -184,7 +185,7 @@ def side_ours(job: dict[str, Any]) -> dict[str, Any]:
     found = {"imports": imports, "wall": wall, "cpu": cpu, "score": took}
     found["margins"] = margins.tolist()
     if job["default"]:
-        found["margins_default"] = run(Recipe())[1].tolist()
+        found["margins_default"] = run(HeadRecipe())[1].tolist()
     return found
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ensemble_rm import Preferences, Recipe, RewardEnsemble, TrunkOptions, train
+from ensemble_rm import Preferences, RewardEnsemble, TrunkOptions, train
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import ScoredPairs, fit_normaliser, fit_temperature
 from ensemble_rm.calibration.methods.temperature import pooling_gain
 from ensemble_rm.demo.data import packaged_backbone
 from ensemble_rm.errors import NoPositiveTemperatureError
+from ensemble_rm.members import HeadRecipe, make_recipe
 from ensemble_rm.members.backbone.checkpoint import Backbone
 from ensemble_rm.members.backbone.feature_cache import FeatureCache, features
 from ensemble_rm.members.backbone.trunk import Trunk, View, default_views
@@ -274,7 +275,7 @@ class Part:
             x["fit"],
             x["validation"],
             view_of=view_of,
-            recipe=Recipe(solver="adam") if one_view else Recipe(),
+            recipe=HeadRecipe(solver="adam") if one_view else HeadRecipe(),
             seeds=member_seeds(seed, K),
             device=self.trunk.device,
         )
@@ -299,11 +300,10 @@ class Part:
             self.pairs.take(rows["fit"]),
             self.pairs.take(rows["validation"]),
             backbone=self.backbone.folder,
-            kind=kind,  # type: ignore[arg-type]
             members=K,
             seed=seed,
             options=options,
-            recipe=Recipe.of(kind, epochs=self.budget.epochs, learning_rate=RATES[kind]),
+            recipe=make_recipe(kind, epochs=self.budget.epochs, learning_rate=RATES[kind]),
             cache_dir=self.cache_dir,
         )
         print(json.dumps(ensemble.provenance["history"], default=str)[:2000], flush=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ensemble_rm import Sample, TrunkOptions, load_preferences
-from ensemble_rm.members import BranchScorer, HeadScorer, LoraOptions
+from ensemble_rm.members import BranchScorer, HeadScorer, LoraRecipe
 from ensemble_rm.members.backbone.checkpoint import Backbone, load_classifier, load_tokenizer
 from ensemble_rm.members.backbone.trunk import Trunk, View, default_views
 from ensemble_rm.members.heads.weights import HeadWeights
@@ -97,7 +97,7 @@ def adapters(backbone: Backbone, options: TrunkOptions, k: int = K) -> LoraScore
     trunk = Trunk(backbone, options)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        shapes = own_tensors(adapt(trunk.blocks, LoraOptions()))
+        shapes = own_tensors(adapt(trunk.blocks, LoraRecipe().adapter))
         tensors = [
             {name: 0.01 * torch.randn_like(value) for name, value in shapes.items()}
             for _ in range(k)
@@ -109,7 +109,7 @@ def adapters(backbone: Backbone, options: TrunkOptions, k: int = K) -> LoraScore
         random_heads(k, 2 * trunk.width),
         tensors,
         blocks=trunk.depth,
-        lora=LoraOptions(),
+        lora=LoraRecipe().adapter,
     )
 
 

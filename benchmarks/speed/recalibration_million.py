@@ -34,6 +34,7 @@ from ensemble_rm.calibration import Normaliser
 from ensemble_rm.calibration.calibration import fit_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.evidence.score_table import ScoreTable
+from ensemble_rm.recalibration import RecalibrationOptions
 from ensemble_rm.versions.adopt import digest_members
 
 BEGIN = datetime(2023, 1, 1, tzinfo=UTC)
@@ -99,9 +100,8 @@ def run_step(step: str, folder: Path) -> None:
     before = resident("VmRSS")
     wall, spent = perf_counter(), process_time()
     with JudgmentStore.open(folder / "judgments.db", read_only=True) as store:
-        found = recalibrate(
-            folder / "run", store, window=180 if step == "window" else None, dry_run=True
-        )
+        options = RecalibrationOptions(window=180 if step == "window" else None, dry_run=True)
+        found = recalibrate(folder / "run", store, options=options)
     took = perf_counter() - wall
     assert found.details["gate"] is not None, found.reason
     count = found.details["judgments"]["count"]

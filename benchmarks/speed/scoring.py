@@ -47,7 +47,7 @@ from benchmarks.shared.scoring_sides import (
     pipeline,
 )
 from ensemble_rm import TrunkOptions
-from ensemble_rm.members import ClassifierScorer
+from ensemble_rm.members import FullScorer
 from ensemble_rm.members.backbone.checkpoint import Backbone, load_tokenizer, locate
 from ensemble_rm.members.backbone.trunk import Trunk
 
@@ -102,7 +102,7 @@ def compare_groups(
 def compare_pairs(args: argparse.Namespace, folder: Path, figures: Figures) -> None:
     options = TrunkOptions(max_length=512, dtype="bfloat16", device="cpu")
     samples = pairs_in_order(args)
-    scorer = ClassifierScorer.from_name(folder, options)
+    scorer = FullScorer.from_name(folder, options)
     alone = scorer.with_options(replace(options, share_prefix=False))
     texts = HuggingFace(folder, options, 0).texts(samples)
     pipe = pipeline(folder, options)

@@ -19,7 +19,8 @@ from benchmarks.overoptimisation import (
     lm_sampling,
     lm_scores,
 )
-from ensemble_rm import Preference, Preferences, Recipe, Sample, TrunkOptions, train
+from ensemble_rm import Preference, Preferences, Sample, TrunkOptions, train
+from ensemble_rm.members import BranchRecipe, HeadRecipe
 from ensemble_rm.members.heads.scorer import HeadScorer
 
 
@@ -209,7 +210,7 @@ def test_heads_read_from_a_file_score_as_the_ensemble_does(
             _pairs(50, 6),
             backbone=small_folder,
             members=len(views),
-            views=views,
+            recipe=HeadRecipe(views=tuple(views)),
             options=TrunkOptions(max_length=32, device="cpu"),
             cache_dir=None,
         )
@@ -231,10 +232,8 @@ def test_branches_on_one_trunk_score_as_their_ensembles_do(small_folder: Path) -
             _pairs(12 * seed, 12),
             _pairs(50, 6),
             backbone=small_folder,
-            kind="branch",
             members=2,
-            blocks=1,
-            recipe=Recipe.of("branch", learning_rate=0.02),
+            recipe=BranchRecipe(blocks=1, learning_rate=0.02),
             seed=seed,
             options=TrunkOptions(max_length=32, device="cpu"),
             cache_dir=None,

@@ -54,34 +54,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return 12 on an alarm."""
-    from ensemble_rm.drift.check import LookOptions, look, past_looks
+    from ensemble_rm.drift.check import DriftCheckOptions, check_drift, past_checks
     from ensemble_rm.drift.plots import draw_drift, drift_text
-    from ensemble_rm.drift.state import DriftOptions
     from ensemble_rm.judgments.store import JudgmentStore
 
     with (
         JudgmentStore.open(args.judgments, read_only=True) as store,
         Bars(quiet=args.json) as bars,
     ):
-        report = look(
+        report = check_drift(
             args.folder,
             store,
-            since=read_time(args.since, "--since"),
-            until=read_time(args.until, "--until"),
-            window=args.window,
-            options=LookOptions(
-                labelled=DriftOptions(promise=args.alpha),
+            options=DriftCheckOptions(
+                since=read_time(args.since, "--since"),
+                until=read_time(args.until, "--until"),
+                window=args.window,
                 alpha=args.alpha,
-                looks=args.looks,
+                checks=args.looks,
                 anchors=tuple(args.anchors),
+                dry_run=args.dry_run,
+                wait=args.wait,
             ),
-            dry_run=args.dry_run,
-            wait=args.wait,
             load=partial(load_version, backbone=args.backbone, device=args.device),
             progress=bars,
         )
     if args.report is not None:
-        past = past_looks(args.folder)
+        past = past_checks(args.folder)
         draw_drift([*past, report] if args.dry_run else past, args.report)
     code = CODES["drift alarm"] if report.alarms else 0
     said = report.to_json() | {"alarms": list(report.alarms), "exit_code": code}

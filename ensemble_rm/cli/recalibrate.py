@@ -50,15 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the verdict's exit code."""
     from ensemble_rm.judgments.store import JudgmentStore
-    from ensemble_rm.recalibration.decision import GateOptions
-    from ensemble_rm.recalibration.job import recalibrate
+    from ensemble_rm.recalibration.job import RecalibrationOptions, recalibrate
 
-    options = GateOptions(
+    options = RecalibrationOptions(
+        since=read_time(args.since, "--since"),
+        until=read_time(args.until, "--until"),
+        window=args.window,
         half_life=args.half_life,
-        share=args.gate_share,
+        gate_share=args.gate_share,
         delta=args.delta,
         min_judgments=args.min_judgments,
         slices=args.slices,
+        dry_run=args.dry_run,
+        wait=args.wait,
     )
     with (
         JudgmentStore.open(args.judgments, read_only=True) as store,
@@ -67,12 +71,7 @@ def run(args: argparse.Namespace) -> int:
         found = recalibrate(
             args.folder,
             store,
-            since=read_time(args.since, "--since"),
-            until=read_time(args.until, "--until"),
-            window=args.window,
             options=options,
-            dry_run=args.dry_run,
-            wait=args.wait,
             load=partial(load_version, backbone=args.backbone, device=args.device),
             progress=bars,
         )

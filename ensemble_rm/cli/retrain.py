@@ -27,7 +27,7 @@ from ensemble_rm.cli.jobs import (
 
 if TYPE_CHECKING:
     from ensemble_rm.members.learning.recipe import Recipe
-    from ensemble_rm.retraining.candidate import RetrainingOptions
+    from ensemble_rm.retraining.job import RetrainingRunOptions
 
 HELP = "train the members on new judgments, publish if better"
 EXAMPLE = (
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the verdict's exit code."""
     from ensemble_rm.judgments.store import JudgmentStore
-    from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
+    from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
     from ensemble_rm.retraining.job import retrain_run
 
     old = read_pairs(args.data, skip_bad=args.skip_bad)
@@ -90,13 +90,9 @@ def run(args: argparse.Namespace) -> int:
             args.folder,
             old,
             store,
-            since=read_time(args.since, "--since"),
-            until=read_time(args.until, "--until"),
             reference=reference,
             recipe=_recipe(args),
             options=_options(args),
-            dry_run=args.dry_run,
-            wait=args.wait,
             load=partial(load_version, backbone=args.backbone, device=args.device),
             cache_dir=args.cache_dir or DEFAULT_CACHE,
             progress=bars,
@@ -106,10 +102,14 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _options(args: argparse.Namespace) -> RetrainingOptions:
-    from ensemble_rm.retraining.candidate import RetrainingOptions
+def _options(args: argparse.Namespace) -> RetrainingRunOptions:
+    from ensemble_rm.retraining.job import RetrainingRunOptions
 
-    return RetrainingOptions(
+    return RetrainingRunOptions(
+        since=read_time(args.since, "--since"),
+        until=read_time(args.until, "--until"),
+        dry_run=args.dry_run,
+        wait=args.wait,
         gate_share=args.gate_share,
         calibration_share=args.calibration_share,
         validation_share=args.validation_share,
@@ -132,10 +132,7 @@ def _recipe(args: argparse.Namespace) -> Recipe | None:
         return None
     from dataclasses import replace
 
-    from ensemble_rm.training.start import training_arguments
+    from ensemble_rm.training.request import TrainingRequest
 
     ensemble = load_version(args.folder, backbone=args.backbone, device=args.device)
-    said = training_arguments(ensemble)
-    recipe: Recipe = replace(said["recipe"], **given)
-    recipe.check(said["kind"])
-    return recipe
+    return replace(TrainingRequest.of(ensemble).recipe, **given)

@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
         raise
     except ImportError as error:
         raise MissingExtraError(
-            f"the server needs FastAPI, uvicorn and prometheus-client ({error}): "
+            f"the server needs Starlette, uvicorn and prometheus-client ({error}): "
             "pip install 'ensemble-rm[server]'"
         ) from error
     token, options = read_token(args.token_file), read_options(args)

@@ -29,7 +29,7 @@ from ensemble_rm.errors import OptionError
 if TYPE_CHECKING:
     from ensemble_rm.data.samples import Preferences
     from ensemble_rm.members.learning.recipe import Recipe
-    from ensemble_rm.members.lora.adapters import LoraOptions
+    from ensemble_rm.training.request import TrainingRequest
 
 HELP = "train an ensemble on preference pairs"
 EXAMPLE = (
@@ -65,9 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--states-limit",
         type=float,
-        default=16.0,
         metavar="GIB",
-        help="largest size of the token states that branches are trained on",
+        help="largest size of the token states that branches are trained on (default: 16)",
     )
     _add_lora(parser)
     _add_recipe(parser)
@@ -88,6 +87,7 @@ def _add_members(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--view",
         action="append",
+        dest="views",
         metavar="LAYER:POOLING",
         help="what a head reads, such as 16:mean; once for all heads, or once a head",
     )
@@ -106,12 +106,14 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target",
         action="append",
+        dest="targets",
         metavar="NAME",
         help="a linear layer that is adapted, such as q_proj; repeated; all by default",
     )
     group.add_argument(
         "--warm-start",
-        action="store_true",
+        action="store_const",
+        const=True,
         help="fit one adapter first, merge it, and let the members start from there",
     )
 
@@ -161,29 +163,19 @@ def run(args: argparse.Namespace) -> None:
     pairs = read_pairs(args.data, skip_bad=args.skip_bad)
     parts = dict(zip(PARTS, pairs.split(*args.split, seed=args.seed), strict=True))
     counts = {name: len(part) for name, part in parts.items()}
-    shared = _shared(args)
+    request = _request(args)
     from ensemble_rm.scoring.baselines import reference_samples
-    from ensemble_rm.training.run import plan, train
+    from ensemble_rm.training.run import plan, train_request
 
     if args.baseline:
         reference_samples(parts["validation"].samples())  # before anything is read
     if args.dry_run:
-        found = plan(parts["train"], parts["validation"], **shared)
+        found = plan(parts["train"], parts["validation"], request)
         shown = "\n".join(f"{name}: {value}" for name, value in (found | counts).items())
         say(args, {"dry_run": True, "parts": counts} | found, shown)
         return
     with Bars(quiet=args.json) as bars:
-        ensemble = train(
-            parts["train"],
-            parts["validation"],
-            **shared,
-            seed=args.seed,
-            baseline=args.baseline,
-            out=args.out,
-            states_limit=int(args.states_limit * 2**30),
-            trainer_args=_trainer_args(args),
-            progress=bars,
-        )
+        ensemble = train_request(parts["train"], parts["validation"], request, progress=bars)
     folder = _write_parts(args.out, parts)
     nll: list[float] = ensemble.provenance["validation_nll"]
     lines = [
@@ -198,49 +190,41 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _shared(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what `plan` and `train` are both told."""
-    _trainer_args(args)  # a bad one is refused in a dry run, too
-    from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
+def _request(args: argparse.Namespace) -> TrainingRequest:
+    """Return what the options ask for."""
+    from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+    from ensemble_rm.training.request import TrainingRequest
 
-    return {
-        "backbone": args.backbone,
-        "kind": args.kind,
-        "members": args.members,
-        "views": args.view,
-        "blocks": args.blocks,
-        "lora": _lora(args),
-        "warm_start": args.warm_start,
-        "options": read_text_options(args),
-        "recipe": _recipe(args),
-        "cache_dir": args.cache_dir or DEFAULT_CACHE,
-    }
+    return TrainingRequest(
+        backbone=args.backbone,
+        recipe=_recipe(args),
+        members=args.members,
+        seed=args.seed,
+        options=read_text_options(args),
+        baseline=args.baseline,
+        out=args.out,
+        cache_dir=args.cache_dir or DEFAULT_CACHE,
+    )
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    from ensemble_rm.members.learning.recipe import Recipe
+    from ensemble_rm.members.registry import make_recipe, member_kind, trained_kinds
 
-    given: dict[str, Any] = {
-        f.name: value for f in fields(Recipe) if (value := getattr(args, f.name, None)) is not None
+    names = {
+        own.name for kind in trained_kinds() for own in fields(member_kind(kind).recipe_class())
     }
-    return Recipe.of(args.kind, **given)
-
-
-def _lora(args: argparse.Namespace) -> LoraOptions | None:
-    """Return what was said of adapters; None where nothing was."""
-    given = {"rank": args.rank, "alpha": args.alpha, "targets": args.target}
-    said = {name: value for name, value in given.items() if value is not None}
-    if not said:
-        return None
-    from ensemble_rm.members.lora.adapters import LoraOptions
-
-    return LoraOptions(**said)
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    if args.states_limit is not None:
+        given["states_limit"] = int(args.states_limit * 2**30)
+    if args.trainer_arg:
+        given["trainer_args"] = _trainer_args(args)
+    if args.kind != "head" and len(given.get("weight_decay", ())) == 1:
+        (given["weight_decay"],) = given["weight_decay"]
+    return make_recipe(args.kind, **given)
 
 
 def _trainer_args(args: argparse.Namespace) -> dict[str, Any]:
     """Read NAME=JSON."""
-    if args.trainer_arg and args.kind != "full":
-        raise OptionError("--trainer-arg belongs to --kind full")
     found = {}
     for text in args.trainer_arg:
         name, _, value = text.partition("=")

@@ -1,4 +1,4 @@
-"""Many tests, one promise: Holm's correction, and permutations that suffice for it.
+"""Corrections for many tests: Holm's, and the number of permutations that it needs.
 
 References
 ----------
@@ -27,18 +27,18 @@ def holm(p: ArrayLike) -> Floats:
     return adjusted
 
 
-def level_of(alpha: float, looks: int) -> float:
-    """Return the level of one look, such that any alarm in all of them has at most P = alpha."""
-    if not 0 < alpha < 1 or looks < 1:
-        raise OptionError(f"alpha must lie in (0, 1) and looks be ≥ 1, not {alpha} and {looks}")
-    return alpha / looks
+def level_of(alpha: float, checks: int) -> float:
+    """Return the level of one check, such that P(any alarm in all of them) ≤ alpha."""
+    if not 0 < alpha < 1 or checks < 1:
+        raise OptionError(f"alpha must be in (0, 1) and checks ≥ 1, not {alpha} and {checks}")
+    return alpha / checks
 
 
 def permutations_for(level: float, tests: int) -> int:
-    """Return how many permutations can resolve `level` after Holm's correction."""
+    """Return how many permutations resolve `level` after Holm's correction."""
     return max(999, math.ceil(4 * max(tests, 1) / level))
 
 
 def permutation_p(seen: float, redrawn: Floats) -> float:
-    """Return the p-value of a statistic that is large under change [2]_; ties count against it."""
+    """Return the p-value of a statistic that is large under change [2]_; ties count as larger."""
     return float((1 + (redrawn >= seen - 1e-12).sum()) / (1 + len(redrawn)))

@@ -48,7 +48,7 @@ def _labelled_lines(found: LabelledDrift) -> list[str]:
     lines = [
         f"  null: T in [{found.low:.3f}, {found.high:.3f}]; {found.prompts} prompts",
         f"  e = {_e(found.log_e)}, at most {_e(found.peak)} so far; alarm at {1 / found.alpha:.0f}",
-        f"  P(any alarm over a healthy life) ≤ {found.promise:g}",
+        f"  P(any alarm over a life without drift) ≤ {found.promise:g}",
     ]
     if found.history:
         point = found.history[-1]
@@ -84,8 +84,8 @@ def _unlabelled_lines(found: UnlabelledDrift) -> list[str]:
     lines = ["  " + line for line in table(header, rows).split("\n")]
     lines += [f"    {name}: unavailable, {why}" for name, why in found.unavailable.items()]
     lines.append(
-        f"  {found.prompts} prompts; alarm at Holm ≤ {found.alpha / found.looks:.2g}, so that "
-        f"P(any in {found.looks} looks) ≤ {found.alpha:g}; effect in the reference's std"
+        f"  {found.prompts} prompts; alarm at Holm ≤ {found.alpha / found.checks:.2g}, so that "
+        f"P(any in {found.checks} checks) ≤ {found.alpha:g}; effect in the reference's std"
     )
     return lines
 
@@ -111,8 +111,8 @@ def _rater_lines(found: RaterDrift) -> list[str]:
         if test.alarm
     ]
     lines.append(
-        f"  {len(found.tests)} tests; alarm at Holm ≤ {found.alpha / found.looks:.2g}, so that "
-        f"P(any in {found.looks} looks) ≤ {found.alpha:g}"
+        f"  {len(found.tests)} tests; alarm at Holm ≤ {found.alpha / found.checks:.2g}, so that "
+        f"P(any in {found.checks} checks) ≤ {found.alpha:g}"
     )
     return lines
 

@@ -1,20 +1,20 @@
 """Rater drift: whether humans still judge an anchor set as they did.
 
-A pair's anchor verdict is what most of its votes said in the month in which it was first judged;
-a pair without a most frequent verdict has none. Later votes agree where they are that verdict:
-first, second or tie. The votes that made it are not compared, for they would agree with themselves.
+A pair's anchor verdict is the most frequent vote of the month in which it was first judged; a pair
+without a most frequent vote has none. A later vote agrees if it equals that verdict: first, second
+or tie. The votes that determined it are not compared, because they would agree with themselves.
 
-What is tested of one month, Holm's correction over all of it:
+Tests of one month, with Holm's correction over all of them:
 
 - each annotator's agreement against the same annotator's in all earlier months: Fisher's exact
   test [1]_;
-- the panel's: over pairs that were judged before, too, the mean agreement now − then, signs flipped
-  pair by pair [2]_, for votes on one pair depend on one another;
-- position bias, each annotator's and the panel's: votes for what was shown first, ties left out,
-  against ½; exact binomial of one vote a pair, and signs flipped pair by pair. It presumes that
+- the panel's: over pairs that were also judged before, the mean agreement now − then, with signs
+  flipped pair by pair [2]_, because votes on one pair are dependent;
+- position bias, each annotator's and the panel's: votes for the side shown first, ties left out,
+  against ½; exact binomial of one vote per pair, and signs flipped pair by pair. It assumes that
   sides were shown in random order.
 
-Knows votes; knows nothing of texts, scores or stores.
+Knows votes and judgments; knows nothing of scores or stores.
 
 References
 ----------
@@ -41,9 +41,10 @@ from ensemble_rm.drift.multiplicity import (
     permutations_for,
 )
 from ensemble_rm.errors import DataError, EmptyDataError
+from ensemble_rm.judgments.judgment import SHARES, Judgment
 
 PANEL = ""  # the annotator's name in rows that are of all annotators
-MIN_VOTES = 10  # of fewer, an annotator's month is shown and not tested
+MIN_VOTES = 10  # an annotator's month with fewer is reported and not tested
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +93,11 @@ class RaterCell:
         Empty for the panel.
     month : str
     votes : int
-        On anchor pairs.
+        Votes on anchor pairs.
     compared, agreed : int
-        Votes of later months on pairs with an anchor verdict, and those that were it.
+        Votes of later months on pairs with an anchor verdict, and those that equal it.
     first, decided : int
-        Votes for what was shown first, and votes that were no ties.
+        Votes for the side shown first, and votes other than ties.
     """
 
     annotator: str
@@ -109,12 +110,12 @@ class RaterCell:
 
     @property
     def agreement(self) -> float:
-        """Share that agreed; NaN of none."""
+        """Share that agreed; NaN without votes."""
         return self.agreed / self.compared if self.compared else float("nan")
 
     @property
     def first_share(self) -> float:
-        """Share of decided votes for what was shown first; NaN of none."""
+        """Share of decided votes for the side shown first; NaN without votes."""
         return self.first / self.decided if self.decided else float("nan")
 
 
@@ -133,7 +134,7 @@ class RaterTest:
     p, adjusted : float
         Before and after Holm's correction.
     alarm : bool
-        adjusted ≤ the look's level.
+        adjusted ≤ the level of this check.
     """
 
     kind: str
@@ -147,7 +148,7 @@ class RaterTest:
 
 @dataclass(frozen=True)
 class RaterDrift:
-    """What a month's anchors say of the raters.
+    """The tests of one month's anchor votes.
 
     Attributes
     ----------
@@ -158,16 +159,16 @@ class RaterDrift:
     tests : tuple of RaterTest
         Of this month.
     alpha : float
-        P(any alarm in all looks) is at most this where no rater changes and none is biased.
-    looks : int
-        Among which `alpha` is shared.
+        Bound on P(any alarm in all checks) if no rater changes and none is biased.
+    checks : int
+        Number of checks that share `alpha`.
     """
 
     month: str
     cells: tuple[RaterCell, ...]
     tests: tuple[RaterTest, ...]
     alpha: float
-    looks: int
+    checks: int
 
     @property
     def alarm(self) -> bool:
@@ -183,7 +184,34 @@ class RaterDrift:
         """Read what `to_json` wrote."""
         cells = tuple(RaterCell(**cell) for cell in d["cells"])
         tests = tuple(RaterTest(**test) for test in d["tests"])
-        return cls(**{**d, "cells": cells, "tests": tests})
+        # Older reports call the number of checks "looks".
+        checks = d["checks"] if "checks" in d else d["looks"]
+        return cls(d["month"], cells, tests, d["alpha"], checks)
+
+
+def anchor_votes(judgments: Iterable[Judgment]) -> list[AnchorVote]:
+    """Turn judgments of anchor pairs into votes, whichever side was shown first.
+
+    Parameters
+    ----------
+    judgments : iterable of Judgment
+        Of anchor pairs only, without corrected ones.
+
+    Returns
+    -------
+    list of AnchorVote
+        In the same order; months are in UTC.
+    """
+    return [
+        AnchorVote(
+            judgment.pair_digest.hex(),
+            judgment.annotator,
+            f"{judgment.judged_at:%Y-%m}",
+            SHARES[judgment.outcome],
+            swapped=judgment.text_digests[1] > judgment.text_digests[2],
+        )
+        for judgment in judgments
+    ]
 
 
 def rater_drift(
@@ -191,7 +219,7 @@ def rater_drift(
     *,
     month: str | None = None,
     alpha: float = 0.05,
-    looks: int = 1,
+    checks: int = 1,
     seed: int = 0,
 ) -> RaterDrift:
     """Tabulate agreement by annotator and month, and test one month against those before it.
@@ -199,15 +227,15 @@ def rater_drift(
     Parameters
     ----------
     votes : iterable of AnchorVote
-        Of all months; their order says nothing.
+        Of all months, in any order.
     month : str, optional
-        The latest where not given; later ones are ignored.
+        The month to test (default: the latest); later votes are ignored.
     alpha : float
-        P(any alarm in all looks) where nothing changes.
-    looks : int
-        Months that will be tested.
+        Bound on P(any alarm in all checks) if nothing changes.
+    checks : int
+        Number of months that will be tested.
     seed : int
-        Of the flips.
+        Of the random signs.
 
     Returns
     -------
@@ -218,7 +246,7 @@ def rater_drift(
     EmptyDataError
         If there is no vote up to the month.
     """
-    level = level_of(alpha, looks)
+    level = level_of(alpha, checks)
     given = list(votes)
     last = month if month is not None else max((vote.month for vote in given), default="")
     kept = sorted((vote for vote in given if vote.month <= last), key=_order)
@@ -231,11 +259,11 @@ def rater_drift(
     panel = (_panel_agreement(kept, marks, last, n, seed), _panel_position(kept, last, n, seed))
     tests += [test for test in panel if test is not None]
     adjusted = holm([test.p for test in tests])
-    judged = (
+    tested = (
         replace(test, adjusted=float(a), alarm=bool(a <= level))
         for test, a in zip(tests, adjusted, strict=True)
     )
-    return RaterDrift(last, cells, tuple(judged), alpha, looks)
+    return RaterDrift(last, cells, tuple(tested), alpha, checks)
 
 
 def _order(vote: AnchorVote) -> tuple[str, str, str, float, bool]:
@@ -243,7 +271,7 @@ def _order(vote: AnchorVote) -> tuple[str, str, str, float, bool]:
 
 
 def _marks(votes: Sequence[AnchorVote]) -> list[bool | None]:
-    """Say of each vote, in order of time, whether it agrees; None where nothing tells."""
+    """Return whether each vote agrees, in order of time; None where it cannot be compared."""
     begun: dict[str, str] = {}
     panels: dict[str, Counter[float]] = defaultdict(Counter)
     for vote in votes:
@@ -265,11 +293,11 @@ def _most_frequent(verdicts: Counter[float]) -> float | None:
 def _cells(votes: Sequence[AnchorVote], marks: Sequence[bool | None]) -> tuple[RaterCell, ...]:
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * 5)
     for vote, mark in zip(votes, marks, strict=True):
-        said = (1, mark is not None, mark is True, vote.outcome == 1.0, vote.outcome != 0.5)
+        flags = (1, mark is not None, mark is True, vote.outcome == 1.0, vote.outcome != 0.5)
         for annotator in (vote.annotator, PANEL):
             row = counts[annotator, vote.month]
-            for i, one in enumerate(said):
-                row[i] += int(one)
+            for i, flag in enumerate(flags):
+                row[i] += int(flag)
     return tuple(RaterCell(*key, *counts[key]) for key in sorted(counts))
 
 

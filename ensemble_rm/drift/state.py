@@ -6,7 +6,7 @@ was fitted on, once. A version's folder never changes, so the state lies in ``dr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,25 @@ from ensemble_rm.versions.version import Version
 FOLDER = "drift"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DriftOptions:
-    """How a version is watched.
+    """Options of the drift tests.
 
     Attributes
     ----------
-    promise : float
-        P(any alarm over a healthy life) is at most this; a life is the time from one publication
-        to the next.
+    alpha : float
+        Bound on the probability of any false alarm between one publication and the next, in (0, 1).
     tolerance : float
-        Relative change of T that is of no interest.
+        Relative change of T that does not count as drift, ≥ 0.
     """
 
-    promise: float = 0.05
-    tolerance: float = TOLERANCE
+    alpha: float = field(
+        default=0.05,
+        metadata={"help": "bound on the probability of a false alarm over a version's life"},
+    )
+    tolerance: float = field(
+        default=TOLERANCE, metadata={"help": "relative change of T that does not count as drift"}
+    )
 
 
 def life_start(version: Version, calibration: Calibration) -> float:
@@ -118,9 +122,7 @@ def watch(
     """
     state = read_state(folder, version)
     if state is None:
-        state = DriftTest.start(
-            calibration.fit, promise=options.promise, tolerance=options.tolerance
-        )
+        state = DriftTest.start(calibration.fit, promise=options.alpha, tolerance=options.tolerance)
     # Provenance holds whole seconds.
     fresh = data.times >= life_start(version, calibration) + 1
     fresh &= ~np.isin(data.groups, data.groups[~fresh])

@@ -1,15 +1,15 @@
-"""Unlabelled drift: whether scores look as they did when the version was published.
+"""Unlabelled drift: whether scores are distributed as they were at publication.
 
 Four statistics, each against the version's reference, none of which needs a judgment: the reward,
 the members' std, the members' correlation, and the distance to the training features. The first,
-second and fourth by Kolmogorov and Smirnov's distance of distributions in which each prompt weighs
-the same [1]_; the third by the difference of mean correlations, within prompts where they have
-several completions. All p-values come from permuting whole prompts between then and now [2]_:
-samples of a prompt depend on one another, and tables of the KS statistic would call that drift.
-Both sides are thinned to equally many samples a prompt, so that prompts can be exchanged. Holm's
-correction makes it one promise for all four, Bonferroni's one for all looks.
+second and fourth use the Kolmogorov–Smirnov distance of distributions with equal weight per prompt
+[1]_; the third the difference of mean correlations, within prompts where they have several
+completions. All p-values come from permuting whole prompts between then and now [2]_: samples of a
+prompt are dependent, and tables of the KS statistic would report that as drift. Both sides are
+thinned to equally many samples per prompt, so that prompts are exchangeable. Holm's correction
+covers the four statistics, Bonferroni's the repeated checks.
 
-A shift is no proof of miscalibration, only that the inputs are not those that were calibrated on.
+A shift does not prove miscalibration, only that the inputs differ from those of the calibration.
 
 References
 ----------
@@ -55,11 +55,11 @@ class Shift:
     effect : float
         now − before, in standard deviations of the reference; for the correlation as it is.
     statistic : float
-        Kolmogorov and Smirnov's distance, in [0, 1]; for the correlation |effect|.
+        Kolmogorov–Smirnov distance, in [0, 1]; for the correlation |effect|.
     p, adjusted : float
         By permutation of prompts, and after Holm's correction.
     alarm : bool
-        adjusted ≤ the look's level.
+        adjusted ≤ the level of this check.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class UnlabelledDrift:
-    """Every statistic of one look.
+    """All statistics of one check.
 
     Attributes
     ----------
@@ -83,19 +83,19 @@ class UnlabelledDrift:
     unavailable : dict of str to str
         The others, and why.
     alpha : float
-        P(any alarm in all looks) is at most this where nothing shifts.
-    looks : int
-        Among which `alpha` is shared.
+        Bound on P(any alarm in all checks) if nothing shifts.
+    checks : int
+        Number of checks that share `alpha`.
     prompts : int
-        Of the batch, as far as they were used.
+        Prompts of the batch that were used.
     permutations : int
-        Behind each p-value.
+        Number of permutations per p-value.
     """
 
     shifts: tuple[Shift, ...]
     unavailable: dict[str, str]
     alpha: float
-    looks: int
+    checks: int
     prompts: int
     permutations: int
 
@@ -111,7 +111,10 @@ class UnlabelledDrift:
     @classmethod
     def from_json(cls, d: Any) -> UnlabelledDrift:
         """Read what `to_json` wrote."""
-        return cls(**{**d, "shifts": tuple(Shift(**shift) for shift in d["shifts"])})
+        values = dict(d) | {"shifts": tuple(Shift(**shift) for shift in d["shifts"])}
+        # Older reports call the number of checks "looks".
+        values.setdefault("checks", values.pop("looks", None))
+        return cls(**values)
 
 
 def unlabelled_drift(
@@ -122,7 +125,7 @@ def unlabelled_drift(
     features: ArrayLike | None = None,
     distance: ArrayLike | None = None,
     alpha: float = 0.05,
-    looks: int = 1,
+    checks: int = 1,
     seed: int = 0,
 ) -> UnlabelledDrift:
     """Test whether a batch's scores have shifted from the reference.
@@ -138,11 +141,11 @@ def unlabelled_drift(
     features : array_like, shape (n_samples, n_features), optional
         Of the batch, where the reference has a feature space.
     distance : array_like, shape (n_samples,), optional
-        Of the batch to the training features, where it is known already, instead of features.
+        Distance of the batch to the training features, if already known, instead of features.
     alpha : float
-        P(any alarm in all looks) where nothing shifts.
-    looks : int
-        How often this will be asked of one version; each look has the level alpha/looks.
+        Bound on P(any alarm in all checks) if nothing shifts.
+    checks : int
+        How often this version will be checked; each check has the level alpha/checks.
     seed : int
         Of the draws and permutations.
 
@@ -153,13 +156,16 @@ def unlabelled_drift(
     Raises
     ------
     OptionError
-        If members or lengths differ from the reference's, or an option has no meaning.
+        If members or lengths differ from the reference's, or an option is out of range.
     NonFiniteScoreError, TooFewSamplesError
         If scores are not finite, or of fewer than 20 prompts.
     """
-    level = level_of(alpha, looks)
+    level = level_of(alpha, checks)
     if scores.names != reference.names:
-        raise OptionError(f"the reference is of members {reference.names}, not {scores.names}")
+        raise OptionError(
+            f"the reference was made by members {reference.names}, not {scores.names}; use the "
+            "reference of this version"
+        )
     far, unavailable = _distance(reference, features, distance)
     now = ScoredSet.read(scores, prompts, far)
     per_prompt = min(int(np.bincount(one.groups).max()) for one in (reference.samples, now))
@@ -183,7 +189,7 @@ def unlabelled_drift(
         Shift(**{**asdict(one), "adjusted": float(a), "alarm": bool(a <= level)})
         for one, a in zip(found, adjusted, strict=True)
     )
-    return UnlabelledDrift(shifts, unavailable, alpha, looks, now.prompts, n)
+    return UnlabelledDrift(shifts, unavailable, alpha, checks, now.prompts, n)
 
 
 def _distance(
@@ -221,7 +227,7 @@ class _Pooled:
 
 
 class _Labels:
-    """Permutations of the prompts between then and now, block by block, the same at each turn."""
+    """Permutations of the prompts between then and now, in blocks; the same on each iteration."""
 
     def __init__(self, before: int, prompts: int, n: int, seed: int) -> None:
         self.before, self.prompts, self.n, self.seed = before, prompts, n, seed
@@ -248,7 +254,7 @@ def _columns(pooled: _Pooled) -> tuple[dict[str, Floats], dict[str, str]]:
     if samples.members.shape[1] > 1:
         columns["std"] = member_std(samples.members)
     else:
-        reason = "one member has no spread, and correlates with none"
+        reason = "a single member has no std and no correlation"
         unavailable = {"std": reason, "correlation": reason}
     if samples.distance is not None:
         columns["distance"] = samples.distance

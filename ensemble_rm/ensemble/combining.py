@@ -18,7 +18,7 @@ from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.ensemble.storage import FILE
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.trunk import TrunkOptions
-from ensemble_rm.members.full.scorer import ClassifierScorer
+from ensemble_rm.members.full.scorer import FullScorer
 from ensemble_rm.members.scorer import Scorer, as_scorer
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.scoring.baselines import score_with_references
@@ -142,7 +142,7 @@ def _open(
 ) -> tuple[Scorer, ...]:
     if isinstance(member, str | Path):
         if not (Path(member).expanduser() / FILE).exists():
-            return (ClassifierScorer.from_name(member, options, name=name),)
+            return (FullScorer.from_name(member, options, name=name),)
         member = RewardEnsemble.from_pretrained(member, device=options.device)
     if isinstance(member, RewardEnsemble):
         return tuple(_renamed(scorer, name) for scorer in member.scorers)

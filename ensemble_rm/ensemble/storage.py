@@ -20,26 +20,13 @@ from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.errors import OptionError, StorageError, VersionError
-from ensemble_rm.members.branches.scorer import BranchScorer
-from ensemble_rm.members.full.scorer import ClassifierScorer
-from ensemble_rm.members.heads.scorer import HeadScorer
-from ensemble_rm.members.implicit import ImplicitScorer
-from ensemble_rm.members.judges.scorer import JudgeScorer
-from ensemble_rm.members.lora.scorer import LoraScorer
-from ensemble_rm.members.remote.scorer import RemoteScorer
+from ensemble_rm.members.registry import member_kind
 from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.uncertainty.distance import FeatureSpace
 from ensemble_rm.versions.locate import EVIDENCE, FEATURES, is_versioned, read_evidence
 
 FORMAT = 1
 FILE = "ensemble.json"
-KINDS: dict[str, Any] = {
-    kind.kind: kind
-    for kind in (
-        *(HeadScorer, BranchScorer, LoraScorer, ClassifierScorer, ImplicitScorer),
-        *(RemoteScorer, JudgeScorer),
-    )
-}
 
 
 def save(
@@ -145,10 +132,12 @@ def load(
     try:
         scorers = []
         for member in said["members"]:
-            if member["kind"] not in KINDS:
-                raise StorageError(f"{folder}: no kind of member {member['kind']!r}")
+            try:
+                kind = member_kind(member["kind"])
+            except OptionError as error:
+                raise StorageError(f"{folder}: {error}") from error
             scorers.append(
-                KINDS[member["kind"]].load(
+                kind.scorer_class().load(
                     folder / member["folder"],
                     backbone=backbone,
                     device=device,

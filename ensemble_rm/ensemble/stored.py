@@ -10,7 +10,7 @@ from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.ensemble import storage
-from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.scorer import Scorer, with_tokens_of
 from ensemble_rm.scoring.score_cache import ScoreCache
 from ensemble_rm.uncertainty.distance import FeatureSpace

@@ -14,7 +14,7 @@ from ensemble_rm.ensemble.combining import normalised
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import MergeError, OptionError
 from ensemble_rm.members.branches.scorer import BranchScorer
-from ensemble_rm.members.full.scorer import ClassifierScorer
+from ensemble_rm.members.full.scorer import FullScorer
 from ensemble_rm.members.learning.weight_averaging import average_branches, average_classifiers
 from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.progress import Progress, silent
@@ -62,7 +62,7 @@ def average_weights(
     require_pairs(reference, "fitting the normaliser")
     scorers = ensemble.scorers
     branches = [scorer for scorer in scorers if isinstance(scorer, BranchScorer)]
-    models = [scorer for scorer in scorers if isinstance(scorer, ClassifierScorer)]
+    models = [scorer for scorer in scorers if isinstance(scorer, FullScorer)]
     if len(branches) == len(scorers):
         merged = _finish(ensemble, average_branches(branches), reference, progress)
         if out is not None:

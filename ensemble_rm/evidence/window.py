@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,12 +19,30 @@ from ensemble_rm.data.weights import inclusion_weights
 from ensemble_rm.errors import OptionError
 from ensemble_rm.evidence.dated_margins import DatedMargins, Ints
 from ensemble_rm.evidence.score_table import KEY, Keys, PairMargins
-from ensemble_rm.judgments.filter import JudgmentFilter
+from ensemble_rm.judgments.filter import JudgmentFilter, TimeRange
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress
 
 AHEAD = timedelta(days=1)  # a judgment may be dated this much after the clock: time zones, skew
 FIRST_NAMES = 8  # bytes of a prompt's name that tell it apart: one in 10⁷ clashes among a million
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions(TimeRange):
+    """Which judgments a job reads.
+
+    Attributes
+    ----------
+    since, until : datetime, optional
+        Judged at or after, and before; with time zones.
+    window : float, optional
+        Days, counted back from the newest judgment; instead of `since`.
+    """
+
+    window: float | None = field(
+        default=None,
+        metadata={"help": "days counted back from the newest judgment, instead of since"},
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,39 +132,36 @@ def iso(seconds: float) -> str:
 
 
 def choose(
-    store: JudgmentStore,
-    *,
-    since: datetime | None,
-    until: datetime | None,
-    days: float | None,
-    latest: datetime,
+    store: JudgmentStore, options: WindowOptions, *, latest: datetime
 ) -> tuple[JudgmentFilter, int]:
-    """Say which judgments a window holds, and how many are dated after the clock.
+    """Turn options into a filter, and count the judgments dated after the clock.
+
+    A `window` is counted back from the newest judgment and not from the clock, so that the same
+    judgments give the same window whenever the job runs.
 
     Parameters
     ----------
     store : JudgmentStore
-    since, until : datetime, optional
-        Bounds that were asked for.
-    days : float, optional
-        Length of the window, counted back from the newest judgment that is not dated after the
-        clock: the same judgments are the same window, whenever the job runs.
+    options : WindowOptions
     latest : datetime
-        The clock's time, or a later one that is known to have been.
+        The clock's time, or a later one that is known to have passed.
 
     Returns
     -------
     where : JudgmentFilter
     future : int
-        Always 0 where `until` is given.
+        Judgments left out because they are dated after the clock; 0 where `until` is given.
 
     Raises
     ------
     OptionError
-        If both `since` and `days` are given, or `days` is not > 0.
+        If both `since` and `window` are given, or `window` is not > 0.
     """
-    if days is not None and (since is not None or not days > 0):
-        raise OptionError("a window is either `since` a date or a number of days > 0, not both")
+    since, until, days = options.since, options.until, options.window
+    if days is not None and since is not None:
+        raise OptionError("since and window exclude each other; give one of them")
+    if days is not None and not days > 0:
+        raise OptionError(f"window must be > 0 days, not {days}")
     future = 0
     if until is None:
         horizon = latest + AHEAD

@@ -17,7 +17,7 @@ import numpy as np
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.errors import EmptyDataError
-from ensemble_rm.judgments.filter import EVERYTHING, JudgmentFilter
+from ensemble_rm.judgments.filter import ALL_JUDGMENTS, JudgmentFilter
 from ensemble_rm.judgments.judgment import OUTCOMES, Verdict
 from ensemble_rm.judgments.kappa import figure, item_agreement, kappa, share
 from ensemble_rm.judgments.store import BATCH, JudgmentStore
@@ -134,7 +134,7 @@ class AgreementReport:
 
 
 def agreement_report(
-    store: JudgmentStore, where: JudgmentFilter = EVERYTHING, *, progress: Progress = silent
+    store: JudgmentStore, where: JudgmentFilter = ALL_JUDGMENTS, *, progress: Progress = silent
 ) -> AgreementReport:
     """Report how far the annotators agree.
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from ensemble_rm.data.samples import Message, prompt_json
 from ensemble_rm.errors import MissingExtraError
-from ensemble_rm.judgments.filter import EVERYTHING, JudgmentFilter
+from ensemble_rm.judgments.filter import ALL_JUDGMENTS, JudgmentFilter
 from ensemble_rm.judgments.judgment import FIELDS, Judgment
 from ensemble_rm.judgments.store import BATCH, JudgmentStore, in_batches
 from ensemble_rm.progress import Progress, silent
 
 
 def export_judgments(
-    store: JudgmentStore, where: JudgmentFilter = EVERYTHING, *, progress: Progress = silent
+    store: JudgmentStore, where: JudgmentFilter = ALL_JUDGMENTS, *, progress: Progress = silent
 ) -> Iterator[dict[str, Any]]:
     """Stream judgments as the rows of our JSONL.
 
@@ -42,7 +42,7 @@ def export_judgments(
 
 
 def judgment_dataset(
-    store: JudgmentStore, where: JudgmentFilter = EVERYTHING, *, progress: Progress = silent
+    store: JudgmentStore, where: JudgmentFilter = ALL_JUDGMENTS, *, progress: Progress = silent
 ) -> Any:
     """Return judgments as a data set, held in memory as Arrow's columns.
 

@@ -1,8 +1,8 @@
-"""Which of the stored judgments are meant: a window of time, and named fields."""
+"""Selecting judgments: by time, and by named fields."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TypeAlias
 
@@ -12,34 +12,54 @@ from ensemble_rm.judgments.judgment import as_utc
 Names: TypeAlias = str | tuple[str, ...] | None
 
 
-@dataclass(frozen=True, slots=True)
-class JudgmentFilter:
-    """Which judgments are meant; all of them where nothing is given.
+@dataclass(frozen=True, kw_only=True)
+class TimeRange:
+    """A range of time, half-open.
 
     Attributes
     ----------
     since, until : datetime, optional
-        Judged at or after the one, before the other; with time zones.
+        Start (included) and end (excluded), with time zones; None for no bound.
+    """
+
+    since: datetime | None = field(
+        default=None, metadata={"help": "only judgments made at or after this time"}
+    )
+    until: datetime | None = field(
+        default=None, metadata={"help": "only judgments made before this time"}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgmentFilter(TimeRange):
+    """Selects judgments; without arguments, all current ones.
+
+    Attributes
+    ----------
+    since, until : datetime, optional
+        Judged at or after, and before; with time zones.
     source, batch, policy, subset, annotator, strategy : str or tuple of str, optional
-        Only those of this name, or of one of these.
+        Only judgments with this name, or one of these names.
     with_corrected : bool
-        Also the judgments that a correction replaced: the history.
+        Include judgments that a correction has replaced: the whole history.
 
     Raises
     ------
     OptionError
-        If a bound has no time zone, or the window is empty.
+        If a bound has no time zone, or the range is empty.
     """
 
-    since: datetime | None = None
-    until: datetime | None = None
-    source: Names = None
-    batch: Names = None
-    policy: Names = None
-    subset: Names = None
-    annotator: Names = None
-    strategy: Names = None
-    with_corrected: bool = False
+    source: Names = field(default=None, metadata={"help": "only judgments of this source"})
+    batch: Names = field(default=None, metadata={"help": "only judgments of this batch"})
+    policy: Names = field(default=None, metadata={"help": "only completions of this policy"})
+    subset: Names = field(default=None, metadata={"help": "only judgments of this subset"})
+    annotator: Names = field(default=None, metadata={"help": "only judgments by this annotator"})
+    strategy: Names = field(
+        default=None, metadata={"help": "only pairs that were selected by this strategy"}
+    )
+    with_corrected: bool = field(
+        default=False, metadata={"help": "include judgments that a correction has replaced"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("since", "until"):
@@ -50,11 +70,11 @@ class JudgmentFilter:
                 except DataError as error:
                     raise OptionError(f"{name}: {error}") from None
         if self.since is not None and self.until is not None and self.since >= self.until:
-            raise OptionError(f"the window from {self.since} until {self.until} is empty")
+            raise OptionError(f"the range from {self.since} until {self.until} is empty")
 
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
-        """The named fields that are restricted, each to its names."""
+        """The restricted fields, each with the names to keep."""
         fields = ("source", "batch", "policy", "subset", "annotator", "strategy")
         given = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
         return {
@@ -62,4 +82,4 @@ class JudgmentFilter:
         }
 
 
-EVERYTHING = JudgmentFilter()
+ALL_JUDGMENTS = JudgmentFilter()

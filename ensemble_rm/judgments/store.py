@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.errors import MissingExtraError, StorageError
-from ensemble_rm.judgments.filter import EVERYTHING, JudgmentFilter
+from ensemble_rm.judgments.filter import ALL_JUDGMENTS, JudgmentFilter
 from ensemble_rm.judgments.judgment import Judgment, Verdict
 from ensemble_rm.judgments.votes import to_preferences
 from ensemble_rm.progress import Progress, silent
@@ -189,7 +189,7 @@ class JudgmentStore:
 
     # Reading -----------------------------------------------------------------------------------
 
-    def read(self, where: JudgmentFilter = EVERYTHING) -> Iterator[Judgment]:
+    def read(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Iterator[Judgment]:
         """Stream judgments by time and id, some thousand in memory at once.
 
         The stream sees one state of the store, whatever is added meanwhile.
@@ -214,7 +214,7 @@ class JudgmentStore:
             for row in rows:
                 yield queries.read_row(row, self.name)
 
-    def count(self, where: JudgmentFilter = EVERYTHING) -> int:
+    def count(self, where: JudgmentFilter = ALL_JUDGMENTS) -> int:
         """Return how many judgments are selected."""
         from ensemble_rm.judgments.database import queries
 
@@ -222,7 +222,7 @@ class JudgmentStore:
             found: int = connection.execute(queries.counting(where)).scalar_one()
             return found
 
-    def digest(self, where: JudgmentFilter = EVERYTHING) -> str:
+    def digest(self, where: JudgmentFilter = ALL_JUDGMENTS) -> str:
         """Return the SHA-256 of the sorted ids: equal for equal judgments, however they came."""
         from ensemble_rm.judgments.database import queries
 
@@ -232,28 +232,28 @@ class JudgmentStore:
                 found.update(row.id)
         return found.hexdigest()
 
-    def has_conversations(self, where: JudgmentFilter = EVERYTHING) -> bool:
+    def has_conversations(self, where: JudgmentFilter = ALL_JUDGMENTS) -> bool:
         """Return whether a selected judgment's prompt is a list of messages."""
         from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection:
             return connection.execute(queries.conversations(where)).first() is not None
 
-    def verdicts(self, where: JudgmentFilter = EVERYTHING) -> Iterator[Verdict]:
+    def verdicts(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Iterator[Verdict]:
         """Stream judgments without their texts, by time and id."""
         from ensemble_rm.judgments.database import queries
 
         with self._streaming(queries.bare(where)) as rows:
             yield from map(queries.read_verdict, rows)
 
-    def observations(self, where: JudgmentFilter = EVERYTHING) -> Iterator[Observation]:
+    def observations(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Iterator[Observation]:
         """Stream judgments as recalibration reads them: dated, and without their texts."""
         from ensemble_rm.judgments import observations
 
         with self._streaming(observations.dated(where)) as rows:
             yield from map(observations.read_observation, rows)
 
-    def newest(self, where: JudgmentFilter = EVERYTHING) -> datetime | None:
+    def newest(self, where: JudgmentFilter = ALL_JUDGMENTS) -> datetime | None:
         """Return when the last selected judgment was given; None where none is selected."""
         from ensemble_rm.judgments import observations
 
@@ -261,14 +261,14 @@ class JudgmentStore:
             found: datetime | None = connection.execute(observations.latest(where)).scalar()
             return found
 
-    def verdicts_by_pair(self, where: JudgmentFilter = EVERYTHING) -> Iterator[Verdict]:
+    def verdicts_by_pair(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Iterator[Verdict]:
         """Stream judgments without their texts, by prompt and pair, in these by time and id."""
         from ensemble_rm.judgments.database import queries
 
         with self._streaming(queries.bare(where, by_pair=True)) as rows:
             yield from map(queries.read_verdict, rows)
 
-    def preferences(self, where: JudgmentFilter = EVERYTHING) -> Preferences:
+    def preferences(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Preferences:
         """Join the judgments of each pair into votes; see `to_preferences`.
 
         Parameters

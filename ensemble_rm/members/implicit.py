@@ -22,6 +22,7 @@ import torch
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.members.digest import member_digest
 from ensemble_rm.members.encoding import TextEncoder, count_truncation
@@ -84,7 +85,7 @@ class ImplicitScorer(ModelScorer):
         *,
         beta: float = 0.1,
         name: str | None = None,
-        cache_dir: Path | None = bb.DEFAULT_CACHE,
+        cache_dir: Path | None = DEFAULT_CACHE,
     ) -> ImplicitScorer:
         """Open hub ids or local folders; the weights are read at once.
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import StorageError
 from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.members.scorer import MemberScores, Scorer
 from ensemble_rm.progress import Progress, silent
@@ -60,6 +61,11 @@ class ModelScorer(Scorer):
     def __init__(self, backbone: bb.Backbone, options: TrunkOptions, names: Sequence[str]) -> None:
         self.backbone, self.options, self.names = backbone, options, tuple(names)
         self._lock = RLock()
+
+    @property
+    def trained_from(self) -> str | None:
+        """Digest of the pretrained weights that the members were trained on."""
+        return self.backbone.digest
 
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, n_members) raw scores, in the order of the samples."""
@@ -123,7 +129,7 @@ class ModelScorer(Scorer):
         *,
         backbone: str | Path | None = None,
         device: str | None = None,
-        cache_dir: Path | None = bb.DEFAULT_CACHE,
+        cache_dir: Path | None = DEFAULT_CACHE,
     ) -> Self:
         """Read what `save` wrote.
 

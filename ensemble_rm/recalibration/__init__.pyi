@@ -1,3 +1,5 @@
-from .decision import GateOptions as GateOptions
-from .job import recalibrate as recalibrate
-from .outcome import Recalibration as Recalibration
+from .job import (
+    Recalibration as Recalibration,
+    RecalibrationOptions as RecalibrationOptions,
+    recalibrate as recalibrate,
+)

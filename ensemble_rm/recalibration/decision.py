@@ -1,32 +1,24 @@
-"""Judgments and an incumbent → a calibration to publish, or the reason to keep what there is.
+"""Judgments and an incumbent → a calibration to publish, or a reason to keep the incumbent.
 
-Pure: arrays and options in, a decision out; the job and the benchmarks run this same function.
+Pure: arrays and options in, a decision out; the job and the benchmarks call the same function.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS
 from ensemble_rm.data.weights import effective_sample_size
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
-from ensemble_rm.evidence.dated_margins import (
-    DAY,
-    DatedMargins,
-    forgetting,
-)
-from ensemble_rm.recalibration.confirmation import (
-    Confirmation,
-    changed_since,
-    compare_newest,
-)
+from ensemble_rm.evidence.dated_margins import DAY, DatedMargins, forgetting
 from ensemble_rm.recalibration.fitting import (
     Fitted,
     fit_shrunk,
@@ -35,74 +27,94 @@ from ensemble_rm.recalibration.fitting import (
     shrunk_mixture,
 )
 from ensemble_rm.recalibration.gate import Gate, judge_candidate, losses
-from ensemble_rm.recalibration.split import TimeSplit, split_by_time
+from ensemble_rm.recalibration.split import (
+    Confirmation,
+    TimeSplit,
+    changed_since,
+    compare_newest,
+    split_by_time,
+)
 
-FLAT = 0.5  # standard error of log T: the slope lies within two of its own above 0
+# Above this standard error of log T, the slope 1/T lies within two of its own errors of 0.
+FLAT = 0.5
 FLATTENED = (
-    "; the judgments hardly follow the margins or contradict them, so probabilities are flattened: "
-    "no temperature mends that, retrain the members"
+    "; the judgments barely follow the margins, or contradict them, so that probabilities are "
+    "flattened: recalibration cannot fix this, retrain the members"
 )
 
 Answer: TypeAlias = Literal["publish", "keep", "too few"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateOptions:
-    """How a decision is taken.
+@dataclass(frozen=True, kw_only=True)
+class DecisionOptions:
+    """How a candidate calibration is fitted and judged.
 
     Attributes
     ----------
     half_life : float, optional
-        Days after which a judgment counts half; where not given, all count alike.
-    share : float
-        Of the judgments, the newest, that are the gate's.
+        Days after which a judgment has half its weight; None for equal weights.
+    gate_share : float
+        Share of the judgments, the newest ones, that the gate uses; in (0, 1).
     delta : float
-        Loss of NLL that has to be excluded, nats a judgment.
+        Rise of the NLL that the gate must exclude, nats per judgment; > 0.
     level : float
-        Of the gate's one-sided bound.
+        Confidence of the gate's one-sided bound.
     min_judgments : int
-        The fewest effective judgments to fit on, and to gate on.
+        Fewest effective judgments to fit on, and to gate on.
     slices : bool
-        Whether each subset gets a temperature of its own.
+        Fit one temperature per subset as well.
     confirm : bool
-        Whether a sudden change waits for the next batch, and what was judged before it, or
-        contradicts the newest otherwise, is left out; see `compare_newest`, `changed_since`.
+        Require the next batch to confirm a sudden change, and leave out older judgments that
+        contradict the newest; see `compare_newest` and `changed_since`.
     """
 
-    half_life: float | None = None
-    share: float = 1 / 6
-    delta: float = 0.005
-    level: float = 0.95
-    min_judgments: int = MIN_JUDGMENTS
-    slices: bool = False
-    confirm: bool = True
+    half_life: float | None = field(
+        default=None, metadata={"help": "days after which a judgment has half its weight"}
+    )
+    gate_share: float = field(
+        default=1 / 6, metadata={"help": "share of the judgments, the newest, that the gate uses"}
+    )
+    delta: float = field(
+        default=0.005, metadata={"help": "rise of the NLL that the gate must exclude, in nats"}
+    )
+    level: float = field(
+        default=0.95, metadata={"help": "confidence of the gate's one-sided bound"}
+    )
+    min_judgments: int = field(
+        default=MIN_JUDGMENTS,
+        metadata={"help": "fewest effective judgments to fit on, and to gate on"},
+    )
+    slices: bool = field(default=False, metadata={"help": "fit one temperature per subset as well"})
+    confirm: bool = field(
+        default=True, metadata={"help": "wait for the next batch to confirm a sudden change"}
+    )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return them by name."""
-        return asdict(self)
+    def decision_json(self) -> dict[str, Any]:
+        """Return the options of this class by name, without those of a subclass."""
+        return {option.name: getattr(self, option.name) for option in fields(DecisionOptions)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What is to be done, and all that it rests on.
+    """What to do, and what that is based on.
 
     Attributes
     ----------
     answer : {"publish", "keep", "too few"}
     reason : str
-        In words.
+        Why, in words.
     calibration : Calibration, optional
-        What is to be published.
+        What to publish.
     gate : Gate, optional
-        Where it came to that.
+        None where the gate was not reached.
     confirmation : Confirmation, optional
-        Where it came to that.
+        None where it was not reached, or is switched off.
     candidate, final : Fitted, optional
-        Of the older judgments, and of the whole window.
+        Fit of the older judgments, and of the whole window.
     changed : ndarray of bool, shape (n_judgments,), optional
-        Judgments of the window that were left out, because they contradict the newest.
+        Judgments of the window that were left out because they contradict the newest.
     sizes : dict
-        How many judgments, effective ones and prompts there are in window, fit and gate.
+        Numbers of judgments, effective judgments and prompts in window, fit and gate.
     metrics : dict
         NLL before and after, on the gate part and (in sample) on the window.
     """
@@ -120,7 +132,7 @@ class Decision:
 
     @property
     def flat(self) -> bool:
-        """Whether what is to be published is nearly a coin: the judgments do not say otherwise."""
+        """Whether the calibration to publish is close to p = ½ everywhere."""
         return self.final is not None and self.final.own.log_se >= FLAT
 
 
@@ -129,7 +141,7 @@ def decide(
     aggregator: Aggregator,
     incumbent: Calibration | None,
     *,
-    options: GateOptions,
+    options: DecisionOptions,
     digest: str = "",
     created: str = "",
 ) -> Decision:
@@ -140,12 +152,12 @@ def decide(
     data : DatedMargins
         The window's judgments, with inclusion weights and without forgetting.
     aggregator : Aggregator
-        Whose margins they are.
+        Of the margins.
     incumbent : Calibration, optional
-        What is published; where there is none, the candidate is compared with a coin (T = ∞).
-    options : GateOptions
+        The published one; without one, the candidate is compared with p = ½ (T = ∞).
+    options : DecisionOptions
     digest, created : str
-        What the calibration says of itself.
+        Recorded in the calibration.
 
     Returns
     -------
@@ -154,7 +166,7 @@ def decide(
     Raises
     ------
     OptionError
-        If the incumbent is no temperature, or slices are asked of judgments that name no subset.
+        If the incumbent is not a temperature, or slices are requested and no judgment has a subset.
     """
     if incumbent is not None and incumbent.method != "temperature":
         raise OptionError(
@@ -163,87 +175,92 @@ def decide(
         )
     half_life = None if options.half_life is None else options.half_life * DAY
     data = replace(data, weights=data.weights * forgetting(data.times, half_life=half_life))
-    members, data = data, replace(data, member_margins=data.member_margins[:, :0])
-    sizes: dict[str, Any] = {"window": _size(data)}
-    said: dict[str, Any] = {"sizes": sizes}
+    # Only T_mix needs the members' margins, once, at the end; every `take` before would copy them.
+    with_members, data = data, replace(data, member_margins=data.member_margins[:, :0])
+    results: dict[str, Any] = {"sizes": {"window": _size(data)}}
     try:
-        parts = split_by_time(data.groups, data.times, share=options.share)
-        sizes["left_out"] = parts.left_out
-        found = _gated(data, parts, incumbent, options, said)
+        parts = split_by_time(data.groups, data.times, share=options.gate_share)
+        results["sizes"]["left_out"] = parts.left_out
+        decision = _gated(data, parts, incumbent, options, results)
     except TooFewJudgmentsError as error:
-        return Decision("too few", str(error), **said)
+        return Decision(answer="too few", reason=str(error), **results)
     except CalibrationError as error:
-        return Decision("keep", f"no candidate can be fitted: {error}", **said)
-    final = found.final
+        reason = f"no candidate can be fitted: {error}"
+        return Decision(answer="keep", reason=reason, **results)
+    final = decision.final
     if final is None:
-        return found
-    kept = members if found.changed is None else members.take(np.flatnonzero(~found.changed))
+        return decision
+    kept = with_members
+    if decision.changed is not None:
+        kept = with_members.take(np.flatnonzero(~decision.changed))
     mixture = shrunk_mixture(kept, incumbent, final.shrunk.share)
     calibration = Calibration(aggregator, final.fit, mixture, digest, created, slices=final.slices)
-    return replace(found, calibration=calibration)
+    return replace(decision, calibration=calibration)
 
 
 def _gated(
     data: DatedMargins,
     parts: TimeSplit,
     incumbent: Calibration | None,
-    options: GateOptions,
-    said: dict[str, Any],
+    options: DecisionOptions,
+    results: dict[str, Any],
 ) -> Decision:
-    how: dict[str, Any] = {"slices": options.slices, "minimum": options.min_judgments}
+    """Decide all but T_mix; fill `results` step by step, so that a refusal reports them too."""
     newest, fit, kept = data.take(parts.gate), parts.fit, data
-    said["sizes"] |= {"gate": _size(newest), "fit": _size(data.take(fit))}
+    sizes = results["sizes"]
+    sizes |= {"gate": _size(newest), "fit": _size(data.take(fit))}
     if effective_sample_size(newest.weights) < options.min_judgments:
         raise TooFewJudgmentsError(
-            f"the newest part has {len(newest)} judgments, which weigh as "
-            f"{effective_sample_size(newest.weights):.0f}; a gate needs {options.min_judgments}: "
-            "collect more, or widen the window or the gate's share"
+            f"the newest part has {len(newest)} judgments with an effective number of "
+            f"{effective_sample_size(newest.weights):.0f}; the gate needs "
+            f"{options.min_judgments}: collect more, or widen the window or the gate's share"
         )
     require_enough(data.take(fit), options.min_judgments, "older part")
     if options.confirm:
-        found = compare_newest(data, fit, parts.gate)
-        said["confirmation"] = found
-        if not found.agrees:
-            return Decision("keep", f"unconfirmed: {found.reason}", **said)
-        changed = changed_since(data, fit, len(parts.gate))
+        confirmation = results["confirmation"] = compare_newest(data, fit, parts.gate)
+        if not confirmation.agrees:
+            return Decision(answer="keep", reason=f"unconfirmed: {confirmation.reason}", **results)
+        changed = results["changed"] = changed_since(data, fit, len(parts.gate))
         fit, kept = fit[~changed[fit]], data.take(np.flatnonzero(~changed))
-        said["sizes"] |= {"changed": int(changed.sum()), "fit": _size(data.take(fit))}
-        said["changed"] = changed
-    candidate = fit_shrunk(data.take(fit), incumbent, part="older part", **how)
-    gate = _gate(newest, incumbent, candidate, options)
-    said |= {"candidate": candidate, "gate": gate}
-    said["metrics"] = {"gate_nll_before": gate.nll_before, "gate_nll_after": gate.nll_after}
-    if not gate.passed:
-        return Decision("keep", gate.reason, **said)
-    final = fit_shrunk(kept, incumbent, part="window", **how)
-    before = losses(kept.margins, kept.targets, _temperatures(incumbent, kept))
-    after = losses(
-        kept.margins, kept.targets, row_temperatures(final.fit.temperature, final.slices, kept)
+        sizes |= {"changed": int(changed.sum()), "fit": _size(data.take(fit))}
+    candidate = fit_shrunk(
+        data.take(fit),
+        incumbent,
+        slices=options.slices,
+        minimum=options.min_judgments,
+        part="older part",
     )
-    total = float(kept.weights.sum())
-    said["metrics"] |= {
-        "window_nll_before": float((kept.weights * before).sum()) / total,
-        "window_nll_after": float((kept.weights * after).sum()) / total,
-    }
-    ended = Decision("publish", gate.reason, final=final, **said)
-    return replace(ended, reason=gate.reason + FLATTENED) if ended.flat else ended
-
-
-def _gate(
-    newest: DatedMargins, incumbent: Calibration | None, candidate: Fitted, options: GateOptions
-) -> Gate:
-    after = row_temperatures(candidate.fit.temperature, candidate.slices, newest)
-    return judge_candidate(
+    results["candidate"] = candidate
+    gate = results["gate"] = judge_candidate(
         losses(newest.margins, newest.targets, _temperatures(incumbent, newest)),
-        losses(newest.margins, newest.targets, after),
+        losses(newest.margins, newest.targets, _fitted_temperatures(candidate, newest)),
         weights=newest.weights,
         groups=newest.groups,
         delta=options.delta,
         level=options.level,
     )
+    results["metrics"] = {"gate_nll_before": gate.nll_before, "gate_nll_after": gate.nll_after}
+    if not gate.passed:
+        return Decision(answer="keep", reason=gate.reason, **results)
+    final = results["final"] = fit_shrunk(
+        kept, incumbent, slices=options.slices, minimum=options.min_judgments, part="window"
+    )
+    before = losses(kept.margins, kept.targets, _temperatures(incumbent, kept))
+    after = losses(kept.margins, kept.targets, _fitted_temperatures(final, kept))
+    total = float(kept.weights.sum())
+    results["metrics"] |= {
+        "window_nll_before": float((kept.weights * before).sum()) / total,
+        "window_nll_after": float((kept.weights * after).sum()) / total,
+    }
+    decision = Decision(answer="publish", reason=gate.reason, **results)
+    return replace(decision, reason=gate.reason + FLATTENED) if decision.flat else decision
 
 
-def _temperatures(incumbent: Calibration | None, data: DatedMargins) -> Any:
+def _fitted_temperatures(fitted: Fitted, data: DatedMargins) -> Floats | float:
+    return row_temperatures(fitted.fit.temperature, fitted.slices, data)
+
+
+def _temperatures(incumbent: Calibration | None, data: DatedMargins) -> Floats | float:
     if incumbent is None:
         return math.inf
     return row_temperatures(incumbent.temperature, incumbent.slices, data)

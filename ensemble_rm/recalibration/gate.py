@@ -1,9 +1,8 @@
-"""Whether a candidate may take the incumbent's place, by judgments that it was not fitted on.
+"""Whether a candidate may replace the incumbent, by judgments that it was not fitted on.
 
-Both predict the same judgments; the difference of their losses, prompt by prompt, is what counts.
-Where a job runs more often than its gate is long, the incumbent has seen some of them, which
-speaks for the incumbent.
-Knows probabilities and losses; knows nothing of how a candidate was fitted.
+Both predict the same judgments; the difference of their losses is compared prompt by prompt. Where
+a job runs more often than the gate's part is long, the incumbent was fitted on some of these
+judgments, which favours the incumbent. How a candidate was fitted is unknown here.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ensemble_rm.evidence.dated_margins import Ints
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What the gate found.
+    """The result of a gate.
 
     Attributes
     ----------
@@ -33,17 +32,17 @@ class Gate:
     reason : str
         Why, in words.
     nll_before, nll_after : float
-        Of the incumbent and the candidate, nats a judgment.
+        Of the incumbent and the candidate, nats per judgment.
     difference : float
-        The candidate's NLL minus the incumbent's; below 0 it is better.
+        The candidate's NLL minus the incumbent's; negative if the candidate is better.
     se : float
         Standard error of the difference, over prompts.
     upper : float
         One-sided upper bound of the difference.
     delta, level : float
-        The loss that has to be excluded, nats, and at which confidence.
+        The rise of the NLL to exclude, nats, and the confidence.
     judgments, prompts : int
-        How many were looked at.
+        Their numbers.
     effective : float
         Kish's effective number of judgments.
     """
@@ -63,13 +62,13 @@ class Gate:
 
 
 def losses(margins: Floats, targets: Floats, temperatures: ArrayLike) -> Floats:
-    """Return −y log σ(Δ/T) − (1 − y) log σ(−Δ/T) of each judgment, exact at any margin.
+    """Return −y log σ(Δ/T) − (1 − y) log σ(−Δ/T) per judgment, accurate at any margin.
 
     Parameters
     ----------
     margins, targets : ndarray, shape (n_judgments,)
     temperatures : array_like, shape (n_judgments,) or ()
-        Infinity, for which every probability is ½, is allowed.
+        Infinity, where every probability is ½, is allowed.
     """
     return margin_losses(margins / np.asarray(temperatures, dtype=np.float64), targets)
 
@@ -77,7 +76,7 @@ def losses(margins: Floats, targets: Floats, temperatures: ArrayLike) -> Floats:
 def clustered_mean(
     values: Floats, weights: Floats, groups: NDArray[np.int64]
 ) -> tuple[float, float, int]:
-    """Return the weighted mean, its standard error over groups, and how many groups there are.
+    """Return the weighted mean, its standard error over groups, and the number of groups.
 
     The linearised variance of a ratio of sums over clusters, with the usual G/(G − 1).
     """
@@ -102,10 +101,10 @@ def judge_candidate(
 ) -> Gate:
     """Compare two predictors' losses on the same judgments.
 
-    The candidate passes if its mean loss is lower, and a mean loss that is higher by more than
-    `delta` can be excluded. The first asks for the better point estimate and not for a proven
-    gain, which from a month's judgments hardly any recalibration could show; the second keeps out
-    a candidate of which the judgments say too little.
+    The candidate passes if its mean loss is lower, and a mean loss higher by more than `delta` can
+    be excluded. The first condition requires a better point estimate, not a proven gain, which a
+    month's judgments could hardly ever show; the second rejects a candidate about which the
+    judgments say too little.
 
     Parameters
     ----------
@@ -113,11 +112,11 @@ def judge_candidate(
         Losses of the incumbent and the candidate, nats.
     weights : ndarray, shape (n_judgments,)
     groups : ndarray of int, shape (n_judgments,)
-        Prompt of each; judgments of one prompt are not independent.
+        Prompt of each judgment; judgments of one prompt are not independent.
     delta : float
-        Nats a judgment, > 0.
+        Nats per judgment, > 0.
     level : float
-        Of the one-sided bound.
+        Confidence of the one-sided bound.
 
     Returns
     -------
@@ -132,11 +131,11 @@ def judge_candidate(
     if passed:
         reason = f"NLL falls by {-difference:.5f} nats; a rise above {upper:+.5f} is excluded"
     elif difference >= 0:
-        reason = f"the candidate is no better on the newest judgments ({difference:+.5f} nats)"
+        reason = f"the candidate is not better on the newest judgments ({difference:+.5f} nats)"
     else:
         reason = (
             f"NLL falls by {-difference:.5f} nats, and a rise of {upper:.5f} is not excluded "
-            f"(delta {delta}); more judgments would tell"
+            f"(delta {delta}); collect more judgments"
         )
     weighted = float(weights.sum())
     return Gate(

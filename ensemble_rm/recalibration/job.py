@@ -1,13 +1,13 @@
-"""The recalibration job: a run folder and a store of judgments → a new version, or a reason.
+"""The recalibration job: a run folder and a judgment store → a new version, or a reason why not.
 
-Idempotent and safe to kill: everything that it writes is written whole, under the folder's lock.
-When it runs is left to cron or a scheduler.
+Idempotent and safe to kill: every file is written whole, under the folder's lock. Scheduling is
+left to cron or a workflow manager.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,19 @@ from ensemble_rm.drift.state import DriftOptions, summarise, watch, write_state
 from ensemble_rm.evidence.dated_margins import DatedMargins
 from ensemble_rm.evidence.pair_margins import evidence_of, load_members, window_margins
 from ensemble_rm.evidence.score_table import ScoreTable
-from ensemble_rm.evidence.window import Window, choose, read_window
+from ensemble_rm.evidence.window import Window, WindowOptions, choose, read_window
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.recalibration.decision import FLATTENED, Decision, GateOptions, decide
-from ensemble_rm.recalibration.outcome import Recalibration, Verdict, explain, key_of
+from ensemble_rm.recalibration.decision import FLATTENED, Decision, DecisionOptions, decide
 from ensemble_rm.versions.adopt import describe_ensemble
-from ensemble_rm.versions.job_run import RunLog, working
+from ensemble_rm.versions.job_run import (
+    Job,
+    JobOutcome,
+    RunOptions,
+    Verdict,
+    digest_inputs,
+    json_values,
+)
 from ensemble_rm.versions.repository import Versions, now_utc
 from ensemble_rm.versions.version import Version
 
@@ -36,17 +42,63 @@ if TYPE_CHECKING:
 EVENT = "recalibrated"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecalibrationOptions(WindowOptions, DecisionOptions, DriftOptions, RunOptions):
+    """Options of `recalibrate`.
+
+    Attributes
+    ----------
+    watch : bool
+        Run the sequential drift test on the incumbent.
+    since, until, window
+        Which judgments; see `WindowOptions`.
+    half_life, gate_share, delta, level, min_judgments, slices, confirm
+        How a candidate is fitted and judged; see `DecisionOptions`.
+    alpha, tolerance
+        Of the drift test; see `DriftOptions`.
+    dry_run, wait
+        See `RunOptions`.
+    """
+
+    watch: bool = field(
+        default=True, metadata={"help": "test the published temperature for drift on every run"}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recalibration(JobOutcome):
+    """The outcome of one run of `recalibrate`.
+
+    A drift alarm is either an alarm without a better calibration to publish, or a published
+    temperature so large that probabilities carry almost no information. In both cases the members
+    need retraining.
+
+    Attributes
+    ----------
+    temperature_before, temperature_after : float, optional
+        Of the incumbent and of the published calibration.
+    alarm : dict, optional
+        State of the labelled drift test.
+    verdict, reason, run, incumbent, version, dry_run, details
+        As in every job; see `JobOutcome`.
+    """
+
+    temperature_before: float | None = None
+    temperature_after: float | None = None
+    alarm: dict[str, Any] | None = None
+
+    @property
+    def change(self) -> str:
+        """The temperature before and after."""
+        before = "none" if self.temperature_before is None else f"{self.temperature_before:.4f}"
+        return f", T {before} → {self.temperature_after:.4f}"
+
+
 def recalibrate(
     folder: str | Path,
     store: JudgmentStore,
     *,
-    since: datetime | None = None,
-    until: datetime | None = None,
-    window: float | None = None,
-    options: GateOptions | None = None,
-    alarms: DriftOptions | None = DriftOptions(),  # noqa: B008
-    dry_run: bool = False,
-    wait: bool = False,
+    options: RecalibrationOptions | None = None,
     load: Callable[..., RewardEnsemble] | None = None,
     clock: Callable[[], datetime] = now_utc,
     progress: Progress = silent,
@@ -56,24 +108,14 @@ def recalibrate(
     Parameters
     ----------
     folder : str or Path
-        Of an ensemble or its versions; a plain ensemble becomes version 1.
+        A saved ensemble or its versions; a plain ensemble becomes version 1.
     store : JudgmentStore
-        Read only.
-    since, until : datetime, optional
-        Judged at or after the one, before the other.
-    window : float, optional
-        Days, counted back from the newest judgment; instead of `since`.
-    options : GateOptions, optional
-        Forgetting, gate, refusals.
-    alarms : DriftOptions, optional
-        Of the sequential test that watches the incumbent; None for no test.
-    dry_run : bool
-        Say everything, and write nothing.
-    wait : bool
-        For another job on the folder to end, instead of raising.
+        Only read.
+    options : RecalibrationOptions, optional
+        Which judgments, forgetting, gate, drift test, dry run.
     load : callable, optional
-        Takes the folder and `version`, returns the ensemble; called only for pairs without scores.
-        `RewardEnsemble.from_pretrained` where not given.
+        Takes the folder and `version`, returns the ensemble; called only for pairs without stored
+        scores. Default: `RewardEnsemble.from_pretrained`.
     clock : callable
         Returns the time; for tests.
     progress : callable
@@ -82,70 +124,68 @@ def recalibrate(
     Returns
     -------
     Recalibration
-        The same judgments, members and options a second time are kept, and nothing is computed.
+        A second run with the same judgments, members and options is kept without any work.
 
     Raises
     ------
     LockedError
-        If another job works on the folder, and `wait` is not set.
+        If another job works on the folder and `wait` is not set.
     StorageError
-        If something cannot be read or written; what was current still is.
+        If something cannot be read or written; the current version stays current.
     AggregatorMismatchError
         If the ensemble's calibration belongs to another aggregator than its reward.
     """
-    versions = Versions(folder, clock=clock)
-    log = RunLog(versions, EVENT, dry_run)
-    bounds = {"since": since, "until": until, "days": window}
-    job = _Job(versions, store, options or GateOptions(), alarms, bounds, log, load, progress)
-    with working(log, wait=wait, prepare=job.mend_log):
-        return job.run()
+    job = _RecalibrationJob(
+        versions=Versions(folder, clock=clock),
+        event=EVENT,
+        options=options or RecalibrationOptions(),
+        progress=progress,
+        store=store,
+        load=load,
+    )
+    with job.holding_folder():
+        return job.work()
 
 
 @dataclass(frozen=True)
 class _Case:
-    """What a run is about: the incumbent, its calibration, and what is known of the run so far."""
+    """The incumbent, its calibration, and what the run has established so far."""
 
     incumbent: Version
-    old: Calibration | None
+    calibration: Calibration | None
     details: dict[str, Any]
     alarm: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class _Job:
-    versions: Versions
+@dataclass(frozen=True, kw_only=True)
+class _RecalibrationJob(Job):
+    options: RecalibrationOptions
     store: JudgmentStore
-    options: GateOptions
-    alarms: DriftOptions | None
-    bounds: dict[str, Any]
-    log: RunLog
     load: Callable[..., RewardEnsemble] | None
-    progress: Progress
 
-    def run(self) -> Recalibration:
+    def work(self) -> Recalibration:
         incumbent = self.versions.incumbent()
-        said = describe_ensemble(self.versions.ensemble_folder(incumbent))
-        aggregator = Aggregator.from_json(said["aggregator"])
-        old = incumbent.read_calibration()
-        if old is not None:
-            require_calibration(old, aggregator)
-        where, future = choose(self.store, latest=self._latest(incumbent), **self.bounds)
+        ensemble = describe_ensemble(self.versions.ensemble_folder(incumbent))
+        aggregator = Aggregator.from_json(ensemble["aggregator"])
+        calibration = incumbent.read_calibration()
+        if calibration is not None:
+            require_calibration(calibration, aggregator)
+        where, future = choose(self.store, self.options, latest=self._latest_time(incumbent))
         window = read_window(self.store, where, future=future, progress=self.progress)
-        options = self.options.to_json()
-        key = key_of(window.digest, incumbent.members, said["aggregator"], options)
+        options = self.options.decision_json()
+        key = digest_inputs(window.digest, incumbent.members, ensemble["aggregator"], options)
         details: dict[str, Any] = {
             "judgments": {"store": self.store.name} | window.describe(),
             "members": incumbent.members,
             "options": options,
             "key": key,
         }
-        case = _Case(incumbent, old, details)
-        known = self._known(incumbent, key)
-        if known is not None:
-            case.details["same_as"] = known[2]
-            return self._end(case, known[0], known[1])
-        table = ScoreTable(self.versions.folder, incumbent.members, read_only=self.log.dry_run)
-        members = len(said["normaliser"]["offset"])
+        case = _Case(incumbent, calibration, details)
+        if (repeated := self._repeated(incumbent, key)) is not None:
+            verdict, reason, case.details["same_as"] = repeated
+            return self._end(case, verdict, reason)
+        table = ScoreTable(self.versions.folder, incumbent.members, read_only=self.options.dry_run)
+        members = len(ensemble["normaliser"]["offset"])
         loaded = partial(load_members, self.versions, incumbent, self.load)
         margins = window_margins(
             window, self.store, table, aggregator, members, loaded, progress=self.progress
@@ -154,25 +194,30 @@ class _Job:
         case.details["judgments"] |= window.describe()
         data = window.with_margins(margins)
         case = replace(case, alarm=self._watch(case, data, window))
-        now = self.versions.clock().isoformat(timespec="seconds")
-        how: dict[str, Any] = {"options": self.options, "digest": window.digest, "created": now}
-        decision = decide(data, aggregator, old, **how)
-        case.details.update(explain(decision, old) | {"flat": decision.flat})
+        decision = decide(
+            data,
+            aggregator,
+            calibration,
+            options=self.options,
+            digest=window.digest,
+            created=self.versions.clock().isoformat(timespec="seconds"),
+        )
+        case.details.update(_explain(decision, calibration) | {"flat": decision.flat})
         return self._act(case, decision, lambda: evidence_of(window, table))
 
     def _watch(self, case: _Case, data: DatedMargins, window: Window) -> dict[str, Any] | None:
-        if self.alarms is None or case.old is None:
+        if not self.options.watch or case.calibration is None:
             return None
         state = watch(
             self.versions.folder,
             case.incumbent,
-            case.old,
+            case.calibration,
             data,
             inclusion=window.inclusion,
-            options=self.alarms,
+            options=self.options,
             at=self.versions.clock().isoformat(timespec="seconds"),
         )
-        if not self.log.dry_run:
+        if not self.options.dry_run:
             write_state(self.versions.folder, case.incumbent, state)
         return summarise(state)
 
@@ -182,20 +227,18 @@ class _Job:
         if decision.answer != "publish" or decision.calibration is None:
             too_few = decision.answer == "too few"
             return self._end(case, "too few" if too_few else "kept", decision.reason)
-        versioned = self.versions.versioned
-        if versioned and self.versions.pointer.pinned:
+        if self.versions.pinned:
             case.details["pinned"] = True
             number = case.incumbent.number
-            return self._end(
-                case, "kept", f"version {number} is pinned; unpinned: {decision.reason}"
-            )
-        number = self.versions.pointer.newest + 1 if versioned else 2
-        if not self.log.dry_run:
+            reason = f"version {number} is pinned; without the pin: {decision.reason}"
+            return self._end(case, "kept", reason)
+        number = self.versions.pointer.newest + 1 if self.versions.versioned else 2
+        if not self.options.dry_run:
             provenance = {"reason": decision.reason, "alarm": case.alarm} | case.details
             number = self.versions.publish_calibration(
                 replace(decision.calibration, evidence=evidence()),
                 provenance=provenance,
-                run=self.log.run,
+                run=self.run,
             ).number
         after = decision.calibration.temperature
         return self._end(case, "published", decision.reason, version=number, after=after)
@@ -210,63 +253,83 @@ class _Job:
         after: float | None = None,
     ) -> Recalibration:
         if case.alarm is not None and case.alarm["alarm"] and verdict != "published":
-            at, way = case.alarm["alarmed_at"], case.alarm["direction"]
-            reason = f"{way} since {at}, and nothing better to publish ({verdict}: {reason})"
+            at, direction = case.alarm["alarmed_at"], case.alarm["direction"]
+            reason = f"{direction} since {at}, and nothing better to publish ({verdict}: {reason})"
             verdict = "drift alarm"
         if verdict == "published" and case.details["flat"]:
             verdict = "drift alarm"
-        found = Recalibration(
-            verdict,
-            reason,
-            self.log.run,
-            case.incumbent.number,
-            version,
-            self.log.dry_run,
-            None if case.old is None else case.old.temperature,
-            after,
-            case.alarm,
-            case.details,
+        old = case.calibration
+        return self.finish(
+            Recalibration(
+                verdict=verdict,
+                reason=reason,
+                run=self.run,
+                incumbent=case.incumbent.number,
+                version=version,
+                dry_run=self.options.dry_run,
+                temperature_before=None if old is None else old.temperature,
+                temperature_after=after,
+                alarm=case.alarm,
+                details=case.details,
+            )
         )
-        self.log.write(found.to_json())
-        return found
 
-    def _known(self, incumbent: Version, key: str) -> tuple[Verdict, str, str] | None:
-        """Return the verdict, reason and run that found the same before; None where none did."""
+    def _repeated(self, incumbent: Version, key: str) -> tuple[Verdict, str, str] | None:
+        """Return verdict, reason and run of an earlier run with the same inputs, if any."""
         if incumbent.provenance.get("key") == key:
             run = incumbent.run
-            reason = f"the same judgments, members and options as of {run}"
+            reason = f"same judgments, members and options as run {run}"
             if incumbent.provenance.get("flat"):
                 return "drift alarm", reason + FLATTENED, run
             return "kept", reason, run
-        last = self.versions.audit.last(event=EVENT)
-        if last is None or last.get("verdict") == "error":
+        last = self.last_run(key=key)
+        if last is None:
             return None
-        details = last.get("details", {})
-        if details.get("key") != key or details.get("pinned"):
-            return None
+        # After a rollback the published version is not current any more, and must not come back.
         verdict: Verdict = "kept" if last["verdict"] == "published" else last["verdict"]
-        run = str(details.get("same_as", last["run"]))
-        first = f"the same judgments, members and options as of {run}"
-        said = last["reason"] if "same_as" in details else f"{first}: {last['reason']}"
-        return verdict, said, run
+        if "same_as" in last["details"]:
+            return verdict, last["reason"], last["details"]["same_as"]
+        run = last["run"]
+        return verdict, f"same judgments, members and options as run {run}: {last['reason']}", run
 
-    def _latest(self, incumbent: Version) -> datetime:
-        """Return the clock's time, or the last run's where the clock went back since."""
+    def _latest_time(self, incumbent: Version) -> datetime:
+        """Return the clock's time, or the last run's where the clock was set back since."""
         times = [self.versions.clock(), datetime.fromisoformat(incumbent.created_at)]
         last = self.versions.audit.last(event=EVENT)
         if last is not None:
             times.append(datetime.fromisoformat(last["at"]))
         return max(time.astimezone(UTC) for time in times)
 
-    def mend_log(self) -> None:
-        """Write the line of a run that was killed between publishing and its line."""
-        now = self.versions.current()
-        if not now.run or self.versions.audit.last(event=EVENT, run=now.run) is not None:
+    def repair_log(self) -> None:
+        """Write the audit line of a run that was killed between its publication and the line."""
+        current = self.versions.current()
+        if not current.run or self.versions.audit.last(event=EVENT, run=current.run) is not None:
             return
-        details = dict(now.provenance)
+        details = dict(current.provenance)
         reason = str(details.pop("reason", ""))
-        line: dict[str, Any] = {"event": EVENT, "at": now.created_at, "run": now.run}
         verdict = "drift alarm" if details.get("flat") else "published"
-        line |= {"verdict": verdict, "reason": reason, "mended": True}
-        line |= {"incumbent": now.parent, "version": now.number, "details": details}
+        line: dict[str, Any] = {"event": EVENT, "at": current.created_at, "run": current.run}
+        line |= {"verdict": verdict, "reason": reason, "repaired": True}
+        line |= {"incumbent": current.parent, "version": current.number, "details": details}
         self.versions.audit.append(line)
+
+
+def _explain(decision: Decision, incumbent: Calibration | None) -> dict[str, Any]:
+    """Return what a decision is based on, for provenance and the audit log."""
+    row: dict[str, Any] = {"sizes": decision.sizes, "metrics": decision.metrics}
+    row["gate"] = None if decision.gate is None else asdict(decision.gate)
+    row["confirmation"] = None if decision.confirmation is None else asdict(decision.confirmation)
+    for name in ("candidate", "final"):
+        fitted = getattr(decision, name)
+        if fitted is not None:
+            row[name] = {
+                "temperature": fitted.fit.temperature,
+                "own": fitted.own.temperature,
+                "own_log_se": fitted.own.log_se,
+                "share": fitted.shrunk.share,
+                "change": fitted.shrunk.change,
+                "effective": fitted.effective,
+            }
+    row["incumbent_log_se"] = None if incumbent is None else incumbent.fit.log_se
+    explained: dict[str, Any] = json_values(row)
+    return explained

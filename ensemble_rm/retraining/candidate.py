@@ -1,16 +1,17 @@
 """`retrain`: an ensemble, its old pairs and new judgments → a candidate and a verdict.
 
-Nothing is published here, and nothing of the incumbent is changed.
+Nothing is published here, and the incumbent is not changed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS, fit_temperature
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
@@ -18,74 +19,92 @@ from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 from ensemble_rm.judgments.judgment import Judgment
-from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.heads.scorer import HeadScorer
 from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.retraining.gate import Answer, RetrainingGate, gate_members
-from ensemble_rm.retraining.splits import RetrainingParts, part_judgments
+from ensemble_rm.retraining.splits import RetrainingParts, split_judgments
 from ensemble_rm.retraining.unit_matching import reward_units, same_units
-from ensemble_rm.training.run import train
-from ensemble_rm.training.start import training_arguments
+from ensemble_rm.training.request import TrainingRequest
+from ensemble_rm.training.run import train_request
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RetrainingOptions:
-    """How a retraining is done and judged.
+    """How members are retrained and judged.
 
     Attributes
     ----------
     gate_share : float
-        Of the judgments on new prompts, the newest, that are the gate's.
+        Share of the judgments on new prompts, the newest, that the gate uses.
     calibration_share : float
-        Of them, that set the temperatures.
+        Share of them that sets the temperatures.
     validation_share : float
-        Of what is trained on, by prompt, that stops training early.
+        Share of the training pairs, by prompt, for early stopping; in (0, 1).
     weighted : bool
-        Whether training counts judgments 1/π, too. Calibration and gate, which say something of
-        all pairs, always do; members learn what depends on the pair itself, and there the weights
-        cost more than they mend (``benchmarks/lifecycle/selection.py``).
+        Weight judgments by 1/π in training as well. Calibration and gate, which estimate quantities
+        over all pairs, always do. Members learn what depends on the pair itself, and there the
+        weights cost more than they gain (``benchmarks/lifecycle/selection.py``).
     delta : float
-        Rise of NLL that has to be excluded, nats a judgment.
+        Rise of the NLL that the gate must exclude, nats per judgment; > 0.
     delta_accuracy : float
-        Fall of accuracy that has to be excluded.
+        Fall of the accuracy that the gate must exclude; in (0, 1).
     level : float
-        Of the one-sided bounds.
+        Confidence of the one-sided bounds, in [0.5, 1).
     min_judgments : int
-        The fewest effective judgments to calibrate on, and to gate on.
+        Fewest effective judgments to calibrate on, and to gate on.
     seed : int
-        Of the deals and of training; keep it from one retraining to the next, and no incumbent has
-        been trained on what calibrates.
+        Of the splits and of training. Keep it from one retraining to the next, so that no incumbent
+        was trained on what calibrates the next one.
     """
 
-    gate_share: float = 0.25
-    calibration_share: float = 0.25
-    validation_share: float = 0.15
-    weighted: bool = False
-    delta: float = 0.02
-    delta_accuracy: float = 0.05
-    level: float = 0.95
-    min_judgments: int = MIN_JUDGMENTS
-    seed: int = 0
+    gate_share: float = field(
+        default=0.25,
+        metadata={"help": "share of the judgments on new prompts, the newest, for the gate"},
+    )
+    calibration_share: float = field(
+        default=0.25, metadata={"help": "share of those judgments that sets the temperatures"}
+    )
+    validation_share: float = field(
+        default=0.15, metadata={"help": "share of the training pairs for early stopping"}
+    )
+    weighted: bool = field(
+        default=False, metadata={"help": "weight selected pairs by 1/π in training as well"}
+    )
+    delta: float = field(
+        default=0.02, metadata={"help": "rise of the NLL that the gate must exclude, in nats"}
+    )
+    delta_accuracy: float = field(
+        default=0.05, metadata={"help": "fall of the accuracy that the gate must exclude"}
+    )
+    level: float = field(
+        default=0.95, metadata={"help": "confidence of the gate's one-sided bounds"}
+    )
+    min_judgments: int = field(
+        default=MIN_JUDGMENTS,
+        metadata={"help": "fewest effective judgments to calibrate on, and to gate on"},
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the splits and of training"})
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
-            raise OptionError(f"validation_share must lie in (0, 1), not {self.validation_share}")
+            raise OptionError(f"validation_share must be in (0, 1), not {self.validation_share}")
         if not (self.delta > 0 and 0 < self.delta_accuracy < 1 and 0.5 <= self.level < 1):
             raise OptionError(
                 f"delta={self.delta} must be > 0, delta_accuracy={self.delta_accuracy} in (0, 1) "
                 f"and level={self.level} in [0.5, 1)"
             )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return them by name."""
-        return asdict(self)
+    def training_json(self) -> dict[str, Any]:
+        """Return the options of this class by name, without those of a subclass."""
+        return {option.name: getattr(self, option.name) for option in fields(RetrainingOptions)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Retraining:
-    """What came of it.
+    """The result of `retrain`.
 
     Attributes
     ----------
@@ -94,12 +113,12 @@ class Retraining:
         Why, in words.
     ensemble : RewardEnsemble, optional
         The candidate, in the incumbent's units and calibrated on calibration and gate; None unless
-        it is to be published.
+        it passed the gate.
     candidate : RewardEnsemble, optional
-        The retrained members in the incumbent's units, not calibrated; None where there was no
-        training.
+        The retrained members in the incumbent's units, not calibrated; None if nothing was
+        trained.
     gate : RetrainingGate, optional
-        Where it came to that.
+        None where the gate was not reached.
     details : dict
         Parts, effective sizes, temperatures, units: JSON values.
     """
@@ -124,26 +143,27 @@ def retrain(
     cache_dir: str | Path | None = DEFAULT_CACHE,
     progress: Progress = silent,
 ) -> Retraining:
-    """Train the members on, on old pairs and new judgments, and judge the result on the newest.
+    """Continue training on old pairs and new judgments, and judge the result on the newest.
 
     Parameters
     ----------
     ensemble : RewardEnsemble
-        The incumbent, made by `train` or by this function.
+        The incumbent, made by `train` or by this function; it is not changed.
     old : Preferences
-        What its members were trained on.
+        Its training pairs.
     judgments : sequence of Judgment
         The new ones, dated; votes become soft labels.
     reference : Preferences, optional
-        The completions on which the reward's spread stays what it was; `old` where not given. Name
-        the same ones each time.
+        Pairs on whose completions the reward keeps its spread (default: `old`). Use the same ones
+        every time.
     recipe : Recipe, optional
-        The incumbent's own where not given.
+        Default: the incumbent's own.
     options : RetrainingOptions, optional
+        Split, gate, seed.
     out : str or Path, optional
-        A folder for the trained members, where a killed run goes on; full members need it.
+        Folder of the trained members, where a killed run resumes; full members need it.
     cache_dir : str or Path, optional
-        Of features and token states.
+        Folder of cached features and token states; None for no cache.
     progress : callable
         Called with (stage, done, total).
 
@@ -154,65 +174,57 @@ def retrain(
     Raises
     ------
     OptionError
-        If the ensemble does not come from training, or an option cannot be used.
+        If the ensemble was not made by training, or an option is out of range.
     EmptyDataError
         If there are no old pairs.
     TrainingError
-        If training cannot go on.
+        If training cannot continue.
     """
     require_pairs(old, "retraining")
-    chosen = options or RetrainingOptions()
-    said = training_arguments(ensemble)
+    options = options or RetrainingOptions()
+    request = replace(TrainingRequest.of(ensemble), seed=options.seed, out=out, cache_dir=cache_dir)
     if recipe is not None:
-        said["recipe"] = recipe
+        request = replace(request, recipe=recipe)
     try:
-        parts = deal(judgments, old, chosen)
+        parts = sufficient_parts(judgments, old, options)
     except TooFewJudgmentsError as error:
-        return Retraining("too few", str(error))
+        return Retraining(answer="too few", reason=str(error))
     details: dict[str, Any] = {"judgments": parts.judgments, "effective": parts.effective}
     pairs = Preferences((*old, *parts.train), f"{old.source} and {parts.train.source}")
-    fit, validation = pairs.split(
-        1 - chosen.validation_share, chosen.validation_share, seed=chosen.seed
-    )
-    trained = train(
-        fit,
-        validation,
-        **said,
-        seed=chosen.seed,
-        out=out,
-        cache_dir=cache_dir,
-        progress=progress,
-    )
-    fixed = old if reference is None else reference
+    share = options.validation_share
+    fit, validation = pairs.split(1 - share, share, seed=options.seed)
+    trained = train_request(fit, validation, request, progress=progress)
+    reference = old if reference is None else reference
     cache = None if cache_dir is None else FeatureCache(Path(cache_dir).expanduser())
-    both = [_reading(one, cache) for one in (ensemble, trained)]
-    candidate = same_units(both[1], both[0], fixed, progress=progress)
-    details["units"] = _units(candidate, fixed)
-    found = _judge(both[0], candidate, parts, chosen, details, progress)
+    incumbent = _with_cache(ensemble, cache)
+    candidate = same_units(_with_cache(trained, cache), incumbent, reference, progress=progress)
+    details["units"] = _units(candidate, reference)
+    result = _judge(incumbent, candidate, parts, options, details, progress)
+    # The published members are the trained ones, without this run's cache.
     return replace(
-        found,
-        ensemble=found.ensemble and replace(found.ensemble, scorers=trained.scorers),
-        candidate=found.candidate and replace(found.candidate, scorers=trained.scorers),
+        result,
+        ensemble=result.ensemble and replace(result.ensemble, scorers=trained.scorers),
+        candidate=result.candidate and replace(result.candidate, scorers=trained.scorers),
     )
 
 
-def _reading(ensemble: RewardEnsemble, cache: FeatureCache | None) -> RewardEnsemble:
-    """Let heads find the features that training has read, and each other's."""
+def _with_cache(ensemble: RewardEnsemble, cache: FeatureCache | None) -> RewardEnsemble:
+    """Let heads reuse the features that training has read, and each other's."""
     scorers = (s.with_cache(cache) if isinstance(s, HeadScorer) else s for s in ensemble.scorers)
     return replace(ensemble, scorers=tuple(scorers))
 
 
-def deal(
+def sufficient_parts(
     judgments: Sequence[Judgment], old: Preferences, options: RetrainingOptions
 ) -> RetrainingParts:
-    """Deal the judgments, and refuse parts that say too little.
+    """Split the judgments, and refuse parts with too few effective judgments.
 
     Raises
     ------
     TooFewJudgmentsError
-        If calibration or gate has fewer effective judgments than it needs.
+        If calibration or gate has fewer effective judgments than `min_judgments`.
     """
-    parts = part_judgments(
+    parts = split_judgments(
         judgments,
         old,
         gate_share=options.gate_share,
@@ -223,21 +235,20 @@ def deal(
     for name in ("calibration", "gate"):
         if parts.effective[name] < options.min_judgments:
             raise TooFewJudgmentsError(
-                f"the {parts.judgments[name]} judgments of the {name} count as "
-                f"{parts.effective[name]:.1f} drawn at random; {options.min_judgments} are needed: "
-                "collect more"
+                f"the {parts.judgments[name]} judgments of the {name} have an effective number of "
+                f"{parts.effective[name]:.1f}; {options.min_judgments} are needed: collect more"
             )
     return parts
 
 
 def _units(candidate: RewardEnsemble, reference: Preferences) -> dict[str, Any]:
-    """Say what the candidate's reward is spread like, which is as the incumbent's was."""
+    """Return mean and spread of the candidate's reward, which equal the incumbent's."""
     reward = candidate.score(reference.samples()).reward
-    found = reward_units(reward, reference.sample_groups())
+    units = reward_units(reward, reference.sample_groups())
     return {
         "reference": reference.digest,
-        "rms_within_prompts": found.scale[0],
-        "mean": found.offset[0],
+        "rms_within_prompts": units.scale[0],
+        "mean": units.offset[0],
     }
 
 
@@ -250,19 +261,12 @@ def _judge(
     progress: Progress,
 ) -> Retraining:
     held, aggregator = parts.calibration, incumbent.aggregator
-    before = _temperature(incumbent.judge(held, progress=progress), incumbent)
+    before = _incumbent_temperature(incumbent, incumbent.judge(held, progress=progress))
     try:
-        scored = candidate.judge(held, progress=progress)
-        after = fit_temperature(
-            scored.margins(aggregator),
-            scored.targets,
-            weights=scored.weights,
-            groups=scored.groups,
-            min_judgments=2,
-        ).temperature
+        after = _temperature(candidate.judge(held, progress=progress), aggregator)
     except CalibrationError as error:
         reason = f"the retrained members cannot be calibrated: {error}"
-        return Retraining("keep", reason, candidate=candidate, details=details)
+        return Retraining(answer="keep", reason=reason, candidate=candidate, details=details)
     details["temperatures"] = {"incumbent": before, "candidate": after}
     gate = gate_members(
         incumbent.judge(parts.gate, progress=progress),
@@ -273,26 +277,33 @@ def _judge(
         delta_accuracy=options.delta_accuracy,
         level=options.level,
     )
+    result = Retraining(
+        answer=gate.answer, reason=gate.reason, candidate=candidate, gate=gate, details=details
+    )
     if gate.answer != "publish":
-        return Retraining(gate.answer, gate.reason, None, candidate, gate, details)
+        return result
     try:
-        final = _calibrated(candidate, parts, incumbent.calibration, progress)
+        calibrated = _calibrated(candidate, parts, incumbent.calibration, progress)
     except CalibrationError as error:
         reason = f"the retrained members cannot be calibrated: {error}"
-        return Retraining("keep", reason, None, candidate, gate, details)
-    return Retraining("publish", gate.reason, final, candidate, gate, details)
+        return replace(result, answer="keep", reason=reason)
+    return replace(result, ensemble=calibrated)
 
 
-def _temperature(held: ScoredPairs, incumbent: RewardEnsemble) -> float:
-    """Return the incumbent's temperature of these judgments; else its own; else infinity."""
+def _temperature(scored: ScoredPairs, aggregator: Aggregator) -> float:
+    return fit_temperature(
+        scored.margins(aggregator),
+        scored.targets,
+        weights=scored.weights,
+        groups=scored.groups,
+        min_judgments=2,
+    ).temperature
+
+
+def _incumbent_temperature(incumbent: RewardEnsemble, scored: ScoredPairs) -> float:
+    """Return its temperature on these judgments; else its published one; else infinity."""
     try:
-        return fit_temperature(
-            held.margins(incumbent.aggregator),
-            held.targets,
-            weights=held.weights,
-            groups=held.groups,
-            min_judgments=2,
-        ).temperature
+        return _temperature(scored, incumbent.aggregator)
     except CalibrationError:
         old = incumbent.calibration
         return math.inf if old is None else old.temperature
@@ -304,13 +315,13 @@ def _calibrated(
     old: Calibration | None,
     progress: Progress,
 ) -> RewardEnsemble:
-    """Calibrate as the incumbent was, on all judgments that no member was trained on."""
+    """Calibrate by the incumbent's method, on all judgments that no member was trained on."""
     held = Preferences((*parts.calibration, *parts.gate), parts.calibration.source)
-    found = candidate.calibrate(
+    calibrated = candidate.calibrate(
         held,
         method="temperature" if old is None else old.method,
         slices=old is not None and bool(old.slices),
         min_judgments=2,
         progress=progress,
     )
-    return replace(found, provenance=candidate.provenance)
+    return replace(calibrated, provenance=candidate.provenance)

@@ -1,8 +1,8 @@
-"""Whether retrained members may take the incumbent's place: NLL and accuracy on the newest prompts.
+"""Whether retrained members may replace the incumbent: NLL and accuracy on the newest prompts.
 
-The same comparison as a recalibration's, on the same judgments, clustered by prompt; the incumbent
-is given a temperature of the same judgments as the candidate, so that what passes is more than a
-recalibration could do. Knows margins and verdicts; knows nothing of members or training.
+The same comparison as in a recalibration, on the same judgments, clustered by prompt. Both
+ensembles get a temperature from the same judgments, so that a candidate that passes achieves more
+than a recalibration could. Knows margins and verdicts; knows nothing of members or training.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ Answer: TypeAlias = Literal["publish", "keep", "too few"]
 
 @dataclass(frozen=True, slots=True)
 class AccuracyGate:
-    """What the gate found of accuracy.
+    """The gate's comparison of accuracy.
 
     Attributes
     ----------
     passed : bool
         Whether a fall by more than delta is excluded.
     before, after : float
-        Of the incumbent and the candidate, in [0, 1]; a tie or a split vote earns its share.
+        Of the incumbent and the candidate, in [0, 1]; a tie or a split vote counts its share.
     difference : float
-        After minus before; above 0 it is better.
+        After minus before; positive if the candidate is better.
     se : float
-        Of the difference, over prompts.
+        Standard error of the difference, over prompts.
     lower : float
         One-sided lower bound of the difference.
     delta, level : float
-        The fall that has to be excluded, and at which confidence.
+        The fall to exclude, and the confidence.
     """
 
     passed: bool
@@ -55,18 +55,18 @@ class AccuracyGate:
 
 @dataclass(frozen=True)
 class RetrainingGate:
-    """What the gate found.
+    """The result of the gate.
 
     Attributes
     ----------
     answer : {"publish", "keep", "too few"}
-        Too few where the candidate looks better, and more judgments could show it.
+        ``"too few"``: the candidate looks better, and more judgments could show it.
     reason : str
         Why, in words.
     nll : Gate
     accuracy : AccuracyGate
     needed : int, optional
-        About how many judgments the gate would need, if they said on average what these do.
+        Approximate number of judgments the gate would need, if they resembled these.
     """
 
     answer: Answer
@@ -88,54 +88,53 @@ def gate_members(
 ) -> RetrainingGate:
     """Compare two ensembles on the same judged pairs.
 
-    The candidate is published if its NLL is lower, a rise of more than `delta` can be excluded, and
-    a fall of accuracy by more than `delta_accuracy` can be excluded.
+    The candidate passes if its NLL is lower, a rise of more than `delta` can be excluded, and a
+    fall of the accuracy by more than `delta_accuracy` can be excluded.
 
     Parameters
     ----------
     incumbent, candidate : ScoredPairs
-        The gate's pairs by the one and by the other.
+        The gate's pairs, scored by each ensemble.
     aggregator : Aggregator
         Of both.
     temperatures : tuple of float
-        Theirs; infinity makes every probability ½.
+        Of the incumbent and the candidate; infinity makes every probability ½.
     delta : float
-        Nats a judgment, > 0.
+        Nats per judgment, > 0.
     delta_accuracy : float
         In (0, 1).
     level : float
-        Of the one-sided bounds.
+        Confidence of the one-sided bounds.
 
     Returns
     -------
     RetrainingGate
     """
-    pairs = (incumbent, candidate)
-    margins = [some.margins(aggregator) for some in pairs]
+    margins = [scored.margins(aggregator) for scored in (incumbent, candidate)]
     y, w, groups = incumbent.targets, incumbent.weights, incumbent.groups
     before, after = (losses(x, y, t) for x, t in zip(margins, temperatures, strict=True))
     nll = judge_candidate(before, after, weights=w, groups=groups, delta=delta, level=level)
     hits = [agreement(expit(x), y) for x in margins]
     accuracy = _accuracy(hits[0], hits[1], w, groups, delta=delta_accuracy, level=level)
     if nll.passed and accuracy.passed:
-        reason = f"{nll.reason}; {_said(accuracy)}"
+        reason = f"{nll.reason}; {_accuracy_text(accuracy)}"
         return RetrainingGate("publish", reason, nll, accuracy)
     if nll.difference >= 0:
-        reason = f"the retrained members are no better on the newest prompts ({_nats(nll)})"
+        reason = f"the retrained members are not better on the newest prompts ({_nll_text(nll)})"
         return RetrainingGate("keep", reason, nll, accuracy)
     reach = float(student.ppf(level, max(nll.prompts - 1, 1)))
-    # Each bound holds once its standard error is small enough for the difference that was seen.
-    shares = [
-        _shrink(nll.difference, nll.se, nll.delta, reach),
-        _shrink(-accuracy.difference, accuracy.se, accuracy.delta, reach),
+    # More judgments shrink the standard errors, until each bound excludes its delta.
+    factors = [
+        _more(nll.difference, nll.se, nll.delta, reach),
+        _more(-accuracy.difference, accuracy.se, accuracy.delta, reach),
     ]
-    if not all(map(math.isfinite, shares)):
-        reason = f"{_nats(nll)}, but the accuracy falls: {_said(accuracy)}"
+    if not all(map(math.isfinite, factors)):
+        reason = f"{_nll_text(nll)}, but the accuracy falls: {_accuracy_text(accuracy)}"
         return RetrainingGate("keep", reason, nll, accuracy)
-    needed = math.ceil(nll.judgments * max(shares))
+    needed = math.ceil(nll.judgments * max(factors))
     reason = (
-        f"{_nats(nll)}, and {_said(accuracy)}: more judgments are needed, about {needed} on "
-        f"prompts of the gate, which had {nll.judgments}"
+        f"{_nll_text(nll)}, and {_accuracy_text(accuracy)}: more judgments are needed, "
+        f"about {needed} on prompts of the gate, which had {nll.judgments}"
     )
     return RetrainingGate("too few", reason, nll, accuracy, needed)
 
@@ -158,19 +157,19 @@ def _accuracy(
     )
 
 
-def _shrink(rise: float, se: float, delta: float, reach: float) -> float:
-    """Return how many times the judgments it takes to exclude a rise above delta; ∞ if none can."""
+def _more(rise: float, se: float, delta: float, reach: float) -> float:
+    """Return the factor of judgments that excludes a rise above delta; ∞ if none can."""
     if rise + reach * se <= delta:
         return 1.0
     return (reach * se / (delta - rise)) ** 2 if rise < delta else math.inf
 
 
-def _nats(nll: Gate) -> str:
+def _nll_text(nll: Gate) -> str:
     word = "falls" if nll.difference < 0 else "rises"
     return f"NLL {word} by {abs(nll.difference):.5f} nats, at most {nll.upper:+.5f}"
 
 
-def _said(accuracy: AccuracyGate) -> str:
+def _accuracy_text(accuracy: AccuracyGate) -> str:
     return (
         f"accuracy {accuracy.before:.3f} → {accuracy.after:.3f}, a fall beyond "
         f"{accuracy.delta:g} {'is' if accuracy.passed else 'is not'} excluded"

@@ -1,4 +1,4 @@
-"""New judgments dealt to training, calibration and gate; no prompt in two of them.
+"""Split new judgments into training, calibration and gate, with no prompt in two of them.
 
 Knows judgments and the prompts that members were trained on; knows nothing of models.
 """
@@ -23,17 +23,17 @@ NAME = "new judgments"
 
 @dataclass(frozen=True)
 class RetrainingParts:
-    """What becomes of the new judgments.
+    """The new judgments, split.
 
     Attributes
     ----------
     train, calibration, gate : Preferences
-        Votes as soft labels, a pair and design each; the gate's prompts are the newest.
+        Votes as soft labels, per pair and design; the gate has the newest prompts.
     judgments : dict of str to int
-        How many each part has, those on prompts that the members know already (all in training),
-        and those left out, since their prompt is in the gate or was before.
+        Number per part; ``"known"``: on prompts that the members were trained on (all in training);
+        ``"left_out"``: on prompts that belong to the other side of the cut in time.
     effective : dict of str to float
-        Kish's effective number of judgments of each part.
+        Kish's effective number of judgments per part.
     """
 
     train: Preferences
@@ -43,7 +43,7 @@ class RetrainingParts:
     effective: dict[str, float]
 
 
-def part_judgments(
+def split_judgments(
     judgments: Sequence[Judgment],
     old: Preferences,
     *,
@@ -52,24 +52,24 @@ def part_judgments(
     weighted: bool,
     seed: int = 0,
 ) -> RetrainingParts:
-    """Deal judgments: the newest prompts to the gate, others at random to calibration or training.
+    """Assign the newest prompts to the gate, the others at random to calibration or training.
 
-    What is judged on a prompt of `old` goes to training: the members know that prompt. A prompt
-    goes to calibration by a digest of its own text, so that under one seed it does so each time:
-    members that were retrained on older judgments have seen no calibration prompt.
+    Judgments on a prompt of `old` go to training, because the members were trained on that prompt.
+    Whether a prompt goes to calibration depends only on its own digest and the seed, so that it is
+    the same every time: members retrained on older judgments have seen no calibration prompt.
 
     Parameters
     ----------
     judgments : sequence of Judgment
-        Without those that were corrected.
+        Without corrected ones.
     old : Preferences
-        What the members were trained on.
+        The members' training pairs.
     gate_share, calibration_share : float
-        Of the judgments on other prompts; > 0, together below 1.
+        Shares of the judgments on other prompts; > 0, together below 1.
     weighted : bool
-        Whether training counts 1/π, too; calibration and gate always do.
+        Weight judgments by 1/π in training as well; calibration and gate always do.
     seed : int
-        Deals the prompts between calibration and training; the same for every retraining.
+        Of the split into calibration and training; keep it for every retraining.
 
     Returns
     -------
@@ -80,30 +80,31 @@ def part_judgments(
     TooFewJudgmentsError
         If a part would be empty.
     OptionError
-        If the shares cannot be used.
+        If the shares are out of range.
     """
     if not (gate_share > 0 and calibration_share > 0 and gate_share + calibration_share < 1):
         raise OptionError(
             f"gate_share={gate_share} and calibration_share={calibration_share} must be > 0 and "
-            "leave something to train on"
+            "add up to less than 1, so that judgments are left for training"
         )
-    known = old.prompt_keys
-    knows = np.array([one.prompt_digest.hex() in known for one in judgments], dtype=bool)
-    fresh = np.flatnonzero(~knows)
+    trained_on = old.prompt_keys
+    known = np.array([j.prompt_digest.hex() in trained_on for j in judgments], dtype=bool)
+    fresh = np.flatnonzero(~known)
     new = [judgments[int(i)] for i in fresh]
     if len(fresh) < 3:
         raise TooFewJudgmentsError(
             f"{len(fresh)} of {len(judgments)} judgments are on prompts that the members were not "
-            "trained on; calibration and gate need such"
+            "trained on; calibration and gate need at least 3"
         )
-    times = np.array([one.judged_at.timestamp() for one in new])
-    prompts = np.array([int.from_bytes(one.prompt_digest[:7]) for one in new])
+    times = np.array([judgment.judged_at.timestamp() for judgment in new])
+    # 7 bytes, since 8 may exceed the int64 that `split_by_time` takes.
+    prompts = np.array([int.from_bytes(judgment.prompt_digest[:7]) for judgment in new])
     split = split_by_time(prompts, times, share=gate_share)
     older = fresh[split.fit]
     share = calibration_share / (1 - gate_share)
-    held = np.array([_held(new[int(i)], share, seed=seed) for i in split.fit], dtype=bool)
+    held = np.array([_is_held(new[int(i)], share, seed=seed) for i in split.fit], dtype=bool)
     rows = {
-        "train": np.sort(np.concatenate([older[~held], np.flatnonzero(knows)])),
+        "train": np.sort(np.concatenate([older[~held], np.flatnonzero(known)])),
         "calibration": older[held],
         "gate": fresh[split.gate],
     }
@@ -113,38 +114,38 @@ def part_judgments(
                 f"{len(judgments)} judgments leave none for {name}; collect more, on more prompts"
             )
     scales = _scales(judgments)
-    dealt = {name: [judgments[int(i)] for i in part] for name, part in rows.items()}
-    found = {
-        name: weighted_votes(some, scales, weighted=weighted or name != "train")
-        for name, some in dealt.items()
+    split_rows = {name: [judgments[int(i)] for i in part] for name, part in rows.items()}
+    votes = {
+        name: weighted_votes(part, scales, weighted=weighted or name != "train")
+        for name, part in split_rows.items()
     }
     counts = {name: len(part) for name, part in rows.items()}
     return RetrainingParts(
-        found["train"],
-        found["calibration"],
-        found["gate"],
-        counts | {"known": int(knows.sum()), "left_out": split.left_out},
-        {name: _effective(some, scales) for name, some in dealt.items()},
+        votes["train"],
+        votes["calibration"],
+        votes["gate"],
+        counts | {"known": int(known.sum()), "left_out": split.left_out},
+        {name: _effective(part, scales) for name, part in split_rows.items()},
     )
 
 
-def _held(one: Judgment, share: float, *, seed: int) -> bool:
-    """Say whether a prompt's older judgments calibrate: its own name decides, nothing else."""
-    mark = hashlib.sha256(f"{seed}|calibration|".encode() + one.prompt_digest).digest()
+def _is_held(judgment: Judgment, share: float, *, seed: int) -> bool:
+    """Return whether a prompt's older judgments calibrate; it depends on its digest alone."""
+    mark = hashlib.sha256(f"{seed}|calibration|".encode() + judgment.prompt_digest).digest()
     return int.from_bytes(mark[:8]) < share * 2**64
 
 
 Design = tuple[str, str | None, str | None]
 
 
-def _design(one: Judgment) -> Design:
-    return one.source, one.batch, one.strategy
+def _design(judgment: Judgment) -> Design:
+    return judgment.source, judgment.batch, judgment.strategy
 
 
 def _scales(judgments: Sequence[Judgment]) -> dict[Design, float]:
-    """Return by what 1/π is multiplied in each design: its judgments count 1 on average."""
-    designs = [_design(one) for one in judgments]
-    inclusion = [one.inclusion for one in judgments]
+    """Return the factor of 1/π per design, such that its judgments have weight 1 on average."""
+    designs = [_design(judgment) for judgment in judgments]
+    inclusion = [judgment.inclusion for judgment in judgments]
     weights = inclusion_weights(inclusion, designs).weights
     return {
         design: float(w) * (1.0 if pi is None else pi)
@@ -160,22 +161,22 @@ def _effective(judgments: Iterable[Judgment], scales: dict[Design, float]) -> fl
 def weighted_votes(
     judgments: Iterable[Judgment], scales: dict[Design, float], *, weighted: bool
 ) -> Preferences:
-    """Return judgments as votes, a pair and design each.
+    """Return judgments as votes, per pair and design.
 
     Parameters
     ----------
     judgments : iterable of Judgment
     scales : dict
-        Of each design's 1/π.
+        Factor of 1/π per design.
     weighted : bool
-        Whether judgments count 1/π, or one each.
+        Weight judgments by 1/π instead of equally.
     """
     by_design: dict[Design, list[Judgment]] = {}
-    for one in judgments:
-        plain = one if weighted else replace(one, strategy=None, inclusion=None)
-        by_design.setdefault(_design(one), []).append(plain)
+    for judgment in judgments:
+        plain = judgment if weighted else replace(judgment, strategy=None, inclusion=None)
+        by_design.setdefault(_design(judgment), []).append(plain)
     pairs: list[Preference] = []
-    for design, some in by_design.items():
+    for design, part in by_design.items():
         scale = scales[design] if weighted else 1.0
-        pairs += [replace(p, weight=scale * p.weight) for p in to_preferences(some)]
+        pairs += [replace(pair, weight=scale * pair.weight) for pair in to_preferences(part)]
     return Preferences(tuple(pairs), NAME)

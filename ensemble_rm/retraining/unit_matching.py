@@ -1,4 +1,4 @@
-"""A new ensemble in the units of an old one: λ, κ and β press on a policy as they did.
+"""Put a new ensemble's reward into the units of an old one, so that λ, κ and β keep their meaning.
 
 Knows scores of a reference set; knows nothing of judgments, training or versions.
 """
@@ -19,7 +19,7 @@ from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
 from ensemble_rm.progress import Progress, silent
 
-_REACH = 1e3  # how far from the proportional scale another is looked for
+_REACH = 1e3  # largest factor between the proportional scale and the one that is searched for
 
 
 def same_units(
@@ -29,19 +29,19 @@ def same_units(
     *,
     progress: Progress = silent,
 ) -> RewardEnsemble:
-    """Refit a candidate's normaliser so that its reward is spread as the incumbent's is.
+    """Refit a candidate's normaliser so that its reward has the incumbent's mean and spread.
 
     Each member is scaled to the same RMS deviation within prompts on the reference completions, as
-    at training; then all by one factor, and moved by one constant, so that the *aggregated* reward
-    has the incumbent's RMS deviation within prompts and its mean there. Members' scales alone would
-    not do: where new members agree more, or less, their aggregate is wider, or narrower.
+    in training. Then all are scaled by one factor and shifted by one constant, so that the
+    *aggregated* reward has the incumbent's RMS deviation within prompts and its mean. Scaling the
+    members alone would not suffice: where new members agree more, their aggregate is wider.
 
     Parameters
     ----------
     candidate, incumbent : RewardEnsemble
-        The candidate takes the incumbent's aggregator.
+        The candidate gets the incumbent's aggregator.
     reference : Preferences
-        Pairs whose completions are the fixed reference set; their verdicts do not count.
+        Pairs whose completions are the fixed reference set; their verdicts are not used.
     progress : callable
         Called with (stage, done, total).
 
@@ -59,36 +59,36 @@ def same_units(
     """
     require_pairs(reference, "refitting the units")
     samples, groups = reference.samples(), reference.sample_groups()
-    wanted = reward_units(incumbent.score(samples, progress=progress).reward, groups)
+    target = reward_units(incumbent.score(samples, progress=progress).reward, groups)
     scores = candidate.score(samples, progress=progress).members
     own = fit_normaliser(scores, groups, nan=incumbent.aggregator.nan)
     aggregator = incumbent.aggregator.bind(candidate.names)
-    factor = _factor(own(scores), groups, aggregator, wanted.scale[0])
+    factor = _factor(own(scores), groups, aggregator, target.scale[0])
     level = reward_units(aggregator(factor * own(scores)), groups).offset[0]
-    normaliser = _chain(candidate.normaliser, own, factor, wanted.offset[0] - level)
+    normaliser = _chain(candidate.normaliser, own, factor, target.offset[0] - level)
     return replace(candidate, normaliser=normaliser, aggregator=aggregator, calibration=None)
 
 
 def reward_units(
     reward: Floats, groups: Floats | np.ndarray[tuple[int], np.dtype[np.int64]]
 ) -> Normaliser:
-    """Return the mean of a reward and its RMS deviation within prompts, as a normaliser of one."""
+    """Return a reward's mean and its RMS deviation within prompts, as a one-column normaliser."""
     return fit_normaliser(reward[:, None], groups)
 
 
-def _factor(members: Floats, groups: object, aggregator: Aggregator, wanted: float) -> float:
-    """Return the c for which the aggregate of c·members has the wanted spread.
+def _factor(members: Floats, groups: object, aggregator: Aggregator, target: float) -> float:
+    """Return the c for which the aggregate of c·members has the spread `target`.
 
-    In proportion where the aggregator is homogeneous; else, as under UWO, whose penalty is a
+    In proportion if the aggregator is homogeneous; otherwise, as for UWO, whose penalty is a
     variance, the nearest root.
     """
 
     def excess(log_factor: float) -> float:
         reward = aggregator(math.exp(log_factor) * members)
-        return reward_units(reward, groups).scale[0] - wanted  # type: ignore[arg-type]
+        return reward_units(reward, groups).scale[0] - target  # type: ignore[arg-type]
 
-    start = math.log(wanted) - math.log(excess(0.0) + wanted)
-    if abs(excess(start)) <= 1e-12 * wanted:
+    start = math.log(target) - math.log(excess(0.0) + target)
+    if abs(excess(start)) <= 1e-12 * target:
         return math.exp(start)
     step = 0.02
     while step <= math.log(_REACH):
@@ -98,7 +98,7 @@ def _factor(members: Floats, groups: object, aggregator: Aggregator, wanted: flo
         step *= 1.5
     raise OptionError(
         f"no scale gives the members a reward by {aggregator} whose RMS within prompts is "
-        f"{wanted:.4g}; take another aggregator, or train anew and choose its coefficient"
+        f"{target:.4g}; use another aggregator, or train a new ensemble and choose its coefficient"
     )
 
 

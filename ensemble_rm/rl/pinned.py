@@ -1,7 +1,4 @@
-"""One version of an ensemble for the whole of a run, loaded where it is first used.
-
-Knows folders and ensembles; knows nothing of any trainer.
-"""
+"""One version of an ensemble for a whole run, loaded where it is first used."""
 
 from __future__ import annotations
 
@@ -24,17 +21,19 @@ _BLOCK = 1 << 20
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of a saved ensemble's files: their names and all that they hold.
+    """SHA-256 of a saved ensemble's files: their names and contents.
 
     Raises
     ------
     StorageError
-        If the folder cannot be read, or holds no ensemble.
+        If the folder cannot be read, or has no ensemble.
     """
     digest = hashlib.sha256()
     try:
         if not (folder / "ensemble.json").is_file():
-            raise StorageError(f"{folder} holds no ensemble; save one there, or name its folder")
+            raise StorageError(
+                f"{folder} has no ensemble.json; name the folder of a saved ensemble"
+            )
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             digest.update(
                 f"{path.relative_to(folder).as_posix()}\n{path.stat().st_size}\n".encode()
@@ -48,40 +47,45 @@ def folder_digest(folder: Path) -> str:
 
 
 class PinnedEnsemble:
-    """An ensemble that stays what it was when it was pinned.
+    """An ensemble whose version stays the same for a whole run.
 
-    From a folder it is loaded at its first use, and crosses to other processes by its folder's
-    name: each loads its own. A folder that has changed since is an error, never a new reward in the
-    middle of a run. A live ensemble cannot change, and cannot cross.
+    A saved ensemble is loaded at its first use. It is pickled as the name of its folder, so that
+    each process loads its own copy. If the folder changes in the meantime, that is an error: the
+    reward never changes in the middle of a run. A live ensemble cannot change, and cannot be
+    pickled.
 
     Parameters
     ----------
     source : RewardEnsemble, str or Path
         A live ensemble, or the folder of a saved one.
     aggregator : Aggregator, optional
-        Of the reward; the ensemble's own where not given.
+        Aggregator of the reward (default: the ensemble's).
     device : str, optional
-        Where a saved ensemble's members run, which must be said: ``"cpu"``, ``"cuda"`` (each
-        process's current device, which accelerate sets to a rank's own) or ``"cuda:1"``.
+        Device of a saved ensemble's members, required for a folder: ``"cpu"``, ``"cuda"`` (each
+        process's current device, which accelerate sets to the rank's own) or ``"cuda:1"``.
     backbone : str or Path, optional
-        Where the backbone lies now, if not where training found it.
+        Folder of the backbone, if it has moved since training.
     max_loaded_models : int, optional
-        Models in memory at once; all by default.
+        Maximum number of models in memory at once (default: all).
     tokens : mapping of str to str or callable, optional
-        Of a saved ensemble's members on other servers, by the member's name; see
-        `RewardEnsemble.with_tokens`. They cross to other processes with it, and must pickle then.
+        Bearer tokens of members on other servers, by member name; see
+        `RewardEnsemble.with_tokens`. They are pickled with the rest.
     digest : str, optional
-        What a saved ensemble must be, as `folder_digest` says it; what it is now by default. Give
+        Digest that the folder must have, as `folder_digest` returns it (default: that of now). Give
         it where processes that start at different times share a version.
 
     Raises
     ------
     OptionError
-        If a folder comes without a device, or a live ensemble with a folder's options.
+        If a folder comes without a device, or a live ensemble with the options of a folder.
     StorageError
-        If the folder holds no ensemble.
+        If the folder has no ensemble.
     PinnedVersionError
-        If it is not the one of that digest.
+        If the folder has another digest.
+
+    Examples
+    --------
+    >>> reward = trl_reward(PinnedEnsemble("runs/hh", device="cuda"))
     """
 
     def __init__(
@@ -109,18 +113,18 @@ class PinnedEnsemble:
         if isinstance(source, str | Path):
             if device is None:
                 raise OptionError(
-                    f"say where the members of {source} run: device='cpu', device='cuda' (each "
+                    f"{source} needs a device for its members: device='cpu', device='cuda' (each "
                     "rank's own GPU) or device='cuda:1'"
                 )
-            # Absolute: the process that loads it may stand elsewhere.
+            # Absolute: the process that loads it may have another working directory.
             self.folder = Path(source).expanduser().absolute()
             self.digest = self._checked(digest)
             return
         if digest is not None:
-            raise OptionError("digest is for a saved ensemble; this one is loaded already")
+            raise OptionError("digest is for a saved ensemble; this one is already loaded")
         folder_only = self._options | {"tokens": tokens}
         if given := [name for name, value in folder_only.items() if value is not None]:
-            raise OptionError(f"{given[0]} is for a saved ensemble; this one is loaded already")
+            raise OptionError(f"{given[0]} is for a saved ensemble; this one is already loaded")
         self._ensemble = self._with_aggregator(source)
         self.digest = live_digest(source)
 
@@ -129,12 +133,12 @@ class PinnedEnsemble:
 
     @property
     def ensemble(self) -> RewardEnsemble:
-        """The ensemble, loaded by the first call.
+        """The ensemble, loaded at the first access.
 
         Raises
         ------
         PinnedVersionError
-            If the folder is no longer what it was.
+            If the folder has changed.
         """
         with self._lock:
             if self._ensemble is None:
@@ -143,13 +147,13 @@ class PinnedEnsemble:
 
     def _checked(self, wanted: str | None) -> str:
         assert self.folder is not None
-        found = folder_digest(self.folder)
-        if wanted is not None and found != wanted:
+        digest = folder_digest(self.folder)
+        if wanted is not None and digest != wanted:
             raise PinnedVersionError(
-                f"{self.folder} has changed since this run began (digest {found[:12]}, was "
-                f"{wanted[:12]}); keep a run's version in a folder of its own, or start anew"
+                f"{self.folder} has changed since this run began (digest {digest[:12]}, was "
+                f"{wanted[:12]}); restore it, or keep each run's version in a folder of its own"
             )
-        return found
+        return digest
 
     def _load(self) -> RewardEnsemble:
         from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
@@ -164,15 +168,15 @@ class PinnedEnsemble:
 
     @property
     def version(self) -> str:
-        """What the ensemble's provenance calls its version; else the head of its digest."""
+        """The version in the ensemble's provenance; else the first characters of its digest."""
         named = self.ensemble.provenance.get("version")
         return self.digest[:12] if named is None else str(named)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.folder is None:
             raise OptionError(
-                "a live ensemble does not cross to another process; save it with save_pretrained, "
-                "and give the folder instead"
+                "a live ensemble cannot be sent to another process; save it with save_pretrained, "
+                "and pin the folder"
             )
         state = dict(vars(self))
         del state["_lock"], state["_ensemble"]
@@ -182,12 +186,29 @@ class PinnedEnsemble:
         vars(self).update(state, _lock=Lock(), _ensemble=None)
 
 
+def pinned(ensemble: RewardEnsemble | PinnedEnsemble) -> PinnedEnsemble:
+    """Return the pinned ensemble that a reward function scores with.
+
+    Raises
+    ------
+    OptionError
+        If `ensemble` is a folder, which must be pinned first.
+    """
+    if isinstance(ensemble, PinnedEnsemble):
+        return ensemble
+    if isinstance(ensemble, str | Path):
+        raise OptionError(
+            f"pin a saved ensemble first: PinnedEnsemble({str(ensemble)!r}, device='cuda')"
+        )
+    return PinnedEnsemble(ensemble)
+
+
 def live_digest(ensemble: RewardEnsemble) -> str:
-    """Digest of what a live ensemble says of itself; its weights are not read."""
-    said = {
+    """Digest of a live ensemble's names, normaliser, aggregator and calibration."""
+    content = {
         "names": ensemble.names,
         "normaliser": ensemble.normaliser.to_json(),
         "aggregator": ensemble.aggregator.to_json(),
         "calibration": ensemble.calibration and ensemble.calibration.to_json(),
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -49,6 +49,21 @@ class LoopRewards:
     def __len__(self) -> int:
         return len(self.reward)
 
+    def __getitem__(self, rows: slice) -> LoopRewards:
+        return LoopRewards(
+            self.reward[rows], self.members[rows], self.reference_reward[rows], self.errors[rows]
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[LoopRewards]) -> LoopRewards:
+        """Return the rewards of several calls, in their order."""
+        return cls(
+            np.concatenate([part.reward for part in parts]),
+            np.concatenate([part.members for part in parts]),
+            np.concatenate([part.reference_reward for part in parts]),
+            tuple(error for part in parts for error in part.errors),
+        )
+
     @property
     def failures(self) -> tuple[str | None, ...]:
         """The errors in words; None where a sample has a reward."""

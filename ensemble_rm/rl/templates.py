@@ -1,7 +1,4 @@
-"""The files that `ensemble-rm init-reward` writes: one a loop, to be read and changed.
-
-Knows the loops' command lines; every formula stays in the library.
-"""
+"""The files that `ensemble-rm init-reward` writes: one per trainer, to be read and edited."""
 
 from __future__ import annotations
 
@@ -19,44 +16,34 @@ _HEAD = '''\
 
 {imports}
 
-# The version that this run is rewarded by; another one in its folder is an error.
-ENSEMBLE = {folder!r}
-DIGEST = {digest!r}
-# Where the members run: "cpu", "cuda" (the process's current GPU) or "cuda:1".
-DEVICE = {device!r}
-# Of the reward, in normalised units; None is the ensemble's own.
-AGGREGATOR = {aggregator}
+ENSEMBLE = PinnedEnsemble(
+    {folder!r},
+    digest={digest!r},  # a changed folder is an error
+    device={device!r},  # "cpu", "cuda" (the process's current GPU) or "cuda:1"
+    aggregator={aggregator},  # None: the ensemble's own
+)
 '''
 
 _TRL = """
 reward = trl_reward(
     ENSEMBLE,
-    aggregator=AGGREGATOR,
-    device=DEVICE,
-    digest=DIGEST,
     on_failure="none",  # a sample that cannot be scored has no reward; "raise" ends the run
     asynchronous=False,
 )
 """
 
 _OPENRLHF = """
-# What ends a turn in the policy's template: cut, for no member should read it.
-STOP = ["<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>"]
-# Members that may score a prompt in the policy's own template, where `labels` hold no messages.
-RAW_TEXT_MEMBERS = []
-
 reward_func = openrlhf_reward(
     ENSEMBLE,
-    stop=STOP,
-    raw_text_members=RAW_TEXT_MEMBERS,
-    aggregator=AGGREGATOR,
-    device=DEVICE,
-    digest=DIGEST,
+    # Tokens that end a turn in the policy's template, removed from completions.
+    stop=["<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>"],
+    # Members that may score a prompt in the policy's template, if `labels` has no messages.
+    raw_text_members=[],
 )
 """
 
 _VERL = '''
-_score = verl_reward(ENSEMBLE, aggregator=AGGREGATOR, device=DEVICE, digest=DIGEST)
+_score = verl_reward(ENSEMBLE)
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
@@ -67,17 +54,17 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 
 @dataclass(frozen=True)
 class Template:
-    """One loop's file.
+    """The file of one trainer.
 
     Attributes
     ----------
     title, use : str
-        Its first line, and how the loop is told of it; ``{name}`` and ``{module}`` stand for the
+        Its first line, and how to give it to the trainer, with ``{name}`` and ``{module}`` for the
         file.
     factory : str
-        The library's function that it calls.
+        The function of `ensemble_rm.rl` that it calls.
     body : str
-        What follows the settings.
+        What follows the pinned ensemble.
     """
 
     title: str
@@ -90,15 +77,15 @@ TEMPLATES = {
     "trl": Template(
         "The reward of a TRL run: GRPOTrainer(reward_funcs=reward), or on the command line.",
         "trl grpo --reward_funcs {module}.reward …, in this file's folder. Nothing is loaded\n"
-        "before the first call. A column `reference` of the data set brings the probability of\n"
-        "beating it.",
+        "before the first call. If the data set has a column `reference`, the probability of\n"
+        "being preferred to it is logged.",
         "trl_reward",
         _TRL,
     ),
     "openrlhf": Template(
         "The reward of an OpenRLHF run.",
         "--reward.remote_url {name} (older: --remote_rm_url). OpenRLHF sends text in the policy's\n"
-        "template; put the messages into `labels` as JSON: a list of messages, or\n"
+        "template; put the messages in `labels` as JSON: a list of messages, or\n"
         '{{"prompt": …, "reference": …}}.',
         "openrlhf_reward",
         _OPENRLHF,
@@ -107,7 +94,7 @@ TEMPLATES = {
         "The reward of a veRL run.",
         "reward.custom_reward_function.path={name}\n"
         "reward.custom_reward_function.name=compute_score\n"
-        "veRL sends the response alone; put the prompt, text or messages, into each row's\n"
+        "veRL sends the response alone; put the prompt, text or messages, in each row's\n"
         "extra_info['prompt'].",
         "verl_reward",
         _VERL,
@@ -124,7 +111,7 @@ def render(
     aggregator: Aggregator | None,
     file_name: str,
 ) -> str:
-    """Return the text of a loop's reward file.
+    """Return the Python source of a trainer's reward file.
 
     Parameters
     ----------
@@ -133,16 +120,11 @@ def render(
     folder, digest : str
         The saved ensemble and its version.
     device : str
-        Where its members run.
+        Device of its members.
     aggregator : Aggregator, optional
-        Of the reward; the ensemble's own where not given.
+        Aggregator of the reward (default: the ensemble's).
     file_name : str
-        What the file will be called.
-
-    Returns
-    -------
-    str
-        Python.
+        Name of the file.
     """
     template = TEMPLATES[loop]
     maker, call = "", "None"
@@ -154,10 +136,11 @@ def render(
         given |= {"weights": dict(aggregator.weights)} if aggregator.weights else {}
         words = "".join(f", {key}={value!r}" for key, value in given.items())
         call = f"make_aggregator({aggregator.name!r}{words})"
+    names = ", ".join(sorted(["PinnedEnsemble", template.factory]))
     head = _HEAD.format(
         title=template.title,
         use=template.use.format(name=file_name, module=file_name.removesuffix(".py")),
-        imports=f"{maker}from ensemble_rm.rl import {template.factory}",
+        imports=f"{maker}from ensemble_rm.rl import {names}",
         folder=folder,
         digest=digest,
         device=device,

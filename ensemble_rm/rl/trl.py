@@ -1,6 +1,6 @@
 """The ensemble as a reward function of TRL's GRPOTrainer and RLOOTrainer.
 
-Imports neither TRL nor torch: what the trainers take is a callable with a name.
+Imports neither TRL nor torch: the trainers take any callable with a name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -25,12 +24,11 @@ from ensemble_rm.rl.monitor.measures import (
     reference_range,
     within_correlation,
 )
-from ensemble_rm.rl.pinned import PinnedEnsemble, Tokens
+from ensemble_rm.rl.pinned import PinnedEnsemble, pinned
 from ensemble_rm.rl.scoring import FailurePolicy, LoopRewards, check_policy, score_for_loop
 from ensemble_rm.uncertainty.disagreement import member_std
 
 if TYPE_CHECKING:
-    from ensemble_rm.aggregation.aggregator import Aggregator
     from ensemble_rm.calibration.calibration import Calibration
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
@@ -42,7 +40,7 @@ Watcher: TypeAlias = Callable[
 
 
 class TRLReward:
-    """A reward function of TRL: call it as the trainers do. `trl_reward` makes one.
+    """A reward function for TRL's trainers; `trl_reward` makes one.
 
     Attributes
     ----------
@@ -60,7 +58,9 @@ class TRLReward:
     ) -> None:
         check_policy(on_failure)
         if not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
-            raise OptionError(f"name must be a short word for logs, not {name!r}")
+            raise OptionError(
+                f"name must be one word of letters, digits, '_', '.' and '-', not {name!r}"
+            )
         self.__name__ = name
         self.pinned = pinned
         self.on_failure: FailurePolicy = on_failure
@@ -68,13 +68,13 @@ class TRLReward:
         self._watcher: Watcher | None = None
 
     def watched_by(self, watcher: Watcher) -> None:
-        """Hand each call's samples, rewards and sampled tokens to a watcher of this process.
+        """Pass each call's samples, rewards and sampled tokens to a callable of this process.
 
         Parameters
         ----------
         watcher : callable
-            Of samples, rewards and, for each sample, the policy's own token ids: None where they
-            are not those of the scored completion alone.
+            Called with samples, rewards and, for each sample, the policy's token ids; None where
+            they are not those of the scored completion alone.
         """
         self._watcher = watcher
 
@@ -92,20 +92,20 @@ class TRLReward:
         trainer_state: object = None,  # noqa: ARG002 - TRL's
         **columns: Any,
     ) -> list[float | None]:
-        """Return one reward a completion, None for a failed one.
+        """Return one reward per completion, None for a failed one.
 
         Parameters
         ----------
         prompts, completions : sequence of str or of messages
-            One prompt a completion.
+            One prompt per completion.
         completion_ids : sequence of sequence of int, optional
-            The policy's own tokens, for a watcher: each member has a tokenizer of its own.
+            The policy's tokens, for the watcher; members have tokenizers of their own.
         log_metric, log_extra : callable, optional
-            TRL's, for a figure of the call and for a column of the completions table.
+            TRL's loggers: a metric of the call, a column of the completions table.
         trainer_state : object, optional
-            Not read.
+            Ignored.
         **columns
-            The data set's other columns; the one that holds references is read.
+            Other columns of the data set; `reference_column` is read.
         """
         samples, rewards = self._score(prompts, completions, columns.get(self.reference_column))
         self._watch(samples, rewards, completions, completion_ids)
@@ -125,7 +125,7 @@ class TRLReward:
         return samples, rewards
 
     def _calibration(self) -> Calibration | None:
-        """Return the calibration, where it belongs to the aggregator of this reward."""
+        """Return the calibration if it belongs to the aggregator of this reward."""
         from ensemble_rm.calibration.calibration import require_calibration
 
         ensemble = self.pinned.ensemble
@@ -145,12 +145,13 @@ class TRLReward:
             return
         tokens: list[list[int] | None] = [None] * len(samples)
         if completion_ids is not None:
-            # After calls of tools the tokens are those of several messages, and of the tools.
+            # After tool calls the tokens are those of several messages and of the tools.
             tokens = [
                 list(ids)
-                if isinstance(said, str) or (isinstance(said, list) and len(said) == 1)
+                if isinstance(completion, str)
+                or (isinstance(completion, list) and len(completion) == 1)
                 else None
-                for said, ids in zip(completions, completion_ids, strict=True)
+                for completion, ids in zip(completions, completion_ids, strict=True)
             ]
         self._watcher(samples, rewards, tokens)
 
@@ -166,21 +167,21 @@ class TRLReward:
         beats = self._beats_reference(rewards)
         if log_metric is not None:
             for name, value in self._metrics(samples, rewards, beats).items():
-                if np.isfinite(value):  # one NaN would be the mean of all ranks
+                if np.isfinite(value):  # TRL averages over ranks: one NaN would make all NaN
                     log_metric(f"{self.__name__}/{name}", float(value))
         if log_extra is not None:
             for name, values in self._columns(rewards, beats).items():
                 log_extra(f"{self.__name__}/{name}", values)
 
     def _beats_reference(self, rewards: LoopRewards) -> Floats:
-        """Return P(a completion is preferred to its reference); NaN where it is not known."""
+        """Return P(completion preferred to its reference); NaN where it is unknown."""
         calibration = self._calibration()
         margin = rewards.reward - rewards.reference_reward
-        found = np.full(len(margin), np.nan)
+        probability = np.full(len(margin), np.nan)
         known = np.isfinite(margin)
         if calibration is not None and known.any():
-            found[known] = calibration.probability(margin[known])
-        return found
+            probability[known] = calibration.probability(margin[known])
+        return probability
 
     def _span(self) -> Floats | None:
         calibration = self.pinned.ensemble.calibration
@@ -194,42 +195,44 @@ class TRLReward:
         kept = [s.prompt for s in samples if isinstance(s, Sample)]
         read = np.array([isinstance(s, Sample) for s in samples], dtype=np.bool_)
         groups = prompt_groups(kept)[~failed[read]]
-        # A member that is missing in a row (nan="omit") takes the row out of what compares members.
+        # Measures that compare members leave out rows in which one is missing (nan="omit").
         whole = np.isfinite(rewards.members[~failed]).all(axis=1)
         members, groups = rewards.members[~failed][whole], groups[whole]
-        found = {"failed": float(failed.mean()), "version": version_number(self.pinned.version)}
+        metrics = {"failed": float(failed.mean()), "version": version_number(self.pinned.version)}
         if members.shape[1] > 1 and len(members):
-            found["member_std"] = float(members.std(axis=1, ddof=1).mean())
-            found["disagreement"] = disagreement(members, groups)
-            found["member_correlation"] = within_correlation(members, groups)
+            metrics["member_std"] = float(members.std(axis=1, ddof=1).mean())
+            metrics["disagreement"] = disagreement(members, groups)
+            metrics["member_correlation"] = within_correlation(members, groups)
         if (span := self._span()) is not None and len(members):
             shares = outside_range(members, span).mean(axis=0)
             for name, share in zip(self.pinned.ensemble.names, shares, strict=True):
-                found[f"outside_range/{name}"] = float(share)
+                metrics[f"outside_range/{name}"] = float(share)
         if np.isfinite(beats).any():
-            found["beats_reference"] = float(np.nanmean(beats))
-        return found
+            metrics["beats_reference"] = float(np.nanmean(beats))
+        return metrics
 
     def _columns(self, rewards: LoopRewards, beats: Floats) -> dict[str, list[Any]]:
         members, span = rewards.members, self._span()
-        found: dict[str, list[Any]] = {
+        columns: dict[str, list[Any]] = {
             "version": [self.pinned.version] * len(rewards),
             "failure": list(rewards.failures),
         }
         if members.shape[1] > 1:
-            found["member_std"] = plain(member_std(members, nan="omit"))
+            columns["member_std"] = plain(member_std(members, nan="omit"))
         for name, column in zip(self.pinned.ensemble.names, members.T, strict=True):
-            found[f"score/{name}"] = plain(column)
+            columns[f"score/{name}"] = plain(column)
         if span is not None:
             counts = outside_range(members, span).sum(axis=1)
-            found["outside_range"] = plain(np.where(np.isnan(members).any(axis=1), np.nan, counts))
+            columns["outside_range"] = plain(
+                np.where(np.isnan(members).any(axis=1), np.nan, counts)
+            )
         if np.isfinite(beats).any():
-            found["beats_reference"] = plain(beats)
-        return found
+            columns["beats_reference"] = plain(beats)
+        return columns
 
 
 class AsyncTRLReward(TRLReward):
-    """The same, awaited: members score in a thread while other reward functions run."""
+    """The coroutine version: members score in a thread while other reward functions run."""
 
     async def __call__(  # type: ignore[override]
         self,
@@ -242,12 +245,12 @@ class AsyncTRLReward(TRLReward):
         trainer_state: object = None,  # noqa: ARG002 - TRL's
         **columns: Any,
     ) -> list[float | None]:
-        """Return what the synchronous one returns."""
+        """Return one reward per completion, as `TRLReward` does."""
         references = columns.get(self.reference_column)
-        found = await asyncio.to_thread(self._score, prompts, completions, references)
-        self._watch(*found, completions, completion_ids)
-        self._log(*found, log_metric, log_extra)
-        return found[1].listed()
+        samples, rewards = await asyncio.to_thread(self._score, prompts, completions, references)
+        self._watch(samples, rewards, completions, completion_ids)
+        self._log(samples, rewards, log_metric, log_extra)
+        return rewards.listed()
 
 
 def plain(values: Floats) -> list[float | None]:
@@ -256,83 +259,54 @@ def plain(values: Floats) -> list[float | None]:
 
 
 def version_number(version: str) -> float:
-    """Return the version as a metric: a whole number below 65,536 that changes where it does.
+    """Return the version as a metric: a whole number below 65,536 that changes with it.
 
-    TRL logs metrics in float32 and averages them: sixteen bits of a digest survive that exactly.
+    TRL averages metrics in float32, which sixteen bits of a digest survive exactly.
     """
     return float(int(hashlib.sha256(version.encode()).hexdigest()[:4], 16))
 
 
 def trl_reward(
-    ensemble: RewardEnsemble | str | Path,
+    ensemble: RewardEnsemble | PinnedEnsemble,
     *,
-    aggregator: Aggregator | None = None,
     name: str = "ensemble",
     on_failure: FailurePolicy = "none",
     asynchronous: bool = False,
     reference_column: str = "reference",
-    device: str | None = None,
-    backbone: str | Path | None = None,
-    max_loaded_models: int | None = None,
-    tokens: Tokens | None = None,
-    digest: str | None = None,
 ) -> TRLReward:
     """Make the callable that TRL's GRPOTrainer and RLOOTrainer take as `reward_funcs`.
 
-    Give the ensemble as this one function: TRL adds several up with `nansum`, where a member that
-    fails would silently lower the total.
+    Give the ensemble as this one function. TRL adds several reward functions with `nansum`, where a
+    member that fails would silently lower the total.
 
     Parameters
     ----------
-    ensemble : RewardEnsemble, str or Path
-        A live one, or the folder of a saved one: it is then loaded at the first call, crosses to
-        other processes by its name, and must stay as it is until the run ends.
-    aggregator : Aggregator, optional
-        Of the reward; the ensemble's own where not given. Under another than the calibrated one
-        no probability is logged.
+    ensemble : RewardEnsemble or PinnedEnsemble
+        A live ensemble; or a saved one as ``PinnedEnsemble(folder, device=...)``, which is loaded
+        at the first call and can be sent to other processes. Probabilities are logged only under
+        the calibrated aggregator.
     name : str
-        Under which TRL logs it: ``rewards/NAME/mean``, and the metrics below ``NAME/``.
+        Name in TRL's logs: ``rewards/NAME/mean``, and the metrics below ``NAME/``.
     on_failure : {"none", "raise"}
-        Whether a sample that cannot be scored has no reward (None), or ends the run. Where every
-        sample of a call fails the run ends in either case.
+        Whether a sample that cannot be scored has no reward (None), or ends the run. If every
+        sample of a call fails, the run ends in either case.
     asynchronous : bool
-        Whether the callable is a coroutine function, which TRL gathers with others.
+        Whether the callable is a coroutine function, which TRL runs concurrently with others.
     reference_column : str
-        The data set's column of reference completions, where it has one.
-    device : str, optional
-        Where a saved ensemble runs, which must be said; see `PinnedEnsemble`.
-    backbone : str or Path, optional
-        Where the backbone lies now, if not where training found it.
-    max_loaded_models : int, optional
-        Models in memory at once; all by default.
-    tokens : mapping, optional
-        Of members on other servers, by name; see `PinnedEnsemble`.
-    digest : str, optional
-        What a saved ensemble must be; see `PinnedEnsemble`.
+        Column of the data set with reference completions, if there is one.
 
     Returns
     -------
     TRLReward
-        With a readable ``__name__``. Each sample's reward is its own: groups that are split across
-        ranks score as whole ones do.
+        A sample's reward does not depend on the others: groups that are split across ranks get the
+        same rewards.
 
     Raises
     ------
     OptionError
-        If an option has no meaning for this ensemble, or a folder comes without a device.
-    StorageError
-        If the folder holds no ensemble.
-    PinnedVersionError
-        If it is not the one of that digest.
+        If an option has a wrong value, or `ensemble` is a folder.
     """
-    pinned = PinnedEnsemble(
-        ensemble,
-        aggregator=aggregator,
-        device=device,
-        backbone=backbone,
-        max_loaded_models=max_loaded_models,
-        tokens=tokens,
-        digest=digest,
-    )
     kind = AsyncTRLReward if asynchronous else TRLReward
-    return kind(pinned, name=name, on_failure=on_failure, reference_column=reference_column)
+    return kind(
+        pinned(ensemble), name=name, on_failure=on_failure, reference_column=reference_column
+    )

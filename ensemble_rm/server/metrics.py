@@ -1,7 +1,4 @@
-"""What Prometheus reads of a server, in a registry of its own.
-
-Knows counts and seconds; knows nothing of HTTP or of models.
-"""
+"""Prometheus metrics of one server, in a registry of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The figures of one server."""
+    """Counters, histograms and gauges."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -26,79 +23,77 @@ class Metrics:
         prefix = "ensemble_rm_"
         self.requests = Counter(
             f"{prefix}requests",
-            "Answers, by path and status.",
+            "Responses, by path and status.",
             ["path", "status"],
             registry=registry,
         )
         self.latency = Histogram(
             f"{prefix}request_seconds",
-            "From a request's headers to its answer.",
+            "Time from a request's headers to its response.",
             ["path"],
             buckets=_SECONDS,
             registry=registry,
         )
         self.failed = Counter(
-            f"{prefix}failed_samples", "Samples without a reward.", ["error"], registry=registry
+            f"{prefix}failed_samples",
+            "Samples that could not be scored.",
+            ["error"],
+            registry=registry,
         )
         self.missing = Counter(
             f"{prefix}missing_member_scores",
-            "Of rewarded samples, scores that a member did not give.",
+            "Scores that a member did not give, of samples that have a reward.",
             ["member"],
             registry=registry,
         )
         self.truncated = Counter(
-            f"{prefix}truncated_samples", "Samples that a member read in part.", registry=registry
+            f"{prefix}truncated_samples", "Samples that a member truncated.", registry=registry
         )
         self.batch_rows = Histogram(
-            f"{prefix}batch_samples", "Samples of a batch.", buckets=_ROWS, registry=registry
+            f"{prefix}batch_samples", "Samples per batch.", buckets=_ROWS, registry=registry
         )
         self.batch_seconds = Histogram(
-            f"{prefix}batch_seconds", "Of scoring a batch.", buckets=_SECONDS, registry=registry
+            f"{prefix}batch_seconds", "Time to score a batch.", buckets=_SECONDS, registry=registry
         )
         self.version = Gauge(
             f"{prefix}version_info",
-            "1 for the version that serves.",
+            "1 for the version that is served.",
             ["version"],
             registry=registry,
         )
 
     def follow(
-        self, name: str, what: str, read: Callable[[], float], *, grows: bool = False
+        self, name: str, text: str, read: Callable[[], float], *, counter: bool = False
     ) -> None:
-        """Read a figure wherever it is kept, when Prometheus asks.
+        """Add a figure that is kept elsewhere, and read at each scrape.
 
         Parameters
         ----------
-        name, what : str
-            Its name, without the prefix, and what it says.
+        name, text : str
+            Its name, without the prefix, and its help text.
         read : callable
-        grows : bool
-            Whether it only grows: a counter, whose name ends in ``_total``.
+        counter : bool
+            Whether it never falls; its name then ends in ``_total``.
         """
-        self.registry.register(_Followed(f"ensemble_rm_{name}", what, read, grows=grows))
-
-    def batch(self, rows: int, seconds: float) -> None:
-        """Count a batch."""
-        self.batch_rows.observe(rows)
-        self.batch_seconds.observe(seconds)
+        self.registry.register(_Followed(f"ensemble_rm_{name}", text, read, counter=counter))
 
     def serve(self, version: str) -> None:
-        """Say which version serves."""
+        """Set the version that is served."""
         self.version.clear()
         self.version.labels(version).set(1)
 
     def text(self) -> bytes:
-        """Return all figures in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _Followed(Collector):
-    """One figure, read when it is asked for."""
+    """A figure that is read at each scrape."""
 
-    def __init__(self, name: str, what: str, read: Callable[[], float], *, grows: bool) -> None:
-        self._name, self._what, self._read, self._grows = name, what, read, grows
+    def __init__(self, name: str, text: str, read: Callable[[], float], *, counter: bool) -> None:
+        self._name, self._text, self._read, self._counter = name, text, read, counter
 
     def collect(self) -> Iterable[Metric]:
-        """Return the figure as it is now."""
-        family = CounterMetricFamily if self._grows else GaugeMetricFamily
-        return [family(self._name, self._what, value=self._read())]
+        """Return the current value."""
+        family = CounterMetricFamily if self._counter else GaugeMetricFamily
+        return [family(self._name, self._text, value=self._read())]

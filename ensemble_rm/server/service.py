@@ -1,194 +1,403 @@
-"""The reward server without HTTP: holder, batcher, scoring thread, limits and figures together.
+"""The reward server without HTTP: the served ensemble, its batches, and a request's view of both.
 
-Knows samples and outcomes; knows nothing of requests, wire formats or sockets.
+Knows samples and scores; knows nothing of wire formats or sockets.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import require_calibration
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.ensemble.results import Comparison, compare_scored
-from ensemble_rm.errors import NonFiniteScoreError, NotReadyError, TooLargeError
-from ensemble_rm.server.holder import Held, Holder
-from ensemble_rm.server.http.limits import check_samples, estimate_tokens
+from ensemble_rm.errors import (
+    NonFiniteScoreError,
+    NotReadyError,
+    TooLargeError,
+    UnprocessableError,
+)
+from ensemble_rm.rl.pinned import folder_digest, live_digest
+from ensemble_rm.server.failures import SampleError
 from ensemble_rm.server.metrics import Metrics
 from ensemble_rm.server.options import ServerOptions
+from ensemble_rm.server.requests import check_samples, check_texts, estimate_tokens
 from ensemble_rm.server.scheduling.batching import Batcher
-from ensemble_rm.server.scheduling.outcomes import Outcome, SampleError, Scored, first_error
-from ensemble_rm.server.scheduling.worker import ScoringThread
+from ensemble_rm.server.scheduling.outcomes import RecordedScores
+from ensemble_rm.server.scheduling.threads import CallThread, ScoringThread
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
+_WARM_UP = [Sample("How are you?", answer, "Well.") for answer in ("Fine, thank you.", "Fine.")]
+_DIGEST_LENGTH = 12
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class ServedEnsemble:
+    """An ensemble and the name of its version, which every response carries.
+
+    Attributes
+    ----------
+    ensemble : RewardEnsemble
+    version : str
+        Its number in a folder of versions; else the version in its provenance; else the first
+        characters of its digest.
+    """
+
+    ensemble: RewardEnsemble
+    version: str
+
+
+def name_version(ensemble: RewardEnsemble) -> str:
+    """Return the name of an ensemble's version."""
+    origin = ensemble.origin
+    if origin is not None and origin.version is not None:
+        return str(origin.version)
+    named = ensemble.provenance.get("version")
+    if named is not None:
+        return str(named)
+    digest = live_digest(ensemble) if origin is None else folder_digest(origin.folder)
+    return digest[:_DIGEST_LENGTH]
+
+
 class RewardService:
-    """Scores what requests bring, in common batches.
+    """Scores requests in common batches.
 
     Parameters
     ----------
     load : callable
-        Returns the ensemble.
+        Returns the ensemble; called once, in a thread.
     options : ServerOptions
+
+    Attributes
+    ----------
+    metrics : Metrics
+    draining : bool
+        Whether the server is shutting down.
     """
 
     def __init__(self, load: Callable[[], RewardEnsemble], options: ServerOptions) -> None:
         self.options, self.metrics = options, Metrics()
-        self.worker = ScoringThread()
-        self.holder = Holder(load)
-        self.batcher: Batcher[Held, Sample, Outcome] = Batcher(
-            self.worker,
+        self._load = load
+        self._served: ServedEnsemble | None = None
+        self._changing = asyncio.Lock()
+        self._loading = CallThread("loading")
+        self._scoring = ScoringThread()
+        self.batcher: Batcher[ServedEnsemble, Sample, RecordedScores] = Batcher(
+            lambda served, samples: self._scoring(served.ensemble, samples),
+            join=RecordedScores.join,
             group=lambda sample: sample.prompt,
             cost=estimate_tokens,
             options=options.batching,
-            on_batch=self.metrics.batch,
+            on_batch=self._count_batch,
         )
         self.draining = False
+        self.began = int(time.time())
         self._follow()
 
     def _follow(self) -> None:
+        """Let the metrics read what is counted elsewhere."""
         queue, counts = self.batcher.queue, self.batcher.counts
-        follow = self.metrics.follow
-        follow("ready", "1 where requests are served.", lambda: float(self.ready))
-        follow("queue_samples", "That wait.", lambda: queue.samples)
-        follow("queue_tokens", "Of the samples that wait, as estimated.", lambda: queue.tokens)
-        follow("samples", "Scored.", lambda: counts.samples, grows=True)
-        follow("batches", "Scored.", lambda: counts.batches, grows=True)
-        follow("dropped_requests", "Given up by clients.", lambda: counts.dropped, grows=True)
-        follow("refused_requests", "For a full queue.", lambda: counts.refused, grows=True)
-        follow("scoring_seconds", "Of the scoring thread.", lambda: self.worker.seconds, grows=True)
+        follow = partial(self.metrics.follow, counter=True)
+        self.metrics.follow("ready", "1 if requests are served.", lambda: float(self.ready))
+        self.metrics.follow("queue_samples", "Queued samples.", lambda: queue.samples)
+        self.metrics.follow("queue_tokens", "Queued tokens, estimated.", lambda: queue.tokens)
+        follow("samples", "Scored samples.", lambda: counts.samples)
+        follow("batches", "Scored batches.", lambda: counts.batches)
+        follow("dropped_requests", "Requests whose client left.", lambda: counts.dropped)
+        follow("refused_requests", "Requests refused by a full queue.", lambda: counts.refused)
+        follow("scoring_seconds", "Time spent scoring.", lambda: self._scoring.seconds)
 
-    # Life ------------------------------------------------------------------------------------
+    def _count_batch(self, rows: int, seconds: float) -> None:
+        self.metrics.batch_rows.observe(rows)
+        self.metrics.batch_seconds.observe(seconds)
 
-    @property
-    def ready(self) -> bool:
-        """Whether requests are served: loaded, warmed up, and not shutting down."""
-        return self.holder.loaded and self.batcher.serving and not self.draining
+    # Life ----------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def running(
+        self, on_failure: Callable[[BaseException], None] | None = None
+    ) -> AsyncIterator[None]:
+        """Load the ensemble and score; at the end, finish what was accepted.
+
+        Parameters
+        ----------
+        on_failure : callable, optional
+            Called with the error if the ensemble cannot be loaded, which then goes on in the
+            background. Without it the ensemble is loaded first, and the error is raised.
+        """
+        if on_failure is None:
+            await self.load()
+            yield
+            await self.close()
+            return
+
+        async def load() -> None:
+            try:
+                await self.load()
+            except Exception as error:  # noqa: BLE001 - the server ends with it, whatever it is
+                on_failure(error)
+
+        task = asyncio.get_running_loop().create_task(load())
+        yield
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await self.close()
 
     async def load(self) -> None:
-        """Load the ensemble and begin to score."""
-        held = await self.holder.load()
-        self.options.raw_text.check(held.ensemble.names)
-        self.metrics.serve(held.version)
+        """Load the ensemble, warm it up, and begin to score."""
+        async with self._changing:
+            served = await self._loading.run(partial(_warmed_up, self._load, None))
+            self._served = served
+        self.options.raw_text.check(served.ensemble.names)
+        self.metrics.serve(served.version)
         self.batcher.start()
-        _log.info("version %s serves", held.version)
+        _log.info("serving version %s", served.version)
 
-    async def refresh(self) -> tuple[Held, bool]:
-        """Serve the version that is current now; say whether it is another than before.
+    async def refresh(self) -> tuple[str, bool]:
+        """Serve the version that is current in the ensemble's folder now.
+
+        It is loaded and warmed up while the old one serves. Requests keep the version under which
+        they were accepted.
+
+        Returns
+        -------
+        version : str
+        changed : bool
+            Whether it is another version than before.
 
         Raises
         ------
         NotReadyError
-            If none serves yet, or the server shuts down.
+            If no ensemble is loaded yet, or the server is shutting down.
         StorageError
-            If the current version cannot be read; the old one goes on.
+            If the current version cannot be read; the old one is served further.
         """
         if self.draining:
-            raise NotReadyError("the server shuts down")
-        held, changed = await self.holder.refresh()
-        if changed:
-            self.metrics.serve(held.version)
-            _log.info("version %s serves", held.version)
-        return held, changed
+            raise NotReadyError("the server is shutting down")
+        async with self._changing:
+            old = self.served
+            load = partial(_warmed_up, old.ensemble.refresh, old)
+            new = self._served = await self._loading.run(load)
+        if new is not old:
+            self.metrics.serve(new.version)
+            _log.info("serving version %s", new.version)
+        return new.version, new is not old
 
     async def close(self) -> None:
         """Finish what was accepted, and let the threads end."""
         self.draining = True
         await self.batcher.close()
-        self.worker.close()
-        self.holder.close()
-
-    @property
-    def busy(self) -> bool:
-        """Whether a thread scores or loads."""
-        return self.worker.busy or self.holder.busy
+        self._scoring.close()
+        self._loading.close()
 
     def abandon(self) -> None:
-        """Refuse what was accepted and is not answered yet, whatever the scoring thread does."""
+        """Fail the requests that are not answered yet, even while they are being scored."""
         self.draining = True
         self.batcher.abandon()
 
-    # Scoring ---------------------------------------------------------------------------------
+    @property
+    def ready(self) -> bool:
+        """Whether requests are served: loaded, warmed up and not shutting down."""
+        return self._served is not None and self.batcher.serving and not self.draining
 
     @property
-    def current(self) -> Held:
-        """What serves now; a named error where nothing does yet."""
-        return self.holder.current
+    def busy(self) -> bool:
+        """Whether a thread is scoring or loading."""
+        return self._scoring.busy or self._loading.busy
 
-    async def outcomes(self, held: Held, samples: Sequence[Sample]) -> list[Outcome]:
-        """Return what a version says of samples, each failure in its place.
+    @property
+    def served(self) -> ServedEnsemble:
+        """The ensemble that is served now.
+
+        Raises
+        ------
+        NotReadyError
+            If none is loaded yet.
+        """
+        if self._served is None:
+            raise NotReadyError("the ensemble is being loaded")
+        return self._served
+
+    # Scoring -------------------------------------------------------------------------------------
+
+    async def score(self, served: ServedEnsemble, samples: Sequence[Sample]) -> RecordedScores:
+        """Score a request's samples in common batches; failures are in `failed`, their rows NaN.
 
         Raises
         ------
         RequestError
-            If they are over a limit, or the queue is full.
+            If the samples exceed a limit, or the queue is full.
         """
         check_samples(samples, self.options.limits)
-        found = await self.batcher.submit(held, samples)
-        for i, outcome in enumerate(found):
-            if isinstance(outcome, Exception):
-                self.metrics.failed.labels(type(outcome).__name__).inc()
-                continue
-            for member in np.flatnonzero(np.isnan(outcome.raw)):
-                self.metrics.missing.labels(held.ensemble.names[member]).inc()
-            if outcome.prompt_cut or outcome.completion_cut:
-                self.metrics.truncated.inc()
-                if self.options.on_truncation == "refuse":
-                    found[i] = TooLargeError("a sample is longer than a member reads")
-        return found
+        scores = await self.batcher.submit(served, samples)
+        errors = dict(scores.failed)
+        for row in np.flatnonzero(~np.isfinite(scores.reward)).tolist():
+            errors.setdefault(row, NonFiniteScoreError("a reward is NaN or infinite"))
+        scored = np.ones(len(samples), dtype=np.bool_)
+        scored[list(errors)] = False
+        cut = scored & (scores.truncation.prompts | scores.truncation.completions)
+        missing = np.isnan(scores.raw[scored]).sum(axis=0)
+        for error in errors.values():
+            self.metrics.failed.labels(type(error).__name__).inc()
+        for member in np.flatnonzero(missing):
+            self.metrics.missing.labels(scores.names[member]).inc(int(missing[member]))
+        if cut.any():
+            self.metrics.truncated.inc(int(cut.sum()))
+            if self.options.on_truncation == "refuse":
+                for row in np.flatnonzero(cut).tolist():
+                    errors[row] = TooLargeError("sample is longer than a member reads")
+        return scores if len(errors) == len(scores.failed) else _failed(scores, errors)
 
-    async def scores(self, held: Held, samples: Sequence[Sample]) -> list[Scored]:
-        """Return the samples' scores.
+
+def _failed(scores: RecordedScores, errors: dict[int, Exception]) -> RecordedScores:
+    """Return scores in which the rows of all errors are NaN."""
+    rows = list(errors)
+    reward, members = scores.reward.copy(), scores.members.copy()
+    reward[rows], members[rows] = np.nan, np.nan
+    return replace(scores, reward=reward, members=members, failed=errors)
+
+
+def _warmed_up(load: Callable[[], RewardEnsemble], old: ServedEnsemble | None) -> ServedEnsemble:
+    """Load an ensemble and score once, so that the first request does not pay for it."""
+    ensemble = load()
+    if old is not None and ensemble is old.ensemble:
+        return old
+    # Members that already serve are warm, and must score in the scoring thread only.
+    if old is None or ensemble.scorers is not old.ensemble.scorers:
+        ensemble.score(_WARM_UP)
+    return ServedEnsemble(ensemble, name_version(ensemble))
+
+
+@dataclass(frozen=True, eq=False)
+class RequestContext:
+    """What the handler of a wire format may use: the version that serves this request.
+
+    Attributes
+    ----------
+    service : RewardService
+    served : ServedEnsemble
+        The version under which the request was accepted; it stays the same if another is loaded
+        meanwhile.
+    """
+
+    service: RewardService
+    served: ServedEnsemble = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "served", self.service.served)
+
+    @property
+    def ensemble(self) -> RewardEnsemble:
+        """The ensemble that scores this request."""
+        return self.served.ensemble
+
+    @property
+    def version(self) -> str:
+        """Name of its version."""
+        return self.served.version
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model in responses."""
+        return self.service.options.name
+
+    def read_texts(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompts: Sequence[str] | None = None,
+        labels: Sequence[object] | None = None,
+    ) -> list[Sample]:
+        """Return the samples of texts in the policy's chat template.
+
+        Parameters
+        ----------
+        texts : str or sequence of str
+            Prompt and completion together.
+        prompts : sequence of str, optional
+            The prompt of each, in the same template.
+        labels : sequence, optional
+            Messages of each prompt, where there are any; see `openrlhf_reward`.
 
         Raises
         ------
-        SampleError
-            If one of them has none.
+        TooLargeError
+            If a text is longer than a sample may be.
+        UnprocessableError
+            If a text cannot be split into turns and a member does not read it as it is, a text
+            does not begin with its prompt, or the lists differ in length.
         """
-        found = await self.outcomes(held, samples)
-        failed = first_error(found)
-        if failed is not None:
-            raise SampleError(*failed)
-        return [outcome for outcome in found if isinstance(outcome, Scored)]
+        check_texts(texts, self.service.options.limits)
+        raw_text, names = self.service.options.raw_text, self.ensemble.names
+        texts = [texts] if isinstance(texts, str) else texts
+        sent: Sequence[str | None] = prompts or [None] * len(texts)
+        messages: Sequence[object] = labels or [None] * len(texts)
+        if not len(texts) == len(sent) == len(messages):
+            raise UnprocessableError(
+                f"{len(texts)} texts, {len(sent)} prompts and {len(messages)} labels; send one of "
+                "each per sample"
+            )
+        rows = zip(texts, sent, messages, strict=True)
+        return [raw_text.split(text, prompt, label, names) for text, prompt, label in rows]
 
-    async def compare(
-        self, held: Held, samples: Sequence[Sample], subsets: Sequence[str | None]
-    ) -> Comparison:
+    async def score(
+        self, samples: Sequence[Sample], *, on_error: Literal["raise", "record"] = "raise"
+    ) -> RecordedScores:
+        """Score samples, in batches with those of other requests.
+
+        Parameters
+        ----------
+        samples : sequence of Sample
+        on_error : {"raise", "record"}
+            Whether a sample that cannot be scored makes the request an error, or is in the
+            scores' `failed`, its row NaN.
+
+        Returns
+        -------
+        Scores
+            In the order of the samples.
+
+        Raises
+        ------
+        RequestError
+            If the samples exceed a limit, or the queue is full.
+        SampleError
+            If a sample cannot be scored, under ``"raise"``.
+        """
+        scores = await self.service.score(self.served, samples)
+        if on_error == "raise" and scores.failed:
+            raise SampleError(*min(scores.failed.items()))
+        return scores
+
+    async def compare(self, samples: Sequence[Sample], subsets: Sequence[str | None]) -> Comparison:
         """Compare pairs: samples 2i and 2i + 1 are the sides of pair i.
 
         Raises
         ------
         NotCalibratedError, AggregatorMismatchError
-            If there is no calibration, or it is of another aggregator.
+            If there is no calibration, or it belongs to another aggregator.
         SampleError
-            If a side has no score, or a margin is beyond a float.
+            If a side cannot be scored, or a margin is too large for a float.
         """
-        calibration = require_calibration(held.ensemble.calibration, held.ensemble.aggregator)
-        found = await self.scores(held, samples)
-        reward, members = stack(found)
-        _check_margins(reward, members)
-        return compare_scored(calibration, reward, members, subsets=subsets)
-
-
-def _check_margins(reward: Floats, members: Floats) -> None:
-    """Raise `SampleError` for the first pair whose margin, or a member's, is beyond a float."""
-    every = np.column_stack([reward, members])
-    with np.errstate(over="ignore"):
-        beyond = np.isinf(every[::2] - every[1::2]).any(axis=1)
-    if beyond.any():
-        cause = NonFiniteScoreError("the margin of a pair is beyond a float")
-        raise SampleError(2 * int(np.argmax(beyond)), cause)
-
-
-def stack(found: Sequence[Scored]) -> tuple[Floats, Floats]:
-    """Return the rewards, (n_samples,), and the members' scores, (n_samples, n_members)."""
-    reward = np.array([one.reward for one in found], dtype=np.float64)
-    return reward, np.array([one.members for one in found], dtype=np.float64)
+        ensemble = self.ensemble
+        calibration = require_calibration(ensemble.calibration, ensemble.aggregator)
+        scores = await self.score(samples)
+        columns = np.column_stack([scores.reward, scores.members])
+        with np.errstate(over="ignore"):
+            infinite = np.isinf(columns[::2] - columns[1::2]).any(axis=1)
+        if infinite.any():
+            cause = NonFiniteScoreError("the margin of a pair is too large for a float")
+            raise SampleError(2 * int(np.argmax(infinite)), cause)
+        return compare_scored(calibration, scores.reward, scores.members, subsets=subsets)

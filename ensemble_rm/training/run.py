@@ -6,12 +6,11 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,25 +21,19 @@ from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.ensemble.storage import check_target
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.backbone.checkpoint import DEFAULT_CACHE, load_tokenizer, locate
-from ensemble_rm.members.backbone.token_states import DEFAULT_MAX_BYTES, states_bytes
-from ensemble_rm.members.backbone.trunk import TrunkOptions, View
-from ensemble_rm.members.branches.training import train_branches
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.members.backbone.checkpoint import load_tokenizer, locate
+from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.members.encoding import TextEncoder, count_truncation
-from ensemble_rm.members.heads.training import train_heads
-from ensemble_rm.members.heads.views import read_shape, resolve_views
 from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.members.learning.seeds import member_seeds
-from ensemble_rm.members.lora.adapters import LoraOptions
-from ensemble_rm.members.lora.training import train_lora
-from ensemble_rm.members.scorer import Scorer
+from ensemble_rm.members.registry import make_recipe, member_kind
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.scoring.baselines import baseline_scores, reference_samples
-from ensemble_rm.training.start import check_start, digest_of
+from ensemble_rm.training.request import TrainingRequest
 from ensemble_rm.uncertainty.distance import MIN_SAMPLES, FeatureSpace, fit_feature_space
 
-Kind = Literal["head", "branch", "lora", "full"]
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "numpy", "scikit-learn", "safetensors")
 
 
@@ -49,22 +42,15 @@ def train(
     validation: Preferences,
     *,
     backbone: str | Path,
-    kind: Kind = "head",
+    kind: str | None = None,
     members: int = 5,
     seed: int = 0,
-    views: Sequence[View | str] | None = None,
-    blocks: int | None = None,
-    lora: LoraOptions | None = None,
-    warm_start: bool = False,
-    start: RewardEnsemble | None = None,
-    options: TrunkOptions | None = None,
     recipe: Recipe | None = None,
+    options: TrunkOptions | None = None,
+    start: RewardEnsemble | None = None,
     baseline: bool = False,
     out: str | Path | None = None,
     cache_dir: str | Path | None = DEFAULT_CACHE,
-    states_limit: int = DEFAULT_MAX_BYTES,
-    trainer_args: Mapping[str, Any] | None = None,
-    callbacks: Sequence[Any] = (),
     progress: Progress = silent,
 ) -> RewardEnsemble:
     """Train several independently seeded reward models.
@@ -72,114 +58,125 @@ def train(
     Parameters
     ----------
     fit : Preferences
-        What the members learn from.
+        The pairs that members learn from.
     validation : Preferences
-        Other prompts: stops training early, and sets the normaliser.
+        Pairs of other prompts: they stop training early and set the normaliser.
     backbone : str or Path
         A pretrained model: hub id, local folder, or a folder with one GGUF file.
-    kind : {"head", "branch", "lora", "full"}
+    kind : {"head", "branch", "lora", "full"}, optional
         Heads over one frozen trunk; copies of its top blocks, each with a head; LoRA adapters on
-        its blocks, each with a head; or fine-tuned copies of the whole model.
+        its blocks, each with a head; or fine-tuned copies of the whole model. The recipe's kind
+        where not given, ``"head"`` where there is no recipe either.
     members : int
-        How many.
+        Number of members.
     seed : int
         Every member's own seeds are spawned from it.
-    views : sequence of View or str, optional
-        What each head reads, such as ``"16:mean"``; one for all, or one a member. A spread over
-        the upper half of the layers where not given. Branches and adapters are read at the deepest
-        layer, by both poolings where not given; full members by their architecture's own rule.
-    blocks : int, optional
-        How many top blocks a branch copies, 2 where not given, or an adapter changes, all where
-        not given; what lies below runs once for all members.
-    lora : LoraOptions, optional
-        Rank, scale and targets of the adapters, for kind ``"lora"``.
-    warm_start : bool
-        Whether one adapter is fitted first and merged, and the members' start from there; for kind
-        ``"lora"``.
-    start : RewardEnsemble, optional
-        Members of the same kind, backbone, views, blocks and adapters, whose weights these go on
-        from, each from its own. Linear heads that are solved have one optimum wherever they start.
-        A member that training cannot better on the validation pairs stays what it was, but for
-        full members.
+    recipe : HeadRecipe, BranchRecipe, LoraRecipe or FullRecipe, optional
+        Views, blocks, epochs, learning rate and so on; the kind's defaults where not given.
     options : TrunkOptions, optional
         Template, truncation, dtype, device.
-    recipe : Recipe, optional
-        Epochs, learning rate and so on; ``Recipe.of(kind)`` where not given.
+    start : RewardEnsemble, optional
+        An ensemble of the same kind, backbone, number of members, views, blocks and adapters; each
+        member continues from its own weights there. Solved heads have one optimum wherever they
+        start. Unless they are full members, those that training cannot better on the validation
+        pairs keep their weights.
     baseline : bool
-        Whether each prompt's `reference` is scored too, and its score subtracted; then the
-        validation pairs, and all that is scored later, need one.
+        Whether the score of each prompt's `reference` is subtracted; then the validation pairs,
+        and all that is scored later, need one.
     out : str or Path, optional
-        Where the ensemble is saved; a killed run with the same arguments goes on from there.
+        Where the ensemble is saved; a killed run with the same arguments resumes from there.
     cache_dir : str or Path, optional
-        Where features and token states are kept, so that no text is read twice; None keeps none.
-    states_limit : int
-        Largest size of the token states that branches are trained on, in bytes.
-    trainer_args : mapping, optional
-        More of transformers' TrainingArguments, for full members: trackers, FSDP, DeepSpeed.
-    callbacks : sequence of TrainerCallback
-        Of transformers' Trainer, for full members.
+        Folder of cached features and token states, so that no text is read twice; None caches
+        nothing.
     progress : callable
         Called with (stage, done, total).
 
     Returns
     -------
     RewardEnsemble
-        Normalised and not calibrated, its aggregator the mean: a conservative one has a
-        coefficient, which `calibrate` is told.
+        Normalised and not calibrated. Its aggregator is the mean; `calibrate` takes another.
 
     Raises
     ------
     EmptyDataError
         If a part has no pairs.
     OptionError
-        If an option cannot be used, fit and validation share a prompt, or `start` is of another
-        kind than what is to be trained.
+        If an option cannot be used, `kind` is not the recipe's, fit and validation share a
+        prompt, or `start` does not fit.
     BackboneError
         If the backbone cannot be found or read.
     NonFiniteLossError
         If training diverges.
     BaselineError
-        If a baseline is asked for and a validation pair has no reference.
+        If a baseline is wanted and a validation pair has no reference.
     ResumeError
         If `out` holds a checkpoint of another run.
     StorageError
-        If `out` holds versions, or something else than an ensemble.
+        If `out` holds versions, or something other than an ensemble.
     CacheLimitError
-        If the token states would outgrow `states_limit` or the disk.
+        If the token states would exceed the recipe's `states_limit` or the disk.
     MissingExtraError
-        If kind ``"lora"`` is asked for and peft is not installed.
+        If a package that the kind needs is not installed.
     """
-    if out is not None:
-        check_target(Path(out).expanduser())
-    job, said = _prepare(
-        fit,
-        validation,
+    request = TrainingRequest(
         backbone=backbone,
-        kind=kind,
+        recipe=_recipe_of(kind, recipe),
         members=members,
         seed=seed,
-        views=views,
-        blocks=blocks,
-        lora=lora,
-        warm_start=warm_start,
+        options=options,
         start=start,
-        options=options or TrunkOptions(),
-        recipe=recipe or Recipe.of(kind),
-        out=None if out is None else Path(out).expanduser(),
-        cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
+        baseline=baseline,
+        out=out,
+        cache_dir=cache_dir,
     )
-    job = replace(
-        job,
-        states_limit=states_limit,
-        trainer_args=trainer_args or {},
-        callbacks=callbacks,
-        progress=progress,
-    )
-    if baseline:
-        reference_samples(validation.samples())  # a missing one is refused before the work
-    trained = _trainer_of(kind)(job)
-    below = _baselines(trained, validation) if baseline else None
-    provenance = said | _versions() | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+    return train_request(fit, validation, request, progress=progress)
+
+
+def _recipe_of(kind: str | None, recipe: Recipe | None) -> Recipe:
+    if recipe is None:
+        return make_recipe(kind or "head")
+    if kind is not None and kind != recipe.kind:
+        raise OptionError(
+            f"{type(recipe).__name__} is the recipe of kind {recipe.kind!r}, not of {kind!r}; "
+            f"give a {member_kind(kind).recipe_class().__name__}, or leave `kind` out"
+        )
+    return recipe
+
+
+def train_request(
+    fit: Preferences,
+    validation: Preferences,
+    request: TrainingRequest,
+    *,
+    progress: Progress = silent,
+) -> RewardEnsemble:
+    """Do what `train` does, from one request object.
+
+    Parameters
+    ----------
+    fit, validation : Preferences
+    request : TrainingRequest
+    progress : callable
+        Called with (stage, done, total).
+
+    Returns
+    -------
+    RewardEnsemble
+
+    Raises
+    ------
+    EnsembleError
+        What `train` raises.
+    """
+    out = None if request.out is None else Path(request.out).expanduser()
+    if out is not None:
+        check_target(out)
+    job, provenance = _prepare(fit, validation, request, progress=progress)
+    if request.baseline:
+        reference_samples(validation.samples())  # a missing reference is an error before the work
+    trained = member_kind(request.kind).trainer()(job)
+    below = _baselines(trained, validation) if request.baseline else None
+    provenance |= _versions() | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
     ensemble = RewardEnsemble(
         trained.scorers,
         fit_normaliser(trained.reference, validation.sample_groups(), baseline=below),
@@ -192,9 +189,144 @@ def train(
     ensemble.save_pretrained(out)
     if job.checkpoint is not None:
         shutil.rmtree(job.checkpoint, ignore_errors=True)
-    if kind == "full":  # its models lay in the checkpoint's folder
+    if trained.in_checkpoint:
         return RewardEnsemble.from_pretrained(out, device=job.options.device)
     return ensemble
+
+
+def plan(fit: Preferences, validation: Preferences, request: TrainingRequest) -> dict[str, Any]:
+    """Return what `train` would do, from config and tokenizer alone; no weights are read.
+
+    Parameters
+    ----------
+    fit, validation : Preferences
+    request : TrainingRequest
+
+    Returns
+    -------
+    dict
+        Backbone, kind, members, the resolved recipe, template, numbers of pairs and tokens,
+        truncation, and bytes of token states, as JSON values.
+
+    Raises
+    ------
+    EnsembleError
+        What `train` raises before it reads weights.
+    """
+    job, _ = _prepare(fit, validation, request)
+    encoder = TextEncoder(
+        load_tokenizer(job.backbone.folder),
+        template=job.options.template,
+        max_length=job.options.max_length,
+    )
+    encoded = encoder.encode([*fit.samples(), *validation.samples()])
+    return {
+        "backbone": job.backbone.name,
+        "kind": request.kind,
+        "members": request.members,
+        "recipe": job.recipe.to_json(),
+        "template": encoder.template,
+        "fit_pairs": len(fit),
+        "validation_pairs": len(validation),
+        "tokens": sum(len(e.ids) for e in encoded),
+        "truncation": count_truncation(encoded).to_json(),
+        "token_states_bytes": job.recipe.states_bytes(
+            job.backbone, encoded, dtype=job.options.dtype
+        ),
+    }
+
+
+def _prepare(
+    fit: Preferences,
+    validation: Preferences,
+    request: TrainingRequest,
+    *,
+    progress: Progress = silent,
+) -> tuple[Job[Any], dict[str, Any]]:
+    """Check and resolve a request: the job, and all that decides its result as JSON."""
+    require_pairs(fit, "training")
+    require_pairs(validation, "validation")
+    _refuse_leak(fit, validation)
+    cache = None if request.cache_dir is None else Path(request.cache_dir).expanduser()
+    backbone = locate(request.backbone, cache_dir=cache)
+    recipe = request.recipe.resolve(backbone, request.members)
+    options = request.options or TrunkOptions()
+    provenance: dict[str, Any] = {
+        "kind": request.kind,
+        "seed": request.seed,
+        "members": request.members,
+        "backbone": {"name": backbone.name, "digest": backbone.digest},
+        "options": asdict(replace(options, device=None)),
+        "recipe": recipe.to_json(),
+        "data": {
+            part: {"source": pairs.source, "pairs": len(pairs), "digest": pairs.digest}
+            for part, pairs in (("fit", fit), ("validation", validation))
+        },
+    }
+    if request.start is not None:
+        check_start(request.start, recipe, members=request.members, backbone=backbone.digest)
+        provenance["start"] = _digest_of(request.start)
+    job = Job(
+        fit,
+        validation,
+        backbone,
+        member_seeds(request.seed, request.members),
+        options,
+        recipe,
+        hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest(),
+        checkpoint=_checkpoint_folder(request.out),
+        cache_folder=cache,
+        start=() if request.start is None else request.start.scorers,
+        progress=progress,
+    )
+    return job, provenance
+
+
+def _checkpoint_folder(out: str | Path | None) -> Path | None:
+    """Return the folder next to `out` in which a run can be resumed."""
+    if out is None:
+        return None
+    folder = Path(out).expanduser()
+    return folder.parent / f".{folder.name}.training"
+
+
+def check_start(start: RewardEnsemble, recipe: Recipe, *, members: int, backbone: str) -> None:
+    """Check that training by a resolved recipe can continue from an ensemble's weights.
+
+    Parameters
+    ----------
+    start : RewardEnsemble
+    recipe : Recipe
+    members : int
+    backbone : str
+        Digest of the backbone.
+
+    Raises
+    ------
+    OptionError
+        If kind, number, views, blocks, adapters or backbone differ.
+    """
+    wanted = member_kind(recipe.kind).scorer_class()
+    if not all(isinstance(scorer, wanted) for scorer in start.scorers):
+        names = [type(scorer).__name__ for scorer in start.scorers]
+        raise OptionError(f"start: expected members of kind {recipe.kind!r}, not {names}")
+    if len(start.names) != members:
+        raise OptionError(f"start: expected {members} members, not {len(start.names)}")
+    expected = {"backbone": backbone} | recipe.settings()
+    scorers: tuple[Any, ...] = start.scorers
+    for scorer in scorers:
+        has: dict[str, Any] = scorer.describe() | {"backbone": scorer.trained_from}
+        for name, value in expected.items():
+            if has.get(name) != value:
+                raise OptionError(f"start: its {name} is {has.get(name)}, but {value} is wanted")
+
+
+def _digest_of(start: RewardEnsemble) -> str:
+    """Return one digest of all that the members' scores depend on."""
+    digest = hashlib.sha256()
+    for scorer in start.scorers:
+        digest.update(str(scorer.digest).encode())
+    return digest.hexdigest()
 
 
 def _baselines(trained: Trained, validation: Preferences) -> NDArray[np.float64]:
@@ -209,157 +341,20 @@ def _feature_space(trained: Trained) -> FeatureSpace | None:
     return fit_feature_space(trained.features)
 
 
-def _trainer_of(kind: str) -> Callable[[Job], Trained]:
-    """Return what trains a kind of member; the Trainer is imported only for `full`."""
-    if kind == "full":
-        from ensemble_rm.members.full.training import train_full
-
-        return train_full
-    if kind == "lora":
-        return train_lora
-    return train_branches if kind == "branch" else train_heads
-
-
-def _prepare(
-    fit: Preferences,
-    validation: Preferences,
-    *,
-    backbone: str | Path,
-    kind: Kind,
-    members: int,
-    seed: int,
-    views: Sequence[View | str] | None,
-    blocks: int | None,
-    lora: LoraOptions | None,
-    warm_start: bool,
-    start: RewardEnsemble | None = None,
-    options: TrunkOptions,
-    recipe: Recipe,
-    out: Path | None,
-    cache_dir: Path | None,
-) -> tuple[Job, dict[str, Any]]:
-    """Check and resolve every option: the job, and all that decides its result as JSON."""
-    if members < 1:
-        raise OptionError(f"members must be at least 1, not {members}")
-    recipe.check(kind)
-    if kind != "lora" and (lora is not None or warm_start):
-        raise OptionError(f"lora and warm_start belong to kind 'lora', not to {kind!r}")
-    require_pairs(fit, "training")
-    require_pairs(validation, "validation")
-    _refuse_leak(fit, validation)
-    found = locate(backbone, cache_dir=cache_dir)
-    chosen, count = resolve_views(views, members, found, kind=kind, blocks=blocks)
-    said: dict[str, Any] = {
-        "kind": kind,
-        "seed": seed,
-        "members": members,
-        "backbone": {"name": found.name, "digest": found.digest},
-        "views": [str(view) for view in chosen],
-        "options": asdict(replace(options, device=None)),
-        "recipe": asdict(recipe),
-        "data": {
-            part: {"source": pairs.source, "pairs": len(pairs), "digest": pairs.digest}
-            for part, pairs in (("fit", fit), ("validation", validation))
-        },
-    }
-    if kind in ("branch", "lora"):
-        said["blocks"] = count
-    if kind == "lora":
-        said |= {"lora": asdict(lora or LoraOptions()), "warm_start": warm_start}
-    scorers: tuple[Scorer, ...] = ()
-    if start is not None:
-        scorers = check_start(start, kind=kind, said=said, backbone=found.digest)
-        said["start"] = digest_of(scorers)
-    job = Job(
-        fit,
-        validation,
-        found,
-        member_seeds(seed, members),
-        chosen,
-        count,
-        options,
-        recipe,
-        hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(),
-        None if out is None else out.parent / f".{out.name}.training",
-        cache_dir,
-        lora=lora or LoraOptions(),
-        warm_start=warm_start,
-        start=scorers,
-    )
-    return job, said
-
-
-def plan(
-    fit: Preferences,
-    validation: Preferences,
-    *,
-    backbone: str | Path,
-    kind: Kind = "head",
-    members: int = 5,
-    views: Sequence[View | str] | None = None,
-    blocks: int | None = None,
-    lora: LoraOptions | None = None,
-    warm_start: bool = False,
-    options: TrunkOptions | None = None,
-    recipe: Recipe | None = None,
-    cache_dir: str | Path | None = DEFAULT_CACHE,
-) -> dict[str, Any]:
-    """Say what `train` would do, from config and tokenizer alone: nothing is read or trained."""
-    job, said = _prepare(
-        fit,
-        validation,
-        backbone=backbone,
-        kind=kind,
-        members=members,
-        seed=0,
-        views=views,
-        blocks=blocks,
-        lora=lora,
-        warm_start=warm_start,
-        options=options or TrunkOptions(),
-        recipe=recipe or Recipe.of(kind),
-        out=None,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
-    )
-    encoder = TextEncoder(
-        load_tokenizer(job.backbone.folder),
-        template=job.options.template,
-        max_length=job.options.max_length,
-    )
-    encoded = encoder.encode([*fit.samples(), *validation.samples()])
-    found: dict[str, Any] = {
-        "backbone": job.backbone.name,
-        "kind": kind,
-        "members": members,
-        "views": said["views"],
-        "template": encoder.template,
-        "fit_pairs": len(fit),
-        "validation_pairs": len(validation),
-        "tokens": sum(len(e.ids) for e in encoded),
-        "truncation": count_truncation(encoded).to_json(),
-    }
-    if kind in ("branch", "lora"):
-        depth, width = read_shape(job.backbone)
-        size = states_bytes(encoded, width=width, dtype=job.options.dtype)
-        shared = job.blocks < depth
-        found |= {"blocks": job.blocks, "token_states_bytes": size if shared else 0}
-    return found
-
-
 def _refuse_leak(fit: Preferences, validation: Preferences) -> None:
     shared = fit.prompt_keys & validation.prompt_keys
     if shared:
         raise OptionError(
-            f"{len(shared)} prompts stand in both the training and the validation pairs; "
+            f"{len(shared)} prompts are in both the training and the validation pairs; "
             "split by prompt with pairs.split(…)"
         )
 
 
 def _versions() -> dict[str, Any]:
-    found = {}
+    versions = {}
     for name in ("ensemble-rm", *_LIBRARIES):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return {"versions": found, "python": platform.python_version()}
+            versions[name] = "not installed as a package"
+    return {"versions": versions, "python": platform.python_version()}

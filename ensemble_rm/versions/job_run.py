@@ -1,78 +1,188 @@
-"""What every job on a run folder does around its work: the lock, the tidying, the line in the log.
+"""What the jobs on a run folder share: options, outcome, lock, audit line.
 
 Knows nothing of what a job decides.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from ensemble_rm.errors import EnsembleRMError
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.versions.repository import Versions
 
+Verdict: TypeAlias = Literal["published", "kept", "too few", "drift alarm"]
 
-@dataclass(frozen=True)
-class RunLog:
-    """Where one run of a job writes its line.
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a job uses the run folder.
+
+    Attributes
+    ----------
+    dry_run : bool
+        Report what would happen and write nothing.
+    wait : bool
+        Wait for another job on the same folder instead of raising `LockedError`.
+    """
+
+    dry_run: bool = field(
+        default=False, metadata={"help": "report what would happen and write nothing"}
+    )
+    wait: bool = field(
+        default=False, metadata={"help": "wait for another job on the folder instead of failing"}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOutcome:
+    """The outcome of one run of a job.
+
+    Attributes
+    ----------
+    verdict : {"published", "kept", "too few", "drift alarm"}
+        ``"published"``: a new version is current. ``"kept"``: the current version stays.
+        ``"too few"``: the judgments do not suffice. ``"drift alarm"``: only of `recalibrate`.
+    reason : str
+        Why, in words.
+    run : str
+        Identifier of the run, also in the audit log and in the published version.
+    incumbent : int
+        Number of the version that was current; 1 for a plain ensemble.
+    version : int, optional
+        Number of the published version; in a dry run, the number it would get.
+    dry_run : bool
+        Whether nothing was written.
+    details : dict
+        Judgments, options, gate, sizes, digests; JSON values.
+    """
+
+    verdict: Verdict
+    reason: str
+    run: str
+    incumbent: int
+    version: int | None
+    dry_run: bool
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def change(self) -> str:
+        """What the new version changed, for the one-line summary."""
+        return ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object: the output of ``--json`` and the audit line."""
+        row: dict[str, Any] = json_values(asdict(self))
+        return row
+
+    def __str__(self) -> str:
+        """Summarise the outcome in one line."""
+        version = "" if self.version is None else f" version {self.version}{self.change}"
+        note = " (dry run: nothing was written)" if self.dry_run else ""
+        return f"{self.verdict}{version}: {self.reason}{note}"
+
+
+Outcome = TypeVar("Outcome", bound=JobOutcome)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of a job on a run folder.
 
     Attributes
     ----------
     versions : Versions
         Of the run folder.
     event : str
-        Name of the job's kind of line.
-    dry_run : bool
-        Write nothing.
+        The audit log's name of this kind of job.
+    options : RunOptions
+    progress : callable
+        Called with (stage, done, total).
     run : str
-        Name of the run.
+        Identifier of the run.
     """
 
     versions: Versions
     event: str
-    dry_run: bool
+    options: RunOptions
+    progress: Progress = silent
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
 
-    def write(self, said: dict[str, Any]) -> None:
-        """Append the run's line, but in a dry run."""
-        if self.dry_run:
+    @contextmanager
+    def holding_folder(self) -> Iterator[None]:
+        """Lock the folder, remove leftovers of killed jobs, and log errors; not in a dry run.
+
+        Raises
+        ------
+        LockedError
+            If another job works on the folder and `RunOptions.wait` is not set.
+        """
+        dry_run = self.options.dry_run
+        with nullcontext() if dry_run else self.versions.lock(wait=self.options.wait):
+            try:
+                if not dry_run:
+                    self.versions.adopt()
+                    self.versions.clean()
+                    self.repair_log()
+                yield
+            except (EnsembleRMError, OSError) as error:
+                # A full disk may refuse the audit line, too; the first error is the one to report.
+                with suppress(OSError):
+                    self._log({"verdict": "error", "reason": f"{type(error).__name__}: {error}"})
+                raise
+
+    def repair_log(self) -> None:
+        """Append what a killed run of this job could not write any more; by default nothing."""
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Write the run's audit line, except in a dry run, and return the outcome."""
+        self._log(outcome.to_json())
+        return outcome
+
+    def last_run(self, **details: str) -> dict[str, Any] | None:
+        """Return the audit line of the last run, if it had the same inputs and reached a verdict.
+
+        Parameters
+        ----------
+        **details
+            Digests that the line's `details` must contain.
+
+        Returns
+        -------
+        dict, optional
+            None where the last run failed, had other inputs, or was stopped by a pin.
+        """
+        last = self.versions.audit.last(event=self.event)
+        if last is None or last.get("verdict") == "error":
+            return None
+        known = last.get("details", {})
+        same = all(known.get(name) == value for name, value in details.items())
+        return last if same and not known.get("pinned") else None
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.options.dry_run:
             return
         at = self.versions.clock().isoformat(timespec="seconds")
-        self.versions.audit.append({"event": self.event, "at": at, "run": self.run} | said)
+        self.versions.audit.append({"event": self.event, "at": at, "run": self.run} | line)
 
 
-@contextmanager
-def working(
-    log: RunLog, *, wait: bool, prepare: Callable[[], None] | None = None
-) -> Iterator[None]:
-    """Hold the folder, tidy it, and log what fails; in a dry run do none of it.
+def json_values(value: Any) -> Any:
+    """Return the value with NaN and infinity as null, since JSON has no numbers for them."""
+    if isinstance(value, Mapping):
+        return {name: json_values(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(part) for part in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
 
-    Parameters
-    ----------
-    log : RunLog
-    wait : bool
-        For another job on the folder to end, instead of raising.
-    prepare : callable, optional
-        Called once the folder is held and tidy.
 
-    Raises
-    ------
-    LockedError
-        If another job works on the folder, and `wait` is not set.
-    """
-    versions = log.versions
-    with nullcontext() if log.dry_run else versions.lock(wait=wait):
-        try:
-            if not log.dry_run:
-                versions.adopt()
-                versions.clean()
-                if prepare is not None:
-                    prepare()
-            yield
-        except (EnsembleRMError, OSError) as error:
-            with suppress(OSError):
-                log.write({"verdict": "error", "reason": f"{type(error).__name__}: {error}"})
-            raise
+def digest_inputs(*parts: Any) -> str:
+    """Return the SHA-256 of JSON values, by which a repeated run is recognised."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

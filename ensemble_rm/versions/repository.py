@@ -74,6 +74,11 @@ class Versions:
         """Which version is current, and whether it is pinned."""
         return reading.read_pointer(self.folder)
 
+    @property
+    def pinned(self) -> bool:
+        """Whether the current version is pinned; never for a plain ensemble."""
+        return self.versioned and self.pointer.pinned
+
     def current(self) -> Version:
         """Return the current version; `VersionError` where there are none."""
         return reading.read_version(self.folder)

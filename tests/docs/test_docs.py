@@ -20,6 +20,7 @@ from ensemble_rm.data.loading import (
 )
 from ensemble_rm.demo.data import FILE
 from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.server.wire import registry
 from tests.support import CHECKOUT
 from tests.test_layering import FLOORS
 
@@ -42,8 +43,17 @@ def runnable(page: Path) -> list[str]:
     return [code for code in blocks(page, "python") if code not in skipped]
 
 
+def output_of(page: Path, code: str) -> str | None:
+    """The output that a page shows right below a block."""
+    text = page.read_text(encoding="utf-8")
+    below = text[text.index(code) + len(code) :]
+    shown = re.match(r"```\n\n```text\n(.*?)^```", below, re.S | re.M)
+    return None if shown is None else shown[1]
+
+
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 PYTHON = [
-    pytest.param(code, id=f"{page.name}-{i}")
+    pytest.param(code, output_of(page, code), id=f"{page.name}-{i}")
     for page in PAGES
     for i, code in enumerate(runnable(page))
 ]
@@ -56,16 +66,28 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("code", PYTHON)
+@pytest.mark.parametrize(("code", "shown"), PYTHON)
 def test_a_snippet_runs(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm_folder: Path
+    code: str,
+    shown: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    minilm_folder: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    # What a snippet registers is gone after it.
+    monkeypatch.setattr(registry, "_FORMATS", dict(registry._FORMATS))
     rows = [pair.to_json() for pair in load_preferences(FILE)[:900]]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names: dict[str, Any] = {"BACKBONE": minilm_folder}
     exec(compile(code, "snippet", "exec"), names)
+    if shown is not None:  # other processors round differently
+        printed = capsys.readouterr().out
+        numbers = [float(number) for number in NUMBER.findall(printed)]
+        assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
+        assert numbers == pytest.approx([float(n) for n in NUMBER.findall(shown)], abs=0.05)
 
 
 def examples(kind: str) -> list[str]:

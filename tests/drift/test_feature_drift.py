@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from ensemble_rm import FunctionScorer, RewardEnsemble, Sample, Versions, recalibrate, train
-from ensemble_rm.drift.check import look
+from ensemble_rm.drift.check import check_drift
 from ensemble_rm.errors import NoFeaturesError
-from ensemble_rm.members import scorer_features
+from ensemble_rm.members import HeadRecipe, scorer_features
 from ensemble_rm.scoring import ScoreCache
 from ensemble_rm.uncertainty import fit_feature_space
 from tests.support.recalibration_runs import calibrated, judged, score_of, stored, write_run
@@ -44,7 +44,7 @@ def loaded(*_: Any, **__: Any) -> RewardEnsemble:
     return replace(whole, scorers=(member, whole.scorers[1]), feature_space=space)
 
 
-def test_the_look_compares_distances_with_those_stored_with_the_version(tmp_path: Path) -> None:
+def test_a_check_compares_distances_with_those_stored_with_the_version(tmp_path: Path) -> None:
     run = write_run(tmp_path / "hh", 1.0)
     given: dict[str, Any] = {"load": loaded, "clock": lambda: NOW}
     with stored(tmp_path / "judgments.db", judged(2.0, 1200, seed=1)) as store:
@@ -52,7 +52,7 @@ def test_the_look_compares_distances_with_those_stored_with_the_version(tmp_path
         evidence = Versions(run).current().read_calibration()
         assert evidence is not None
         store.add(judged(2.0, 150, seed=2, start=181, days=4))
-        same = look(run, store, **given)
+        same = check_drift(run, store, **given)
         assert same.unlabelled is not None and same.alarms == ()
         assert "distance" in [shift.name for shift in same.unlabelled.shifts]
         # The same scores and verdicts, of texts that no member was trained on.
@@ -61,7 +61,7 @@ def test_the_look_compares_distances_with_those_stored_with_the_version(tmp_path
             for one in judged(2.0, 150, seed=3, start=186, days=3)
         ]
         store.add(padded)
-        found = look(run, store, **given)
+        found = check_drift(run, store, **given)
     assert found.unlabelled is not None
     assert [shift.name for shift in found.unlabelled.shifts if shift.alarm] == ["distance"]
 
@@ -73,7 +73,7 @@ def test_scores_without_distances_leave_the_others_to_be_tested(tmp_path: Path) 
     with stored(tmp_path / "judgments.db", judged(2.0, 1200, seed=1)) as store:
         assert recalibrate(run, store, **given).version == 2
         store.add(judged(2.0, 150, seed=2, start=181, days=4))
-        found = look(run, store, **given).unlabelled
+        found = check_drift(run, store, **given).unlabelled
     assert found is not None and "Scorer.features" in found.unavailable["distance"]
     assert [shift.name for shift in found.shifts] == ["reward", "std", "correlation"]
 
@@ -107,7 +107,7 @@ def test_training_keeps_where_its_inputs_lie(small_folder: Path, tmp_path: Path)
         *(fit, validation),
         backbone=small_folder,
         members=2,
-        views=["1:mean", "2:both"],
+        recipe=HeadRecipe(views=("1:mean", "2:both")),
         options=OPTIONS,
         out=tmp_path / "run",
         cache_dir=None,

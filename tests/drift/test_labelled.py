@@ -14,7 +14,7 @@ from scipy.stats import beta as beta_distribution
 
 from ensemble_rm.calibration import TemperatureFit, fit_temperature
 from ensemble_rm.drift import DriftTest
-from ensemble_rm.drift.betting import SLOT, Bets
+from ensemble_rm.drift.labelled import SLOT, Bets
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
 
 

@@ -142,7 +142,7 @@ def test_neither_order_nor_the_names_of_sides_matter(seed: int) -> None:
 
 
 def test_a_report_is_read_back_as_it_was() -> None:
-    found = rater_drift(months(0), looks=12)
+    found = rater_drift(months(0), checks=12)
     assert RaterDrift.from_json(json.loads(json.dumps(found.to_json()))) == found
     for test in found.tests:
         assert test.alarm == (test.adjusted <= 0.05 / 12)

@@ -55,9 +55,9 @@ def reports(kind: str = "") -> list[DriftReport]:
         y = rng.random(300) < expit(x / (4.0 if late and kind == "labelled" else 1.0))
         test = test.update(x, y, prompts=range(300 * month, 300 * month + 300), at=at)
         now = scores(rng, 1.0 if late and kind == "unlabelled" else 0.0)
-        shift = unlabelled_drift(reference, now, np.arange(120) // 2, looks=6)
+        shift = unlabelled_drift(reference, now, np.arange(120) // 2, checks=6)
         judged += votes(month, careless=late and kind == "raters")
-        found.append(DriftReport(at, test.result(), shift, rater_drift(judged, looks=6)))
+        found.append(DriftReport(at, test.result(), shift, rater_drift(judged, checks=6)))
     return found
 
 

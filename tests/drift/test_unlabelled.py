@@ -52,7 +52,7 @@ def batch(
     return scores_of(shift + common + spread), groups
 
 
-def look(seed: int, *, prompts: int = 60, **changes: Any) -> UnlabelledDrift:
+def drift_of(seed: int, *, prompts: int = 60, **changes: Any) -> UnlabelledDrift:
     rng = np.random.default_rng(seed)
     reference = Reference.of(*batch(rng, 80))
     return unlabelled_drift(reference, *batch(rng, prompts, **changes), seed=seed)
@@ -60,10 +60,10 @@ def look(seed: int, *, prompts: int = 60, **changes: Any) -> UnlabelledDrift:
 
 @pytest.mark.slow
 def test_false_alarms_keep_their_share_under_clusters() -> None:
-    """300 looks at nothing; a test that takes samples for independent alarms in most of them."""
+    """300 checks without drift; a test that takes samples for independent would alarm in most."""
     alarms, naive = 0, 0
     for seed in range(300):
-        alarms += look(seed).alarm
+        alarms += drift_of(seed).alarm
         rng = np.random.default_rng(seed)
         then, now = batch(rng, 80, each=8, cluster=2.0)[0], batch(rng, 60, each=8, cluster=2.0)[0]
         naive += ks_2samp(then.reward, now.reward).pvalue <= 0.05
@@ -74,7 +74,7 @@ def test_false_alarms_keep_their_share_under_clusters() -> None:
 
 @pytest.mark.slow
 def test_p_values_are_uniform_where_nothing_shifts() -> None:
-    p = np.array([[shift.p for shift in look(seed).shifts] for seed in range(200)])
+    p = np.array([[shift.p for shift in drift_of(seed).shifts] for seed in range(200)])
     for column in p.T:
         assert abs((column <= 0.2).mean() - 0.2) < 0.1
         assert abs(column.mean() - 0.5) < 0.08
@@ -94,7 +94,7 @@ def test_p_values_are_uniform_where_nothing_shifts() -> None:
 def test_each_shift_is_found_under_its_name(
     changes: dict[str, float], name: str, sign: int
 ) -> None:
-    found = look(3, prompts=100, **changes)
+    found = drift_of(3, prompts=100, **changes)
     by_name = {shift.name: shift for shift in found.shifts}
     assert by_name[name].alarm
     assert np.sign(by_name[name].effect) == sign
@@ -125,10 +125,10 @@ def test_a_prompt_that_is_sampled_more_often_weighs_no_more() -> None:
     assert alarms <= 21  # P ≤ .002 at a share of .2
 
 
-def test_looks_share_one_alpha() -> None:
+def test_checks_share_one_alpha() -> None:
     rng = np.random.default_rng(1)
     reference, now = Reference.of(*batch(rng, 80)), batch(rng, 60, shift=1.0)
-    once, often = (unlabelled_drift(reference, *now, looks=looks) for looks in (1, 24))
+    once, often = (unlabelled_drift(reference, *now, checks=checks) for checks in (1, 24))
     assert often.permutations > once.permutations
     for shift in often.shifts:
         assert shift.alarm == (shift.adjusted <= 0.05 / 24)
@@ -204,8 +204,8 @@ def test_refusals() -> None:
         unlabelled_drift(reference, scores, prompts[::4])
     with pytest.raises(OptionError, match="other"):
         unlabelled_drift(reference, scores_of(scores.members, ("a", "b", "other")), prompts)
-    with pytest.raises(OptionError, match="looks"):
-        unlabelled_drift(reference, scores, prompts, looks=0)
+    with pytest.raises(OptionError, match="checks"):
+        unlabelled_drift(reference, scores, prompts, checks=0)
     broken = scores_of(np.where(np.arange(len(prompts))[:, None] == 3, np.nan, scores.members))
     with pytest.raises(NonFiniteScoreError):
         unlabelled_drift(reference, broken, prompts)

@@ -38,7 +38,7 @@ from ensemble_rm.rl.monitor.alarms import AlarmRule
 from ensemble_rm.rl.monitor.monitor import OverOptimisationMonitor
 from ensemble_rm.rl.openrlhf import openrlhf_reward
 from ensemble_rm.rl.scoring import LoopRewards
-from ensemble_rm.server.http.app import create_app
+from ensemble_rm.server import create_app
 from ensemble_rm.server.options import ServerOptions
 from ensemble_rm.server.wire.raw_text import RawText
 from ensemble_rm.uncertainty.disagreement import margin_correlation, member_std, split_uncertainty

@@ -12,7 +12,6 @@ import pytest
 from ensemble_rm import (
     FunctionScorer,
     Preferences,
-    Recipe,
     RewardEnsemble,
     Sample,
     TrunkOptions,
@@ -36,8 +35,9 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.evaluation.plots import draw_evaluation
 from ensemble_rm.evaluation.table import evaluation_text
+from ensemble_rm.members import HeadRecipe
 
-RECIPE = Recipe()
+RECIPE = HeadRecipe()
 OPTIONS = TrunkOptions(max_length=128, device="cpu")
 
 
@@ -293,8 +293,8 @@ def test_leaks_and_bad_options_are_refused(
     for options, message in (
         ({"members": 0}, "members"),
         ({"kind": "tree"}, "kind"),
-        ({"views": ["9:mean"]}, "layers 1 to 6"),
-        ({"views": ["1:mean", "2:mean"]}, "2 views for 3"),
+        ({"recipe": HeadRecipe(views=("9:mean",))}, "layers 1 to 6"),
+        ({"recipe": HeadRecipe(views=("1:mean", "2:mean"))}, "2 views for 3"),
     ):
         with pytest.raises(OptionError, match=message):
             train(
@@ -304,7 +304,7 @@ def test_leaks_and_bad_options_are_refused(
                 cache_dir=cache,
                 **{"members": 3, **options},  # type: ignore[arg-type]
             )
-    with pytest.raises(OptionError, match="prompts stand in both"):
+    with pytest.raises(OptionError, match="prompts are in both"):
         train(parts[0], parts[0][:5], backbone=minilm_folder, cache_dir=cache)
 
 

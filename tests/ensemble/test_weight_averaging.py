@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ensemble_rm import FunctionScorer, Preferences, Recipe, RewardEnsemble, average_weights, train
+from ensemble_rm import FunctionScorer, Preferences, RewardEnsemble, average_weights, train
 from ensemble_rm.aggregation import lcb, mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.cli.main import main
 from ensemble_rm.errors import EmptyDataError, MergeError, OneMemberError, OptionError
-from ensemble_rm.members import BranchScorer, ClassifierScorer
+from ensemble_rm.members import BranchRecipe, BranchScorer, FullRecipe, FullScorer
 from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.learning.weight_averaging import average_tensors
 from tests.support.small_runs import OPTIONS, SAMPLES, few_pairs
@@ -35,7 +35,7 @@ def parts() -> tuple[Preferences, ...]:
 def branches(
     parts: tuple[Preferences, ...], small_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> RewardEnsemble:
-    recipe = Recipe.of("branch", epochs=1, batch_size=8, learning_rate=1e-3)
+    recipe = BranchRecipe(epochs=1, batch_size=8, learning_rate=1e-3)
     cache = tmp_path_factory.mktemp("cache")
     given: dict[str, Any] = {"members": 3, "recipe": recipe, "options": OPTIONS}
     return train(*parts, backbone=small_folder, kind="branch", cache_dir=cache, **given)
@@ -45,7 +45,7 @@ def branches(
 def full(
     parts: tuple[Preferences, ...], small_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> RewardEnsemble:
-    recipe = Recipe.of("full", epochs=1, batch_size=8, learning_rate=1e-3)
+    recipe = FullRecipe(epochs=1, batch_size=8, learning_rate=1e-3)
     out = tmp_path_factory.mktemp("full") / "run"
     given: dict[str, Any] = {"members": 2, "recipe": recipe, "options": OPTIONS}
     return train(*parts, backbone=small_folder, kind="full", cache_dir=None, out=out, **given)
@@ -156,8 +156,8 @@ def test_branches_that_have_no_mean(
 # Full members ------------------------------------------------------------------------------------
 
 
-def models(ensemble: RewardEnsemble) -> list[ClassifierScorer]:
-    return [scorer for scorer in ensemble.scorers if isinstance(scorer, ClassifierScorer)]
+def models(ensemble: RewardEnsemble) -> list[FullScorer]:
+    return [scorer for scorer in ensemble.scorers if isinstance(scorer, FullScorer)]
 
 
 def test_full_members_know_their_start_and_have_a_mean(
@@ -200,7 +200,7 @@ def test_models_that_have_no_mean(
             average_weights(of(scorers), parts[1], out=tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
 
-    def changed(**changes: Any) -> ClassifierScorer:
+    def changed(**changes: Any) -> FullScorer:
         twin = copy.copy(two)
         vars(twin).update(changes)
         return twin

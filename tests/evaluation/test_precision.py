@@ -14,7 +14,6 @@ from scipy.stats import spearmanr
 
 from ensemble_rm import (
     FunctionScorer,
-    Recipe,
     RewardEnsemble,
     Sample,
     TrunkOptions,
@@ -27,7 +26,7 @@ from ensemble_rm.demo.data import FILE
 from ensemble_rm.errors import OptionError
 from ensemble_rm.evaluation import precision_report
 from ensemble_rm.evaluation.precision import measure_drift, precision_text
-from ensemble_rm.members import BranchScorer, ClassifierScorer, HeadScorer
+from ensemble_rm.members import BranchScorer, FullScorer, HeadScorer, make_recipe
 
 OPTIONS = TrunkOptions(max_length=32, device="cpu")
 LENGTH = FunctionScorer("length", lambda s: float(len(s.completion)))
@@ -98,7 +97,7 @@ def test_every_kind_takes_other_options(kind: str, small_folder: Path, tmp_path:
     ensemble = train(
         *pairs,
         backbone=small_folder,
-        recipe=Recipe() if kind == "head" else Recipe.of(kind, epochs=1),
+        recipe=make_recipe(kind, **({} if kind == "head" else {"epochs": 1})),
         cache_dir=tmp_path / "cache",
         out=tmp_path / "run",
         **options,
@@ -107,7 +106,7 @@ def test_every_kind_takes_other_options(kind: str, small_folder: Path, tmp_path:
     assert [row.name for row in report.members] == list(ensemble.names)
     assert all(0 < row.rms <= row.maximum for row in report.members)
     for scorer in ensemble.scorers:
-        assert isinstance(scorer, HeadScorer | BranchScorer | ClassifierScorer)
+        assert isinstance(scorer, HeadScorer | BranchScorer | FullScorer)
         low = TrunkOptions(max_length=32, device="cpu", dtype="bfloat16")
         there = scorer.with_options(low)
         assert there.options == low and there.names == scorer.names

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from ensemble_rm import (
-    Recipe,
     RewardEnsemble,
     TrunkOptions,
     combine,
@@ -21,7 +20,7 @@ from ensemble_rm import (
     train,
 )
 from ensemble_rm.demo.data import FILE
-from ensemble_rm.members import HeadScorer
+from ensemble_rm.members import HeadScorer, make_recipe
 from ensemble_rm.members.backbone import checkpoint as bb
 
 # What a rank of a training run does: its own copy from disk, its share of the group, one gather.
@@ -86,7 +85,7 @@ def test_weights_are_loaded_at_the_first_score_and_once(
     given: dict[str, Any] = {"kind": kind, "members": 2, "cache_dir": tmp_path / "cache"}
     pairs = load(FILE)[:120].split(0.6, 0.3, seed=0)
     options = TrunkOptions(max_length=32, device="cpu")
-    recipe = Recipe() if kind == "head" else Recipe.of(kind, epochs=1)
+    recipe = make_recipe(kind, **({} if kind == "head" else {"epochs": 1}))
     train(
         *pairs, backbone=small_folder, options=options, recipe=recipe, out=tmp_path / "run", **given
     )

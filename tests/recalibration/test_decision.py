@@ -19,15 +19,13 @@ from ensemble_rm.evidence.dated_margins import (
     DAY,
     forgetting,
 )
-from ensemble_rm.recalibration import GateOptions
-from ensemble_rm.recalibration.confirmation import changed_since, compare_newest
-from ensemble_rm.recalibration.decision import decide
+from ensemble_rm.recalibration.decision import DecisionOptions, decide
+from ensemble_rm.recalibration.fitting import shrink
 from ensemble_rm.recalibration.gate import clustered_mean, judge_candidate, losses
-from ensemble_rm.recalibration.shrinkage import shrink
-from ensemble_rm.recalibration.split import split_by_time
+from ensemble_rm.recalibration.split import changed_since, compare_newest, split_by_time
 from tests.support.recalibration_runs import calibrated, margins, together
 
-OPTIONS = GateOptions()
+OPTIONS = DecisionOptions()
 
 
 def incumbent_at(t: float) -> Calibration:
@@ -158,7 +156,7 @@ def test_the_clustered_error_is_that_of_prompts_redrawn() -> None:
     ("gain", "noise", "passes", "why"),
     [
         (0.01, 0.01, True, "falls by"),
-        (-0.01, 0.01, False, "no better"),
+        (-0.01, 0.01, False, "not better"),
         (0.002, 1.0, False, "not excluded"),
     ],
 )
@@ -297,10 +295,10 @@ def test_a_true_change_is_followed_once_the_next_batch_confirms_it() -> None:
     before = margins(1.0, 900, seed=0, days=90)
     first = margins(3.0, 600, seed=1, days=30, start=90)
     second = margins(3.0, 600, seed=2, days=30, start=120)
-    waits = decide(together(before, first), mean(), old, options=replace(OPTIONS, share=0.4))
+    waits = decide(together(before, first), mean(), old, options=replace(OPTIONS, gate_share=0.4))
     assert waits.answer == "keep" and waits.reason.startswith("unconfirmed")
     follows = decide(
-        together(before, first, second), mean(), old, options=replace(OPTIONS, share=0.28)
+        together(before, first, second), mean(), old, options=replace(OPTIONS, gate_share=0.28)
     )
     assert follows.answer == "publish", follows.reason
 
@@ -337,7 +335,7 @@ def test_judgments_that_contradict_the_margins_flatten_the_incumbent_and_nothing
     assert found.calibration.temperature > 10
     assert found.metrics["gate_nll_after"] == pytest.approx(math.log(2), abs=0.05)
     assert found.metrics["gate_nll_after"] < found.metrics["gate_nll_before"] - 0.2
-    assert "hardly" in found.reason and "retrain" in found.reason
+    assert "barely" in found.reason and "retrain" in found.reason
     first = decide(turned, mean(), None, options=OPTIONS)
     assert first.answer == "keep" and "contradict" in first.reason
     healed = decide(margins(1.0, 3000, seed=4), mean(), found.calibration, options=OPTIONS)
@@ -357,7 +355,7 @@ def test_slices_are_gated_and_drawn_towards_the_shrunk_temperature() -> None:
     brief, lengthy = found.calibration.slices
     assert abs(math.log(brief.temperature / 0.7)) < 0.15
     assert abs(math.log(lengthy.temperature / 2.8)) < 0.15
-    with pytest.raises(OptionError, match="name a `subset`"):
+    with pytest.raises(OptionError, match="with a `subset`"):
         decide(margins(1.0, 900, seed=0), mean(), None, options=replace(OPTIONS, slices=True))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ensemble_rm import Versions, recalibrate
-from ensemble_rm.recalibration import GateOptions
+from ensemble_rm.recalibration import RecalibrationOptions
 from tests.support import CHECKOUT, SUPPORT
 from tests.support.recalibration_runs import Loader, judged, stored, write_run
 
@@ -92,7 +92,7 @@ def test_of_two_jobs_at_once_one_publishes_and_the_other_says_so(tmp_path: Path)
     run, place = write_run(tmp_path / "hh", 1.0), tmp_path / "judgments.db"
     with stored(place, judged(3.0, 1200, seed=3)) as store:
         # The commands cannot load members that are functions: their scores are stored.
-        recalibrate(run, store, load=Loader(), options=GateOptions(min_judgments=10_000))
+        recalibrate(run, store, load=Loader(), options=RecalibrationOptions(min_judgments=10_000))
     with Versions(run).lock():
         busy = subprocess.run(command(run, place), capture_output=True, text=True, check=False)
         assert busy.returncode == 13, busy.stderr

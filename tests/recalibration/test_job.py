@@ -16,13 +16,14 @@ import pytest
 
 from ensemble_rm import Versions, recalibrate
 from ensemble_rm.cli.main import main
-from ensemble_rm.drift.check import LookOptions, look, past_looks
+from ensemble_rm.drift.check import DriftCheckOptions, check_drift, past_checks
 from ensemble_rm.errors import LockedError, StorageError
 from ensemble_rm.evidence.score_table import ScoreTable
-from ensemble_rm.evidence.window import choose, read_window
+from ensemble_rm.evidence.window import WindowOptions, choose, read_window
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
-from ensemble_rm.recalibration import GateOptions, Recalibration
+from ensemble_rm.progress import Progress, silent
+from ensemble_rm.recalibration import Recalibration, RecalibrationOptions
 from tests.support.recalibration_runs import (
     START,
     Loader,
@@ -55,9 +56,19 @@ def store(tmp_path: Path, filled: Path) -> Iterator[JudgmentStore]:
         yield found
 
 
-def job(run: Path, store: JudgmentStore, **more: Any) -> Recalibration:
-    given: dict[str, Any] = {"load": Loader(), "clock": lambda: NOW, "window": 180.0}
-    return recalibrate(run, store, **(given | more))
+def job(
+    run: Path,
+    store: JudgmentStore,
+    *,
+    load: Any = None,
+    clock: Any = lambda: NOW,
+    progress: Progress = silent,
+    **options: Any,
+) -> Recalibration:
+    chosen = RecalibrationOptions(**{"window": 180.0} | options)
+    return recalibrate(
+        run, store, options=chosen, load=load or Loader(), clock=clock, progress=progress
+    )
 
 
 def audit(run: Path) -> list[dict[str, Any]]:
@@ -118,7 +129,7 @@ def test_scores_are_computed_once(run: Path, store: JudgmentStore) -> None:
     )
     assert load.calls == 2 and counted == [40]
     # The whole set again, by other options: nothing is scored.
-    job(run, store, load=load, options=GateOptions(delta=0.004))
+    job(run, store, load=load, delta=0.004)
     assert load.calls == 2
 
 
@@ -148,7 +159,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(run: Path, store: Judgment
     real = job(run, store)
     assert real.temperature_after == found.temperature_after
     before = fingerprint(run.parent)
-    assert job(run, store, dry_run=True, options=GateOptions(delta=1.0)).dry_run
+    assert job(run, store, dry_run=True, delta=1.0).dry_run
     assert fingerprint(run.parent) == before
 
 
@@ -176,9 +187,8 @@ def test_a_pinned_version_stays_and_the_next_run_after_it_publishes(
 def test_windows_go_back_from_the_newest_judgment_and_not_from_the_clock(
     store: JudgmentStore,
 ) -> None:
-    bounds: dict[str, Any] = {"since": None, "until": None}
     found = [
-        choose(store, days=30.0, latest=latest, **bounds)[0]
+        choose(store, WindowOptions(window=30.0), latest=latest)[0]
         for latest in (NOW, NOW + timedelta(days=500))
     ]
     assert found[0] == found[1]
@@ -244,7 +254,7 @@ def test_the_line_of_a_run_killed_after_publishing_is_written_by_the_next(
     assert second.verdict == "kept"
     found = audit(run)
     assert [line["run"] for line in found] == [first.run, second.run]
-    assert found[0]["mended"] and found[0]["version"] == 2
+    assert found[0]["repaired"] and found[0]["version"] == 2
 
 
 def test_active_judgments_count_by_their_inclusion(run: Path, tmp_path: Path) -> None:
@@ -319,7 +329,7 @@ def test_drift_that_the_gate_cannot_answer_is_an_alarm_until_something_better_is
     assert found.verdict == "drift alarm" and "overconfident" in found.reason
     assert found.alarm is not None and found.alarm["alarm"]
     assert Versions(run).current().number == 2
-    again = job(run, store, options=GateOptions(delta=0.004))
+    again = job(run, store, delta=0.004)
     assert again.verdict == "drift alarm"
     assert again.alarm is not None and again.alarm["prompts"] == found.alarm["prompts"]
 
@@ -340,7 +350,7 @@ def test_votes_that_contradict_the_margins_flatten_and_alarm_until_it_is_retrain
         assert audit(run)[0]["verdict"] == "drift alarm"
 
 
-def test_the_look_at_drift_says_three_things_and_its_exit_code(
+def test_a_drift_check_reports_three_kinds_and_its_exit_code(
     run: Path, store: JudgmentStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job(run, store)
@@ -349,15 +359,15 @@ def test_the_look_at_drift_says_three_things_and_its_exit_code(
         store.add(replace(one, annotator="ann", external_id="") for one in anchors)
     store.add(judged(2.0, 200, seed=12, start=181, days=5))
     scored: dict[str, Any] = {"load": Loader(), "clock": lambda: NOW}
-    assert look(run, store, dry_run=True, **scored).alarms == ()
-    assert not past_looks(run)
-    report = look(run, store, options=LookOptions(anchors=("anchors",)), **scored)
+    assert check_drift(run, store, options=DriftCheckOptions(dry_run=True), **scored).alarms == ()
+    assert not past_checks(run)
+    report = check_drift(run, store, options=DriftCheckOptions(anchors=("anchors",)), **scored)
     assert report.alarms == () and not report.unavailable
     assert report.labelled is not None and 150 < report.labelled.prompts <= 200
     assert report.unlabelled is not None and report.raters is not None
-    assert past_looks(run) == [report]
+    assert past_checks(run) == [report]
     store.add(judged(40.0, 600, seed=13, start=187, days=3))
-    assert look(run, store, **scored).alarms == ("labelled",)
+    assert check_drift(run, store, **scored).alarms == ("labelled",)
     picture = tmp_path / "drift.png"
     command = ["drift", str(run), "--judgments", str(tmp_path / "judgments.db"), "--json"]
     assert main([*command, f"--report={picture}"]) == 12

@@ -12,16 +12,19 @@ import numpy as np
 
 from ensemble_rm import FunctionScorer, RewardEnsemble, Sample
 from ensemble_rm.aggregation import make_aggregator
-from ensemble_rm.drift.check import look
+from ensemble_rm.drift.check import DriftCheckOptions, check_drift
 from ensemble_rm.evidence.pair_margins import evidence_of
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.window import read_window
 from ensemble_rm.judgments.filter import JudgmentFilter
+from ensemble_rm.recalibration import RecalibrationOptions
 from ensemble_rm.recalibration.job import recalibrate
 from ensemble_rm.versions.repository import Versions
 from tests.support.recalibration_runs import calibrated, judged, score_of, stored, write_run
 
 NOW = datetime(2026, 7, 10, tzinfo=UTC)
+OPTIONS = RecalibrationOptions(window=400.0)
+CHECK = DriftCheckOptions(window=400.0)
 OMIT = make_aggregator("mean", nan="omit")
 
 
@@ -59,20 +62,20 @@ def test_a_pair_that_nobody_can_score_stops_no_job(tmp_path: Path) -> None:
         ]
         return replace(ensemble, scorers=tuple(rejecting))
 
-    given: dict[str, Any] = {"load": load, "clock": lambda: NOW, "window": 400.0}
-    found = recalibrate(run, store, **given)
+    given: dict[str, Any] = {"load": load, "clock": lambda: NOW}
+    found = recalibrate(run, store, options=OPTIONS, **given)
     assert found.verdict == "published"
     judgments = found.details["judgments"]
     assert (judgments["count"], judgments["unscored"]) == (2999, 1)
-    assert look(run, store, **given).labelled is not None
+    assert check_drift(run, store, options=CHECK, **given).labelled is not None
 
 
 def test_a_failure_is_tried_again_by_the_next_job_and_is_never_nought(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 1.0, aggregator=OMIT)
     store = stored(tmp_path / "judgments.db", judged(2.0, 3000, seed=1))
     load = Failing()
-    given: dict[str, Any] = {"load": load, "clock": lambda: NOW, "window": 400.0}
-    first = recalibrate(run, store, **given)
+    given: dict[str, Any] = {"load": load, "clock": lambda: NOW}
+    first = recalibrate(run, store, options=OPTIONS, **given)
     assert first.verdict == "published"
     window = read_window(store, JudgmentFilter(), progress=lambda *_: None)
     table = ScoreTable(run, Versions(run).current().members, read_only=True)
@@ -83,22 +86,22 @@ def test_a_failure_is_tried_again_by_the_next_job_and_is_never_nought(tmp_path: 
     assert evidence is not None
     assert int(np.isnan(evidence.first).sum() + np.isnan(evidence.second).sum()) == holes.sum()
     store.add(judged(2.0, 200, seed=2, start=181, days=5))
-    report = look(run, store, **given)
+    report = check_drift(run, store, options=CHECK, **given)
     assert report.unlabelled is not None  # over the samples that every member scored
 
     load.first = True  # now the other fails, and what was stored of the second stays
     store.add(judged(2.0, 20, seed=3, start=187, days=1))
-    recalibrate(run, store, **given)
+    recalibrate(run, store, options=OPTIONS, **given)
     ((_, both),) = table.blocks(window.keys)
     assert np.isfinite(both[~holes, 1]).all() and np.isnan(both[holes, 1]).all()
     assert np.isfinite(both[..., 0]).all()
 
     load.mended, load.calls, load.first = True, 0, False
     store.add(judged(2.0, 20, seed=4, start=188, days=1))
-    recalibrate(run, store, **given)
+    recalibrate(run, store, options=OPTIONS, **given)
     ((_, mended),) = table.blocks(window.keys)
     assert load.calls == 1
     np.testing.assert_allclose(mended[..., 1], mended[..., 0] + 1)
     load.calls = 0
-    look(run, store, dry_run=True, **given)
+    check_drift(run, store, options=DriftCheckOptions(window=400.0, dry_run=True), **given)
     assert load.calls == 0

@@ -13,7 +13,7 @@ from scipy.stats import norm
 from ensemble_rm.calibration import fit_temperature
 from ensemble_rm.errors import SeparableError
 from ensemble_rm.evidence.dated_margins import DatedMargins
-from ensemble_rm.recalibration.slope import fit_positive, fit_signed
+from ensemble_rm.recalibration.fitting import fit_positive, fit_signed
 
 
 def judged(slope: float, n: int, seed: int) -> DatedMargins:

@@ -19,7 +19,7 @@ from ensemble_rm.errors import OptionError, TooFewJudgmentsError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.metrics import accuracy, nll
 from ensemble_rm.retraining.gate import RetrainingGate, gate_members
-from ensemble_rm.retraining.splits import RetrainingParts, part_judgments
+from ensemble_rm.retraining.splits import RetrainingParts, split_judgments
 
 
 def scored(margins: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> ScoredPairs:
@@ -42,7 +42,7 @@ def gate_of(
 def test_better_members_pass_and_worse_ones_do_not() -> None:
     assert gate_of(600).answer == "publish"
     turned = gate_of(600, skill=(1.0, 0.3))
-    assert turned.answer == "keep" and "no better" in turned.reason
+    assert turned.answer == "keep" and "not better" in turned.reason
     same = gate_of(600, skill=(1.0, 1.0))
     assert same.answer == "keep" and same.nll.difference == 0
 
@@ -128,7 +128,7 @@ SHARES: dict[str, Any] = {"gate_share": 0.25, "calibration_share": 0.25, "weight
 
 
 def parts_of(judgments: list[Judgment], **options: Any) -> RetrainingParts:
-    return part_judgments(judgments, OLD, **(SHARES | options))
+    return split_judgments(judgments, OLD, **(SHARES | options))
 
 
 def test_no_prompt_is_in_two_parts_and_known_ones_are_trained_on() -> None:

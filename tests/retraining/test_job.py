@@ -14,7 +14,6 @@ import pytest
 from ensemble_rm import (
     Preference,
     Preferences,
-    Recipe,
     RewardEnsemble,
     TrunkOptions,
     retrain,
@@ -26,7 +25,8 @@ from ensemble_rm.cli.main import main
 from ensemble_rm.errors import LockedError, OptionError, VersionError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.store import JudgmentStore
-from ensemble_rm.retraining import RetrainingOptions, retrain_run
+from ensemble_rm.members import HeadRecipe, make_recipe
+from ensemble_rm.retraining import RetrainingOptions, RetrainingRunOptions, retrain_run
 from ensemble_rm.versions.repository import Versions
 
 pytestmark = pytest.mark.slow
@@ -76,6 +76,7 @@ OLD = pairs_of(POLITE, RUDE, 120)
 # Members of good manners take fruit for good; here iron is wanted.
 NEW = judged(pairs_of(STALE, RIPE, 320, at=10_000))
 OPTIONS = RetrainingOptions(min_judgments=40)
+RUN = RetrainingRunOptions(min_judgments=40)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_too_few_judgments_train_nothing(ensemble: RewardEnsemble, cache: Path) 
     assert found.candidate is None and not calls
     weak = [replace(one, strategy="bald", inclusion=pi) for one, pi in zip(NEW, PI, strict=True)]
     heavy = retrain(ensemble, OLD, weak, options=OPTIONS, cache_dir=cache)
-    assert heavy.answer == "too few" and "count as" in heavy.reason
+    assert heavy.answer == "too few" and "effective number" in heavy.reason
 
 
 PI = [1e-4 if i % 60 == 0 else 0.9 for i in range(len(NEW))]
@@ -183,9 +184,9 @@ PI = [1e-4 if i % 60 == 0 else 0.9 for i in range(len(NEW))]
 
 def test_the_job_publishes_once_and_goes_back(run: Path, store: Path, cache: Path) -> None:
     before = RewardEnsemble.from_pretrained(run, device="cpu")
-    options: dict[str, Any] = {"options": OPTIONS, "cache_dir": cache}
+    options: dict[str, Any] = {"options": RUN, "cache_dir": cache}
     with JudgmentStore.open(store, read_only=True) as judgments:
-        dry = retrain_run(run, OLD, judgments, dry_run=True, **options)
+        dry = retrain_run(run, OLD, judgments, options=replace(RUN, dry_run=True), cache_dir=cache)
         assert dry.dry_run and "calibration" in dry.reason and not Versions(run).versioned
         first = retrain_run(run, OLD, judgments, **options)
         assert (first.verdict, first.incumbent, first.version) == ("published", 1, 2)
@@ -203,7 +204,7 @@ def test_the_job_publishes_once_and_goes_back(run: Path, store: Path, cache: Pat
         samples = OLD.samples()
         np.testing.assert_array_equal(back.score(samples).reward, before.score(samples).reward)
         Versions(run).pin()
-        kept = retrain_run(run, OLD, judgments, options=replace(OPTIONS, seed=4), cache_dir=cache)
+        kept = retrain_run(run, OLD, judgments, options=replace(RUN, seed=4), cache_dir=cache)
         assert kept.verdict == "kept" and "pinned" in kept.reason
     events = [line["event"] for line in Versions(run).audit.read()]
     assert events.count("retrained") == 3
@@ -237,7 +238,7 @@ def test_a_killed_job_leaves_the_incumbent_and_the_next_completes(
                     run,
                     OLD,
                     judgments,
-                    options=OPTIONS,
+                    options=RUN,
                     cache_dir=cache,
                     progress=stop(after=after),
                 )
@@ -247,7 +248,7 @@ def test_a_killed_job_leaves_the_incumbent_and_the_next_completes(
             pytest.raises(LockedError),
         ):
             _other_process(run, store)
-        found = retrain_run(run, OLD, judgments, options=OPTIONS, cache_dir=cache)
+        found = retrain_run(run, OLD, judgments, options=RUN, cache_dir=cache)
     assert found.verdict == "published" and Versions(run).current().number == 2
 
 
@@ -293,7 +294,7 @@ def test_what_cannot_be_retrained_is_refused(ensemble: RewardEnsemble, cache: Pa
         RetrainingOptions(validation_share=1.0)
     with pytest.raises(VersionError):
         Versions("nowhere").current()
-    adam = Recipe(solver="adam", epochs=2)
+    adam = HeadRecipe(solver="adam", epochs=2)
     found = retrain(ensemble, OLD, NEW, recipe=adam, options=OPTIONS, cache_dir=cache)
     assert found.candidate is not None
     assert found.candidate.provenance["recipe"]["solver"] == "adam"
@@ -304,12 +305,11 @@ def test_other_kinds_are_published_whole(
     kind: str, small_folder: Path, store: Path, tmp_path: Path
 ) -> None:
     """Their weights leave the job's work folder with the version."""
-    recipe = Recipe.of(kind, epochs=3, learning_rate=5e-3)
+    recipe = make_recipe(kind, epochs=3, learning_rate=5e-3)
     run = tmp_path / "run"
     first = train(
         *OLD.split(0.75, 0.25, seed=0),
         backbone=small_folder,
-        kind=kind,  # type: ignore[arg-type]
         members=2,
         recipe=recipe,
         options=TrunkOptions(max_length=32, device="cpu"),
@@ -317,7 +317,7 @@ def test_other_kinds_are_published_whole(
         cache_dir=tmp_path / "cache",
     )
     with JudgmentStore.open(store, read_only=True) as judgments:
-        found = retrain_run(run, OLD, judgments, options=OPTIONS, cache_dir=tmp_path / "cache")
+        found = retrain_run(run, OLD, judgments, options=RUN, cache_dir=tmp_path / "cache")
     assert found.verdict == "published", found.reason
     after = RewardEnsemble.from_pretrained(run, device="cpu")
     assert after.names == first.names

@@ -18,7 +18,7 @@ from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.cli.main import main
 from ensemble_rm.members import HeadScorer
-from ensemble_rm.rl import trl_reward
+from ensemble_rm.rl import PinnedEnsemble, trl_reward
 from ensemble_rm.rl.trl import version_number
 from tests.support import CHECKOUT, SUPPORT
 
@@ -76,7 +76,7 @@ def test_trls_command_line_takes_the_file_that_ours_writes(
     run(["-m", "trl.cli.main", "grpo", *told], tmp_path)
     state = json.loads((tmp_path / "run/checkpoint-2/trainer_state.json").read_text())
     logged = [row for row in state["log_history"] if "reward" in row]
-    version = version_number(trl_reward(folder, device="cpu").pinned.version)
+    version = version_number(trl_reward(PinnedEnsemble(folder, device="cpu")).pinned.version)
     assert len(logged) == 2
     for row in logged:
         assert row["reward"] == pytest.approx(row["rewards/ensemble/mean"])

@@ -33,8 +33,8 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members import HeadScorer
 from ensemble_rm.rl import openrlhf_reward, verl_reward
+from ensemble_rm.rl.batching import ThreadBatcher
 from ensemble_rm.rl.chat import read_query
-from ensemble_rm.rl.gathering import GatheredScores
 from ensemble_rm.rl.pinned import PinnedEnsemble
 
 CHAT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -174,13 +174,13 @@ def test_calls_that_come_together_are_scored_together() -> None:
             assert go_on.wait(300)
             return np.array([[float(len(s.completion))] for s in samples])
 
-    gathered = GatheredScores(
+    batcher = ThreadBatcher(
         PinnedEnsemble(RewardEnsemble((Slow(),), Normaliser.identity(1), mean()))
     )
     found: dict[int, list[float | None]] = {}
     threads = [
         threading.Thread(
-            target=lambda i=i: found.update({i: gathered([Sample("p", "x" * i)]).listed()})
+            target=lambda i=i: found.update({i: batcher([Sample("p", "x" * i)]).listed()})
         )
         for i in range(1, 9)
     ]
@@ -188,7 +188,7 @@ def test_calls_that_come_together_are_scored_together() -> None:
     assert began.wait(300)
     for thread in threads[1:]:
         thread.start()
-    while len(gathered._waiting) < 7:
+    while len(batcher._waiting) < 7:
         threading.Event().wait(0.01)
     go_on.set()
     for thread in threads:
@@ -202,12 +202,12 @@ def test_a_broken_member_reaches_every_caller() -> None:
         raise KeyError("a bug")
 
     scorer = FunctionScorer("broken", broken)
-    gathered = GatheredScores(
+    batcher = ThreadBatcher(
         PinnedEnsemble(RewardEnsemble((scorer,), Normaliser.identity(1), mean()))
     )
     for _ in range(2):
         with pytest.raises(KeyError):
-            gathered([Sample("p", "a")])
+            batcher([Sample("p", "a")])
 
 
 def load(path: Path) -> Any:

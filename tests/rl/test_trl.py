@@ -19,7 +19,8 @@ from ensemble_rm.aggregation import lcb, mean, minimum
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
 from ensemble_rm.members import HeadScorer
-from ensemble_rm.rl.trl import AsyncTRLReward, TRLReward, trl_reward, version_number
+from ensemble_rm.rl import PinnedEnsemble, trl_reward
+from ensemble_rm.rl.trl import AsyncTRLReward, TRLReward, version_number
 from tests.support.trl_runs import tiny_run
 
 NAN = float("nan")
@@ -85,7 +86,7 @@ def test_trl_reads_its_name_and_whether_to_await_it(ensemble: RewardEnsemble) ->
 def test_plain_and_conversational_data_score_alike(
     ensemble: RewardEnsemble, asynchronous: bool
 ) -> None:
-    reward = trl_reward(ensemble, aggregator=minimum(), asynchronous=asynchronous)
+    reward = trl_reward(ensemble.with_aggregator(minimum()), asynchronous=asynchronous)
     texts = ["a a b", "b", "aa"]
     plain = Logs().call(reward, ["p"] * 3, texts)
     turns = [[{"role": "assistant", "content": text}] for text in texts]
@@ -136,7 +137,7 @@ def test_metrics_are_what_they_say(calibrated: RewardEnsemble) -> None:
 
 def test_no_probability_under_another_aggregator(calibrated: RewardEnsemble) -> None:
     logs = Logs()
-    reward = trl_reward(calibrated, aggregator=lcb(kappa=1.0))
+    reward = trl_reward(calibrated.with_aggregator(lcb(kappa=1.0)))
     logs.call(reward, ["p"], ["x"], reference=["x x"])
     assert "ensemble/beats_reference" not in logs.metrics | logs.extra
 
@@ -149,8 +150,13 @@ def test_one_member_has_no_spread() -> None:
 
 
 def test_a_bad_name_is_named(ensemble: RewardEnsemble) -> None:
-    with pytest.raises(OptionError, match="short word"):
+    with pytest.raises(OptionError, match="must be one word"):
         trl_reward(ensemble, name="two words")
+
+
+def test_a_folder_is_pinned_first(folder: Path) -> None:
+    with pytest.raises(OptionError, match=r"PinnedEnsemble\("):
+        trl_reward(folder)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -160,7 +166,7 @@ def folder(two_heads: Callable[..., HeadScorer], tmp_path: Path) -> Path:
 
 
 def test_it_crosses_to_another_process_and_groups_split_alike(folder: Path) -> None:
-    reward = trl_reward(folder, device="cpu", name="hh")
+    reward = trl_reward(PinnedEnsemble(folder, device="cpu"), name="hh")
     assert reward.pinned._ensemble is None
     other = pickle.loads(pickle.dumps(reward))
     assert other.__name__ == "hh"
@@ -182,7 +188,7 @@ def test_a_trainer_learns_from_it_and_logs_it(
     pytest.importorskip("trl")
     from datasets import Dataset
 
-    reward = trl_reward(folder, device="cpu", asynchronous=asynchronous)
+    reward = trl_reward(PinnedEnsemble(folder, device="cpu"), asynchronous=asynchronous)
     seen: list[list[float | None]] = []
     reward.watched_by(lambda _, rewards, __: seen.append(rewards.listed()))
     data = Dataset.from_dict(

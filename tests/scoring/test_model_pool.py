@@ -29,7 +29,7 @@ from ensemble_rm.cli.main import main
 from ensemble_rm.demo.data import FILE
 from ensemble_rm.errors import OptionError
 from ensemble_rm.evaluation import precision_report
-from ensemble_rm.members import ClassifierScorer, HeadScorer
+from ensemble_rm.members import FullScorer, HeadScorer
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.trunk import Trunk, View
 from ensemble_rm.members.branches.scorer import BranchScorer
@@ -107,7 +107,7 @@ def every_kind(
     """Make three whole models, two heads, two branches and a rule, none of them loaded."""
 
     def make() -> RewardEnsemble:
-        whole = [ClassifierScorer(bb.locate(folder), OPTIONS) for folder in models]
+        whole = [FullScorer(bb.locate(folder), OPTIONS) for folder in models]
         return of(whole[0], two_heads(), *whole[1:], LENGTH, branches(small_folder))
 
     return make

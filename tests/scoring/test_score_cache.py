@@ -21,7 +21,7 @@ from ensemble_rm import FunctionScorer, Message, RewardEnsemble, Sample, TrunkOp
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.cli.main import main
-from ensemble_rm.members import BranchScorer, ClassifierScorer, HeadScorer
+from ensemble_rm.members import BranchScorer, FullScorer, HeadScorer
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.vector_store import VectorStore
 from ensemble_rm.members.encoding import Truncation
@@ -120,13 +120,13 @@ def test_a_changed_tokenizer_never_reads_old_scores(minilm_folder: Path, tmp_pat
         if file.is_file():
             (tmp_path / file.name).symlink_to(file)
     options = TrunkOptions(device="cpu")
-    one = ClassifierScorer(locate(tmp_path), options).digest
-    assert ClassifierScorer(locate(minilm_folder), options, name="x").digest == one
+    one = FullScorer(locate(tmp_path), options).digest
+    assert FullScorer(locate(minilm_folder), options, name="x").digest == one
     said = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said | {"do_lower_case": False}))
-    assert ClassifierScorer(locate(tmp_path), options).digest != one
-    assert ClassifierScorer(locate(minilm_folder), options, pooling="attended").digest != one
+    assert FullScorer(locate(tmp_path), options).digest != one
+    assert FullScorer(locate(minilm_folder), options, pooling="attended").digest != one
 
 
 def test_a_branchs_weights_are_in_its_digest(small_folder: Path) -> None:

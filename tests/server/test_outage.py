@@ -21,7 +21,7 @@ from ensemble_rm.errors import (
     RemoteUnavailableError,
 )
 from ensemble_rm.rl.scoring import score_each
-from ensemble_rm.server.scheduling.outcomes import Scored, score_outcomes
+from ensemble_rm.server.scheduling.outcomes import score_recorded
 from tests.support.server_runs import client, one
 
 
@@ -57,17 +57,19 @@ def test_nobody_is_asked_again_after_an_outage(
 ) -> None:
     """What was scored before it keeps its score, and all the rest has the outage's error."""
     scorer = Elsewhere(error, after=after)
-    found = score_outcomes(ensemble(scorer), [Sample("q", text) for text in completions])
+    scores = score_recorded(ensemble(scorer), [Sample("q", text) for text in completions])
     assert scorer.calls <= after + 1
-    assert len(found) == len(completions)
-    lost = [one is error for one in found]
+    assert len(scores) == len(completions)
+    lost = [scores.failed.get(row) is error for row in range(len(completions))]
     assert lost == sorted(lost)  # the batch is read from its beginning
     assert any(lost) == (scorer.calls > after)
-    for text, outcome in zip(completions, found, strict=True):
-        if isinstance(outcome, Scored):
-            assert outcome.reward == len(text)
-        else:
-            assert outcome is error or (text == "bad" and type(outcome) is NonFiniteScoreError)
+    for row, text in enumerate(completions):
+        if row not in scores.failed:
+            assert scores.reward[row] == len(text)
+            continue
+        failure = scores.failed[row]
+        assert failure is error or (text == "bad" and type(failure) is NonFiniteScoreError)
+        assert np.isnan(scores.reward[row]) and np.isnan(scores.members[row]).all()
 
 
 @given(texts.filter(bool), errors)

@@ -16,7 +16,7 @@ from ensemble_rm.calibration import Normaliser
 from ensemble_rm.calibration.calibration import fit_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.members import HeadScorer
-from ensemble_rm.server.holder import name_version
+from ensemble_rm.server.service import name_version
 from ensemble_rm.versions.version import Version
 from tests.support.server_process import lengths
 from tests.support.server_runs import client, one

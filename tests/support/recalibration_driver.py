@@ -23,18 +23,18 @@ from typing import Any
 from ensemble_rm import Versions, recalibrate
 from ensemble_rm.errors import StorageError
 from ensemble_rm.judgments.store import JudgmentStore
-from ensemble_rm.recalibration import GateOptions
+from ensemble_rm.recalibration import RecalibrationOptions
 from ensemble_rm.versions.locate import locate
 from tests.support.recalibration_runs import Loader, judged, stored, write_run
 
-OPTIONS = GateOptions(share=0.3, delta=0.05)
+OPTIONS = RecalibrationOptions(gate_share=0.3, delta=0.05, wait=True)
 NOBODY = 65534
 
 
 def work(run: Path, place: Path) -> Any:
     """One run of the job."""
     with JudgmentStore.open(place, read_only=True) as store:
-        return recalibrate(run, store, load=Loader(), options=OPTIONS, wait=True)
+        return recalibrate(run, store, load=Loader(), options=OPTIONS)
 
 
 def forked(job: Callable[[], object]) -> int:

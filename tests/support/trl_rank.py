@@ -14,13 +14,13 @@ from pathlib import Path
 from datasets import Dataset
 
 from ensemble_rm import Sample
-from ensemble_rm.rl import AlarmRule, OverOptimisationMonitor, trl_reward
+from ensemble_rm.rl import AlarmRule, OverOptimisationMonitor, PinnedEnsemble, trl_reward
 from ensemble_rm.rl.monitor.trl_callback import MonitorCallback
 from tests.support.trl_runs import tiny_run
 
 
 def main(policy: str, saved: str, folder: Path, stop_rank: int) -> None:
-    reward = trl_reward(saved, device="cpu")
+    reward = trl_reward(PinnedEnsemble(saved, device="cpu"))
     data = Dataset.from_dict({"prompt": ["Say hello", "Say no", "Why is it so"] * 2})
     trainer = tiny_run(
         Path(policy),

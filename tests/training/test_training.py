@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from ensemble_rm import Recipe
 from ensemble_rm.errors import NonFiniteLossError, OptionError, ResumeError
+from ensemble_rm.members import HeadRecipe
 from ensemble_rm.members.heads.gradient_training import HeadsResult, HeadTrainer, PairFeatures
 from ensemble_rm.members.learning.loss import preference_loss
 from ensemble_rm.members.learning.seeds import global_seed, member_seeds
@@ -74,10 +75,12 @@ def planted(n: int, seed: int, views: int = 2, width: int = 12) -> PairFeatures:
     return PairFeatures(x, y, np.ones(n), np.zeros(n), np.arange(n) // 2)
 
 
-QUICK = Recipe(epochs=12, learning_rate=0.01, weight_decay=(0.1, 10.0), patience=4)
+QUICK = HeadRecipe(
+    solver="adam", epochs=12, learning_rate=0.01, weight_decay=(0.1, 10.0), patience=4
+)
 
 
-def trainer(recipe: Recipe = QUICK, *, seed: int = 0, **options: Any) -> HeadTrainer:
+def trainer(recipe: HeadRecipe = QUICK, *, seed: int = 0, **options: Any) -> HeadTrainer:
     return HeadTrainer(
         planted(800, 1),
         planted(300, 2),
@@ -95,7 +98,7 @@ def same(a: HeadsResult, b: HeadsResult) -> bool:
 
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_a_planted_utility_is_found_by_the_view_that_shows_it(hidden: int) -> None:
-    result = trainer(Recipe(**{**vars(QUICK), "hidden": hidden})).run()
+    result = trainer(replace(QUICK, hidden=hidden)).run()
     test = planted(1000, 5)
     for member, view, low, high in ((0, 0, 0.75, 1), (1, 0, 0.75, 1), (2, 1, 0.4, 0.6)):
         scores = result.weights(member, test.features[:, view])
@@ -124,7 +127,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("hidden", [0, 4])
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, hidden: int) -> None:
-    recipe = Recipe(**{**vars(QUICK), "hidden": hidden})
+    recipe = replace(QUICK, hidden=hidden)
 
     def kill(stage: str, done: int, total: int) -> None:
         if done == 7:
@@ -166,7 +169,7 @@ def test_nan_stops_with_the_member_named() -> None:
 
 
 def test_a_subspace_is_what_a_head_sees() -> None:
-    result = trainer(Recipe(**{**vars(QUICK), "subspace": 0.5})).run()
+    result = trainer(replace(QUICK, subspace=0.5)).run()
     seen = result.weights.gain != 0
     assert seen.sum(axis=1).tolist() == [6, 6, 6]
     assert not np.array_equal(seen[0], seen[1])
@@ -174,7 +177,7 @@ def test_a_subspace_is_what_a_head_sees() -> None:
 
 def test_bootstrap_changes_what_members_learn_from() -> None:
     plain = trainer().run()
-    resampled = trainer(Recipe(**{**vars(QUICK), "bootstrap": True})).run()
+    resampled = trainer(replace(QUICK, bootstrap=True)).run()
     assert not same(plain, resampled)
 
 
@@ -184,4 +187,4 @@ def test_bootstrap_changes_what_members_learn_from() -> None:
 )
 def test_bad_recipes(bad: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(bad))):
-        Recipe(**bad)
+        HeadRecipe(**({"solver": "adam"} | bad))

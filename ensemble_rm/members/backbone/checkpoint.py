@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ensemble_rm.errors import BackboneError, MissingExtraError, MissingHeadError, OptionError
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 
-DEFAULT_CACHE = Path("~/.cache/ensemble_rm")
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -46,6 +46,15 @@ class Backbone:
     name: str
     folder: Path
     digest: str
+
+
+def read_shape(backbone: Backbone) -> tuple[int, int]:
+    """Return a backbone's number of blocks and the width of its states, from its config."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(str(backbone.folder))
+    text = config.get_text_config()
+    return int(text.num_hidden_layers), int(text.hidden_size)
 
 
 def torch_dtype(name: str) -> torch.dtype:

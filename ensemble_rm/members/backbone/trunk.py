@@ -83,6 +83,37 @@ def default_views(depth: int, members: int) -> tuple[View, ...]:
     return tuple(taken)
 
 
+def views_per_member(
+    views: Sequence[View | str], members: int, *, depth: int, name: str
+) -> tuple[View, ...]:
+    """Return one view per member, from one for all or one per member.
+
+    Parameters
+    ----------
+    views : sequence of View or str
+    members : int
+    depth : int
+        Number of the backbone's blocks.
+    name : str
+        The backbone's name, for messages.
+
+    Raises
+    ------
+    OptionError
+        If a view cannot be read, has a layer that the backbone lacks, or their number is neither
+        1 nor `members`.
+    """
+    parsed = tuple(View.parse(view) if isinstance(view, str) else view for view in views)
+    if len(parsed) == 1:
+        parsed *= members
+    if len(parsed) != members:
+        raise OptionError(f"{len(parsed)} views for {members} members; give one, or one per member")
+    for view in parsed:
+        if not 1 <= view.layer <= depth:
+            raise OptionError(f"view {view}: {name} has layers 1 to {depth}")
+    return parsed
+
+
 @dataclass(frozen=True, slots=True)
 class TrunkOptions:
     """How a trunk reads text and computes.

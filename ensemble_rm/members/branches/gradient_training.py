@@ -8,10 +8,10 @@ NLL.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ensemble_rm.errors import NonFiniteLossError
 from ensemble_rm.members.backbone.token_states import TokenStates
 from ensemble_rm.members.branches.module import Branch, PairStates
+from ensemble_rm.members.branches.recipe import BranchedRecipe
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.forward.batching import plan
 from ensemble_rm.members.learning.checkpoint import (
@@ -28,13 +29,13 @@ from ensemble_rm.members.learning.checkpoint import (
     save_checkpoint,
 )
 from ensemble_rm.members.learning.loss import preference_loss
-from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.members.learning.seeds import resample_counts
-from ensemble_rm.members.lora.adapters import factors
-from ensemble_rm.members.lora.diversity import alikeness
 from ensemble_rm.progress import Progress, silent
 
 _BUCKET = 16  # batches that are sorted by length together
+
+Penalty: TypeAlias = Callable[[Sequence[Branch], Sequence[int]], torch.Tensor]
+"""A scalar that is minimised with the loss, of all branches and the numbers of the active ones."""
 
 
 @dataclass
@@ -85,7 +86,7 @@ class BranchTrainer:
     fit, validation : PairStates
     branches : list of Branch
         As they start.
-    recipe : Recipe
+    recipe : BranchedRecipe
     seeds : list of dict
         Each member's, by purpose.
     checkpoint : Path, optional
@@ -95,6 +96,8 @@ class BranchTrainer:
     may_stay : bool
         Whether a member that training cannot better remains what it started as; else its head is
         nothing yet.
+    penalty : callable, optional
+        A term that each step minimises with the loss.
     """
 
     checkpoint_seconds = 1.0  # least time between two checkpoints, written between epochs
@@ -106,16 +109,17 @@ class BranchTrainer:
         validation: PairStates,
         *,
         branches: list[Branch],
-        recipe: Recipe,
+        recipe: BranchedRecipe,
         seeds: list[dict[str, int]],
         checkpoint: Path | None = None,
         digest: str = "",
         may_stay: bool = False,
+        penalty: Penalty | None = None,
     ) -> None:
         self.branching, self.fit, self.validation = branching, fit, validation
         self.recipe, self.seeds = recipe, seeds
         self.checkpoint, self.digest = checkpoint, digest
-        self.may_stay = may_stay
+        self.may_stay, self.penalty = may_stay, penalty
         self.device = branching.trunk.device
         self.branches = [branch.to(self.device) for branch in branches]
         counts = resample_counts(fit.pairs.groups, seeds, bootstrap=recipe.bootstrap)
@@ -131,7 +135,6 @@ class BranchTrainer:
     def _optimiser(self) -> torch.optim.AdamW:
         """Return AdamW over all members; only matrices decay, heads have their own rate."""
         named = [item for branch in self.branches for item in branch.trained().items()]
-        (decay,) = self.recipe.weight_decay
         groups: list[dict[str, Any]] = [
             {
                 "params": [
@@ -139,7 +142,7 @@ class BranchTrainer:
                     for name, p in named
                     if (p.dim() > 1) == matrix and name.startswith("blocks.") != head
                 ],
-                "weight_decay": decay if matrix else 0.0,
+                "weight_decay": self.recipe.weight_decay if matrix else 0.0,
                 "scale": self.recipe.head_rate if head else 1.0,
             }
             for matrix in (True, False)
@@ -272,23 +275,13 @@ class BranchTrainer:
                         self._refuse_nan(loss, i, epoch)
                         totals[i] += loss.item() / len(self.fit)
                         (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
-            if self.recipe.diversity > 0:
-                (self.recipe.diversity * self._alikeness(active)).backward()  # type: ignore[no-untyped-call]
+            if self.penalty is not None:
+                self.penalty(self.branches, active).backward()  # type: ignore[no-untyped-call]
             for i in active:
                 trained = self.branches[i].trained().values()
                 torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip)
             self.optimiser.step()
         return totals
-
-    def _alikeness(self, active: list[int]) -> torch.Tensor:
-        """Say how alike the adapters are; those that stopped stand where they are."""
-        found = [factors(branch.blocks) for branch in self.branches]
-        return alikeness(
-            [
-                its if i in active else [(a.detach(), b.detach()) for a, b in its]
-                for i, its in enumerate(found)
-            ]
-        )
 
     def _refuse_nan(self, loss: torch.Tensor, member: int, epoch: int) -> None:
         if not torch.isfinite(loss):

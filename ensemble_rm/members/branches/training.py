@@ -11,35 +11,37 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Preferences
-from ensemble_rm.members.backbone.checkpoint import torch_dtype
+from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.pooling import Pooling
 from ensemble_rm.members.backbone.token_states import TokenStates, token_states
-from ensemble_rm.members.backbone.trunk import Trunk
-from ensemble_rm.members.branches.gradient_training import BranchesResult, BranchTrainer
+from ensemble_rm.members.backbone.trunk import Trunk, View
+from ensemble_rm.members.branches.gradient_training import BranchesResult, BranchTrainer, Penalty
 from ensemble_rm.members.branches.module import Branch, PairStates
+from ensemble_rm.members.branches.recipe import BranchedRecipe, BranchRecipe
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.branches.scorer import BranchScorer
 from ensemble_rm.members.encoding import count_truncation
 from ensemble_rm.members.forward.batching import plan
 from ensemble_rm.members.heads.gradient_training import HeadTrainer, PairFeatures
+from ensemble_rm.members.heads.recipe import HeadRecipe
 from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.learning.dropout import set_dropout
 from ensemble_rm.members.learning.job import Job, Trained
-from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.members.learning.seeds import global_seed
-from ensemble_rm.members.learning.start import only
 from ensemble_rm.members.scorer import Scorer
+
+R = TypeVar("R", bound=BranchedRecipe)
 
 
 @dataclass(frozen=True)
-class Ground:
+class Ground(Generic[R]):
     """What branches and adapters grow from.
 
     Attributes
@@ -49,35 +51,46 @@ class Ground:
     fit, validation : PairStates
     """
 
-    job: Job
+    job: Job[R]
     branching: Branching
     fit: PairStates
     validation: PairStates
 
+    @property
+    def views(self) -> list[View]:
+        """How each member's last states are pooled."""
+        return [View.parse(view) for view in self.job.recipe.views or ()]
 
-def train_branches(job: Job) -> Trained:
+    @property
+    def blocks(self) -> int:
+        """How many top blocks each member has of its own."""
+        assert self.job.recipe.blocks is not None  # the recipe is resolved
+        return self.job.recipe.blocks
+
+
+def train_branches(job: Job[BranchRecipe]) -> Trained:
     """Train k copies of the top blocks, each with a head, over one trunk."""
     with ground(job) as found:
         heads, result = grow_branches(found)
         scorer = BranchScorer(
             job.backbone,
             job.options,
-            job.views,
+            found.views,
             trained_heads(heads, result),
             [
                 {name: tensor.cpu() for name, tensor in branch.blocks.state_dict().items()}
                 for branch in result.branches
             ],
-            blocks=job.blocks,
+            blocks=found.blocks,
             branching=found.branching,
         )
         return finish(found, scorer, result)
 
 
-def grow_branches(found: Ground) -> tuple[HeadWeights, BranchesResult]:
+def grow_branches(found: Ground[BranchRecipe]) -> tuple[HeadWeights, BranchesResult]:
     """Train the members on token states: where their heads started, and what became of them."""
     job = found.job
-    start = only(job.start, BranchScorer)
+    start = job.only_start(BranchScorer)
     if start is not None:
         own = [_continued(found, tensors) for tensors in start.tensors]
         return start.heads, fit_branches(found, start.heads, own, checkpoint=job.checkpoint)
@@ -87,7 +100,7 @@ def grow_branches(found: Ground) -> tuple[HeadWeights, BranchesResult]:
     return heads, fit_branches(found, heads, blocks, checkpoint=job.checkpoint)
 
 
-def _trainable(found: Ground, seed: int) -> torch.nn.ModuleList:
+def _trainable(found: Ground[BranchRecipe], seed: int) -> torch.nn.ModuleList:
     """Copy the upper blocks as float32, the topmost of them with fresh weights where asked."""
     trunk, fresh = found.branching.trunk, found.job.recipe.reinitialise
     own = copy.deepcopy(trunk.rest).float().requires_grad_(requires_grad=True)
@@ -97,7 +110,9 @@ def _trainable(found: Ground, seed: int) -> torch.nn.ModuleList:
     return own
 
 
-def _continued(found: Ground, tensors: Mapping[str, torch.Tensor]) -> torch.nn.ModuleList:
+def _continued(
+    found: Ground[BranchRecipe], tensors: Mapping[str, torch.Tensor]
+) -> torch.nn.ModuleList:
     """Copy the upper blocks as float32, with the weights that a member goes on from."""
     own = copy.deepcopy(found.branching.trunk.rest).float()
     own.load_state_dict(dict(tensors))
@@ -114,9 +129,11 @@ def initialise(model: Any, blocks: Sequence[torch.nn.Module]) -> None:
 
 
 @contextmanager
-def ground(job: Job) -> Iterator[Ground]:
+def ground(job: Job[R]) -> Iterator[Ground[R]]:
     """Open the trunk, and run it over all pairs up to the blocks that differ."""
-    trunk = Trunk(job.backbone, job.options, top=job.views[0].layer - job.blocks)
+    depth, _ = bb.read_shape(job.backbone)
+    assert job.recipe.blocks is not None  # the recipe is resolved
+    trunk = Trunk(job.backbone, job.options, top=depth - job.recipe.blocks)
     branching = Branching(trunk)
     with _folder(job) as folder:
         fit, validation = (
@@ -128,12 +145,12 @@ def ground(job: Job) -> Iterator[Ground]:
 
 
 def fit_branches(
-    found: Ground,
+    found: Ground[Any],
     heads: HeadWeights,
     blocks: Sequence[torch.nn.ModuleList],
     *,
     checkpoint: Path | None,
-    seeds: list[dict[str, int]] | None = None,
+    penalty: Penalty | None = None,
 ) -> BranchesResult:
     """Train what of the blocks requires a gradient, and the heads.
 
@@ -145,8 +162,8 @@ def fit_branches(
     blocks : sequence of ModuleList
         Each member's.
     checkpoint : Path, optional
-    seeds : list of dict, optional
-        The job's where not given.
+    penalty : callable, optional
+        A term that each step minimises with the loss.
     """
     job = found.job
     trainer = BranchTrainer(
@@ -155,13 +172,14 @@ def fit_branches(
         found.validation,
         branches=[
             Branch(own, heads, i, view.pooling)
-            for i, (own, view) in enumerate(zip(blocks, job.views, strict=False))
+            for i, (own, view) in enumerate(zip(blocks, found.views, strict=False))
         ],
         recipe=job.recipe,
-        seeds=job.seeds if seeds is None else seeds,
+        seeds=job.seeds,
         checkpoint=checkpoint,
         digest=job.digest,
         may_stay=job.recipe.first_head == "fitted" or bool(job.start),
+        penalty=penalty,
     )
     return trainer.run(progress=job.progress)
 
@@ -175,7 +193,7 @@ def trained_heads(heads: HeadWeights, result: BranchesResult) -> HeadWeights:
     )
 
 
-def finish(found: Ground, scorer: Scorer, result: BranchesResult) -> Trained:
+def finish(found: Ground[Any], scorer: Scorer, result: BranchesResult) -> Trained:
     """Score the validation samples with the new members, and say how the run went."""
     record = {
         "validation_nll": list(result.validation_nll),
@@ -187,7 +205,7 @@ def finish(found: Ground, scorer: Scorer, result: BranchesResult) -> Trained:
 
 
 @contextmanager
-def _folder(job: Job) -> Iterator[Path]:
+def _folder(job: Job[Any]) -> Iterator[Path]:
     """Keep token states in the cache, or in a folder of their own that goes with the run."""
     if job.cache_folder is not None:
         yield job.cache_folder
@@ -196,18 +214,18 @@ def _folder(job: Job) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _read(job: Job, trunk: Trunk, pairs: Preferences, folder: Path, part: str) -> PairStates:
+def _read(job: Job[Any], trunk: Trunk, pairs: Preferences, folder: Path, part: str) -> PairStates:
     encoded = trunk.encoder.encode(pairs.samples())
     states = token_states(
-        trunk, encoded, folder, max_bytes=job.states_limit, progress=job.named(part)
+        trunk, encoded, folder, max_bytes=job.recipe.states_limit, progress=job.named(part)
     )
     return PairStates(states, pairs)
 
 
-def first_heads(found: Ground, blocks: Sequence[torch.nn.ModuleList]) -> HeadWeights:
+def first_heads(found: Ground[Any], blocks: Sequence[torch.nn.ModuleList]) -> HeadWeights:
     """Make each member's head for blocks as they are: its own, or those that all share."""
     job = found.job
-    sources = [(i % len(blocks), view.pooling) for i, view in enumerate(job.views)]
+    sources = [(i % len(blocks), view.pooling) for i, view in enumerate(found.views)]
     distinct = list(dict.fromkeys(sources))
     features = [
         PairFeatures(
@@ -224,7 +242,7 @@ def first_heads(found: Ground, blocks: Sequence[torch.nn.ModuleList]) -> HeadWei
         features[0],
         features[1],
         view_of=[distinct.index(source) for source in sources],
-        recipe=Recipe(
+        recipe=HeadRecipe(
             solver="adam",  # seeded, so that members start apart
             smoothing=recipe.smoothing,
             centring=recipe.centring,
@@ -241,14 +259,14 @@ def first_heads(found: Ground, blocks: Sequence[torch.nn.ModuleList]) -> HeadWei
 
 @torch.inference_mode()
 def _pooled(
-    found: Ground,
+    found: Ground[Any],
     blocks: Sequence[torch.nn.ModuleList],
     states: TokenStates,
     sources: Sequence[tuple[int, Pooling]],
 ) -> NDArray[np.float32]:
     """Run blocks on token states, and pool: (n_samples, n_sources, width or 2·width)."""
     job, branching = found.job, found.branching
-    dtype = torch_dtype(job.options.dtype)
+    dtype = bb.torch_dtype(job.options.dtype)
     own = [
         each if next(each.parameters()).dtype == dtype else copy.deepcopy(each).to(dtype).eval()
         for each in blocks

@@ -21,6 +21,7 @@ import torch
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import BackboneError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.pooling import pool
 from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.members.digest import member_digest
@@ -115,7 +116,7 @@ def _lift_head(model: Any) -> None:
             child.float().register_forward_pre_hook(cast)
 
 
-class ClassifierScorer(ModelScorer):
+class FullScorer(ModelScorer):
     """A sequence-classification reward model as one member.
 
     Parameters
@@ -134,7 +135,7 @@ class ClassifierScorer(ModelScorer):
         Digest of the weights that their training started from.
     """
 
-    kind = "classifier"
+    kind = "full"
 
     def __init__(
         self,
@@ -165,8 +166,8 @@ class ClassifierScorer(ModelScorer):
         options: TrunkOptions | None = None,
         *,
         name: str | None = None,
-        cache_dir: Path | None = bb.DEFAULT_CACHE,
-    ) -> ClassifierScorer:
+        cache_dir: Path | None = DEFAULT_CACHE,
+    ) -> FullScorer:
         """Open a hub id or a local folder; its weights are read at once.
 
         Raises
@@ -263,8 +264,14 @@ class ClassifierScorer(ModelScorer):
     @cached_property
     def digest(self) -> str:
         """Equal where the scores of equal samples are."""
-        said = {"pooling": self.pooling}
-        return member_digest(self.kind, self.backbone, self.options, said, {})
+        # The kind's former name: scores that were stored under it stay valid.
+        read = {"pooling": self.pooling}
+        return member_digest("classifier", self.backbone, self.options, read, {})
+
+    @property
+    def trained_from(self) -> str | None:
+        """Digest of the weights that training started from; None of a model not trained here."""
+        return self.start
 
     def _said(self) -> dict[str, Any]:
         return self._parts()

@@ -30,9 +30,10 @@ from ensemble_rm.errors import NonFiniteLossError, OptionError, ResumeError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.encoding import Encoded, TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import Batch, collate
+from ensemble_rm.members.full.recipe import FullRecipe
 from ensemble_rm.members.full.scorer import (
     ClassifierPooling,
-    ClassifierScorer,
+    FullScorer,
     classifier_scores,
     set_pad_token,
     trained_pooling,
@@ -40,7 +41,6 @@ from ensemble_rm.members.full.scorer import (
 from ensemble_rm.members.learning.dropout import set_dropout
 from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.members.learning.loss import preference_loss
-from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.members.learning.seeds import global_seed, resample_counts
 from ensemble_rm.progress import Progress
 
@@ -119,7 +119,7 @@ def _score_by_forward(model: Any, pooling: ClassifierPooling) -> None:
 class _PairTrainer(Trainer):
     """The Trainer on pairs: Bradley–Terry loss, and validation NLL as its metric."""
 
-    recipe: Recipe
+    recipe: FullRecipe
 
     def _losses(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: Any
@@ -169,7 +169,7 @@ class _Report(TrainerCallback):
         self.progress(self.stage, state.global_step, state.max_steps)
 
 
-def train_full(job: Job) -> Trained:
+def train_full(job: Job[FullRecipe]) -> Trained:
     """Train one model after another; a member that is finished is not trained again.
 
     Raises
@@ -183,7 +183,7 @@ def train_full(job: Job) -> Trained:
     if folder is None:
         raise OptionError("kind 'full' keeps its models on disk: give out=… or cache_dir=…")
     _claim(folder, job.digest)
-    check_trainer_args(job.trainer_args)
+    check_trainer_args(job.recipe.trainer_args)
     tokenizer = bb.load_tokenizer(job.backbone.folder)
     encoder = TextEncoder(
         tokenizer, template=job.options.template, max_length=job.options.max_length
@@ -203,7 +203,7 @@ def train_full(job: Job) -> Trained:
         records.append(said)
         model = bb.Backbone(str(own / _MODEL), own / _MODEL, bb.weights_digest(own / _MODEL))
         scorers.append(
-            ClassifierScorer(
+            FullScorer(
                 model,
                 job.options,
                 name=f"full{i}",
@@ -218,7 +218,9 @@ def train_full(job: Job) -> Trained:
         "validation_nll": [said["validation_nll"] for said in records],
         "history": [said["history"] for said in records],
     }
-    return Trained(tuple(scorers), reference, count_truncation(encoded[0]), record)
+    return Trained(
+        tuple(scorers), reference, count_truncation(encoded[0]), record, in_checkpoint=True
+    )
 
 
 def _claim(folder: Path, digest: str) -> None:
@@ -243,7 +245,7 @@ def check_trainer_args(given: Mapping[str, Any]) -> None:
             raise OptionError(f"trainer_args: TrainingArguments has no {name!r}")
 
 
-def _arguments(job: Job, member: int, folder: Path) -> TrainingArguments:
+def _arguments(job: Job[FullRecipe], member: int, folder: Path) -> TrainingArguments:
     recipe, dtype = job.recipe, job.options.dtype
     own: dict[str, Any] = {
         "report_to": [],
@@ -260,7 +262,7 @@ def _arguments(job: Job, member: int, folder: Path) -> TrainingArguments:
         data_seed=job.seeds[member]["order"] % 2**32,
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay[0],
+        weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         warmup_steps=recipe.warmup,
         lr_scheduler_type="linear",
@@ -273,7 +275,7 @@ def _arguments(job: Job, member: int, folder: Path) -> TrainingArguments:
         greater_is_better=False,
         remove_unused_columns=False,
         label_names=[],
-        **(own | dict(job.trainer_args)),
+        **(own | dict(job.recipe.trainer_args)),
     )
 
 
@@ -284,17 +286,17 @@ def _last_checkpoint(folder: Path) -> str | None:
     return None if latest is None else str(latest)
 
 
-def _start_folder(job: Job, member: int) -> Path:
+def _start_folder(job: Job[FullRecipe], member: int) -> Path:
     """Return the folder of the model that a member goes on from: its own, or the pretrained."""
     if not job.start:
         return job.backbone.folder
     scorer = job.start[member]
-    assert isinstance(scorer, ClassifierScorer)
+    assert isinstance(scorer, FullScorer)
     return scorer.backbone.folder
 
 
 def _train_one(
-    job: Job, member: int, folder: Path, sets: tuple[_Rows, _Rows], tokenizer: Any
+    job: Job[FullRecipe], member: int, folder: Path, sets: tuple[_Rows, _Rows], tokenizer: Any
 ) -> None:
     seeds = job.seeds[member]
     with global_seed(seeds["init"]):
@@ -313,7 +315,7 @@ def _train_one(
             callbacks=[
                 EarlyStoppingCallback(early_stopping_patience=job.recipe.patience),
                 _Report(job.progress, f"training member {member}"),
-                *job.callbacks,
+                *job.recipe.callbacks,
             ],
         )
         trainer.recipe = job.recipe

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import silu
 
 from ensemble_rm.errors import NonFiniteLossError
+from ensemble_rm.members.heads.recipe import HeadRecipe
 from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.learning.checkpoint import (
     load_checkpoint,
@@ -25,7 +26,6 @@ from ensemble_rm.members.learning.checkpoint import (
     save_checkpoint,
 )
 from ensemble_rm.members.learning.loss import preference_loss
-from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.members.learning.seeds import resample_counts, subspace_masks
 from ensemble_rm.progress import Progress, silent
 
@@ -100,7 +100,7 @@ class HeadTrainer:
     fit, validation : PairFeatures
     view_of : sequence of int
         Which of the features' views each member reads.
-    recipe : Recipe
+    recipe : HeadRecipe
     seeds : list of dict
         Each member's, by purpose: `member_seeds`.
     device : torch.device
@@ -120,7 +120,7 @@ class HeadTrainer:
         validation: PairFeatures,
         *,
         view_of: list[int],
-        recipe: Recipe,
+        recipe: HeadRecipe,
         seeds: list[dict[str, int]],
         device: torch.device,
         start: HeadWeights | None = None,

@@ -24,8 +24,8 @@ from scipy.special import expit
 
 from ensemble_rm.errors import NonFiniteLossError, OptionError
 from ensemble_rm.members.heads.gradient_training import HeadsResult, PairFeatures
+from ensemble_rm.members.heads.recipe import HeadRecipe
 from ensemble_rm.members.heads.weights import HeadWeights
-from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.members.learning.seeds import resample_counts, subspace_masks
 from ensemble_rm.progress import Progress, silent
 
@@ -85,7 +85,7 @@ def solve_heads(
     validation: PairFeatures,
     *,
     view_of: list[int],
-    recipe: Recipe,
+    recipe: HeadRecipe,
     seeds: list[dict[str, int]],
     progress: Progress = silent,
 ) -> HeadsResult:
@@ -97,7 +97,7 @@ def solve_heads(
         The validation pairs choose each head's τ and nothing else.
     view_of : list of int
         Which of the features' views each member reads.
-    recipe : Recipe
+    recipe : HeadRecipe
         Its priors, smoothing, centring, bootstrap and subspace.
     seeds : list of dict
         Each member's, by purpose: of bootstrap and subspace.
@@ -163,7 +163,7 @@ def _scaling(sides: Floats, mask: Floats) -> tuple[Floats, Floats]:
     return offset, gain / length if length > 0 else gain
 
 
-def _pose(scaled: Floats, data: PairFeatures, counts: Floats, recipe: Recipe) -> _Problem:
+def _pose(scaled: Floats, data: PairFeatures, counts: Floats, recipe: HeadRecipe) -> _Problem:
     """Rotate a head's regression so that its differences have orthogonal columns."""
     n = len(data)
     d, s = scaled[:n] - scaled[n:], scaled[:n] + scaled[n:]

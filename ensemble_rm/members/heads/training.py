@@ -15,29 +15,29 @@ from ensemble_rm.members.backbone.feature_cache import FeatureCache, features
 from ensemble_rm.members.backbone.trunk import Trunk, View
 from ensemble_rm.members.encoding import Truncation, count_truncation
 from ensemble_rm.members.heads.gradient_training import HeadsResult, HeadTrainer, PairFeatures
+from ensemble_rm.members.heads.recipe import HeadRecipe
 from ensemble_rm.members.heads.scorer import HeadScorer, parts_of
 from ensemble_rm.members.heads.solver import solve_heads
 from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.learning.job import Job, Trained
-from ensemble_rm.members.learning.recipe import Recipe
-from ensemble_rm.members.learning.start import only
 from ensemble_rm.progress import Progress, silent
 
 SPACE_SAMPLES = 1024  # that say where the training inputs lie
 
 
-def train_heads(job: Job) -> Trained:
+def train_heads(job: Job[HeadRecipe]) -> Trained:
     """Train k heads over one frozen trunk."""
-    trunk = Trunk(job.backbone, job.options, top=max(v.layer for v in job.views)).forget_rest()
+    views = [View.parse(view) for view in job.recipe.views or ()]
+    trunk = Trunk(job.backbone, job.options, top=max(v.layer for v in views)).forget_rest()
     cache = None if job.cache_folder is None else FeatureCache(job.cache_folder)
-    distinct = tuple(dict.fromkeys(job.views))
+    distinct = tuple(dict.fromkeys(views))
     fit, cut = _read(trunk, job.fit, distinct, cache, job.named("fit"))
     validation, _ = _read(trunk, job.validation, distinct, cache, job.named("validation"))
-    start = only(job.start, HeadScorer)
+    start = job.only_start(HeadScorer)
     result = fit_heads(
         fit,
         validation,
-        view_of=[distinct.index(view) for view in job.views],
+        view_of=[distinct.index(view) for view in views],
         recipe=job.recipe,
         seeds=job.seeds,
         device=trunk.device,
@@ -46,7 +46,7 @@ def train_heads(job: Job) -> Trained:
         start=None if start is None else start.weights,
         progress=job.progress,
     )
-    scorer = HeadScorer(job.backbone, job.options, job.views, result.weights, trunk=trunk)
+    scorer = HeadScorer(job.backbone, job.options, views, result.weights, trunk=trunk)
     record = {
         "chosen_prior" if job.recipe.is_convex else "chosen_weight_decay": list(result.chosen),
         "validation_nll": list(result.validation_nll),
@@ -68,7 +68,7 @@ def fit_heads(
     validation: PairFeatures,
     *,
     view_of: list[int],
-    recipe: Recipe,
+    recipe: HeadRecipe,
     seeds: list[dict[str, int]],
     device: torch.device,
     checkpoint: Path | None = None,

@@ -1,28 +1,29 @@
-"""What every kind of member is trained from, and what training returns."""
+"""What a kind's training function takes and returns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Preferences
+from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.checkpoint import Backbone
-from ensemble_rm.members.backbone.token_states import DEFAULT_MAX_BYTES
-from ensemble_rm.members.backbone.trunk import TrunkOptions, View
+from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.learning.recipe import Recipe
-from ensemble_rm.members.lora.adapters import LoraOptions
 from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.progress import Progress, silent
 
+R = TypeVar("R", bound=Recipe)
+S = TypeVar("S", bound=Scorer)
+
 
 @dataclass(frozen=True)
-class Job:
+class Job(Generic[R]):
     """One training run, all options resolved.
 
     Attributes
@@ -30,56 +31,52 @@ class Job:
     fit, validation : Preferences
     backbone : Backbone
     seeds : list of dict
-        Each member's, by purpose.
-    views : tuple of View
-        What each member reads.
-    blocks : int
-        How many top blocks a branch copies, or an adapter changes.
+        Each member's seeds, by purpose: `member_seeds`.
     options : TrunkOptions
     recipe : Recipe
+        Resolved, so that nothing in it is left to the backbone.
     digest : str
         Of all that the result depends on.
     checkpoint : Path, optional
         Folder to resume from and to write to.
     cache_folder : Path, optional
         Of features and token states.
-    states_limit : int
-        Largest size of the token states on disk, in bytes.
-    lora : LoraOptions
-        What an adapter is.
-    warm_start : bool
-        Whether adapters start from blocks that one adapter of all has fitted to the task.
     start : tuple of Scorer
-        Whose weights the members go on from; empty where they start afresh.
-    trainer_args : mapping
-        More of transformers' TrainingArguments.
-    callbacks : sequence
-        Of transformers' Trainer.
+        Scorers of the same kind that training continues from; empty for a fresh start.
     progress : callable
+        Called with (stage, done, total).
     """
 
     fit: Preferences
     validation: Preferences
     backbone: Backbone
     seeds: list[dict[str, int]]
-    views: tuple[View, ...]
-    blocks: int
     options: TrunkOptions
-    recipe: Recipe
+    recipe: R
     digest: str
-    checkpoint: Path | None
-    cache_folder: Path | None
-    states_limit: int = DEFAULT_MAX_BYTES
-    lora: LoraOptions = field(default_factory=LoraOptions)
-    warm_start: bool = False
+    checkpoint: Path | None = None
+    cache_folder: Path | None = None
     start: tuple[Scorer, ...] = ()
-    trainer_args: Mapping[str, Any] = field(default_factory=dict)
-    callbacks: Sequence[Any] = ()
     progress: Progress = silent
 
     def named(self, part: str) -> Progress:
-        """Return a progress whose stages name a part of the data."""
+        """Return a progress callback whose stages name a part of the data."""
         return lambda stage, done, total: self.progress(f"{stage} {part}", done, total)
+
+    def only_start(self, kind: type[S]) -> S | None:
+        """Return the one scorer that the members of a trunk continue from; None if fresh.
+
+        Raises
+        ------
+        OptionError
+            If there are several scorers: their trunks are not one.
+        """
+        if not self.start:
+            return None
+        if len(self.start) != 1 or not isinstance(self.start[0], kind):
+            names = [type(scorer).__name__ for scorer in self.start]
+            raise OptionError(f"start: expected a single {kind.__name__}, not {names}")
+        return self.start[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +94,8 @@ class Trained:
         What provenance keeps of the run.
     features : ndarray, shape (n_samples, n_features), optional
         Of some training samples, where the members expose features.
+    in_checkpoint : bool
+        Whether the scorers read their weights from the job's checkpoint folder.
     """
 
     scorers: tuple[Scorer, ...]
@@ -104,3 +103,4 @@ class Trained:
     truncation: Truncation
     record: dict[str, Any]
     features: NDArray[np.float64] | None = None
+    in_checkpoint: bool = False

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from ensemble_rm.errors import MergeError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.branches.scorer import BranchScorer
-from ensemble_rm.members.full.scorer import ClassifierScorer
+from ensemble_rm.members.full.scorer import FullScorer
 from ensemble_rm.members.heads.weights import HeadWeights
 
 NAME = "merged"
@@ -86,12 +86,12 @@ def average_branches(scorers: Sequence[BranchScorer]) -> BranchScorer:
     )
 
 
-def average_classifiers(scorers: Sequence[ClassifierScorer], folder: Path) -> ClassifierScorer:
+def average_classifiers(scorers: Sequence[FullScorer], folder: Path) -> FullScorer:
     """Write a model whose weights are the mean of full members', and open it.
 
     Parameters
     ----------
-    scorers : sequence of ClassifierScorer
+    scorers : sequence of FullScorer
         That were trained here.
     folder : Path
         Of the new model; must not exist.
@@ -120,7 +120,7 @@ def average_classifiers(scorers: Sequence[ClassifierScorer], folder: Path) -> Cl
     for file in files[0]:
         _average_files([source / file for source in sources], folder / file)
     model = bb.Backbone(str(folder), folder, bb.weights_digest(folder))
-    return ClassifierScorer(
+    return FullScorer(
         model, first.options, name=NAME, pooling=first.pooling, own=True, start=first.start
     )
 

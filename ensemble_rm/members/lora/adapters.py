@@ -12,49 +12,14 @@ References
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import dataclass
 
 import torch
 from torch.nn import ModuleList
 
 from ensemble_rm.errors import MissingExtraError, OptionError
+from ensemble_rm.members.lora.recipe import LoraOptions
 
 _ADAPTER = "member"  # peft's name of the only adapter in each copy
-
-
-@dataclass(frozen=True, slots=True)
-class LoraOptions:
-    """What an adapter is.
-
-    Attributes
-    ----------
-    rank : int
-        Of the weights' update, B·A.
-    alpha : float
-        The update is scaled by alpha/rank.
-    targets : tuple of str
-        The linear layers that are adapted, by the ends of their names, such as ``"q_proj"``; all
-        of the blocks' where none is named.
-    dropout : float
-        Of an adapter's input, in training.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = ()
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
-        rules = {
-            "rank": (self.rank >= 1, "at least 1"),
-            "alpha": (0 < self.alpha < math.inf, "a finite number > 0"),
-            "dropout": (0 <= self.dropout < 1, "in [0, 1)"),
-        }
-        for name, (holds, wanted) in rules.items():
-            if not holds:
-                raise OptionError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
 
 
 def require_peft() -> None:

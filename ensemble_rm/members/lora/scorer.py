@@ -18,7 +18,8 @@ from ensemble_rm.members.backbone.trunk import Trunk, TrunkOptions, View
 from ensemble_rm.members.branches.base import SHARED, Branched, Tensors
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.heads.weights import HeadWeights
-from ensemble_rm.members.lora.adapters import LoraOptions, merged, pour, require_peft
+from ensemble_rm.members.lora.adapters import merged, pour, require_peft
+from ensemble_rm.members.lora.recipe import LoraOptions
 
 
 class LoraScorer(Branched):

@@ -11,13 +11,16 @@ References
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch.nn import ModuleList
 
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.branches.base import Tensors
-from ensemble_rm.members.branches.gradient_training import BranchesResult
+from ensemble_rm.members.branches.gradient_training import BranchesResult, Penalty
+from ensemble_rm.members.branches.module import Branch
 from ensemble_rm.members.branches.training import (
     Ground,
     finish,
@@ -30,20 +33,21 @@ from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.learning.checkpoint import load_checkpoint, save_checkpoint
 from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.members.learning.seeds import global_seed, member_seeds
-from ensemble_rm.members.learning.start import only
 from ensemble_rm.members.lora.adapters import (
-    LoraOptions,
     adapt,
+    factors,
     merged,
     own_parameters,
     own_tensors,
     pour,
     require_peft,
 )
+from ensemble_rm.members.lora.diversity import alikeness
+from ensemble_rm.members.lora.recipe import LoraOptions, LoraRecipe
 from ensemble_rm.members.lora.scorer import LoraScorer
 
 
-def train_lora(job: Job) -> Trained:
+def train_lora(job: Job[LoraRecipe]) -> Trained:
     """Train k adapters, each with a head, over one backbone.
 
     Raises
@@ -64,33 +68,51 @@ def train_lora(job: Job) -> Trained:
         scorer = LoraScorer(
             job.backbone,
             job.options,
-            job.views,
+            found.views,
             trained_heads(heads, result),
             [_on_cpu(own_tensors(branch.blocks)) for branch in result.branches],
-            blocks=job.blocks,
-            lora=job.lora,
+            blocks=found.blocks,
+            lora=job.recipe.adapter,
             shared=shared,
             branching=found.branching,
         )
         return finish(found, scorer, result)
 
 
-def grow_adapters(found: Ground) -> tuple[HeadWeights, BranchesResult, Tensors | None]:
+def grow_adapters(found: Ground[LoraRecipe]) -> tuple[HeadWeights, BranchesResult, Tensors | None]:
     """Train the members on token states: first heads, members, and the adapter all start from."""
     job, blocks = found.job, found.branching.trunk.rest
-    start = only(job.start, LoraScorer)
+    lora, diversity = job.recipe.adapter, _diversity(job.recipe.diversity)
+    start = job.only_start(LoraScorer)
     if start is not None:
         if start.shared is not None:
-            blocks = merged(blocks, job.lora, start.shared)
-        grown = [_continued(blocks, job.lora, tensors) for tensors in start.tensors]
-        result = fit_branches(found, start.heads, grown, checkpoint=job.checkpoint)
+            blocks = merged(blocks, lora, start.shared)
+        grown = [_continued(blocks, lora, tensors) for tensors in start.tensors]
+        result = fit_branches(
+            found, start.heads, grown, checkpoint=job.checkpoint, penalty=diversity
+        )
         return start.heads, result, start.shared
-    shared = _shared(found) if job.warm_start else None
+    shared = _shared(found) if job.recipe.warm_start else None
     if shared is not None:
-        blocks = merged(blocks, job.lora, shared)
+        blocks = merged(blocks, lora, shared)
     heads = first_heads(found, [blocks])
-    own = [_adapted(blocks, job.lora, seeds["init"]) for seeds in job.seeds]
-    return heads, fit_branches(found, heads, own, checkpoint=job.checkpoint), shared
+    own = [_adapted(blocks, lora, seeds["init"]) for seeds in job.seeds]
+    result = fit_branches(found, heads, own, checkpoint=job.checkpoint, penalty=diversity)
+    return heads, result, shared
+
+
+def _diversity(coefficient: float) -> Penalty | None:
+    """Return the term that keeps adapters apart; those of members that stopped are constants."""
+    if coefficient == 0:
+        return None
+
+    def penalty(branches: Sequence[Branch], active: Sequence[int]) -> torch.Tensor:
+        members = [factors(branch.blocks) for branch in branches]
+        for i in set(range(len(branches))) - set(active):
+            members[i] = [(a.detach(), b.detach()) for a, b in members[i]]
+        return coefficient * alikeness(members)
+
+    return penalty
 
 
 def _adapted(blocks: ModuleList, lora: LoraOptions, seed: int) -> ModuleList:
@@ -110,7 +132,7 @@ def _on_cpu(tensors: Tensors) -> Tensors:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
-def _shared(found: Ground) -> Tensors:
+def _shared(found: Ground[LoraRecipe]) -> Tensors:
     """Fit the adapter that all members start from, or read it where it is fitted already."""
     job, blocks = found.job, found.branching.trunk.rest
     place = None if job.checkpoint is None else job.checkpoint / "shared"
@@ -124,15 +146,14 @@ def _shared(found: Ground) -> Tensors:
         job=replace(
             job,
             seeds=seeds,
-            views=job.views[:1],
-            recipe=replace(job.recipe, diversity=0.0),
+            recipe=replace(job.recipe, views=(job.recipe.views or ())[:1]),
             progress=job.named("shared adapter"),
         ),
     )
     result = fit_branches(
         alone,
         first_heads(alone, [blocks]),
-        [_adapted(blocks, job.lora, seeds[0]["init"])],
+        [_adapted(blocks, job.recipe.adapter, seeds[0]["init"])],
         checkpoint=place,
     )
     tensors = _on_cpu(own_tensors(result.branches[0].blocks))

@@ -168,7 +168,7 @@ class MonitorCallback(TrainerCallback):
         figures: dict[str, float] = {}
         if calls:
             samples = [sample for part, _rewards, _tokens in calls for sample in part]
-            rewards = joined([rewards for _samples, rewards, _tokens in calls])
+            rewards = LoopRewards.join([rewards for _samples, rewards, _tokens in calls])
             alarms = self.monitor.observe(state.global_step, samples, rewards, kl=kl)
             figures = self._of_step(state.global_step, alarms)
             if self.records is not None:
@@ -264,16 +264,6 @@ class MonitorCallback(TrainerCallback):
             self._trainer.processing_class, [s for s, _ in chosen], [ids for _, ids in chosen]
         )
         return mean_kl(self._policy(), self.reference, encoded)
-
-
-def joined(calls: list[LoopRewards]) -> LoopRewards:
-    """Return several calls' rewards as one's."""
-    return LoopRewards(
-        np.concatenate([call.reward for call in calls]),
-        np.concatenate([call.members for call in calls]),
-        np.concatenate([call.reference_reward for call in calls]),
-        tuple(error for call in calls for error in call.errors),
-    )
 
 
 def averaged(parts: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -1,32 +1,48 @@
-"""The routes' table and their OpenAPI description, with examples.
-
-Bodies are read within limits before they are parsed (`http.py`), so that FastAPI is told their
-schemas here. Knows FastAPI and the wire formats' models; knows nothing of scoring.
-"""
+"""The OpenAPI description of a server, made from the wire formats' routes."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from copy import deepcopy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from starlette.requests import Request
-from starlette.responses import Response
 
-from ensemble_rm.server.http.bodies import VERSION_HEADER
-from ensemble_rm.server.http.guard import OPEN
-from ensemble_rm.server.wire import llamafactory, native, openrlhf, sglang, vllm
+from ensemble_rm import __version__
+from ensemble_rm.server.wire.format import Route
 
-if TYPE_CHECKING:
-    from ensemble_rm.server.http.routes import Routes
-
-Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
+VERSION_HEADER = "x-ensemble-version"
+UNGUARDED = frozenset({"/health", "/ready"})
+"""Paths that load balancers may ask for without a token."""
+OPERATIONS = {
+    "/v1/refresh": "POST",
+    "/v1/models": "GET",
+    "/health": "GET",
+    "/ready": "GET",
+    "/metrics": "GET",
+}
+"""Paths that belong to no wire format, and their methods."""
 _REF = "#/components/schemas/{model}"
+_SUMMARIES = {
+    "/v1/refresh": "Serve the version that is current in the ensemble's folder now.",
+    "/v1/models": "The ensemble's name and version, as OpenAI's clients read them.",
+    "/health": "Whether the process is alive.",
+    "/ready": "Whether requests are served: loaded, warmed up and not shutting down.",
+    "/metrics": "Metrics for Prometheus.",
+}
+_ERRORS = {
+    400: "Body is not valid JSON.",
+    401: "No token, or a wrong one.",
+    408: "Body did not arrive in time.",
+    409: "No calibration for this aggregator.",
+    413: "A limit is exceeded.",
+    415: "Body is not declared as JSON, or is compressed.",
+    422: "Body has another shape, or samples that cannot be scored.",
+    429: "Queue is full; retry after Retry-After seconds.",
+    500: "Scoring failed, with the error's name.",
+    502: "A member's server refuses, or its response cannot be read.",
+    503: "Not loaded yet, shutting down, or a member's server is unreachable.",
+}
 
 
 class ErrorDetail(BaseModel):
@@ -39,207 +55,115 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """A refusal, or a failure with its name: it never looks like a reward."""
+    """A refusal or a failure; it never looks like a reward."""
 
     error: ErrorDetail
 
 
-_CHATML = "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n"
-_TEXT = f"{_CHATML}Fine, thank you.<|im_end|>"
-_TURNS = [{"role": "user", "content": "How are you?"}]
-_REFUSALS = {
-    400: "No JSON.",
-    401: "No token, or a wrong one.",
-    408: "The body came too slowly.",
-    409: "No calibration of this aggregator.",
-    413: "Over a limit.",
-    415: "Not declared as JSON, or declared as compressed.",
-    422: "JSON of another shape, or what cannot be scored.",
-    429: "As much waits as may: come again after Retry-After seconds.",
-    500: "Scoring failed, by this name.",
-    502: "A member's server refuses, or answers what cannot be read.",
-    503: "Not loaded yet, shutting down, or a member's server is out of reach.",
-}
+class RefreshAnswer(BaseModel):
+    """The version that is served now."""
+
+    version: str
+    changed: bool
 
 
-@dataclass(frozen=True)
-class _Post:
-    path: str
-    handler: str
-    bodies: tuple[type[BaseModel], ...]
-    answers: tuple[type[BaseModel], ...]
-    examples: dict[str, Any]
-    listed: bool = False  # the answer is one object or a list of them
-    methods: tuple[str, ...] = ("POST",)
-
-
-_POSTS = (
-    _Post(
-        "/v1/score",
-        "score",
-        (native.ScoreRequest,),
-        (native.ScoreAnswer,),
-        {
-            "text": {"samples": [{"prompt": "How are you?", "completion": "Fine, thank you."}]},
-            "messages": {
-                "samples": [{"prompt": _TURNS, "completion": "Fine, thank you."}],
-                "aggregator": {"name": "lcb", "kappa": 1.0},
-            },
-        },
-    ),
-    _Post(
-        "/v1/compare",
-        "compare",
-        (native.CompareRequest,),
-        (native.CompareAnswer,),
-        {"pair": {"pairs": [{"prompt": _TURNS, "first": "Fine, thank you.", "second": "So so."}]}},
-    ),
-    _Post(
-        "/get_reward",
-        "get_reward",
-        (openrlhf.OpenRLHFRequest,),
-        (openrlhf.OpenRLHFAnswer,),
-        {
-            "messages in the label": {
-                "query": [_TEXT],
-                "prompts": [_CHATML],
-                "labels": ['[{"role": "user", "content": "How are you?"}]'],
-            }
-        },
-    ),
-    _Post(
-        "/classify",
-        "classify",
-        (vllm.ClassifyText, vllm.ClassifyChat, sglang.SGLangText),
-        (vllm.ClassifyAnswer, sglang.SGLangScore),
-        {
-            "vLLM, text": {"input": [_TEXT], "use_activation": False},
-            "vLLM, messages": {
-                "messages": [*_TURNS, {"role": "assistant", "content": "Fine."}],
-                "use_activation": False,
-            },
-            "SGLang": {"text": _TEXT},
-        },
-        listed=True,
-        methods=("POST", "PUT"),
-    ),
-    _Post(
-        "/v1/embeddings",
-        "embeddings",
-        (sglang.EmbeddingsRequest,),
-        (sglang.EmbeddingsAnswer,),
-        {"text": {"model": "ensemble", "input": _TEXT}},
-    ),
-    _Post(
-        "/v1/score/evaluation",
-        "evaluation",
-        (llamafactory.ScoreEvaluationRequest,),
-        (llamafactory.ScoreEvaluationAnswer,),
-        {"texts": {"model": "model", "messages": [_TEXT]}},
-    ),
-)
-_REFRESH = "/v1/refresh"
-_GETS = (
-    ("/v1/models", "models"),
-    ("/health", "health"),
-    ("/ready", "ready"),
-    ("/metrics", "metrics"),
-)
-
-
-def describe(app: FastAPI, routes: Routes, wrap: Callable[[Handler], Handler]) -> list[str]:
-    """Add every route to the application, and return the paths.
+def describe(formats: Mapping[str, Sequence[Route]]) -> dict[str, Any]:
+    """Return the OpenAPI description.
 
     Parameters
     ----------
-    app : FastAPI
-    routes : Routes
-        The handlers.
-    wrap : callable
-        Makes their exceptions answers.
+    formats : mapping of str to sequence of Route
+        The wire formats' routes by path.
     """
-    for post in _POSTS:
-        _add(app, post.path, wrap(getattr(routes, post.handler)), post.methods, _REFUSALS)
-    also = {code: _REFUSALS[code] for code in (401, 500, 503)}
-    _add(app, _REFRESH, wrap(routes.refresh), ("POST",), also)
-    for path, name in _GETS:
-        codes = {code: _REFUSALS[code] for code in ((503,) if path in OPEN else (401, 503))}
-        methods = ("GET", "HEAD") if path in OPEN else ("GET",)  # some balancers ask by HEAD
-        _add(app, path, wrap(getattr(routes, name)), methods, codes)
-    app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
-    return [post.path for post in _POSTS] + [_REFRESH, "/openapi.json"] + [p for p, _ in _GETS]
-
-
-def _add(
-    app: FastAPI, path: str, handler: Handler, methods: tuple[str, ...], codes: dict[int, str]
-) -> None:
-    shown = {code: {"model": ErrorAnswer, "description": text} for code, text in codes.items()}
-    if len(methods) > 1:  # FastAPI describes one route once a method, under one name
-        app.add_api_route(path, handler, methods=list(methods), include_in_schema=False)
-    app.add_api_route(
-        path,
-        handler,
-        methods=[methods[0]],
-        operation_id=handler.__name__,
-        summary=(handler.__doc__ or "").strip().splitlines()[0],
-        response_model=None,
-        responses=cast(Any, shown),
+    routes = [route for same in formats.values() for route in same]
+    requests = [(route.request, "validation") for route in routes]
+    responses = [(route.response, "serialization") for route in routes]
+    own = [(model, "serialization") for model in (RefreshAnswer, ErrorAnswer)]
+    refs, definitions = models_json_schema(
+        [*requests, *responses, *own],  # type: ignore[list-item]
+        ref_template=_REF,
     )
+    error = _json(refs[ErrorAnswer, "serialization"])
+    paths = {path: _of_formats(path, same, refs, error) for path, same in formats.items()}
+    for path, method in OPERATIONS.items():
+        codes = [503] if path in UNGUARDED else [401, 503]
+        operation = _operation(path, _SUMMARIES[path], codes, error)
+        paths[path] = {method.lower(): operation}
+        if path == "/v1/refresh":
+            operation["responses"] |= _success(refs[RefreshAnswer, "serialization"])
+            operation["responses"] |= _errors([500], error)
+        if path == "/metrics":
+            text = {"text/plain": {"schema": {"type": "string"}}}
+            operation["responses"]["200"]["content"] = text
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "ensemble-rm",
+            "version": __version__,
+            "summary": "Rewards from an ensemble of reward models.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": definitions["$defs"],
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
 
 
-def _schema(app: FastAPI) -> dict[str, Any]:
-    """Return FastAPI's description, with the bodies and answers that it does not see."""
-    if app.openapi_schema is not None:
-        return app.openapi_schema
-    said = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-    models = [(model, "validation") for post in _POSTS for model in post.bodies]
-    models += [(model, "serialization") for post in _POSTS for model in post.answers]
-    models += [(native.RefreshAnswer, "serialization"), (ErrorAnswer, "serialization")]
-    refs, defined = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
-    schemas = said.setdefault("components", {}).setdefault("schemas", {})
-    schemas |= defined["$defs"]
-    for post in _POSTS:
-        answers: list[dict[str, Any]] = [
-            dict(refs[model, "serialization"]) for model in post.answers
-        ]
-        if post.listed:
+def _of_formats(
+    path: str, routes: Sequence[Route], refs: Mapping[Any, Any], error: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the operations of a path, one per method; formats that share it are alternatives."""
+    bodies, answers = [], []
+    for route in routes:
+        bodies.append(refs[route.request, "validation"])
+        answers.append(refs[route.response, "serialization"])
+        if route.listed:
             answers.append({"type": "array", "items": answers[-1]})
-        bodies = [dict(refs[model, "validation"]) for model in post.bodies]
-        operations = said["paths"][post.path]
-        operation = operations["post"]
-        examples = {name: {"value": one} for name, one in post.examples.items()}
-        content = {"schema": _either(bodies), "examples": examples}
+    examples = {
+        name: {"value": value} for route in routes for name, value in route.examples.items()
+    }
+    summaries = [(route.handler.__doc__ or path).strip().splitlines()[0] for route in routes]
+    operations = {}
+    for method in routes[0].methods:
+        operation = _operation(path, " ".join(summaries), list(_ERRORS), error)
+        operation["operationId"] += "" if method == routes[0].methods[0] else f"_{method.lower()}"
+        content = _json(_any_of(bodies))["application/json"] | {"examples": examples}
         operation["requestBody"] = {"required": True, "content": {"application/json": content}}
-        _answers(operation, _either(answers))
-        for method in post.methods[1:]:
-            name = f"{operation['operationId']}_{method.lower()}"
-            operations[method.lower()] = deepcopy(operation) | {"operationId": name}
-    _answers(said["paths"][_REFRESH]["post"], dict(refs[native.RefreshAnswer, "serialization"]))
-    said["paths"]["/metrics"]["get"]["responses"]["200"]["content"] = {
-        "text/plain": {"schema": {"type": "string"}}
+        operation["responses"] |= _success(_any_of(answers))
+        operations[method.lower()] = operation
+    return operations
+
+
+def _operation(
+    path: str, summary: str, codes: Sequence[int], error: dict[str, Any]
+) -> dict[str, Any]:
+    operation = {
+        "summary": summary,
+        "operationId": path.strip("/").replace("/", "_").replace(".", "_"),
+        "responses": {"200": {"description": "Success.", "content": _json({})}}
+        | _errors(codes, error),
     }
-    _secure(said)
-    app.openapi_schema = said
-    return said
+    if path not in UNGUARDED:
+        # The empty alternative: a server on the loopback address asks for no token.
+        operation["security"] = [{"token": []}, {}]
+    return operation
 
 
-def _either(schemas: list[dict[str, Any]]) -> dict[str, Any]:
-    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+def _errors(codes: Sequence[int], error: dict[str, Any]) -> dict[str, Any]:
+    return {str(code): {"description": _ERRORS[code], "content": error} for code in codes}
 
 
-def _answers(operation: dict[str, Any], schema: dict[str, Any]) -> None:
-    header = {"description": "the ensemble's version", "schema": {"type": "string"}}
-    operation["responses"]["200"] = {
-        "description": "Scored.",
-        "headers": {VERSION_HEADER: header},
-        "content": {"application/json": {"schema": schema}},
-    }
+def _success(schema: dict[str, Any]) -> dict[str, Any]:
+    header = {"description": "Version of the ensemble.", "schema": {"type": "string"}}
+    headers = {VERSION_HEADER: header}
+    return {"200": {"description": "Success.", "headers": headers, "content": _json(schema)}}
 
 
-def _secure(said: dict[str, Any]) -> None:
-    """Say where a token may be asked for; a server on this machine alone asks for none."""
-    said["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    for path, operations in said["paths"].items():
-        if path not in OPEN:
-            for operation in operations.values():
-                operation["security"] = [{"token": []}, {}]
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _any_of(schemas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
+    return distinct[0] if len(distinct) == 1 else {"anyOf": distinct}

@@ -1,40 +1,256 @@
-"""Concurrent requests, mostly of one sample each, join into common batches.
+"""Concurrent requests, mostly of one sample each, are joined into batches.
 
-While one batch is scored, requests gather; when the worker is free it takes what there is, up to
-the budget, after a few milliseconds' window at most, or a small share of the last batch's time.
-Knows the event loop and the queue; knows nothing of HTTP, of models or of what a sample is.
+While a batch is scored, requests queue. When the worker is idle it takes what is queued, up to the
+budget, after waiting a few milliseconds for more. `FairQueue` decides which samples are next,
+without a clock or an event loop; `Batcher` drives it. Neither knows what a sample is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from time import monotonic
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ensemble_rm.errors import NotReadyError, QueueFullError, TooLargeError
 from ensemble_rm.server.options import BatchOptions
-from ensemble_rm.server.scheduling.queue import FairQueue, Part, Ticket
+
+
+class Rows(Protocol):
+    """Results of a batch, one row per sample, of which slices can be taken."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
 
 K = TypeVar("K", bound=Hashable)
 S = TypeVar("S")
-R = TypeVar("R")
+R = TypeVar("R", bound=Rows)
 
-_QUIET = 1 / 4  # of the window: as long without another, and an idle worker waits no more
+_QUIET = 1 / 4  # of the window; an idle worker stops waiting after as long without a request
 _SHARE = 0.02  # of the last batch's time
-_LONGEST_WAIT = 0.1  # seconds; a worker that was idle for as long loses nothing by it
-_TURNS = 32  # of the loop, in which a request that is being read arrives
-_FIRST_RATE = 500.0  # tokens a second, until a batch has been measured
+_LONGEST_WAIT = 0.1  # seconds; a worker that was idle for as long loses nothing by waiting
+_TURNS = 32  # turns of the event loop in which a request that is being read arrives
+_FIRST_RATE = 500.0  # tokens per second, until a batch has been measured
 _SMOOTHING = 0.2
-_LONGEST = 60  # seconds of Retry-After
+_LONGEST_RETRY = 60  # seconds
+
+
+# Queue -------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Ticket(Generic[K, S]):
+    """One request in the queue.
+
+    Attributes
+    ----------
+    key : hashable
+        Requests with different keys never share a batch: the version that scores them.
+    samples : sequence
+        At least one.
+    groups : sequence of hashable
+        What each sample shares with others: its prompt.
+    costs : sequence of (int, int)
+        Tokens of each sample: those that are shared, which count once per batch, and its own.
+    taken : int
+        Samples that are scored or being scored.
+    group : hashable, optional
+        The group of all samples; None if there are several.
+    """
+
+    key: K
+    samples: Sequence[S]
+    groups: Sequence[Hashable]
+    costs: Sequence[tuple[int, int]]
+    taken: int = 0
+    group: Hashable | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        first = self.groups[0]
+        self.group = first if all(group == first for group in self.groups) else None
+
+    @property
+    def left(self) -> int:
+        """Number of queued samples."""
+        return len(self.samples) - self.taken
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens of the queued samples, as if nothing were shared."""
+        return sum(shared + own for shared, own in self.costs[self.taken :])
+
+    @property
+    def shared_left(self) -> int:
+        """Those of `tokens_left` that samples of one group share."""
+        return sum(shared for shared, _ in self.costs[self.taken :])
+
+
+@dataclass(frozen=True)
+class Part(Generic[K, S]):
+    """The samples of one ticket in a batch: those from `start` to `stop`."""
+
+    ticket: Ticket[K, S]
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> Sequence[S]:
+        """The samples themselves."""
+        return self.ticket.samples[self.start : self.stop]
+
+
+@dataclass
+class _Filling(Generic[K, S]):
+    """A batch that is being filled."""
+
+    tokens: int
+    rows: int
+    groups: set[Hashable] = field(default_factory=set)
+    parts: list[Part[K, S]] = field(default_factory=list)
+    count: int = 0
+    used: int = 0
+
+    def cost(self, ticket: Ticket[K, S], row: int) -> int:
+        """Return the tokens that a sample adds."""
+        shared, own = ticket.costs[row]
+        return own + (0 if ticket.groups[row] in self.groups else shared)
+
+    def fits(self, ticket: Ticket[K, S], row: int) -> bool:
+        """Return whether a sample fits; every sample fits into an empty batch."""
+        if self.count == 0:
+            return True
+        return self.count < self.rows and self.used + self.cost(ticket, row) <= self.tokens
+
+    def add(self, ticket: Ticket[K, S]) -> bool:
+        """Add what fits of a ticket; return whether all did."""
+        start = stop = ticket.taken
+        while stop < len(ticket.samples) and self.fits(ticket, stop):
+            self.used += self.cost(ticket, stop)
+            self.groups.add(ticket.groups[stop])
+            self.count += 1
+            stop += 1
+        self.parts.append(Part(ticket, start, stop))
+        ticket.taken = stop
+        return stop == len(ticket.samples)
+
+
+class FairQueue(Generic[K, S]):
+    """Tickets in order of arrival, formed into batches within a budget.
+
+    Its laws: the oldest ticket is in the next batch. A ticket overtakes another only if it shares
+    the prompt of one that is before both. What a batch has no room for returns to the end, so that
+    a large request does not delay small ones. A batch exceeds the budget only if its one sample
+    does.
+
+    Parameters
+    ----------
+    tokens : int
+        Maximum tokens of a batch; a shared prompt counts once.
+    rows : int
+        Maximum samples of a batch.
+    """
+
+    def __init__(self, *, tokens: int, rows: int) -> None:
+        self._budget, self._rows = tokens, rows
+        self._order: OrderedDict[int, Ticket[K, S]] = OrderedDict()
+        self._numbers: dict[Ticket[K, S], int] = {}
+        self._groups: dict[Hashable, OrderedDict[int, Ticket[K, S]]] = {}
+        self._next = count()
+        self.samples = 0
+        self.tokens = 0
+        # `tokens` with the prompt of each group counted once; kept up to date by push and drop,
+        # since `full_batch` is asked at every arrival.
+        self._distinct_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @property
+    def full_batch(self) -> bool:
+        """Whether the queued samples fill a batch, the prompt of each group counted once."""
+        return self._distinct_tokens >= self._budget or self.samples >= self._rows
+
+    def push(self, ticket: Ticket[K, S]) -> None:
+        """Add a ticket at the end."""
+        number = next(self._next)
+        self._numbers[ticket] = number
+        self._order[number] = ticket
+        self.samples += ticket.left
+        self.tokens += ticket.tokens_left
+        self._distinct_tokens += ticket.tokens_left
+        if ticket.group is not None:
+            friends = self._groups.setdefault(ticket.group, OrderedDict())
+            self._distinct_tokens -= self._repeated(ticket, friends)
+            friends[number] = ticket
+
+    def drop(self, ticket: Ticket[K, S]) -> bool:
+        """Remove a ticket; return whether it was queued."""
+        number = self._numbers.pop(ticket, None)
+        if number is None:
+            return False
+        del self._order[number]
+        self.samples -= ticket.left
+        self.tokens -= ticket.tokens_left
+        self._distinct_tokens -= ticket.tokens_left
+        if ticket.group is not None:
+            friends = self._groups[ticket.group]
+            del friends[number]
+            self._distinct_tokens += self._repeated(ticket, friends)
+            if not friends:
+                del self._groups[ticket.group]
+        return True
+
+    @staticmethod
+    def _repeated(ticket: Ticket[K, S], friends: OrderedDict[int, Ticket[K, S]]) -> int:
+        """Tokens of a ticket that repeat a prompt, in its own samples or in its friends'."""
+        return ticket.shared_left - (0 if friends else ticket.costs[0][0])
+
+    def take(self) -> list[Part[K, S]]:
+        """Form the next batch; empty if nothing is queued."""
+        batch: _Filling[K, S] = _Filling(self._budget, self._rows)
+        while self._order:
+            head = next(iter(self._order.values()))
+            if batch.parts and head.key != batch.parts[0].ticket.key:
+                break
+            if not self._move(head, batch):
+                break
+            if head.group is not None and not self._pull(head, batch):
+                break
+        return batch.parts
+
+    def _pull(self, head: Ticket[K, S], batch: _Filling[K, S]) -> bool:
+        """Move tickets with the head's prompt into the batch; return whether all fitted."""
+        for friend in list(self._groups.get(head.group, {}).values()):
+            if friend.key == head.key and not self._move(friend, batch):
+                return False
+        return True
+
+    def _move(self, ticket: Ticket[K, S], batch: _Filling[K, S]) -> bool:
+        """Move what fits of a ticket into the batch; return whether all did.
+
+        The rest of a ticket goes to the end; a ticket of which nothing fits keeps its position.
+        """
+        if not batch.fits(ticket, ticket.taken):
+            return False
+        self.drop(ticket)
+        whole = batch.add(ticket)
+        if not whole:
+            self.push(ticket)
+        return whole
+
+
+# Batcher -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Counts:
-    """What a batcher has done so far; `refused` are those that found the queue full."""
+    """What a batcher has done; `refused` counts requests that found the queue full."""
 
     batches: int = 0
     samples: int = 0
@@ -44,23 +260,27 @@ class Counts:
 
 
 @dataclass(eq=False)
-class _Waiting(Generic[R]):
-    results: list[R | None]
+class _Pending(Generic[R]):
+    """Results of a request so far, in the order of its samples, and how many are missing."""
+
     left: int
     done: asyncio.Future[None] = field(repr=False)
+    parts: list[R] = field(default_factory=list)
 
 
 class Batcher(Generic[K, S, R]):
-    """Join requests into batches, and give each its own results.
+    """Join requests into batches, and give each request its own results.
 
     Parameters
     ----------
     score : callable
-        ``await score(key, samples)`` gives one result a sample, in their order.
+        ``await score(key, samples)`` returns results with one row per sample, in their order.
+    join : callable
+        Joins the results of one request that was split over several batches.
     group : callable
         What a sample shares with others: its prompt.
     cost : callable
-        A sample's tokens: of what it shares, and of its own.
+        Tokens of a sample: (shared, own).
     options : BatchOptions
     on_batch : callable, optional
         Called with a batch's number of samples and its seconds.
@@ -68,97 +288,102 @@ class Batcher(Generic[K, S, R]):
 
     def __init__(
         self,
-        score: Callable[[K, Sequence[S]], Awaitable[Sequence[R]]],
+        score: Callable[[K, Sequence[S]], Awaitable[R]],
         *,
+        join: Callable[[list[R]], R],
         group: Callable[[S], Hashable],
         cost: Callable[[S], tuple[int, int]],
         options: BatchOptions,
         on_batch: Callable[[int, float], None] | None = None,
     ) -> None:
-        self._score, self._group, self._cost = score, group, cost
+        self._score, self._join, self._group, self._cost = score, join, group, cost
         self._options, self._on_batch = options, on_batch
         self.queue: FairQueue[K, S] = FairQueue(
             tokens=options.batch_tokens, rows=options.batch_samples
         )
-        self._waiting: dict[Ticket[K, S], _Waiting[R]] = {}
+        self._pending: dict[Ticket[K, S], _Pending[R]] = {}
         self._arrived = asyncio.Event()
         self._closing = False
         self._rate = _FIRST_RATE
-        self._ended = 0.0  # the last batch,
-        self._patience = options.window_seconds  # how long others are waited for after it,
-        self._together = False  # and whether it, or what waited meanwhile, were several requests
+        self._ended = 0.0  # time of the last batch's end
+        self._patience = options.window_seconds  # how long to wait for more after it
+        self._together = False  # whether it, or what was queued meanwhile, were several requests
         self._task: asyncio.Task[None] | None = None
         self.counts = Counts()
 
-    # Requests --------------------------------------------------------------------------------
+    # Requests ------------------------------------------------------------------------------------
 
-    async def submit(self, key: K, samples: Sequence[S]) -> list[R]:
+    async def submit(self, key: K, samples: Sequence[S]) -> R:
         """Return the results of a request's samples, in their order.
 
-        To cancel it is to give it up: what of it is not being scored yet, never is.
+        Cancelling it gives the request up: samples that are not being scored yet never are.
+
+        Parameters
+        ----------
+        key : hashable
+        samples : sequence
+            At least one.
 
         Raises
         ------
         QueueFullError
-            If as much waits as may.
+            If the queue is full.
         TooLargeError
-            If the request alone is more than that.
+            If the request is larger than the queue.
         NotReadyError
-            If the batcher was closed.
+            If the batcher is closed.
         """
         if self._closing:
-            raise NotReadyError("the server scores no more")
-        if not samples:
-            return []
+            raise NotReadyError("the server no longer scores")
         ticket = Ticket(
             key, samples, [self._group(s) for s in samples], list(map(self._cost, samples))
         )
         self._check_room(ticket)
-        waiting: _Waiting[R] = _Waiting(
-            [None] * len(samples), len(samples), asyncio.get_running_loop().create_future()
-        )
-        self._waiting[ticket] = waiting
+        pending: _Pending[R] = _Pending(len(samples), asyncio.get_running_loop().create_future())
+        self._pending[ticket] = pending
         self.queue.push(ticket)
         self._arrived.set()
         try:
-            await waiting.done
+            await pending.done
         finally:
-            if self._waiting.pop(ticket, None) is not None:
+            if self._pending.pop(ticket, None) is not None:
                 self.counts.dropped += 1
                 self.queue.drop(ticket)
-        return waiting.results  # type: ignore[return-value]  # every place is filled
+        return pending.parts[0] if len(pending.parts) == 1 else self._join(pending.parts)
 
     def _check_room(self, ticket: Ticket[K, S]) -> None:
         options, queue = self._options, self.queue
         if ticket.left > options.queue_samples or ticket.tokens_left > options.queue_tokens:
             raise TooLargeError(
-                f"{ticket.left} samples of about {ticket.tokens_left} tokens in one request; the "
-                f"queue holds {options.queue_samples} and {options.queue_tokens}: send several"
+                f"{ticket.left} samples with about {ticket.tokens_left} tokens in one request; the "
+                f"queue holds {options.queue_samples} samples and {options.queue_tokens} tokens; "
+                "send several requests"
             )
         if (
             queue.samples + ticket.left > options.queue_samples
             or queue.tokens + ticket.tokens_left > options.queue_tokens
         ):
             self.counts.refused += 1
-            seconds = min(max(math.ceil(queue.tokens / self._rate), 1), _LONGEST)
+            seconds = min(max(math.ceil(queue.tokens / self._rate), 1), _LONGEST_RETRY)
             raise QueueFullError(
-                f"{queue.samples} samples wait already; come again in {seconds} s", seconds
+                f"queue is full with {queue.samples} samples; retry in {seconds} s", seconds
             )
 
-    # Batches ---------------------------------------------------------------------------------
+    # Batches -------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to score, in a task of the running loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
-        self._task.add_done_callback(lambda _: self.abandon())  # nobody waits for a task that ended
+        # Were the task to end, requests would wait forever.
+        self._task.add_done_callback(lambda _: self.abandon())
 
     @property
     def serving(self) -> bool:
-        """Whether it takes requests and scores them."""
+        """Whether requests are accepted and scored."""
         return self._task is not None and not self._task.done() and not self._closing
 
     async def close(self) -> None:
-        """Take nothing more, score what was taken, and end."""
+        """Accept no more requests, score those that were accepted, and end."""
         self._closing = True
         self._arrived.set()
         if self._task is not None:
@@ -167,15 +392,15 @@ class Batcher(Generic[K, S, R]):
                 self._task.result()
 
     def abandon(self) -> None:
-        """Take nothing more, and end: what waits or is being scored fails.
+        """Accept no more requests, and fail those that are queued or being scored.
 
-        Whoever submitted it raises `NotReadyError`.
+        Each of them raises `NotReadyError`.
         """
         self._closing = True
         if self._task is not None:
             self._task.cancel()
-        for ticket in list(self._waiting):
-            self._fail(ticket, NotReadyError("the server scores no more"))
+        for ticket in list(self._pending):
+            self._fail(ticket, NotReadyError("the server no longer scores"))
 
     async def _run(self) -> None:
         while True:
@@ -196,12 +421,12 @@ class Batcher(Generic[K, S, R]):
                 self._together = len(parts) > 1 or len(self.queue) > 0
 
     async def _gather(self) -> None:
-        """Wait for others while they come.
+        """Wait for more requests while they arrive.
 
-        Those that were answered together ask again together: right after such a batch the wait may
-        take a small share of what the batch took, where that is more than the window. A trainer's
-        step asks for all its groups at once: a worker that was idle takes in such a burst, so that
-        each prompt is read once.
+        Clients that were answered together send their next requests together: right after such a
+        batch the wait may be a small share of the batch's time, where that is more than the window.
+        A trainer's step sends all its groups at once: a worker that was idle takes the whole burst,
+        so that each prompt is read once.
         """
         now, window = monotonic(), self._options.window_seconds
         idle = now - self._ended
@@ -219,12 +444,12 @@ class Batcher(Generic[K, S, R]):
                 async with asyncio.timeout(min(left, quiet)):
                     await self._arrived.wait()
             except TimeoutError:
-                if not await self._turns():
+                if not await self._more_arrives():
                     return
             quiet = window
 
-    async def _turns(self) -> bool:
-        """Say whether another comes in the loop's next turns: a busy loop is late with it."""
+    async def _more_arrives(self) -> bool:
+        """Return whether a request arrives in the next turns of the loop, which may be late."""
         for _ in range(_TURNS):
             if self._arrived.is_set():
                 return True
@@ -245,31 +470,31 @@ class Batcher(Generic[K, S, R]):
             for part in parts:
                 self._fail(part.ticket, error)
             return
-        spent = monotonic() - began
-        self._count(len(samples), tokens, spent)
-        place = 0
+        self._count(len(samples), tokens, monotonic() - began)
+        start = 0
         for part in parts:
-            size = part.stop - part.start
-            self._fill(part, results[place : place + size])
-            place += size
+            stop = start + part.stop - part.start
+            self._deliver(part.ticket, results[start:stop])
+            start = stop
 
-    def _fill(self, part: Part[K, S], results: Sequence[R]) -> None:
-        waiting = self._waiting.get(part.ticket)
-        if waiting is None:  # given up meanwhile
+    def _deliver(self, ticket: Ticket[K, S], results: R) -> None:
+        pending = self._pending.get(ticket)
+        if pending is None:  # the client is gone
             return
-        waiting.results[part.start : part.stop] = results
-        waiting.left -= len(results)
-        if waiting.left == 0:
-            del self._waiting[part.ticket]
+        # The parts of a ticket are taken in order, and batches are scored one after the other.
+        pending.parts.append(results)
+        pending.left -= len(results)
+        if pending.left == 0:
+            del self._pending[ticket]
             with suppress(asyncio.InvalidStateError):
-                waiting.done.set_result(None)
+                pending.done.set_result(None)
 
     def _fail(self, ticket: Ticket[K, S], error: Exception) -> None:
         self.queue.drop(ticket)
-        waiting = self._waiting.pop(ticket, None)
-        if waiting is not None:
+        pending = self._pending.pop(ticket, None)
+        if pending is not None:
             with suppress(asyncio.InvalidStateError):
-                waiting.done.set_exception(error)
+                pending.done.set_exception(error)
 
     def _count(self, samples: int, tokens: int, seconds: float) -> None:
         counts = self.counts

@@ -1,117 +1,80 @@
-"""What the scoring thread says of samples, as requests read it: numbers, or the error of each.
-
-Knows scores and arrays; knows nothing of HTTP, wire formats or batches.
-"""
+"""Scores of samples that may fail: the arrays of `Scores`, and the errors of failed rows."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.ensemble.isolation import score_apart
-from ensemble_rm.errors import EnsembleRMError, NonFiniteScoreError
-from ensemble_rm.server.scheduling.threads import as_failure
-from ensemble_rm.uncertainty.disagreement import member_std
+from ensemble_rm.ensemble.results import Scores
+from ensemble_rm.members.encoding import Truncation
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Scored:
-    """One sample's numbers.
+@dataclass(frozen=True, eq=False)
+class RecordedScores(Scores):
+    """Scores whose failed rows are NaN, with the error of each in `failed`."""
 
-    Attributes
-    ----------
-    reward : float
-        In normalised units; finite.
-    members, raw : ndarray, shape (n_members,)
-        Normalised scores, and as the members gave them; NaN where a member is missing and the
-        aggregator leaves it out.
-    prompt_cut, completion_cut : bool
-        Whether a member read less than the whole.
-    """
+    failed: Mapping[int, Exception] = field(default_factory=dict)
 
-    reward: float
-    members: Floats
-    raw: Floats
-    prompt_cut: bool
-    completion_cut: bool
+    def __len__(self) -> int:
+        return len(self.reward)
 
-    @property
-    def std(self) -> float | None:
-        """Spread of the members that are there (ddof 1); None of one alone, or beyond a float."""
-        if len(self.members) < 2:
-            return None
-        with np.errstate(over="ignore", invalid="ignore"):
-            spread = float(member_std(self.members[None], nan="omit")[0])
-        return spread if math.isfinite(spread) else None
+    def __getitem__(self, rows: slice) -> RecordedScores:
+        start, stop, _ = rows.indices(len(self))
+        return RecordedScores(
+            self.names,
+            self.members[rows],
+            self.raw[rows],
+            self.reward[rows],
+            Truncation(self.truncation.prompts[rows], self.truncation.completions[rows]),
+            {row - start: error for row, error in self.failed.items() if start <= row < stop},
+        )
 
-
-Outcome: TypeAlias = Scored | Exception
-
-
-class SampleError(Exception):
-    """A sample of a request has no reward, by the error that is its cause.
-
-    Attributes
-    ----------
-    place : int
-        Which sample.
-    """
-
-    def __init__(self, place: int, cause: Exception) -> None:
-        super().__init__(f"sample {place}: {type(cause).__name__}")
-        self.place, self.__cause__ = place, cause
+    @classmethod
+    def join(cls, parts: Sequence[RecordedScores]) -> RecordedScores:
+        """Return the scores of all parts, in their order."""
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        return cls(
+            parts[0].names,
+            np.concatenate([part.members for part in parts]),
+            np.concatenate([part.raw for part in parts]),
+            np.concatenate([part.reward for part in parts]),
+            Truncation(
+                np.concatenate([part.truncation.prompts for part in parts]),
+                np.concatenate([part.truncation.completions for part in parts]),
+            ),
+            {
+                int(start) + row: error
+                for start, part in zip(starts, parts, strict=False)
+                for row, error in part.failed.items()
+            },
+        )
 
 
-def score_outcomes(ensemble: RewardEnsemble, samples: Sequence[Sample]) -> list[Outcome]:
-    """Score samples; one that fails, for whatever reason, has its error in its place.
+def score_recorded(ensemble: RewardEnsemble, samples: Sequence[Sample]) -> RecordedScores:
+    """Score samples; those that fail, for whatever reason, are in `errors`."""
+    from ensemble_rm.server.scheduling.threads import as_failure
 
-    Returns
-    -------
-    list of (Scored or Exception)
-        In the order of the samples.
-    """
-    found: list[Outcome] = []
+    n, k = len(samples), len(ensemble.names)
+    members, raw, reward = np.full((n, k), np.nan), np.full((n, k), np.nan), np.full(n, np.nan)
+    cut = Truncation.none(n)
+    errors: dict[int, Exception] = {}
     # A panic in Rust, such as a tokenizer's, is no `Exception`.
     for rows, scores in score_apart(ensemble, samples, failures=(BaseException,)):
         if isinstance(scores, BaseException):
-            found.append(scores if isinstance(scores, Exception) else as_failure(scores))
+            errors[rows[0]] = scores if isinstance(scores, Exception) else as_failure(scores)
             continue
-        cut = scores.truncation
-        for i in range(len(rows)):
-            reward = float(scores.reward[i])
-            if not np.isfinite(reward):
-                found.append(NonFiniteScoreError("a reward is NaN or infinite"))
-                continue
-            found.append(
-                Scored(
-                    reward,
-                    scores.members[i],
-                    scores.raw[i],
-                    bool(cut.prompts[i]),
-                    bool(cut.completions[i]),
-                )
-            )
-    return found
-
-
-def first_error(outcomes: Sequence[object]) -> tuple[int, Exception] | None:
-    """Return the place and the error of the first sample that failed; None where none did."""
-    return next(((i, o) for i, o in enumerate(outcomes) if isinstance(o, Exception)), None)
-
-
-def say_error(error: Exception) -> str:
-    """Say what went wrong by the error's name and meaning; its message may quote the request."""
-    name = type(error).__name__
-    if not isinstance(error, EnsembleRMError):
-        return name
-    meaning = (type(error).__doc__ or "").strip().splitlines()
-    return f"{name}: {meaning[0]}" if meaning else name
+        at = slice(rows.start, rows.stop)
+        members[at], raw[at], reward[at] = scores.members, scores.raw, scores.reward
+        cut.prompts[at], cut.completions[at] = (
+            scores.truncation.prompts,
+            scores.truncation.completions,
+        )
+    return RecordedScores(ensemble.names, members, raw, reward, cut, errors)

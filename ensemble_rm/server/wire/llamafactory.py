@@ -1,32 +1,34 @@
-"""LLaMA-Factory's ``/v1/score/evaluation`` (0.9), which its PPO trainer asks.
+"""LLaMA-Factory's ``/v1/score/evaluation`` (0.9), which its PPO trainer calls.
 
-Its client sends no header, knows no time-out and does not look at the status: it reads ``scores``,
-which an error's answer does not have. Pure: knows nothing of HTTP.
+Its client sends no header, has no time-out and does not look at the status: it reads ``scores``,
+which an error's body does not have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from pydantic import BaseModel, Field
 
-from ensemble_rm.server.scheduling.outcomes import Scored
+from ensemble_rm.server.wire.format import Route, WireFormat
 from ensemble_rm.server.wire.native import Text
+from ensemble_rm.server.wire.raw_text import EXAMPLE
+
+if TYPE_CHECKING:
+    from ensemble_rm.server.service import RequestContext
 
 
 class ScoreEvaluationRequest(BaseModel):
-    """Texts in the policy's template."""
+    """Texts in the policy's chat template."""
 
     model: str
     messages: list[Text] = Field(min_length=1, fail_fast=True)
-    max_length: int | None = Field(
-        None, description="has no effect: each member reads its own length"
-    )
+    max_length: int | None = Field(None, description="ignored: each member has its own length")
 
 
 class ScoreEvaluationAnswer(BaseModel):
-    """One score a text, in their order."""
+    """One score per text, in their order."""
 
     id: str
     object: str = "score.evaluation"
@@ -34,11 +36,25 @@ class ScoreEvaluationAnswer(BaseModel):
     scores: list[float]
 
 
-def evaluation_answer(found: Sequence[Scored], *, model: str, answer_id: str) -> dict[str, Any]:
-    """Return the answer to a `ScoreEvaluationRequest`, which names the model that was asked for."""
-    return {
-        "id": f"scoreval-{answer_id}",
-        "object": "score.evaluation",
-        "model": model,
-        "scores": [one.reward for one in found],
-    }
+async def evaluation(
+    request: ScoreEvaluationRequest, context: RequestContext
+) -> ScoreEvaluationAnswer:
+    """LLaMA-Factory: scores of texts in the policy's chat template."""
+    scores = await context.score(context.read_texts(request.messages))
+    return ScoreEvaluationAnswer(
+        id=f"scoreval-{uuid4().hex}", model=request.model, scores=scores.reward.tolist()
+    )
+
+
+FORMAT = WireFormat(
+    "llamafactory",
+    (
+        Route(
+            path="/v1/score/evaluation",
+            handler=evaluation,
+            request=ScoreEvaluationRequest,
+            response=ScoreEvaluationAnswer,
+            examples={"texts": {"model": "model", "messages": [EXAMPLE]}},
+        ),
+    ),
+)

@@ -1,12 +1,9 @@
-"""The server's own wire format: rewards with member scores, comparisons with their uncertainty.
-
-Pure: bodies to samples, outcomes to answers. Knows nothing of HTTP.
-"""
+"""The server's own wire format: rewards with member scores, comparisons with their uncertainty."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -15,30 +12,29 @@ from pydantic_core import PydanticCustomError
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.data.samples import Message, Prompt, Sample
-from ensemble_rm.ensemble.results import Comparison
 from ensemble_rm.errors import EnsembleRMError, UnprocessableError
-from ensemble_rm.server.scheduling.outcomes import (
-    Outcome,
-    SampleError,
-    Scored,
-    first_error,
-    say_error,
-)
+from ensemble_rm.server.failures import SampleError, describe_error
+from ensemble_rm.server.wire.format import Route, WireFormat
+from ensemble_rm.uncertainty.disagreement import member_std
+
+if TYPE_CHECKING:
+    from ensemble_rm.server.scheduling.outcomes import RecordedScores
+    from ensemble_rm.server.service import RequestContext
 
 _MOST_FIELDS = 32
 
 
 class Body(BaseModel):
-    """A request's body; unknown fields are refused, since a misspelt option would do nothing."""
+    """A request's body; unknown fields are refused, since a misspelt one would have no effect."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"additionalProperties": False})
 
     @model_validator(mode="before")
     @classmethod
     def _few_fields(cls, body: object) -> object:
-        """Refuse at once what would be a fault a field."""
+        """Refuse at once what would be one fault per field."""
         if isinstance(body, dict) and len(body) > _MOST_FIELDS:
-            raise PydanticCustomError("too_many_fields", "more fields than there are")
+            raise PydanticCustomError("too_many_fields", "too many fields")
         return body
 
 
@@ -52,19 +48,20 @@ class Turn(Body):
     content: str
 
 
-Asked = Annotated[
+PromptField = Annotated[
     Text | Annotated[list[Turn], Field(min_length=1, fail_fast=True)],
-    Field(description="what the policy was asked"),
+    Field(description="text or messages"),
 ]
 
 
 class ScoredSample(Body):
-    """A prompt and one answer to it."""
+    """A prompt and a completion."""
 
-    prompt: Asked
+    prompt: PromptField
     completion: str
     reference: str | None = Field(
-        None, description="the prompt's reference completion, where the ensemble has a baseline"
+        None,
+        description="reference completion of the prompt, needed if the ensemble has a baseline",
     )
 
 
@@ -78,14 +75,14 @@ class PlainAggregator(Body):
 
 
 class UWO(Body):
-    """Mean less λ times the members' variance."""
+    """Mean minus λ times the members' variance."""
 
     name: Literal["uwo"]
     lam: Strength
 
 
 class LCB(Body):
-    """Mean less κ times the members' standard deviation."""
+    """Mean minus κ times the members' standard deviation."""
 
     name: Literal["lcb"]
     kappa: Strength
@@ -99,14 +96,14 @@ class Entropic(Body):
 
 
 class Quantile(Body):
-    """A quantile of the members."""
+    """A quantile of the members' scores."""
 
     name: Literal["quantile"]
     q: FiniteFloat = Field(ge=0, le=1)
 
 
 class CVaR(Body):
-    """The mean of the lowest share α."""
+    """Mean of the lowest share α of the scores."""
 
     name: Literal["cvar"]
     alpha: FiniteFloat = Field(gt=0, le=1)
@@ -120,11 +117,12 @@ class ScoreRequest(Body):
 
     samples: list[ScoredSample] = Field(min_length=1, fail_fast=True)
     aggregator: Annotated[AggregatorChoice, Field(discriminator="name")] | None = Field(
-        None, description="of these rewards, in normalised units; else the ensemble's own"
+        None,
+        description="aggregator for this request, in normalised units (default: the ensemble's)",
     )
     partial: bool = Field(
         default=False,
-        description="answer where samples fail, too: their reward is null and `errors` says why",
+        description="if a sample fails, answer with reward null and the reason in `errors`",
     )
 
 
@@ -136,25 +134,26 @@ class ScoreAnswer(BaseModel):
     names: list[str]
     rewards: list[float | None] = Field(description="in normalised units")
     std: list[float | None] | None = Field(
-        description="members' spread (ddof 1); null of one member, and where it is beyond a float"
+        description="standard deviation over members (ddof 1); null if there is one member or it "
+        "is too large for a float"
     )
     members: list[list[float | None] | None] = Field(
-        description="normalised scores, a row a sample"
+        description="normalised scores, one row per sample"
     )
     raw: list[list[float | None] | None] = Field(description="scores in the members' own units")
-    truncated: list[bool] = Field(description="whether a member read less than the whole sample")
+    truncated: list[bool] = Field(description="whether a member truncated the sample")
     errors: list[str | None] = Field(description="why a sample has no reward")
 
 
 class Pair(Body):
-    """Two answers to one prompt."""
+    """Two completions of one prompt."""
 
-    prompt: Asked
+    prompt: PromptField
     first: str
     second: str
     reference: str | None = None
     subset: str | None = Field(
-        None, description="its slice's temperature is used where there is one"
+        None, description="slice; its temperature is used if the calibration has one"
     )
 
 
@@ -168,127 +167,140 @@ class CompareAnswer(BaseModel):
     """Calibrated comparisons, in the order of the pairs."""
 
     version: str
-    probability: list[float] = Field(description="P(a human prefers the first)")
-    margin: list[float] = Field(description="reward of the first minus that of the second")
+    probability: list[float] = Field(description="P(the first is preferred)")
+    margin: list[float] = Field(description="reward of the first minus reward of the second")
     epistemic: list[float | None] | None = Field(
-        description="nats; null for one member, and where fewer than two scored a pair"
+        description="nats; null if fewer than two members scored the pair"
     )
-    aleatoric: list[float | None] | None = Field(description="nats; null where epistemic is")
-    tie_probability: list[float] | None = Field(description="null without a model of ties")
+    aleatoric: list[float | None] | None = Field(description="nats; null where `epistemic` is")
+    tie_probability: list[float] | None = Field(
+        description="null if the calibration models no ties"
+    )
 
 
-class RefreshAnswer(BaseModel):
-    """Which version serves now."""
-
-    version: str
-    changed: bool
+# Handlers ----------------------------------------------------------------------------------------
 
 
-# Bodies to samples -----------------------------------------------------------------------------
+async def score(request: ScoreRequest, context: RequestContext) -> dict[str, Any]:
+    """Score samples: rewards, the members' scores and their standard deviation."""
+    ensemble = context.ensemble
+    aggregator = read_aggregator(request.aggregator, ensemble.aggregator)
+    samples = [Sample(read_prompt(s.prompt), s.completion, s.reference) for s in request.samples]
+    scores = await context.score(samples, on_error="record")
+    reward, errors = scores.reward, scores.failed
+    if aggregator is not None:
+        reward, errors = aggregate_again(aggregator, scores)
+    if errors and not request.partial:
+        raise SampleError(*min(errors.items()))
+    with np.errstate(over="ignore", invalid="ignore"):
+        std = member_std(scores.members, nan="omit") if len(scores.names) > 1 else None
+    truncated = scores.truncation.prompts | scores.truncation.completions
+    rows = range(len(samples))
+    failed = [row in scores.failed for row in rows]
+    return {
+        "version": context.version,
+        "aggregator": str(aggregator or ensemble.aggregator),
+        "names": list(scores.names),
+        "rewards": [None if row in errors else float(reward[row]) for row in rows],
+        "std": None if std is None else finite_or_null(std),
+        "members": [None if failed[row] else finite_or_null(scores.members[row]) for row in rows],
+        "raw": [None if failed[row] else finite_or_null(scores.raw[row]) for row in rows],
+        "truncated": [bool(truncated[row]) and not failed[row] for row in rows],
+        "errors": [_error_name(errors[row]) if row in errors else None for row in rows],
+    }
 
 
-def read_prompt(asked: str | list[Turn]) -> Prompt:
-    """Return the prompt of a body."""
-    if isinstance(asked, str):
-        return asked
-    return tuple(Message(turn.role, turn.content) for turn in asked)
-
-
-def read_samples(request: ScoreRequest) -> list[Sample]:
-    """Return the samples of a request."""
-    return [Sample(read_prompt(s.prompt), s.completion, s.reference) for s in request.samples]
-
-
-def read_pairs(request: CompareRequest) -> tuple[list[Sample], list[str | None]]:
-    """Return both sides of each pair, side by side, and the pairs' slices."""
+async def compare(request: CompareRequest, context: RequestContext) -> dict[str, Any]:
+    """Compare pairs: the calibrated probability that a human prefers the first completion."""
     samples = []
     for pair in request.pairs:
         prompt = read_prompt(pair.prompt)
         samples += [Sample(prompt, text, pair.reference) for text in (pair.first, pair.second)]
-    return samples, [pair.subset for pair in request.pairs]
+    comparison = await context.compare(samples, [pair.subset for pair in request.pairs])
+    several = comparison.member_margins.shape[1] > 1
+    ties = comparison.tie_probability
+    return {
+        "version": context.version,
+        "probability": comparison.probability.tolist(),
+        "margin": comparison.margin.tolist(),
+        "epistemic": finite_or_null(comparison.epistemic) if several else None,
+        "aleatoric": finite_or_null(comparison.aleatoric) if several else None,
+        "tie_probability": None if ties is None else ties.tolist(),
+    }
+
+
+def read_prompt(prompt: str | list[Turn]) -> Prompt:
+    """Return the prompt of a body."""
+    if isinstance(prompt, str):
+        return prompt
+    return tuple(Message(turn.role, turn.content) for turn in prompt)
 
 
 def read_aggregator(choice: AggregatorChoice | None, own: Aggregator) -> Aggregator | None:
-    """Return the rule that a request asks for, with the weights and the NaN policy of `own`."""
+    """Return the aggregator that a request chooses, with the weights and NaN policy of `own`."""
     if choice is None:
         return None
     given = choice.model_dump(exclude={"name"})
     return own.with_rule(choice.name, **given)
 
 
-# Outcomes to answers ---------------------------------------------------------------------------
+def aggregate_again(
+    aggregator: Aggregator, scores: RecordedScores
+) -> tuple[Floats, Mapping[int, Exception]]:
+    """Return the rewards by another aggregator, and the errors of the rows that have none.
 
-
-def numbers(row: Floats) -> list[float | None]:
-    """Return a row with null where a member is missing; JSON has no NaN."""
-    return [float(x) if np.isfinite(x) else None for x in row]
-
-
-def aggregate(
-    outcomes: Sequence[Outcome], aggregator: Aggregator | None
-) -> list[float | Exception]:
-    """Return the rewards, by another aggregator where one is given; failures in their places.
-
-    What that aggregator cannot do is the request's fault: an `UnprocessableError` by its cause.
+    What this aggregator cannot do is the request's fault: an `UnprocessableError`.
     """
-    found: list[float | Exception] = []
-    for one in outcomes:
-        if isinstance(one, Exception) or aggregator is None:
-            found.append(one if isinstance(one, Exception) else one.reward)
+    errors = dict(scores.failed)
+    reward = np.full(len(scores.reward), np.nan)
+    for row in range(len(reward)):
+        if row in errors:
             continue
         try:
-            found.append(float(aggregator(one.members[None, :])[0]))
+            reward[row] = aggregator(scores.members[row : row + 1])[0]
         except EnsembleRMError as error:
-            refused = UnprocessableError(f"the aggregator asked for: {say_error(error)}")
-            refused.__cause__ = error
-            found.append(refused)
-    return found
+            errors[row] = UnprocessableError(f"the requested aggregator: {describe_error(error)}")
+            errors[row].__cause__ = error
+    return reward, errors
 
 
-def require_rewards(rewards: Sequence[float | Exception]) -> None:
-    """Raise `SampleError` where one of the rewards is an error."""
-    failed = first_error(rewards)
-    if failed is not None:
-        raise SampleError(*failed)
+def finite_or_null(values: Floats) -> list[float | None]:
+    """Return floats for JSON, which has neither NaN nor infinity: null for these."""
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
-def score_answer(
-    outcomes: Sequence[Outcome],
-    rewards: Sequence[float | Exception],
-    *,
-    names: Sequence[str],
-    version: str,
-    aggregator: str,
-) -> dict[str, Any]:
-    """Return the answer to a `ScoreRequest`."""
-    scored = [one if isinstance(one, Scored) else None for one in outcomes]
-    return {
-        "version": version,
-        "aggregator": aggregator,
-        "names": list(names),
-        "rewards": [None if isinstance(value, Exception) else value for value in rewards],
-        "std": None if len(names) == 1 else [None if s is None else s.std for s in scored],
-        "members": [None if s is None else numbers(s.members) for s in scored],
-        "raw": [None if s is None else numbers(s.raw) for s in scored],
-        "truncated": [s is not None and (s.prompt_cut or s.completion_cut) for s in scored],
-        "errors": [_name(r) if isinstance(r, Exception) else None for r in rewards],
-    }
-
-
-def _name(error: Exception) -> str:
+def _error_name(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, UnprocessableError) else None
     return type(error if cause is None else cause).__name__
 
 
-def compare_answer(comparison: Comparison, *, version: str) -> dict[str, Any]:
-    """Return the answer to a `CompareRequest`."""
-    several = comparison.member_margins.shape[1] > 1
-    ties = comparison.tie_probability
-    return {
-        "version": version,
-        "probability": comparison.probability.tolist(),
-        "margin": comparison.margin.tolist(),
-        "epistemic": numbers(comparison.epistemic) if several else None,
-        "aleatoric": numbers(comparison.aleatoric) if several else None,
-        "tie_probability": None if ties is None else ties.tolist(),
-    }
+_TURNS = [{"role": "user", "content": "How are you?"}]
+FORMAT = WireFormat(
+    "native",
+    (
+        Route(
+            path="/v1/score",
+            handler=score,
+            request=ScoreRequest,
+            response=ScoreAnswer,
+            examples={
+                "text": {"samples": [{"prompt": "How are you?", "completion": "Fine, thank you."}]},
+                "messages": {
+                    "samples": [{"prompt": _TURNS, "completion": "Fine, thank you."}],
+                    "aggregator": {"name": "lcb", "kappa": 1.0},
+                },
+            },
+        ),
+        Route(
+            path="/v1/compare",
+            handler=compare,
+            request=CompareRequest,
+            response=CompareAnswer,
+            examples={
+                "pair": {
+                    "pairs": [{"prompt": _TURNS, "first": "Fine, thank you.", "second": "So so."}]
+                }
+            },
+        ),
+    ),
+)

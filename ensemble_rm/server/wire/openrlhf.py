@@ -1,26 +1,31 @@
 """OpenRLHF's ``/get_reward``, as its ``cli/serve_rm.py`` answers (openrlhf 0.11).
 
-Lists, for one sample, too: its trainer makes a tensor of each. Pure: knows nothing of HTTP.
+The response has lists, also for one sample: the trainer makes a tensor of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, Field, JsonValue
 
-from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import BadRequestError, NonFiniteScoreError, UnprocessableError
-from ensemble_rm.server.http.limits import parse_json
-from ensemble_rm.server.scheduling.outcomes import SampleError, Scored
+from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.errors import BadRequestError, NonFiniteScoreError
+from ensemble_rm.rl.openrlhf import logs_spread
+from ensemble_rm.server.failures import SampleError
+from ensemble_rm.server.requests import parse_json
+from ensemble_rm.server.wire.format import Route, WireFormat
 from ensemble_rm.server.wire.native import Text
-from ensemble_rm.server.wire.raw_text import RawText
+from ensemble_rm.server.wire.raw_text import EXAMPLE, EXAMPLE_PROMPT
+from ensemble_rm.uncertainty.disagreement import member_std
+
+if TYPE_CHECKING:
+    from ensemble_rm.server.service import RequestContext
 
 
 class OpenRLHFRequest(BaseModel):
-    """Texts in the policy's template; the messages travel in `labels`, as JSON."""
+    """Texts in the policy's chat template; `labels` may have the messages, as JSON."""
 
     query: list[Text] = Field(min_length=1, fail_fast=True)
     prompts: list[str] | None = Field(None, fail_fast=True)
@@ -28,71 +33,68 @@ class OpenRLHFRequest(BaseModel):
 
 
 class OpenRLHFAnswer(BaseModel):
-    """One number a query; `scores` drive dynamic filtering."""
+    """One number per query; `scores` are used for dynamic filtering."""
 
     rewards: list[float]
     scores: list[float]
     extra_logs: dict[str, list[float]]
 
 
-def read_openrlhf(
-    request: OpenRLHFRequest, raw_text: RawText, names: Sequence[str]
-) -> list[Sample]:
-    """Return the samples of a request.
-
-    Raises
-    ------
-    UnprocessableError
-        If the lists differ in length, or a query cannot be scored as it stands.
-    """
-    n = len(request.query)
-    prompts: Sequence[str | None] = request.prompts or [None] * n
-    labels: Sequence[Any] = request.labels or [None] * n
-    if not n == len(prompts) == len(labels):
-        raise UnprocessableError(
-            f"{n} queries, {len(prompts)} prompts and {len(labels)} labels; send one of each"
-        )
-    rows = zip(request.query, prompts, labels, strict=True)
-    return [raw_text.split(query, prompt, _label(label), names) for query, prompt, label in rows]
+async def get_reward(request: OpenRLHFRequest, context: RequestContext) -> OpenRLHFAnswer:
+    """OpenRLHF: rewards of texts in the policy's chat template, with messages in `labels`."""
+    labels = None if request.labels is None else [read_label(label) for label in request.labels]
+    samples = context.read_texts(request.query, prompts=request.prompts, labels=labels)
+    scores = await context.score(samples)
+    with np.errstate(over="ignore", invalid="ignore"):
+        logs = {"member_mean": _finite(np.nanmean(scores.members, axis=1))}
+        if logs_spread(context.ensemble):
+            logs["member_std"] = _finite(member_std(scores.members, nan="omit"))
+    rewards = scores.reward.tolist()
+    return OpenRLHFAnswer(rewards=rewards, scores=rewards, extra_logs=logs)
 
 
-def _label(label: object) -> object:
-    """Return what a label holds; one that is no JSON, such as a right answer, holds no messages."""
+def read_label(label: object) -> object:
+    """Parse a label; one that is not JSON, such as the right answer, has no messages."""
     if not isinstance(label, str):
         return label
     try:
-        said = parse_json(label.encode())
+        content = parse_json(label.encode())
     except BadRequestError:
         return None
-    return None if isinstance(said, str) else said  # text in text is not read again
+    return None if isinstance(content, str) else content  # text within text is not parsed again
 
 
-def openrlhf_answer(found: Sequence[Scored], *, spread: bool) -> dict[str, Any]:
-    """Return the answer to an `OpenRLHFRequest`.
-
-    Parameters
-    ----------
-    found : sequence of Scored
-    spread : bool
-        Whether ``extra_logs`` hold ``member_std``: for every request of an ensemble, or for none.
+def _finite(values: Floats) -> list[float]:
+    """Return a log; the client makes tensors of it, which have no null.
 
     Raises
     ------
     SampleError
-        If one of the logs is beyond a float: its client makes tensors of them, without a null.
+        If a value is not finite.
     """
-    rewards = [one.reward for one in found]
-    with np.errstate(over="ignore"):
-        logs = {"member_mean": _finite([float(np.nanmean(one.members)) for one in found])}
-    if spread:
-        logs["member_std"] = _finite([one.std for one in found])
-    return {"rewards": rewards, "scores": rewards, "extra_logs": logs}
+    infinite = np.flatnonzero(~np.isfinite(values))
+    if infinite.size:
+        cause = NonFiniteScoreError("the members' mean or std is too large for a float")
+        raise SampleError(int(infinite[0]), cause)
+    logged: list[float] = values.tolist()
+    return logged
 
 
-def _finite(values: Sequence[float | None]) -> list[float]:
-    found = []
-    for i, value in enumerate(values):
-        if value is None or not np.isfinite(value):
-            raise SampleError(i, NonFiniteScoreError("the members' mean or std is beyond a float"))
-        found.append(value)
-    return found
+FORMAT = WireFormat(
+    "openrlhf",
+    (
+        Route(
+            path="/get_reward",
+            handler=get_reward,
+            request=OpenRLHFRequest,
+            response=OpenRLHFAnswer,
+            examples={
+                "messages in the label": {
+                    "query": [EXAMPLE],
+                    "prompts": [EXAMPLE_PROMPT],
+                    "labels": ['[{"role": "user", "content": "How are you?"}]'],
+                }
+            },
+        ),
+    ),
+)

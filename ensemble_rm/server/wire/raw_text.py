@@ -23,6 +23,9 @@ KNOWN = {
     "gemma": "<start_of_turn>{role}\n{content}<end_of_turn>",
 }
 """How some policies' templates write a turn."""
+EXAMPLE_PROMPT = "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n"
+EXAMPLE = f"{EXAMPLE_PROMPT}Fine, thank you.<|im_end|>"
+"""Text in a policy's chat template, for the descriptions of the wire formats."""
 _SPECIAL = re.compile(r"(?:<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>)\s*$")
 _ROLES = {"model": "assistant", "human": "user"}
 

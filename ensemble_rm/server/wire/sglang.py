@@ -1,6 +1,6 @@
-"""SGLang's ``/classify`` and ``/v1/embeddings`` (0.5), whose embeddings are the raw score.
+"""SGLang's ``/classify`` and ``/v1/embeddings`` (0.5), whose embedding is the raw score.
 
-veRL reads ``data[-1].embedding[-1]``. Pure: knows nothing of HTTP.
+veRL reads ``data[-1].embedding[-1]``.
 """
 
 from __future__ import annotations
@@ -8,25 +8,32 @@ from __future__ import annotations
 import struct
 from base64 import b64encode
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 from pydantic import BaseModel, Field
 
-from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import NonFiniteScoreError
-from ensemble_rm.server.http.limits import estimate_tokens
-from ensemble_rm.server.scheduling.outcomes import SampleError, Scored
+from ensemble_rm.server.failures import SampleError
+from ensemble_rm.server.requests import estimate_tokens
+from ensemble_rm.server.wire.format import Route, WireFormat
+from ensemble_rm.server.wire.raw_text import EXAMPLE
 from ensemble_rm.server.wire.vllm import Texts, usage
+
+if TYPE_CHECKING:
+    from ensemble_rm.server.service import RequestContext
 
 
 class SGLangText(BaseModel):
-    """Texts in the policy's template."""
+    """Texts in the policy's chat template."""
 
-    text: Texts = Field(description="input_ids are refused: the members' tokenizers differ")
+    text: Texts = Field(
+        description="`input_ids` are refused, since members have tokenizers of their own"
+    )
 
 
 class SGLangMeta(BaseModel):
-    """What SGLang says beside a score."""
+    """Metadata of a score."""
 
     id: str
     finish_reason: dict[str, str | int]
@@ -36,14 +43,14 @@ class SGLangMeta(BaseModel):
 
 
 class SGLangScore(BaseModel):
-    """One text's score: one object for one text, a list of them for a list."""
+    """Score of one text; a list of texts gets a list of these."""
 
     embedding: list[float]
     meta_info: SGLangMeta
 
 
 class EmbeddingsRequest(BaseModel):
-    """Texts in the policy's template."""
+    """Texts in the policy's chat template."""
 
     input: Texts
     model: str = "default"
@@ -51,7 +58,7 @@ class EmbeddingsRequest(BaseModel):
 
 
 class Embedding(BaseModel):
-    """One text's score."""
+    """Score of one text."""
 
     embedding: list[float] | str
     index: int
@@ -59,7 +66,7 @@ class Embedding(BaseModel):
 
 
 class EmbeddingsUsage(BaseModel):
-    """Tokens, as estimated."""
+    """Estimated tokens."""
 
     prompt_tokens: int
     total_tokens: int
@@ -70,7 +77,7 @@ class EmbeddingsUsage(BaseModel):
 
 
 class EmbeddingsAnswer(BaseModel):
-    """One score a text, in their order."""
+    """One score per text, in their order."""
 
     data: list[Embedding]
     model: str
@@ -78,54 +85,84 @@ class EmbeddingsAnswer(BaseModel):
     usage: EmbeddingsUsage
 
 
-def sglang_answer(
-    found: Sequence[Scored], samples: Sequence[Sample], *, alone: bool, version: str, answer_id: str
+async def classify(
+    request: SGLangText, context: RequestContext
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """Return the answer to an `SGLangText`: an object for one text that came alone, else a list."""
+    """SGLang: an object for a single text, a list for a list."""
+    samples = context.read_texts(request.text)
+    scores = await context.score(samples)
+    alone, answer_id = isinstance(request.text, str), uuid4().hex
     rows = [
         {
-            "embedding": [one.reward],
+            "embedding": [reward],
             "meta_info": {
-                "id": answer_id if alone else f"{answer_id}-{i}",
+                "id": answer_id if alone else f"{answer_id}-{row}",
                 "finish_reason": {"type": "length", "length": 0},
                 "prompt_tokens": sum(estimate_tokens(sample)),
-                "weight_version": version,
+                "weight_version": context.version,
                 "num_retractions": 0,
             },
         }
-        for i, (one, sample) in enumerate(zip(found, samples, strict=True))
+        for row, (reward, sample) in enumerate(zip(scores.reward.tolist(), samples, strict=True))
     ]
     return rows[0] if alone else rows
 
 
-def embeddings_answer(
-    found: Sequence[Scored], samples: Sequence[Sample], *, encoding: str, name: str
-) -> dict[str, Any]:
-    """Return the answer to an `EmbeddingsRequest`; base64 holds little-endian float32.
+async def embeddings(request: EmbeddingsRequest, context: RequestContext) -> dict[str, Any]:
+    """SGLang: the embedding of a text is its reward."""
+    samples = context.read_texts(request.input)
+    rewards = (await context.score(samples)).reward.tolist()
+    packed = request.encoding_format == "base64"
+    values = _pack(rewards) if packed else [[reward] for reward in rewards]
+    details = {"prompt_tokens_details": None, "reasoning_tokens": 0}
+    return {
+        "data": [
+            {"embedding": value, "index": row, "object": "embedding"}
+            for row, value in enumerate(values)
+        ],
+        "model": context.model_name,
+        "object": "list",
+        "usage": usage(samples) | details | {"completion_tokens_details": None},
+    }
+
+
+def _pack(rewards: Sequence[float]) -> list[str]:
+    """Return little-endian float32 in base64.
 
     Raises
     ------
     SampleError
-        If a reward is beyond a float32, and base64 is asked for.
+        If a reward is too large for a float32.
     """
-    values: list[Any] = [[one.reward] for one in found]
-    beside = {"prompt_tokens_details": None, "reasoning_tokens": 0}
-    if encoding == "base64":
-        values = [_packed(i, one.reward) for i, one in enumerate(found)]
-    return {
-        "data": [
-            {"embedding": value, "index": i, "object": "embedding"}
-            for i, value in enumerate(values)
-        ],
-        "model": name,
-        "object": "list",
-        "usage": usage(samples) | beside | {"completion_tokens_details": None},
-    }
+    packed = []
+    for row, reward in enumerate(rewards):
+        try:
+            packed.append(b64encode(struct.pack("<f", reward)).decode())
+        except OverflowError:
+            cause = NonFiniteScoreError("a reward is too large for a float32")
+            raise SampleError(row, cause) from cause
+    return packed
 
 
-def _packed(place: int, reward: float) -> str:
-    try:
-        return b64encode(struct.pack("<f", reward)).decode()
-    except OverflowError:
-        cause = NonFiniteScoreError("a reward is beyond a float32")
-        raise SampleError(place, cause) from cause
+FORMAT = WireFormat(
+    "sglang",
+    (
+        Route(
+            path="/classify",
+            handler=classify,
+            request=SGLangText,
+            response=SGLangScore,
+            examples={"SGLang": {"text": EXAMPLE}},
+            keys=("text", "input_ids"),
+            methods=("POST", "PUT"),
+            listed=True,
+        ),
+        Route(
+            path="/v1/embeddings",
+            handler=embeddings,
+            request=EmbeddingsRequest,
+            response=EmbeddingsAnswer,
+            examples={"text": {"model": "ensemble", "input": EXAMPLE}},
+        ),
+    ),
+)

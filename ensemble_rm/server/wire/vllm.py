@@ -1,35 +1,44 @@
 """vLLM's ``/classify`` (0.33), for texts and for messages.
 
 vLLM applies a sigmoid to a single score unless ``use_activation`` is false, and so does this: the
-answer is then σ(reward), in (0, 1). A client that trains on it asks for false. Fields that change
-how vLLM tokenises are accepted and have no effect: members have tokenizers and templates of their
-own. Pure: knows nothing of HTTP.
+response is then σ(reward), in (0, 1). A client that trains on it must send false. Fields that
+change how vLLM tokenises are accepted and ignored: members have tokenizers and templates of their
+own.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import uuid4
 
 from pydantic import BaseModel, Field
 from scipy.special import expit
 
 from ensemble_rm.data.samples import Message, Sample
 from ensemble_rm.errors import UnprocessableError
-from ensemble_rm.server.http.limits import estimate_tokens
-from ensemble_rm.server.scheduling.outcomes import Scored
+from ensemble_rm.server.requests import estimate_tokens
+from ensemble_rm.server.wire.format import Route, WireFormat
 from ensemble_rm.server.wire.native import Text
-from ensemble_rm.server.wire.raw_text import RawText
+from ensemble_rm.server.wire.raw_text import EXAMPLE
+
+if TYPE_CHECKING:
+    from ensemble_rm.server.service import RequestContext
 
 Texts = Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
 
 class ClassifyText(BaseModel):
-    """Texts in the policy's template."""
+    """Texts in the policy's chat template."""
 
-    input: Texts = Field(description="token ids are refused: the members' tokenizers differ")
+    input: Texts = Field(
+        description="token ids are refused, since members have tokenizers of their own"
+    )
     model: str | None = None
-    use_activation: bool | None = Field(None, description="false for the reward itself; else its σ")
+    use_activation: bool | None = Field(
+        None, description="false for the reward itself (default: its sigmoid)"
+    )
     add_special_tokens: bool = True
 
 
@@ -41,7 +50,7 @@ class ChatTurn(BaseModel):
 
 
 class ClassifyChat(BaseModel):
-    """One conversation, whose last message is the assistant's and is scored."""
+    """One conversation, whose last message is by the assistant and is scored."""
 
     messages: list[ChatTurn] = Field(min_length=2, fail_fast=True)
     model: str | None = None
@@ -50,7 +59,7 @@ class ClassifyChat(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens, as estimated; members count their own."""
+    """Estimated tokens."""
 
     prompt_tokens: int
     total_tokens: int
@@ -60,7 +69,7 @@ class Usage(BaseModel):
 
 
 class Classified(BaseModel):
-    """One text's score."""
+    """Score of one text."""
 
     index: int
     label: str | None
@@ -69,7 +78,7 @@ class Classified(BaseModel):
 
 
 class ClassifyAnswer(BaseModel):
-    """One score a text, in their order."""
+    """One score per text, in their order."""
 
     id: str
     object: str
@@ -79,62 +88,74 @@ class ClassifyAnswer(BaseModel):
     usage: Usage
 
 
-def read_classify(
-    request: ClassifyText | ClassifyChat, raw_text: RawText, names: Sequence[str]
-) -> list[Sample]:
-    """Return the samples of a request.
+async def classify_text(request: ClassifyText, context: RequestContext) -> dict[str, Any]:
+    """Classify texts in the policy's chat template, as vLLM does."""
+    return await _classify(context.read_texts(request.input), request, context)
 
-    Raises
-    ------
-    UnprocessableError
-        If a text cannot be scored as it stands, or the last message is not the assistant's.
-    """
-    if isinstance(request, ClassifyText):
-        return raw_text.each(request.input, names)
+
+async def classify_chat(request: ClassifyChat, context: RequestContext) -> dict[str, Any]:
+    """Classify a conversation, as vLLM does."""
     *before, last = request.messages
     if last.role != "assistant":
-        raise UnprocessableError("the last message must be the assistant's: it is what is scored")
-    return [Sample(tuple(Message(turn.role, turn.content) for turn in before), last.content)]
+        raise UnprocessableError("the last message is scored and must have the role 'assistant'")
+    prompt = tuple(Message(turn.role, turn.content) for turn in before)
+    return await _classify([Sample(prompt, last.content)], request, context)
 
 
-def usage(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return the tokens of samples, as estimated."""
-    tokens = sum(sum(estimate_tokens(sample)) for sample in samples)
-    return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
-
-
-def classify_answer(
-    found: Sequence[Scored],
-    samples: Sequence[Sample],
-    *,
-    activation: bool | None,
-    name: str,
-    answer_id: str,
-    created: int,
+async def _classify(
+    samples: list[Sample], request: ClassifyText | ClassifyChat, context: RequestContext
 ) -> dict[str, Any]:
-    """Return the answer to a `ClassifyText` or a `ClassifyChat`.
-
-    Parameters
-    ----------
-    found, samples : sequence
-    activation : bool, optional
-        As asked for; None is true, as in vLLM.
-    name : str
-        The model's.
-    answer_id, created : str, int
-        Of the answer; the Unix time in seconds.
-    """
-    raw = activation is False
-    values = [one.reward if raw else float(expit(one.reward)) for one in found]
+    reward = (await context.score(samples)).reward
+    values = reward if request.use_activation is False else expit(reward)
     return {
-        "id": f"classify-{answer_id}",
+        "id": f"classify-{uuid4().hex}",
         "object": "list",
-        "created": created,
-        "model": name,
+        "created": int(time.time()),
+        "model": context.model_name,
         "data": [
-            {"index": i, "label": "LABEL_0", "probs": [value], "num_classes": 1}
-            for i, value in enumerate(values)
+            {"index": row, "label": "LABEL_0", "probs": [value], "num_classes": 1}
+            for row, value in enumerate(values.tolist())
         ],
         "usage": usage(samples)
         | {"prompt_tokens_details": None, "completion_tokens_details": None},
     }
+
+
+def usage(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the estimated tokens of samples."""
+    tokens = sum(sum(estimate_tokens(sample)) for sample in samples)
+    return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
+
+
+FORMAT = WireFormat(
+    "vllm",
+    (
+        Route(
+            path="/classify",
+            handler=classify_text,
+            request=ClassifyText,
+            response=ClassifyAnswer,
+            examples={"vLLM, text": {"input": [EXAMPLE], "use_activation": False}},
+            keys=("input",),
+            methods=("POST", "PUT"),
+        ),
+        Route(
+            path="/classify",
+            handler=classify_chat,
+            request=ClassifyChat,
+            response=ClassifyAnswer,
+            examples={
+                "vLLM, messages": {
+                    "messages": [
+                        {"role": "user", "content": "How are you?"},
+                        {"role": "assistant", "content": "Fine."},
+                    ],
+                    "use_activation": False,
+                }
+            },
+            keys=("messages",),
+            methods=("POST", "PUT"),
+            list_per_sample=False,  # its list has the turns of one sample
+        ),
+    ),
+)

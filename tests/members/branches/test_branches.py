@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ensemble_rm import Preferences, Recipe, RewardEnsemble, TrunkOptions, train
+from ensemble_rm import Preferences, RewardEnsemble, TrunkOptions, train
 from ensemble_rm.errors import (
     BackboneError,
     CacheLimitError,
@@ -17,15 +18,16 @@ from ensemble_rm.errors import (
     OptionError,
     ResumeError,
 )
-from ensemble_rm.members import BranchScorer
+from ensemble_rm.members import BranchRecipe, BranchScorer, HeadRecipe
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.token_states import states_bytes, token_states
 from ensemble_rm.members.backbone.trunk import Trunk
 from ensemble_rm.members.forward.batching import batches
-from ensemble_rm.training.run import plan
+from ensemble_rm.training import TrainingRequest, plan
 from tests.support.small_runs import OPTIONS, SAMPLES, Killed, check_untouched, few_pairs
 
-QUICK = Recipe.of("branch", epochs=3, patience=9, batch_size=8, learning_rate=1e-3)
+QUICK = BranchRecipe(blocks=2, epochs=3, patience=9, batch_size=8, learning_rate=1e-3)
+FIELDS = {field.name for field in fields(BranchRecipe)}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,9 @@ def parts() -> tuple[Preferences, ...]:
 def run(
     parts: tuple[Preferences, ...], folder: Path, cache: Path | None, **options: Any
 ) -> RewardEnsemble:
-    given: dict[str, Any] = {"members": 2, "recipe": QUICK, "options": OPTIONS, "blocks": 2}
+    """Train by QUICK; options that are a recipe's fields change that."""
+    changes = {name: options.pop(name) for name in FIELDS & set(options)}
+    given: dict[str, Any] = {"members": 2, "recipe": replace(QUICK, **changes), "options": OPTIONS}
     return train(*parts, backbone=folder, kind="branch", cache_dir=cache, **(given | options))
 
 
@@ -180,7 +184,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
 def test_nan_stops_with_the_member_named(
     parts: tuple[Preferences, ...], small_folder: Path, tmp_path: Path
 ) -> None:
-    wild = Recipe.of("branch", epochs=3, learning_rate=1e30, clip=1e30)
+    wild = BranchRecipe(epochs=3, learning_rate=1e30, clip=1e30)
     with pytest.raises(NonFiniteLossError, match="member"):
         run(parts, small_folder, tmp_path, recipe=wild)
 
@@ -191,8 +195,8 @@ def test_nan_stops_with_the_member_named(
         ({"blocks": 4}, "between 1 and 3"),
         ({"blocks": 0}, "between 1 and 3"),
         ({"views": ["2:last"]}, "after its last block"),
-        ({"recipe": Recipe()}, "one weight_decay"),
-        ({"recipe": Recipe(weight_decay=(0.1,), hidden=3)}, "belongs to heads"),
+        ({"recipe": HeadRecipe()}, "of kind 'head', not of 'branch'; give a BranchRecipe"),
+        ({"weight_decay": (0.1, 1.0)}, "weight_decay must be one finite number"),
         ({"members": 0}, "at least 1"),
     ],
 )
@@ -206,5 +210,6 @@ def test_bad_options(
 def test_a_plan_announces_the_size_of_the_states(
     parts: tuple[Preferences, ...], small_folder: Path
 ) -> None:
-    said = plan(*parts, backbone=small_folder, kind="branch", options=OPTIONS, blocks=1)
+    request = TrainingRequest(backbone=small_folder, recipe=BranchRecipe(blocks=1), options=OPTIONS)
+    said = plan(*parts, request)
     assert said["token_states_bytes"] == said["tokens"] * 16 * 4

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ensemble_rm import Preferences, Recipe, TrunkOptions, load_preferences, train
+from ensemble_rm import Preferences, TrunkOptions, load_preferences, train
 from ensemble_rm.demo.data import FILE
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members import BranchScorer
+from ensemble_rm.members import BranchRecipe, BranchScorer, make_recipe
 from ensemble_rm.members.backbone.checkpoint import load_trunk, locate
 from ensemble_rm.members.backbone.token_states import token_states
 from ensemble_rm.members.backbone.trunk import Trunk
@@ -21,7 +21,7 @@ from ensemble_rm.members.branches.training import initialise
 from ensemble_rm.members.learning.dropout import set_dropout
 
 OPTIONS = TrunkOptions(max_length=32, device="cpu", token_budget=512)
-QUICK = Recipe.of("branch", epochs=1, batch_size=16, learning_rate=1e-3)
+QUICK = BranchRecipe(blocks=2, epochs=1, batch_size=16, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +30,12 @@ def parts() -> tuple[Preferences, ...]:
 
 
 def branches(
-    parts: tuple[Preferences, ...], folder: Path, recipe: Recipe, **options: Any
+    parts: tuple[Preferences, ...], folder: Path, recipe: BranchRecipe, **options: Any
 ) -> BranchScorer:
     ensemble = train(
         *parts,
         backbone=folder,
-        kind="branch",
         members=2,
-        blocks=2,
         recipe=recipe,
         options=replace(OPTIONS, **options),
         cache_dir=None,
@@ -138,7 +136,7 @@ def test_a_branchs_head_sees_its_subspace_alone(
 )
 def test_a_recipe_refuses(kind: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        Recipe.of(kind, **changes)
+        make_recipe(kind, **changes)
 
 
 def test_states_of_some_samples_are_those_of_all(

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ensemble_rm import RewardEnsemble, Sample, TrunkOptions, load_preferences, train
 from ensemble_rm.demo.data import FILE
-from ensemble_rm.members import BranchScorer, ClassifierScorer
+from ensemble_rm.members import BranchScorer, FullScorer
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.trunk import Trunk
 from ensemble_rm.members.encoding import Encoded
@@ -122,7 +122,7 @@ def test_a_classifier_shares_too(decoder: Path, tmp_path: Path) -> None:
         *parts, backbone=decoder, kind="full", members=1, options=OPTIONS, cache_dir=tmp_path
     )
     (scorer,) = ensemble.scorers
-    assert isinstance(scorer, ClassifierScorer)
+    assert isinstance(scorer, FullScorer)
     asked = samples()
     two = scorer.with_options(ALONE).score(asked)
     for pooling in ("attended", "published"):
@@ -140,7 +140,7 @@ def test_a_completion_of_pad_tokens_alone_shares_no_prompt_and_stops_no_other(
         model = AutoModelForSequenceClassification.from_pretrained(decoder, num_labels=1)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(decoder).save_pretrained(tmp_path)
-    shared = ClassifierScorer.from_name(tmp_path, OPTIONS)
+    shared = FullScorer.from_name(tmp_path, OPTIONS)
     encoded = shared._open()[0].encode(samples())
     encoded = [replace(e, types=None) for e in encoded]
     encoded.insert(3, replace(encoded[0], ids=[*encoded[0].ids[: encoded[0].start], 0, 0]))

@@ -13,7 +13,7 @@ from ensemble_rm import RewardEnsemble, Sample, TrunkOptions
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import fit_normaliser
 from ensemble_rm.errors import BackboneError, MissingHeadError
-from ensemble_rm.members import ClassifierScorer
+from ensemble_rm.members import FullScorer
 
 OPTIONS = TrunkOptions(max_length=96, device="cpu", token_budget=512)
 SAMPLES = [
@@ -41,7 +41,7 @@ def check(folder: Path) -> None:
     """In batches the scores are those of transformers on each sample alone, unpadded."""
     from transformers import AutoModelForSequenceClassification
 
-    scorer = ClassifierScorer.from_name(folder, OPTIONS)
+    scorer = FullScorer.from_name(folder, OPTIONS)
     detailed = scorer.score_detailed(SAMPLES)
     found = detailed.scores
     assert detailed.truncation.samples == len(SAMPLES)
@@ -60,7 +60,7 @@ def check(folder: Path) -> None:
 def test_an_encoders_parity_and_round_trip(minilm_folder: Path, tmp_path: Path) -> None:
     folder = make_classifier(minilm_folder, tmp_path / "rm")
     check(folder)
-    scorer = ClassifierScorer.from_name(folder, OPTIONS, name="mine")
+    scorer = FullScorer.from_name(folder, OPTIONS, name="mine")
     scores = scorer.score(SAMPLES)
     ensemble = RewardEnsemble((scorer,), fit_normaliser(scores, np.zeros(len(SAMPLES))), mean())
     saved = ensemble.save_pretrained(tmp_path / "run")
@@ -75,7 +75,7 @@ def test_an_encoders_parity_and_round_trip(minilm_folder: Path, tmp_path: Path) 
 
 def test_a_missing_head_is_an_error(minilm_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="2 outputs"):
-        ClassifierScorer.from_name(minilm_folder, OPTIONS)
+        FullScorer.from_name(minilm_folder, OPTIONS)
     for file in minilm_folder.iterdir():
         if file.name != "config.json" and file.is_file():
             (tmp_path / file.name).symlink_to(file)
@@ -83,7 +83,7 @@ def test_a_missing_head_is_an_error(minilm_folder: Path, tmp_path: Path) -> None
     labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     (tmp_path / "config.json").write_text(json.dumps(config | labels))
     with pytest.raises(MissingHeadError, match="classifier"):
-        ClassifierScorer.from_name(tmp_path, OPTIONS)
+        FullScorer.from_name(tmp_path, OPTIONS)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from ensemble_rm import Preferences, Recipe, RewardEnsemble, Sample, TrunkOptions, train
+from ensemble_rm import Preferences, RewardEnsemble, Sample, TrunkOptions, train
 from ensemble_rm.errors import NonFiniteLossError, OptionError, ResumeError
-from ensemble_rm.members import ClassifierScorer
+from ensemble_rm.members import FullRecipe, FullScorer, HeadRecipe
 from tests.support.small_runs import OPTIONS, SAMPLES, Killed, few_pairs
 
-QUICK = Recipe.of("full", epochs=2, batch_size=8, learning_rate=1e-3)
+QUICK = FullRecipe(epochs=2, batch_size=8, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_save_and_load_are_identical_and_transformers_reads_them(
     # What was trained by the mask is what transformers' own forward pass reads.
     model = AutoModelForSequenceClassification.from_pretrained(out / "members/0/model").eval()
     scorer = again.scorers[0]
-    assert isinstance(scorer, ClassifierScorer)
+    assert isinstance(scorer, FullScorer)
     for encoded, score in zip(scorer._open()[0].encode(SAMPLES), scores[:, 0], strict=True):
         inputs = {"input_ids": torch.tensor([encoded.ids])}
         if encoded.types is not None:
@@ -92,7 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     unbroken = run(parts, small_folder, tmp_path / "cache").score(SAMPLES).raw
     out = tmp_path / "run"
     with pytest.raises(Killed):
-        run(parts, small_folder, None, out=out, callbacks=[Kill()])
+        run(parts, small_folder, None, out=out, recipe=replace(QUICK, callbacks=(Kill(),)))
     with pytest.raises(ResumeError, match="another recipe"):
         run(parts, small_folder, None, out=out, seed=5)
     seen: list[str] = []
@@ -105,10 +106,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"views": ["4:last"]}, "no views"),
-        ({"trainer_args": {"seed": 3}}, "decided by"),
-        ({"trainer_args": {"sead": 3}}, "has no 'sead'"),
-        ({"recipe": Recipe()}, "one weight_decay"),
+        ({"recipe": FullRecipe(trainer_args={"seed": 3})}, "decided by"),
+        ({"recipe": FullRecipe(trainer_args={"sead": 3})}, "has no 'sead'"),
+        ({"recipe": HeadRecipe()}, "of kind 'head', not of 'full'; give a FullRecipe"),
     ],
 )
 def test_bad_options(
@@ -130,7 +130,7 @@ def test_the_models_need_a_folder(parts: tuple[Preferences, ...], small_folder: 
 def test_nan_stops_by_name(
     parts: tuple[Preferences, ...], small_folder: Path, tmp_path: Path
 ) -> None:
-    wild = Recipe.of("full", epochs=4, learning_rate=1e38, clip=1e30, batch_size=8)
+    wild = FullRecipe(epochs=4, learning_rate=1e38, clip=1e30, batch_size=8)
     with pytest.raises(NonFiniteLossError, match="learning_rate"):
         run(parts, small_folder, tmp_path, recipe=wild)
 

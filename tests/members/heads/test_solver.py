@@ -10,8 +10,8 @@ from hypothesis import given, strategies as st
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from ensemble_rm import Recipe
 from ensemble_rm.errors import NonFiniteLossError, OptionError
+from ensemble_rm.members import HeadRecipe
 from ensemble_rm.members.heads.gradient_training import HeadsResult, PairFeatures
 from ensemble_rm.members.heads.solver import solve_heads
 from ensemble_rm.members.learning.seeds import member_seeds
@@ -33,7 +33,7 @@ def solve(fit: PairFeatures, *, views: list[int] | None = None, **recipe: Any) -
         fit,
         planted(200, 7, width=fit.features.shape[2]),
         view_of=view_of,
-        recipe=Recipe(**recipe),
+        recipe=HeadRecipe(**recipe),
         seeds=member_seeds(0, len(view_of)),
     )
 
@@ -59,7 +59,7 @@ def test_margins_soft_labels_weights_centring_and_smoothing_by_a_plain_minimiser
     fit = PairFeatures(
         fit.features, rng.random(60), rng.uniform(0.5, 2, 60), rng.normal(0, 0.5, 60), fit.groups
     )
-    recipe = Recipe(prior=(0.8,), smoothing=0.1, centring=0.05)
+    recipe = HeadRecipe(prior=(0.8,), smoothing=0.1, centring=0.05)
     held = planted(50, 2, width=5, views=1)
     seeds = member_seeds(0, 1)
     found = solve_heads(fit, held, view_of=[0], recipe=recipe, seeds=seeds).weights
@@ -135,5 +135,5 @@ def test_nan_features_are_named() -> None:
 @pytest.mark.parametrize("name", ["epochs", "patience", "batch_size"])
 def test_options_of_adam_are_not_ignored(name: str) -> None:
     with pytest.raises(OptionError, match=f"{name}=3 belongs to solver='adam'"):
-        Recipe.of("head", **{name: 3})
-    assert getattr(Recipe.of("head", solver="adam", **{name: 3}), name) == 3
+        HeadRecipe(**{name: 3})
+    assert getattr(HeadRecipe(solver="adam", **{name: 3}), name) == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ensemble_rm import Preferences, Recipe, RewardEnsemble, Sample, TrunkOptions, train
+from ensemble_rm import Preferences, RewardEnsemble, Sample, TrunkOptions, train
 from ensemble_rm.errors import (
     BackboneError,
     MissingExtraError,
@@ -20,18 +20,26 @@ from ensemble_rm.errors import (
     ResumeError,
     StorageError,
 )
-from ensemble_rm.members import LoraOptions, LoraScorer
+from ensemble_rm.members import (
+    BranchRecipe,
+    HeadRecipe,
+    LoraOptions,
+    LoraRecipe,
+    LoraScorer,
+    make_recipe,
+)
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.trunk import Trunk
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.forward.batching import batches
 from ensemble_rm.members.lora.adapters import adapt, factors, merged, own_tensors, pour
 from ensemble_rm.members.lora.diversity import alikeness, cosines
-from ensemble_rm.training.run import plan
+from ensemble_rm.training import TrainingRequest, plan
 from tests.support.small_runs import OPTIONS, SAMPLES, Killed, check_untouched, few_pairs
 
-QUICK = Recipe.of("lora", epochs=3, patience=9, batch_size=8, learning_rate=5e-3)
-SMALL = LoraOptions(rank=2, alpha=4)
+QUICK = LoraRecipe(epochs=3, patience=9, batch_size=8, learning_rate=5e-3, rank=2, alpha=4)
+SMALL = QUICK.adapter
+FIELDS = {field.name for field in fields(LoraRecipe)}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,9 @@ def parts() -> tuple[Preferences, ...]:
 def run(
     parts: tuple[Preferences, ...], folder: Path, cache: Path | None, **options: Any
 ) -> RewardEnsemble:
-    given: dict[str, Any] = {"members": 2, "recipe": QUICK, "options": OPTIONS, "lora": SMALL}
+    """Train by QUICK; options that are a recipe's fields change that."""
+    changes = {name: options.pop(name) for name in FIELDS & set(options)}
+    given: dict[str, Any] = {"members": 2, "recipe": replace(QUICK, **changes), "options": OPTIONS}
     return train(*parts, backbone=folder, kind="lora", cache_dir=cache, **(given | options))
 
 
@@ -203,8 +213,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     from ensemble_rm.members.branches.gradient_training import BranchTrainer
 
     monkeypatch.setattr(BranchTrainer, "checkpoint_seconds", 0.0)
-    given: dict[str, Any] = {"warm_start": True, "blocks": 2}
-    given["recipe"] = Recipe.of("lora", **(vars(QUICK) | {"diversity": 0.1}))
+    given: dict[str, Any] = {"warm_start": True, "blocks": 2, "diversity": 0.1}
     stages: list[str] = []
 
     def note(stage: str, done: int, total: int) -> None:
@@ -280,6 +289,7 @@ def test_diversity_makes_adapters_less_alike_and_zero_is_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ensemble_rm.members.branches import gradient_training as branches
+    from ensemble_rm.members.lora import training
 
     falling = itertools.count(0, -1)
 
@@ -289,8 +299,7 @@ def test_diversity_makes_adapters_less_alike_and_zero_is_off(
     monkeypatch.setattr(branches.BranchTrainer, "_validate", last_is_best)
 
     def cosine(diversity: float) -> float:
-        recipe = Recipe.of("lora", **(vars(QUICK) | {"diversity": diversity}))
-        ensemble = run(parts, small_folder, tmp_path, recipe=recipe, members=3, blocks=1)
+        ensemble = run(parts, small_folder, tmp_path, diversity=diversity, members=3, blocks=1)
         scorer = the_scorer(ensemble)
         grown = [factors(blocks) for blocks in scorer._open()[1]]
         found = cosines(grown)
@@ -298,7 +307,7 @@ def test_diversity_makes_adapters_less_alike_and_zero_is_off(
 
     apart = cosine(3.0)
     with monkeypatch.context() as patch:
-        patch.setattr(branches, "alikeness", None)  # would fail where it is called
+        patch.setattr(training, "alikeness", None)  # would fail where it is called
         plain = cosine(0.0)
     assert 0 < apart < 0.8 * plain
 
@@ -312,26 +321,25 @@ def test_diversity_makes_adapters_less_alike_and_zero_is_off(
         ({"blocks": 5}, "between 1 and 4"),
         ({"blocks": 0}, "between 1 and 4"),
         ({"views": ["2:last"]}, "after its last block"),
-        ({"recipe": Recipe()}, "one weight_decay"),
-        ({"lora": LoraOptions(targets=("nothing",))}, "'nothing'"),
-        ({"members": 1, "recipe": Recipe.of("lora", diversity=0.1)}, "only one"),
-        ({"kind": "branch"}, "belong to kind 'lora'"),
-        ({"kind": "head", "lora": None, "warm_start": True}, "belong to kind 'lora'"),
+        ({"recipe": HeadRecipe()}, "of kind 'head', not of 'lora'; give a LoraRecipe"),
+        ({"recipe": BranchRecipe()}, "of kind 'branch', not of 'lora'"),
+        ({"targets": ("nothing",)}, "'nothing'"),
+        ({"targets": "nothing"}, "'nothing'"),
+        ({"members": 1, "diversity": 0.1}, "only one"),
     ],
 )
 def test_bad_options(
     parts: tuple[Preferences, ...], small_folder: Path, options: dict[str, Any], message: str
 ) -> None:
-    kind = options.get("kind", "lora")
-    given: dict[str, Any] = {"lora": SMALL, "recipe": Recipe.of(kind), "options": OPTIONS}
     with pytest.raises(OptionError, match=message):
-        train(*parts, backbone=small_folder, cache_dir=None, **(given | {"kind": kind} | options))
+        run(parts, small_folder, None, **options)
 
 
 @pytest.mark.parametrize("kind", ["head", "branch", "full"])
 def test_diversity_belongs_to_adapters(kind: str) -> None:
-    with pytest.raises(OptionError, match="diversity keeps LoRA adapters apart"):
-        Recipe.of(kind, diversity=0.1)
+    message = f"diversity does not belong to kind '{kind}', but to 'lora'"
+    with pytest.raises(OptionError, match=message):
+        make_recipe(kind, diversity=0.1)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +347,10 @@ def test_diversity_belongs_to_adapters(kind: str) -> None:
 )
 def test_bad_lora_options(bad: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"{next(iter(bad))} must be"):
-        LoraOptions(**bad)
+        LoraOptions(**({"rank": 1, "alpha": 1.0} | bad))
+    name = next(iter(bad)).replace("dropout", "adapter_dropout")
+    with pytest.raises(OptionError, match=f"{name} must be"):
+        LoraRecipe(**{name: next(iter(bad.values()))})
 
 
 def test_without_peft_the_extra_is_named(
@@ -360,7 +371,11 @@ def test_without_peft_the_extra_is_named(
 def test_a_plan_announces_the_size_of_the_states(
     parts: tuple[Preferences, ...], small_folder: Path
 ) -> None:
-    said = plan(*parts, backbone=small_folder, kind="lora", options=OPTIONS, blocks=1)
+    def plan_of(blocks: int | None) -> dict[str, Any]:
+        recipe = LoraRecipe(blocks=blocks)
+        return plan(*parts, TrainingRequest(backbone=small_folder, recipe=recipe, options=OPTIONS))
+
+    said = plan_of(1)
     assert said["token_states_bytes"] == said["tokens"] * 16 * 4
-    said = plan(*parts, backbone=small_folder, kind="lora", options=OPTIONS)
-    assert (said["blocks"], said["token_states_bytes"]) == (4, 0)
+    said = plan_of(None)
+    assert (said["recipe"]["blocks"], said["token_states_bytes"]) == (4, 0)

@@ -18,7 +18,7 @@ from ensemble_rm.calibration import Normaliser
 from ensemble_rm.data.loading import read_comparisons
 from ensemble_rm.errors import DataError, EmptyDataError, NoPenaltyError, OptionError
 from ensemble_rm.members import HeadScorer
-from ensemble_rm.rl import trl_reward
+from ensemble_rm.rl import PinnedEnsemble, trl_reward
 from ensemble_rm.rl.monitor.alarms import AlarmRule, StepRecord, gold_curve
 from ensemble_rm.rl.monitor.monitor import OverOptimisationMonitor
 from ensemble_rm.rl.monitor.plot import draw_run
@@ -262,7 +262,7 @@ def folder(two_heads: Callable[..., HeadScorer], tmp_path: Path) -> Path:
 def watched(folder: Path, monitor_options: dict[str, Any], **options: Any) -> Any:
     from ensemble_rm.rl.monitor.trl_callback import MonitorCallback
 
-    reward = trl_reward(folder, device="cpu")
+    reward = trl_reward(PinnedEnsemble(folder, device="cpu"))
     monitor = OverOptimisationMonitor(reward.pinned.ensemble, **monitor_options)
     return reward, MonitorCallback(reward, monitor, **options)
 

@@ -14,7 +14,7 @@ from ensemble_rm import Message, RewardEnsemble, Sample
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.members import HeadScorer
-from ensemble_rm.rl import OverOptimisationMonitor, trl_reward
+from ensemble_rm.rl import OverOptimisationMonitor, PinnedEnsemble, trl_reward
 from tests.support.trl_runs import tiny_run
 
 pytest.importorskip("trl")
@@ -35,7 +35,7 @@ def watched(policy: Path, folder: Path, tmp_path: Path, **options: Any) -> tuple
     from ensemble_rm.rl.monitor.trl_callback import MonitorCallback
 
     settings = {name: options.pop(name) for name in ("kl_every", "records") if name in options}
-    reward = trl_reward(folder, device="cpu")
+    reward = trl_reward(PinnedEnsemble(folder, device="cpu"))
     data = Dataset.from_dict({"prompt": ["Say hello", "Say no", "Why"] * 2})
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer = tiny_run(policy, reward, tmp_path, data, lora=lora, learning_rate=0.5, **options)

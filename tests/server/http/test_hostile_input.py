@@ -180,9 +180,8 @@ def test_failures_quote_nothing_in_answers_or_logs(caplog: pytest.LogCaptureFixt
     ensemble = lengths()
     object.__setattr__(ensemble.scorers[0], "_function", broken)
     with caplog.at_level(logging.DEBUG), client(lengths) as asking:
-        asking.app.state.service.holder._held = type(asking.app.state.service.current)(  # type: ignore[attr-defined]
-            ensemble, "broken"
-        )
+        service = asking.app.state.service  # type: ignore[attr-defined]
+        service._served = type(service.served)(ensemble, "broken")
         answer = asking.post("/v1/score", json=sample())
     assert answer.status_code == 500
     assert answer.json()["error"] == {

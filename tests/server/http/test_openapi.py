@@ -10,8 +10,8 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
-from ensemble_rm.server.http.app import create_app
-from tests.support.server_process import lengths
+from ensemble_rm.server.http.openapi import describe
+from ensemble_rm.server.wire.registry import routes_by_path
 from tests.support.server_runs import Process, server
 
 PATHS = ("/v1/score", "/v1/compare", "/get_reward", "/classify", "/v1/embeddings")
@@ -30,7 +30,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
         assert "unexpected" not in found.log_text()
 
 
-described = schemathesis.openapi.from_dict(create_app(lengths).openapi())
+described = schemathesis.openapi.from_dict(describe(routes_by_path()))
 
 
 @described.parametrize()

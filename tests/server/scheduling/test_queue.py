@@ -12,8 +12,7 @@ from hypothesis import given, strategies as st
 from ensemble_rm.errors import NotReadyError, OptionError, QueueFullError, TooLargeError
 from ensemble_rm.server.options import BatchOptions
 from ensemble_rm.server.scheduling import batching
-from ensemble_rm.server.scheduling.batching import Batcher
-from ensemble_rm.server.scheduling.queue import FairQueue, Part, Ticket
+from ensemble_rm.server.scheduling.batching import Batcher, FairQueue, Part, Ticket
 
 # A sample is (group, own tokens, its own number); the group's tokens are shared.
 Item = tuple[int, int, int]
@@ -71,7 +70,7 @@ def test_every_sample_is_taken_once_within_the_budget(
         size = sum(len(part.samples) for part in parts)
         assert size <= rows and (cost(parts) <= tokens or size == 1)
         assert len({part.ticket.key for part in parts}) == 1
-    assert (queue.samples, queue.tokens, queue._apart) == (0, 0, 0)
+    assert (queue.samples, queue.tokens, queue._distinct_tokens) == (0, 0, 0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=20))
@@ -163,9 +162,15 @@ class Worker:
         return [2 * sample for sample in samples]
 
 
-def make(worker: Worker, **options: object) -> Batcher[int, int, int]:
+def make(worker: Worker, **options: object) -> Batcher[int, int, list[int]]:
     chosen = BatchOptions(**({"window_seconds": 0.002} | options))  # type: ignore[arg-type]
-    return Batcher(worker, group=lambda s: s % 3, cost=lambda s: (2, 3), options=chosen)
+    return Batcher(
+        worker,
+        join=lambda parts: [number for part in parts for number in part],
+        group=lambda s: s % 3,
+        cost=lambda s: (2, 3),
+        options=chosen,
+    )
 
 
 @given(
@@ -317,7 +322,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
             await asyncio.sleep(0.001)
         waiting = [asyncio.ensure_future(batcher.submit(0, [i])) for i in range(4)]
         await asyncio.sleep(0)
-        with pytest.raises(QueueFullError, match="4 samples wait") as refused:
+        with pytest.raises(QueueFullError, match="full with 4 samples") as refused:
             await batcher.submit(0, [9])
         assert refused.value.retry_after >= 1 and refused.value.status == 429
         with pytest.raises(TooLargeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import math
 import threading
 from collections.abc import Sequence
 
@@ -16,13 +17,11 @@ from ensemble_rm import FunctionScorer, RewardEnsemble, Sample
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import NotReadyError
-from ensemble_rm.server.holder import Held
 from ensemble_rm.server.options import BatchOptions
-from ensemble_rm.server.scheduling import worker
+from ensemble_rm.server.scheduling import threads
 from ensemble_rm.server.scheduling.batching import Batcher
-from ensemble_rm.server.scheduling.outcomes import Scored, score_outcomes
-from ensemble_rm.server.scheduling.threads import CallThread
-from ensemble_rm.server.scheduling.worker import ScoringThread
+from ensemble_rm.server.scheduling.outcomes import RecordedScores, score_recorded
+from ensemble_rm.server.scheduling.threads import CallThread, ScoringThread
 from tests.support.remote_members import member
 
 
@@ -92,21 +91,29 @@ def test_a_loop_ends_though_its_call_does_not() -> None:
     thread.close()
 
 
+def flat(parts: list[list[int]]) -> list[int]:
+    return [number for part in parts for number in part]
+
+
 @given(st.integers(1, 6), st.integers(1, 3))
 def test_what_is_abandoned_is_refused_and_nothing_waits_for_it(requests: int, rows: int) -> None:
     """Of a scorer that never comes back: the batch that it has, and all that wait."""
     begun = 0
 
-    async def score(_: str, samples: Sequence[int]) -> Sequence[int]:
+    async def score(_: str, samples: Sequence[int]) -> list[int]:
         nonlocal begun
         begun += 1
         await asyncio.Event().wait()
-        return samples
+        return list(samples)
 
     async def ask() -> list[list[int] | BaseException]:
         options = BatchOptions(batch_samples=rows, window_seconds=0)
-        batcher: Batcher[str, int, int] = Batcher(
-            score, group=lambda sample: sample, cost=lambda _: (1, 1), options=options
+        batcher: Batcher[str, int, list[int]] = Batcher(
+            score,
+            join=flat,
+            group=lambda sample: sample,
+            cost=lambda _: (1, 1),
+            options=options,
         )
         batcher.start()
         asked = [asyncio.ensure_future(batcher.submit("v", [i, i])) for i in range(requests)]
@@ -134,9 +141,9 @@ def panicking(sample: Sample) -> float:
     return float(len(sample.completion))
 
 
-def held() -> Held:
+def ensemble() -> RewardEnsemble:
     scorer = FunctionScorer("length", panicking)
-    return Held(RewardEnsemble((scorer,), Normaliser.identity(1), mean()), "1")
+    return RewardEnsemble((scorer,), Normaliser.identity(1), mean())
 
 
 def test_a_panic_is_an_error_of_its_call() -> None:
@@ -160,20 +167,21 @@ def test_a_panic_is_an_error_of_its_call() -> None:
 def test_a_panic_is_its_own_samples_failure(texts: list[str]) -> None:
     """Others of its batch have their rewards."""
 
-    async def ask() -> Sequence[object]:
+    async def ask() -> RecordedScores:
         scoring = ScoringThread()
         try:
-            return await scoring(held(), [Sample("q", text) for text in texts])
+            return await scoring(ensemble(), [Sample("q", text) for text in texts])
         finally:
             scoring.close()
 
-    found = asyncio.run(ask())
-    assert len(found) == len(texts)
-    for text, outcome in zip(texts, found, strict=True):
+    scores = asyncio.run(ask())
+    assert len(scores) == len(texts)
+    for row, text in enumerate(texts):
         if text == "panic":
-            assert isinstance(outcome, RuntimeError)
+            assert isinstance(scores.failed[row], RuntimeError)
+            assert math.isnan(scores.reward[row])
         else:
-            assert isinstance(outcome, Scored) and outcome.reward == len(text)
+            assert row not in scores.failed and scores.reward[row] == len(text)
 
 
 def test_a_panic_asks_no_server_again() -> None:
@@ -187,8 +195,8 @@ def test_a_panic_asks_no_server_again() -> None:
     scorers = (member(httpx.MockTransport(handle)), FunctionScorer("length", panicking))
     whole = RewardEnsemble(scorers, Normaliser.identity(2), mean())
     texts = ["a", "bb", "panic", "cccc"]
-    found = score_outcomes(whole, [Sample("", text) for text in texts])
-    assert [isinstance(one, Scored) for one in found] == [True, True, False, True]
+    scores = score_recorded(whole, [Sample("", text) for text in texts])
+    assert list(scores.failed) == [2]
     assert seen == texts
 
 
@@ -204,22 +212,26 @@ def test_the_time_spent_in_scoring_never_falls(text: str, monkeypatch: pytest.Mo
             seen.append(scoring.seconds)
         return now
 
-    monkeypatch.setattr(worker, "monotonic", clock)
+    monkeypatch.setattr(threads, "monotonic", clock)
     for _ in range(3):
-        scoring._score(held(), [Sample("q", text)])
+        scoring._score(ensemble(), [Sample("q", text)])
         seen.append(scoring.seconds)
     assert seen == sorted(seen) and seen[-1] > 0
 
 
 def test_a_batcher_whose_task_ended_takes_nothing_and_leaves_nobody_waiting() -> None:
-    async def score(_: str, samples: Sequence[int]) -> Sequence[int]:
+    async def score(_: str, samples: Sequence[int]) -> list[int]:
         await asyncio.Event().wait()
-        return samples
+        return list(samples)
 
     async def ask() -> None:
         options = BatchOptions(window_seconds=0)
-        batcher: Batcher[str, int, int] = Batcher(
-            score, group=lambda sample: sample, cost=lambda _: (1, 1), options=options
+        batcher: Batcher[str, int, list[int]] = Batcher(
+            score,
+            join=flat,
+            group=lambda sample: sample,
+            cost=lambda _: (1, 1),
+            options=options,
         )
         assert not batcher.serving
         batcher.start()

@@ -1,15 +1,10 @@
-"""Calls from many threads, scored together: what waits while one batch is scored is the next one.
-
-Knows threads and samples; knows nothing of any trainer.
-"""
+"""Concurrent calls from many threads, scored in common batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
-
-import numpy as np
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.rl.pinned import PinnedEnsemble
@@ -21,14 +16,14 @@ class _Ticket:
     samples: Sequence[Sample | Exception]
     rewards: LoopRewards | None = None
     error: BaseException | None = None
-    done: bool = field(default=False)
+    done: bool = False
 
 
-class GatheredScores:
-    """Score samples that several threads bring, one or few at a time, in common batches.
+class ThreadBatcher:
+    """Score samples that several threads bring, each one or a few, in common batches.
 
-    The first thread scores what there is; those that come meanwhile wait, and the next of them
-    scores all that has gathered. No timer delays anyone; completions of one prompt share its pass.
+    The first thread scores its own. Threads that come meanwhile wait, and the next of them scores
+    all that are waiting. No timer delays a call, and completions of one prompt share its pass.
 
     Parameters
     ----------
@@ -42,16 +37,12 @@ class GatheredScores:
         self._scoring = Lock()
 
     def __call__(self, samples: Sequence[Sample | Exception]) -> LoopRewards:
-        """Return the samples' rewards; failures are the caller's.
-
-        Parameters
-        ----------
-        samples : sequence of Sample or Exception
-        """
+        """Return the samples' rewards; failures are in `LoopRewards.failed`."""
         ticket = _Ticket(samples)
         with self._gate:
             self._waiting.append(ticket)
         with self._scoring:
+            # Another thread may have scored this ticket while this one waited for the lock.
             if not ticket.done:
                 with self._gate:
                     batch, self._waiting = self._waiting, []
@@ -63,19 +54,14 @@ class GatheredScores:
 
     def _serve(self, batch: list[_Ticket]) -> None:
         try:
-            every = [sample for ticket in batch for sample in ticket.samples]
-            rewards = score_each(self.pinned.ensemble, every)
+            samples = [sample for ticket in batch for sample in ticket.samples]
+            rewards = score_each(self.pinned.ensemble, samples)
         except BaseException as error:
             for ticket in batch:
                 ticket.error, ticket.done = error, True
             raise
-        ends = np.cumsum([len(ticket.samples) for ticket in batch])
-        for ticket, end in zip(batch, ends, strict=True):
-            rows = slice(int(end) - len(ticket.samples), int(end))
-            ticket.rewards = LoopRewards(
-                rewards.reward[rows],
-                rewards.members[rows],
-                rewards.reference_reward[rows],
-                rewards.errors[rows],
-            )
-            ticket.done = True
+        start = 0
+        for ticket in batch:
+            stop = start + len(ticket.samples)
+            ticket.rewards, ticket.done = rewards[start:stop], True
+            start = stop
