@@ -34,17 +34,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's
 from benchmarks.shared.common import SHARED_DATA, Figures, make_parser
 from benchmarks.shared.preference_runs import Budget, Part, package_folder
 from ensemble_rm import Preferences, TrunkOptions, load_preferences
+from ensemble_rm.active_learning.acquisition import PoolMargins, utility
 from ensemble_rm.active_learning.design import plan_draw
-from ensemble_rm.active_learning.strategies import PoolMargins, utility
 from ensemble_rm.calibration.methods.temperature import fit_mixture_temperature, fit_temperature
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.data.weights import effective_sample_size, inclusion_weights
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.members import HeadRecipe
 from ensemble_rm.members.backbone.checkpoint import locate
-from ensemble_rm.members.heads.gradient_training import PairFeatures
 from ensemble_rm.members.heads.solver import solve_heads
-from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.heads.weights import HeadWeights, PairFeatures
 from ensemble_rm.members.learning.seeds import member_seeds
 from ensemble_rm.metrics import pair_nll
 

@@ -17,13 +17,12 @@ from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.ensemble.storage import FILE
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.full.scorer import FullScorer
 from ensemble_rm.members.scorer import Scorer, as_scorer
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.scoring.baselines import score_with_references
 from ensemble_rm.scoring.model_pool import ModelPool
-from ensemble_rm.scoring.pipeline import score_all
+from ensemble_rm.scoring.pipeline import score_members
 
 
 def combine(
@@ -66,9 +65,9 @@ def combine(
     ------
     OptionError
         If there is no member, or a member scores all completions of a prompt alike.
-    EmptyDataError
+    DataError
         If there is no reference pair.
-    BackboneError, MissingHeadError
+    ModelError
         If a model that is named cannot be a member.
     """
     require_pairs(reference, "fitting the normaliser")
@@ -122,15 +121,16 @@ def normalised(
         Called with (stage, done, total).
     """
     samples = reference.samples()
-    below = None
-    if baseline:
-        raw, below, _ = score_with_references(scorers, samples, pool=pool, progress=progress)
-    else:
-        raw, _ = score_all(scorers, samples, pool=pool, progress=progress)
+    result = score_members(scorers, samples, baseline=baseline, pool=pool, progress=progress)
     source = {"source": reference.source, "pairs": len(reference), "digest": reference.digest}
     return RewardEnsemble(
         tuple(scorers),
-        fit_normaliser(raw, reference.sample_groups(), baseline=below, nan=aggregator.nan),
+        fit_normaliser(
+            result.raw,
+            reference.sample_groups(),
+            baseline=result.baseline,
+            nan=aggregator.nan,
+        ),
         aggregator,
         provenance=provenance | {"reference": source},
         model_pool=pool,

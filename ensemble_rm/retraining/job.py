@@ -13,10 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import TooFewJudgmentsError
-from ensemble_rm.judgments.filter import JudgmentFilter, TimeRange
+from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
@@ -24,42 +25,21 @@ from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.retraining.candidate import (
     Retraining,
-    RetrainingOptions,
     retrain,
     sufficient_parts,
 )
+from ensemble_rm.retraining.options import RetrainingRunOptions
 from ensemble_rm.versions.job_run import (
     Job,
     JobOutcome,
-    RunOptions,
     Verdict,
     digest_inputs,
-    json_values,
 )
 from ensemble_rm.versions.repository import Versions, now_utc
 from ensemble_rm.versions.version import Version
 
 EVENT = "retrained"
 WORK = ".retraining-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrainingRunOptions(TimeRange, RetrainingOptions, RunOptions):
-    """Options of `retrain_run`.
-
-    Attributes
-    ----------
-    since, until
-        Which judgments; see `TimeRange`.
-    gate_share, calibration_share, validation_share, weighted
-        How the judgments are used; see `RetrainingOptions`.
-    delta, delta_accuracy, level, min_judgments
-        Of the gate; see `RetrainingOptions`.
-    seed
-        See `RetrainingOptions`.
-    dry_run, wait
-        See `RunOptions`. A dry run splits the judgments, reports the parts, and trains nothing.
-    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +101,7 @@ def retrain_run(
         If another job works on the folder and `wait` is not set.
     StorageError
         If something cannot be read or written; the current version stays current.
-    OptionError, EmptyDataError, TrainingError
+    OptionError, DataError, TrainingError
         See `retrain`.
     """
     options = options or RetrainingRunOptions()
@@ -194,13 +174,13 @@ class _RetrainingJob(Job):
         self, incumbent: Version, result: Retraining, details: dict[str, Any]
     ) -> RetrainingRun:
         details = details | result.details | {"reason": result.reason}
-        details["gate"] = None if result.gate is None else json_values(asdict(result.gate))
+        details["gate"] = None if result.gate is None else finite_or_none(asdict(result.gate))
         if result.answer != "publish" or result.ensemble is None:
             verdict: Verdict = "too few" if result.answer == "too few" else "kept"
             return self._end(incumbent, verdict, result.reason, details)
         published = self.versions.publish_ensemble(
             result.ensemble.save_pretrained,
-            provenance={"retraining": json_values(details) | {"run": self.run}},
+            provenance={"retraining": finite_or_none(details) | {"run": self.run}},
         )
         return self._end(incumbent, "published", result.reason, details, published.number)
 

@@ -143,9 +143,8 @@ def serve(
 
     Raises
     ------
-    BindError
-        If others reach the host, and there is no token.
     ServerError
+        If others reach the host, and there is no token.
         If the address cannot be bound.
     EnsembleRMError
         What loading the ensemble raised.

@@ -18,7 +18,7 @@ from ensemble_rm import (
     select_pairs,
 )
 from ensemble_rm.active_learning import SelectedPairs, to_tasks
-from ensemble_rm.active_learning.strategies import PoolMargins, score_pool, utility
+from ensemble_rm.active_learning.acquisition import PoolMargins, score_pool, utility
 from ensemble_rm.active_learning.tasks import FORMATS, label_studio_config
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
@@ -28,13 +28,12 @@ from ensemble_rm.data.loading import read_comparisons
 from ensemble_rm.data.samples import as_prompt
 from ensemble_rm.errors import (
     DataError,
-    EmptyDataError,
     NotCalibratedError,
     OneMemberError,
     OptionError,
 )
+from ensemble_rm.judgments.imports.formats import ImportOptions
 from ensemble_rm.judgments.imports.importing import import_judgments
-from ensemble_rm.judgments.imports.rows import ImportOptions
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.uncertainty.disagreement import member_std, split_uncertainty
 
@@ -170,7 +169,7 @@ def test_what_cannot_be_selected_is_refused(ensemble: RewardEnsemble) -> None:
         utility(PoolMargins(np.zeros(1), np.zeros((1, 2))), "best")
     with pytest.raises(OptionError, match="budget"):
         select_pairs(ensemble, pool, budget=21, max_per_prompt=None)
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         select_pairs(None, Preferences(()), budget=1, strategy="random")
     double = Preferences((Preference("a", "b", "c", id="x"), Preference("a", "b", "d", id="x")))
     with pytest.raises(DataError, match="'x'"):

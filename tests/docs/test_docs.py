@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from ensemble_rm.cli.main import make_parser
+from ensemble_rm import errors
+from ensemble_rm.cli.main import parse
 from ensemble_rm.data.loading import (
     load_preferences,
     read_comparisons,
@@ -23,6 +24,7 @@ from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.server.wire import registry
 from tests.support import CHECKOUT
 from tests.test_layering import FLOORS
+from tests.test_public_names import PUBLIC, resolve
 
 PAGES = [
     CHECKOUT / "README.md",
@@ -118,13 +120,33 @@ def test_the_rows_that_are_shown_can_be_read(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_understood(command: str) -> None:
     words = shlex.split(command, comments=True)
-    assert make_parser().parse_args(words[1:]).command == words[1]
+    invocation = parse(words[1:])
+    assert not isinstance(invocation, int) and invocation.name.split()[0] == words[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+# Classes of other packages, an alert, and a callback that needs TRL.
+FOREIGN = {"GRPOTrainer", "RLOOTrainer", "TrainingArguments", "HistogramBinning"}
+FOREIGN |= {"RewardVersionsDiffer", "MonitorCallback"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_classes_that_are_named_exist(page: Path) -> None:
+    if page.name == "changelog.md":
+        return
+    public = {name.rpartition(".")[2]: name for name in PUBLIC}
+    named = re.findall(r"`([A-Z][a-z]+[A-Z]\w*)(?:\.(\w+))?[`(]", page.read_text(encoding="utf-8"))
+    for name, member in named:
+        if name in FOREIGN:
+            continue
+        thing = getattr(errors, name, None) or resolve(public[name])
+        fields_ = getattr(thing, "__dataclass_fields__", {})
+        assert not member or hasattr(thing, member) or member in fields_, f"{name}.{member}"
 
 
 def test_the_file_map_lists_the_rooms_in_the_order_of_the_floors() -> None:

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import NoPenaltyError, OptionError
+from ensemble_rm.errors import LoopError, OptionError
 from ensemble_rm.rl.monitor.alarms import Alarm, mean_of
 from ensemble_rm.rl.monitor.monitor import OverOptimisationMonitor
 from ensemble_rm.rl.scoring import LoopRewards
@@ -105,17 +105,17 @@ class MonitorCallback(TrainerCallback):
 
         Raises
         ------
-        NoPenaltyError
+        LoopError
             If β is to be raised in a run that has none, or whose loss has taken it already.
         """
         if self.action == "raise_beta":
             if not trainer.beta > 0:
-                raise NoPenaltyError(
+                raise LoopError(
                     f"β can be raised only in a run that was started with β > 0, and this one has "
                     f"{trainer.beta}: without, TRL holds no reference model; set beta in its config"
                 )
             if getattr(trainer.args, "use_liger_kernel", False):
-                raise NoPenaltyError("use_liger_kernel fixes β at the start; switch it off")
+                raise LoopError("use_liger_kernel fixes β at the start; switch it off")
         self._trainer = trainer
         self.reward.watched_by(self._collect)
         # Before those that report: what it adds to the logs is seen by the callbacks after it.

@@ -11,7 +11,7 @@ import ipaddress
 from base64 import b64decode
 from dataclasses import dataclass, field
 
-from ensemble_rm.errors import BindError, OptionError, UnauthorisedError
+from ensemble_rm.errors import OptionError, ServerError, UnauthorisedError
 
 LEAST = 16
 """Characters of a token."""
@@ -82,9 +82,9 @@ def is_loopback(host: str) -> bool:
 
 
 def check_bind(host: str, token: Token | None) -> None:
-    """Raise `BindError` where `host` is reached from other machines and no token is asked for."""
+    """Raise `ServerError` where `host` is reached from other machines and no token is asked for."""
     if token is None and not is_loopback(host):
-        raise BindError(
+        raise ServerError(
             f"{host!r} is reached from other machines, and there is no token: give one by "
             "--token-file FILE or in ENSEMBLE_RM_TOKEN, or bind 127.0.0.1"
         )

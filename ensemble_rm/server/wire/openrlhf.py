@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel, Field, JsonValue
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import BadRequestError, NonFiniteScoreError
 from ensemble_rm.rl.openrlhf import logs_spread
 from ensemble_rm.server.failures import SampleError
