@@ -99,9 +99,9 @@ def read_query(
     if turns is None:
         if refusing:
             raise RawTextError(
-                f"a label has no messages, and members {', '.join(refusing)} cannot read text in "
-                "the policy's template; put the messages in `labels` as JSON, or declare members that "
-                "take raw text"
+                f"a label has no messages, and members {', '.join(refusing)} cannot read text "
+                "in the policy's template; put the messages in `labels` as JSON, or declare the "
+                "members that take raw text"
             )
         turns = prompt
     return Sample(turns, without_stops(query[len(prompt) :], stop).strip(), reference)
