@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,7 +41,7 @@ def finite_or_none(value: Any) -> Any:
     """
     if isinstance(value, np.ndarray | np.generic):
         return finite_or_none(value.tolist())
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: finite_or_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite_or_none(item) for item in value]

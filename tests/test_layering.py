@@ -53,7 +53,7 @@ HOMES = {
     "accelerate": {"members", "training", "demo.make_data", "rl.monitor.trl_callback"},
     "sklearn": {"calibration", "metrics"},
     "netcal": {"calibration", "metrics"},
-    "matplotlib": {"plotting", "drift.plots", "evaluation.plots", "rl.monitor.plot"},
+    "matplotlib": {"plotting", "drift.plots", "evaluation.report", "rl.monitor.plot"},
     "datasets": {"data", "judgments"},
     "gguf": {"members"},
     "peft": {"members"},

@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's
 from benchmarks.shared.common import SHARED_DATA, Figures, make_parser
 from benchmarks.shared.preference_runs import Budget, Part, package_folder
 from ensemble_rm import Preferences, TrunkOptions, load_preferences
+from ensemble_rm.active_learning.acquisition import PoolMargins, utility
 from ensemble_rm.active_learning.design import plan_draw
-from ensemble_rm.active_learning.strategies import PoolMargins, utility
 from ensemble_rm.calibration.methods.temperature import fit_mixture_temperature, fit_temperature
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.data.weights import effective_sample_size, inclusion_weights

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, expit, logit
 
-from ensemble_rm.active_learning.queue import pairs_for_humans
-from ensemble_rm.active_learning.selection import SelectedPairs, pair_names
+from ensemble_rm.active_learning.selection import SelectedPairs, pair_names, pairs_for_humans
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.ensemble.results import Comparison

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     pairs = read_pairs(args.data, skip_bad=args.skip_bad)
     from ensemble_rm.evaluation.evaluation import evaluate
-    from ensemble_rm.evaluation.table import evaluation_text
+    from ensemble_rm.evaluation.report import evaluation_text
 
     with Bars(quiet=args.json) as bars:
         evaluation = evaluate(
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         )
     found, text = evaluation.to_json(), evaluation_text(evaluation)
     if args.report is not None:
-        from ensemble_rm.evaluation.plots import draw_evaluation
+        from ensemble_rm.evaluation.report import draw_evaluation
 
         pictures = draw_evaluation(evaluation, args.report)
         (args.report / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -21,7 +21,7 @@ from ensemble_rm.errors import OptionError
 if TYPE_CHECKING:
     from ensemble_rm.judgments.agreement import AgreementReport
     from ensemble_rm.judgments.filter import JudgmentFilter
-    from ensemble_rm.judgments.imports.rows import Imported, ImportOptions
+    from ensemble_rm.judgments.imports.formats import Imported, ImportOptions
     from ensemble_rm.judgments.store import JudgmentStore
     from ensemble_rm.metrics import Interval
 
@@ -170,7 +170,7 @@ def _import_text(args: argparse.Namespace, found: Imported, stored: int) -> str:
 
 
 def _read_options(args: argparse.Namespace) -> ImportOptions:
-    from ensemble_rm.judgments.imports.rows import ImportOptions
+    from ensemble_rm.judgments.imports.formats import ImportOptions
 
     labels: dict[str, str] = {}
     for given in args.label:

@@ -13,8 +13,7 @@ from ensemble_rm.data.samples import Preferences
 from ensemble_rm.demo.data import packaged_backbone, truth_of
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.evaluation.evaluation import Evaluation, evaluate
-from ensemble_rm.evaluation.plots import draw_evaluation
-from ensemble_rm.evaluation.table import evaluation_text
+from ensemble_rm.evaluation.report import draw_evaluation, evaluation_text
 from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.metrics import nll
 from ensemble_rm.progress import Progress, silent

@@ -21,9 +21,8 @@ from ensemble_rm.members.backbone.trunk import TrunkOptions
 from ensemble_rm.members.full.scorer import FullScorer
 from ensemble_rm.members.scorer import Scorer, as_scorer
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.scoring.baselines import score_with_references
 from ensemble_rm.scoring.model_pool import ModelPool
-from ensemble_rm.scoring.pipeline import score_all
+from ensemble_rm.scoring.pipeline import score_members
 
 
 def combine(
@@ -122,15 +121,16 @@ def normalised(
         Called with (stage, done, total).
     """
     samples = reference.samples()
-    below = None
-    if baseline:
-        raw, below, _ = score_with_references(scorers, samples, pool=pool, progress=progress)
-    else:
-        raw, _ = score_all(scorers, samples, pool=pool, progress=progress)
+    result = score_members(scorers, samples, baseline=baseline, pool=pool, progress=progress)
     source = {"source": reference.source, "pairs": len(reference), "digest": reference.digest}
     return RewardEnsemble(
         tuple(scorers),
-        fit_normaliser(raw, reference.sample_groups(), baseline=below, nan=aggregator.nan),
+        fit_normaliser(
+            result.raw,
+            reference.sample_groups(),
+            baseline=result.baseline,
+            nan=aggregator.nan,
+        ),
         aggregator,
         provenance=provenance | {"reference": source},
         model_pool=pool,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.ties import TIE
 from ensemble_rm.members.encoding import Truncation
+from ensemble_rm.scoring.pipeline import Errors, RawScores
 from ensemble_rm.uncertainty.disagreement import PairUncertainty, member_std, split_uncertainty
 
 
@@ -33,6 +35,18 @@ class Scores:
     truncation : Truncation
         Which samples were cut, by any member that tokenises here; a baseline's references are
         samples too.
+    errors : mapping of (int, str or None) to Exception
+        By (row, member), why a score is missing. Under ``on_error="record"``, every row without a
+        reward is here; its member is None where several members, or their aggregation, failed.
+        Under both policies, it holds what members on servers say of samples without a score.
+    distance : ndarray, shape (n_samples,), optional
+        To the training inputs, where it was asked for.
+
+    Examples
+    --------
+    >>> scores = ensemble.score(samples, on_error="record")
+    >>> for row, error in scores.failed.items():
+    ...     print(row, type(error).__name__)
     """
 
     names: tuple[str, ...]
@@ -40,6 +54,57 @@ class Scores:
     raw: Floats
     reward: Floats
     truncation: Truncation
+    errors: Errors = field(default_factory=dict)
+    distance: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    def __getitem__(self, rows: slice) -> Scores:
+        """Return the scores of consecutive samples."""
+        start, stop, _ = rows.indices(len(self))
+        return replace(
+            self,
+            members=self.members[start:stop],
+            raw=self.raw[start:stop],
+            reward=self.reward[start:stop],
+            truncation=self.truncation[start:stop],
+            errors={
+                (row - start, member): error
+                for (row, member), error in self.errors.items()
+                if start <= row < stop
+            },
+            distance=None if self.distance is None else self.distance[start:stop],
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """Return the scores of all parts, in their order: at least one, of the same members."""
+        starts = np.cumsum([0, *map(len, parts)]).tolist()
+        far = [part.distance for part in parts if part.distance is not None]
+        return cls(
+            parts[0].names,
+            np.concatenate([part.members for part in parts]),
+            np.concatenate([part.raw for part in parts]),
+            np.concatenate([part.reward for part in parts]),
+            Truncation.join([part.truncation for part in parts]),
+            {
+                (start + row, member): error
+                for start, part in zip(starts, parts, strict=False)
+                for (row, member), error in part.errors.items()
+            },
+            np.concatenate(far) if len(far) == len(parts) else None,
+        )
+
+    @cached_property
+    def failed(self) -> Mapping[int, Exception]:
+        """By row, why there is no reward; rows with a reward are not in it."""
+        lost: dict[int, Exception] = {}
+        for (row, member), error in self.errors.items():
+            # What failed as a whole says more than what one of its members lacks.
+            if np.isnan(self.reward[row]) and (row not in lost or member is None):
+                lost[row] = error
+        return dict(sorted(lost.items()))
 
     @property
     def std(self) -> Floats:
@@ -48,6 +113,43 @@ class Scores:
         An ensemble of one member is an error.
         """
         return member_std(self.members, nan="omit")
+
+
+def aggregate_recorded(
+    names: tuple[str, ...], result: RawScores, members: Floats, aggregator: Aggregator
+) -> Scores:
+    """Aggregate each row that has enough scores; record why the others have no reward.
+
+    Parameters
+    ----------
+    names : tuple of str
+        The members.
+    result : RawScores
+        What the members returned.
+    members : ndarray, shape (n_samples, n_members)
+        Normalised scores.
+    aggregator : Aggregator
+
+    Returns
+    -------
+    Scores
+        A row without a reward is NaN throughout, and stands in `errors`.
+    """
+    reward, errors = np.full(len(members), np.nan), dict(result.errors)
+    rows = np.flatnonzero(~result.failed)
+    try:
+        reward[rows] = aggregator(members[rows])
+    except Exception:  # noqa: BLE001 - of which rows, only each row by itself can say
+        for row in rows:
+            try:
+                reward[row] = aggregator(members[row : row + 1])[0]
+            except Exception as error:  # noqa: BLE001 - recorded
+                errors[int(row), None] = error
+    lost = np.isnan(reward)
+    raw, members = result.raw.copy(), members.copy()
+    raw[lost] = members[lost] = np.nan
+    far = result.distance
+    return Scores(names, members, raw, reward, result.truncation, errors, far)
 
 
 @dataclass(frozen=True, eq=False)

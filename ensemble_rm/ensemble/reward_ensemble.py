@@ -1,13 +1,14 @@
-"""RewardEnsemble: scorers side by side, a normaliser, an aggregator and a calibration.
+"""RewardEnsemble: members, a normaliser, an aggregator and a calibration.
 
-Immutable: what changes something returns the changed ensemble.
+Immutable: a method that changes something returns the changed ensemble.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
@@ -23,44 +24,78 @@ from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.data.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
-from ensemble_rm.ensemble.results import Comparison, Ranking, Scores, compare_scored
-from ensemble_rm.ensemble.stored import Origin, Stored
+from ensemble_rm.ensemble import storage
+from ensemble_rm.ensemble.results import (
+    Comparison,
+    Ranking,
+    Scores,
+    aggregate_recorded,
+    compare_scored,
+)
 from ensemble_rm.errors import NoFeaturesError, OptionError
-from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.members.scorer import Scorer, as_scorer, with_tokens
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.members.scorer import Scorer, Token, as_scorer, with_tokens, with_tokens_of
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.scoring.baselines import score_with_references
-from ensemble_rm.scoring.features import features_in_chunks, score_and_features
 from ensemble_rm.scoring.model_pool import ModelPool
-from ensemble_rm.scoring.pipeline import score_all
+from ensemble_rm.scoring.pipeline import OnError, feature_distance, score_members
 from ensemble_rm.scoring.score_cache import ScoreCache
 from ensemble_rm.uncertainty.distance import FeatureSpace
+from ensemble_rm.versions.locate import Located, locate
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The folder that an ensemble was loaded from.
+
+    Attributes
+    ----------
+    folder : Path
+        As it was given.
+    version, members : int, optional
+        Number of the version, and of the version that holds its members; None without versions.
+    fixed : bool
+        Whether the version was asked for by number: `refresh` then never leaves it.
+    options : dict
+        Arguments of `from_pretrained`, for loading another version in the same way.
+    """
+
+    folder: Path
+    version: int | None
+    members: int | None
+    fixed: bool
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class RewardEnsemble(Stored):
-    """Several reward models behind one aggregator, calibrated.
+class RewardEnsemble:
+    """Several reward models as one calibrated reward.
 
     Parameters
     ----------
     scorers : sequence of Scorer
-        Or any objects with `names` and `score(samples) -> (n_samples, n_members)`.
+        Or of any objects with `names` and `score(samples) -> (n_samples, n_members)`.
     normaliser : Normaliser
-        One offset and scale a member.
+        One offset and scale per member.
     aggregator : Aggregator
-        Members' scores to one reward. Its weights, where it has any, name exactly the members.
+        Combines the members' scores. Its weights, where it has any, name exactly the members.
     calibration : Calibration, optional
         Fitted by `calibrate`.
     provenance : dict
         Recipe, digests and versions, as training recorded them.
     score_cache : ScoreCache, optional
-        Where raw scores are kept; see `with_score_cache`.
+        Stores raw scores; see `with_score_cache`.
     model_pool : ModelPool, optional
-        How many members' models are in memory at once; see `with_max_loaded_models`.
+        Limits the models in memory; see `with_max_loaded_models`.
     origin : Origin, optional
-        Where it was read, and which version it is; see `refresh`.
+        Folder and version that it was loaded from; see `refresh`.
     feature_space : FeatureSpace, optional
-        Where the features of the training inputs lie; see `distance`.
+        Describes the features of the training inputs; see `distance`.
+
+    Raises
+    ------
+    OptionError
+        If there is no member, two members have one name, a member has no `names` or `score`, or
+        the normaliser or the aggregator's weights are those of other members.
     """
 
     scorers: tuple[Scorer, ...]
@@ -86,17 +121,29 @@ class RewardEnsemble(Stored):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The members' names, in the order of the columns."""
+        """Names of the members, in the order of the columns."""
         return tuple(name for scorer in self.scorers for name in scorer.names)
 
     # Scoring -----------------------------------------------------------------------------------
 
-    def score(self, samples: Sequence[Sample], *, progress: Progress = silent) -> Scores:
+    def score(
+        self,
+        samples: Sequence[Sample],
+        *,
+        distance: bool = False,
+        on_error: OnError = "raise",
+        progress: Progress = silent,
+    ) -> Scores:
         """Score samples with every member and aggregate.
 
         Parameters
         ----------
         samples : sequence of Sample
+        distance : bool
+            Whether to return the samples' distances to the training inputs, too; see `distance`.
+        on_error : {"raise", "record"}
+            Whether the first error is raised, or a sample that cannot be scored fails alone: its
+            row is NaN, and the reason is in `Scores.errors`.
         progress : callable
             Called with (stage, done, total).
 
@@ -109,27 +156,29 @@ class RewardEnsemble(Stored):
         NonFiniteScoreError
             If a member's score is infinite, or NaN against the aggregator's policy.
         BaselineError
-            If the normaliser has a baseline and a sample names no reference completion.
+            If the normaliser has a baseline and a sample has no reference completion.
+        NoFeaturesError
+            If distances are asked for and there is no feature space.
         """
-        raw, members, cut = self.score_members(samples, progress=progress)
-        return Scores(self.names, members, raw, self.aggregator(members), cut)
-
-    def score_members(
-        self, samples: Sequence[Sample], *, progress: Progress = silent
-    ) -> tuple[Floats, Floats, Truncation]:
-        """Return raw and normalised scores, NaN where one is missing, and what was cut."""
-        options: dict[str, Any] = {"cache": self.score_cache, "pool": self.model_pool}
-        below = None
-        if self.normaliser.baseline:
-            raw, below, cut = score_with_references(
-                self.scorers, samples, **options, progress=progress
-            )
-        else:
-            raw, cut = score_all(self.scorers, samples, **options, progress=progress)
-        return raw, self.normaliser(raw, below), cut
+        result = score_members(
+            self.scorers,
+            samples,
+            baseline=self.normaliser.baseline,
+            space=self._space() if distance else None,
+            cache=self.score_cache,
+            pool=self.model_pool,
+            on_error=on_error,
+            progress=progress,
+        )
+        members = self.normaliser(result.raw, result.baseline)
+        if on_error == "record":
+            return aggregate_recorded(self.names, result, members, self.aggregator)
+        reward = self.aggregator(members)
+        cut, errors = result.truncation, result.errors
+        return Scores(self.names, members, result.raw, reward, cut, errors, result.distance)
 
     def distance(self, samples: Sequence[Sample], *, progress: Progress = silent) -> Floats:
-        """Return how far samples lie from the training inputs, by the members' features.
+        """Return how far samples are from the training inputs, by the members' features.
 
         Parameters
         ----------
@@ -145,37 +194,20 @@ class RewardEnsemble(Stored):
         Raises
         ------
         NoFeaturesError
-            If no feature space was kept at training: no member exposes features, or the ensemble
-            was not trained by this library.
+            If there is no feature space: no member has features, or this library did not train
+            the ensemble.
         """
+        return feature_distance(
+            self.scorers, samples, self._space(), pool=self.model_pool, progress=progress
+        )
+
+    def _space(self) -> FeatureSpace:
         if self.feature_space is None:
             raise NoFeaturesError(
-                "the ensemble has no feature space: no member exposes features, or none was kept; "
+                "the ensemble has no feature space: no member has features, or none was kept; "
                 "fit one with fit_feature_space(scorer_features(ensemble.scorers, training))"
             )
-        parts = features_in_chunks(self.scorers, samples, pool=self.model_pool, progress=progress)
-        return np.concatenate([self.feature_space.distance(features) for features in parts])
-
-    def members_with_distance(
-        self, samples: Sequence[Sample], *, progress: Progress = silent
-    ) -> tuple[Floats, Floats | None]:
-        """Return normalised scores without a reward, and distances; None without features.
-
-        Returns
-        -------
-        members : ndarray, shape (n_samples, n_members)
-            NaN where a member has no score, whatever the aggregator makes of it.
-        distance : ndarray, shape (n_samples,), optional
-        """
-        space = self.feature_space
-        if space is None:
-            return self.score_members(samples, progress=progress)[1], None
-        if self.normaliser.baseline or self.score_cache is not None:
-            return self.score_members(samples, progress=progress)[1], self.distance(samples)
-        parts = score_and_features(self.scorers, samples, pool=self.model_pool, progress=progress)
-        read = [(raw, space.distance(features)) for raw, _, features in parts]
-        raw, far = (np.concatenate(one) for one in zip(*read, strict=True))
-        return self.normaliser(raw, None), far
+        return self.feature_space
 
     def compare(
         self,
@@ -188,12 +220,12 @@ class RewardEnsemble(Stored):
         aggregator: Aggregator | None = None,
         progress: Progress = silent,
     ) -> Comparison:
-        """Say with what probability a human prefers each first completion.
+        """Return the probability that a human prefers each first completion.
 
         Parameters
         ----------
         prompts : sequence of str or of messages
-            One a pair.
+            One per pair.
         first, second : sequence of str
             The completions.
         subsets : sequence of (str or None), optional
@@ -252,7 +284,7 @@ class RewardEnsemble(Stored):
         Returns
         -------
         list of Ranking
-            One a prompt.
+            One per prompt.
         """
         samples = grouped_samples(prompts, completions, references)
         reward = self.score(samples, progress=progress).reward
@@ -263,7 +295,9 @@ class RewardEnsemble(Stored):
     # Calibration -------------------------------------------------------------------------------
 
     def judge(self, pairs: Preferences, *, progress: Progress = silent) -> ScoredPairs:
-        """Score both sides of judged pairs.
+        """Score both sides of judged pairs, and take their distances where there are features.
+
+        A missing score stays NaN, whatever the aggregator's policy.
 
         Parameters
         ----------
@@ -276,8 +310,17 @@ class RewardEnsemble(Stored):
         ScoredPairs
             In the order of the pairs.
         """
-        members, far = self.members_with_distance(pairs.samples(), progress=progress)
-        n = len(pairs)
+        result = score_members(
+            self.scorers,
+            pairs.samples(),
+            baseline=self.normaliser.baseline,
+            space=self.feature_space,
+            cache=self.score_cache,
+            pool=self.model_pool,
+            progress=progress,
+        )
+        members = self.normaliser(result.raw, result.baseline)
+        n, far = len(pairs), result.distance
         verdicts = (pairs.targets, pairs.weights, pairs.groups, pairs.subsets, pairs.tie_shares)
         distances = np.zeros((n, 0)) if far is None else far.reshape(2, n).T
         return ScoredPairs(members[:n], members[n:], *verdicts, distances)
@@ -293,23 +336,23 @@ class RewardEnsemble(Stored):
         min_judgments: int = MIN_JUDGMENTS,
         progress: Progress = silent,
     ) -> RewardEnsemble:
-        """Fit how the reward's margin becomes a probability, on judgments held apart.
+        """Fit how the reward's margin becomes a probability, on held-out judgments.
 
-        The reward itself stays as it is under every method.
+        The reward itself stays the same under every method.
 
         Parameters
         ----------
         held : Preferences
             Judgments that no member was trained on.
         aggregator : Aggregator, optional
-            Of the reward from now on; the ensemble's own where not given.
+            Of the reward from now on (default: the ensemble's own).
         method : str
             ``"temperature"``, ``"power"``, ``"isotonic"``, ``"histogram"`` or ``"bbq"``; the last
             three make ties, and are never for an RL reward.
         slices : bool
             Whether each subset gets a temperature of its own, shrunk towards the global one.
         ties : str, optional
-            Model the ties beside it: ``"davidson"`` or ``"rao-kupper"``.
+            Tie model to fit, too: ``"davidson"`` or ``"rao-kupper"``.
         min_judgments : int
             The fewest that suffice.
         progress : callable
@@ -325,7 +368,7 @@ class RewardEnsemble(Stored):
         TooFewJudgmentsError, SeparableError, NoPositiveTemperatureError, NoTiesError
             Where no temperature or tie model can be fitted; see `fit_temperature`.
         OptionError
-            If the method is unknown, cannot take these votes and weights, or is asked for slices.
+            If the method is unknown, cannot take these votes and weights, or has no slices.
         """
         require_pairs(held, "calibration")
         chosen = (aggregator or self.aggregator).bind(self.names)
@@ -362,35 +405,37 @@ class RewardEnsemble(Stored):
         calibration = refit_calibration(self.calibration, aggregator)
         return replace(self, aggregator=aggregator, calibration=calibration)
 
+    # Changed copies ----------------------------------------------------------------------------
+
     def with_aggregator(self, aggregator: Aggregator) -> RewardEnsemble:
         """Take another aggregator for rewards; a calibration of the old one no longer applies."""
         return replace(self, aggregator=aggregator)
 
     def with_score_cache(self, cache: ScoreCache | None) -> RewardEnsemble:
-        """Keep members' raw scores on disk and read them there; None, the default, does neither."""
+        """Store members' raw scores on disk and read them from there; None does neither."""
         return replace(self, score_cache=cache)
 
-    def with_tokens(self, tokens: Mapping[str, str | Callable[[], str]]) -> RewardEnsemble:
-        """Let members on other servers in: bearer tokens by member, which are never saved.
+    def with_tokens(self, tokens: Mapping[str, Token]) -> RewardEnsemble:
+        """Set bearer tokens of members on other servers; they are never saved.
 
         Parameters
         ----------
         tokens : mapping of str to str or callable
-            By the member's name: a token, or what returns the one that holds now.
+            By the member's name: a token, or a function that returns the current one.
 
         Raises
         ------
         OptionError
-            If a name is none of a member on another server.
+            If a name belongs to no member on another server.
         """
         return replace(self, scorers=with_tokens(self.scorers, tokens))
 
     def with_max_loaded_models(self, n: int | None) -> RewardEnsemble:
-        """Hold at most n scorers' models in memory, the others unloaded; all where n is None.
+        """Limit the models in memory to n at once; None removes the limit.
 
-        A whole model is one, and so is a trunk with all its heads, branches or adapters. Each
-        scores every sample of a call before it makes room for the next. The new ensemble loads
-        models of its own; those of this one are freed with it.
+        A whole model counts as one, and so does a trunk with all its heads, branches or adapters.
+        Each scores every sample of a call before another takes its place. The new ensemble loads
+        its own models; those of this one are freed with it.
 
         Raises
         ------
@@ -399,6 +444,143 @@ class RewardEnsemble(Stored):
         """
         if n is None:
             return replace(self, model_pool=None)
+        scorers = tuple(scorer.unloaded() for scorer in self.scorers)
+        return replace(self, scorers=scorers, model_pool=ModelPool(n))
+
+    # Storage -----------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the ensemble as safetensors and JSON.
+
+        Parameters
+        ----------
+        folder : str or Path
+            Replaced as a whole if it contains an ensemble already.
+
+        Returns
+        -------
+        Path
+            The folder.
+
+        Raises
+        ------
+        StorageError
+            If a member cannot be saved, or the folder contains something else.
+        VersionError
+            If the folder contains versions.
+        """
+        return storage.save(
+            Path(folder).expanduser(),
+            scorers=self.scorers,
+            normaliser=self.normaliser,
+            aggregator=self.aggregator,
+            calibration=self.calibration,
+            provenance=self.provenance,
+            feature_space=self.feature_space,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        version: int | None = None,
+        backbone: str | Path | None = None,
+        device: str | None = None,
+        cache_dir: str | Path | None = DEFAULT_CACHE,
+        max_loaded_models: int | None = None,
+    ) -> Self:
+        """Load what `save_pretrained` wrote, or a version of it; the scores are identical.
+
+        Parameters
+        ----------
+        folder : str or Path
+            Of an ensemble or of its versions.
+        version : int, optional
+            Number of a version (default: the pinned or else the current one).
+        backbone : str or Path, optional
+            Where the backbone is now, if it has moved since training.
+        device : str, optional
+            Device of the models (default: the best available).
+        cache_dir : str or Path, optional
+            For converted GGUF weights.
+        max_loaded_models : int, optional
+            Maximum number of models in memory; see `with_max_loaded_models`.
+
+        Returns
+        -------
+        RewardEnsemble
+
+        Raises
+        ------
+        StorageError
+            If the folder contains no ensemble.
+        VersionError
+            If it has no version of that number.
+        BackboneError
+            If the backbone's weights are not those of training.
+        """
+        path = Path(folder).expanduser()
+        options = {
+            "backbone": backbone,
+            "device": device,
+            "cache_dir": cache_dir,
+            "max_loaded_models": max_loaded_models,
+        }
+        return cls._load(path, locate(path, version), fixed=version is not None, options=options)
+
+    @classmethod
+    def _load(cls, folder: Path, located: Located, *, fixed: bool, options: dict[str, Any]) -> Self:
+        cache_dir = options["cache_dir"]
+        parts = storage.load(
+            located.ensemble,
+            backbone=options["backbone"],
+            device=options["device"],
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+        )
+        if located.calibration is not None:
+            parts["calibration"] = located.calibration
+        number = None if located.version is None else located.version.number
+        members = None if located.version is None else located.version.ensemble
+        loaded = cls(**parts, origin=Origin(folder, number, members, fixed, options))
+        if (limit := options["max_loaded_models"]) is None:
+            return loaded
+        return replace(loaded, model_pool=ModelPool(limit))
+
+    def refresh(self) -> Self:
+        """Return the version that is current now, or this very ensemble if it is that version.
+
+        Nothing is changed in place: the owner of the ensemble decides when to use the new one. The
+        aggregator, with its λ, κ or β, stays that of this ensemble. Under a new calibration every
+        reward is bitwise the same, and no model is loaded again.
+
+        Returns
+        -------
+        RewardEnsemble
+            This one, too, if it was not loaded from a folder, or was asked for by number.
+
+        Raises
+        ------
+        StorageError
+            If the current version cannot be read.
+        """
+        origin = self.origin
+        if origin is None or origin.fixed:
+            return self
+        located = locate(origin.folder)
+        version = located.version
+        if version is None or version.number == origin.version:
+            return self
+        # A plain ensemble's members are those of the first version, which was made from it.
+        if version.ensemble == (origin.members or 1):
+            moved = replace(origin, version=version.number, members=version.ensemble)
+            calibration = located.calibration or version.read_calibration()
+            return replace(self, calibration=calibration, origin=moved)
+        new = self._load(origin.folder, located, fixed=False, options=origin.options)
+        # Tokens are never saved, so that the new members take those of the old.
         return replace(
-            self, scorers=tuple(s.unloaded() for s in self.scorers), model_pool=ModelPool(n)
+            new,
+            aggregator=self.aggregator,
+            score_cache=self.score_cache,
+            scorers=with_tokens_of(new.scorers, self.scorers),
         )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats, finite_or_none
 from ensemble_rm.data.samples import Sample, prompt_key
 from ensemble_rm.ensemble.results import Scores
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
@@ -50,10 +50,8 @@ class ScoreDrift:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON; a NaN is null."""
-        return {
-            name: None if isinstance(value, float) and np.isnan(value) else value
-            for name, value in asdict(self).items()
-        }
+        row: dict[str, Any] = finite_or_none(asdict(self))
+        return row
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.data.samples import Sample
+from ensemble_rm.data.samples import Preference, Preferences
 from ensemble_rm.errors import DataError, RemoteUnavailableError
 from ensemble_rm.evidence.dated_margins import Ints
 from ensemble_rm.evidence.score_table import KEY, Keys, PairMargins, ScoreTable, read_margins
@@ -143,14 +143,14 @@ def _score(
 
     And the (n_pairs, 2) distances to the training features, where the ensemble knows those.
     """
-    samples = []
-    for one in judged:
-        _, first, second = one.text_digests
-        sides = (one.first, one.second) if first <= second else (one.second, one.first)
-        samples += [Sample(one.prompt, side) for side in sides]
-    members, far = ensemble.members_with_distance(samples)
-    n = len(judged)
-    return members.reshape(n, 2, -1), None if far is None else far.reshape(n, 2)
+    pairs = []
+    for judgment in judged:
+        _, first, second = judgment.text_digests
+        sides = (judgment.first, judgment.second)
+        pairs.append(Preference(judgment.prompt, *(sides if first <= second else sides[::-1])))
+    scored = ensemble.judge(Preferences(tuple(pairs)))
+    distances = scored.distances if scored.distances.shape[1] else None
+    return np.stack([scored.first, scored.second], axis=1), distances
 
 
 def evidence_of(window: Window, table: ScoreTable) -> ScoredPairs | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats, finite_or_none
 from ensemble_rm.errors import EmptyDataError
 from ensemble_rm.judgments.filter import ALL_JUDGMENTS, JudgmentFilter
 from ensemble_rm.judgments.judgment import OUTCOMES, Verdict
@@ -129,7 +129,7 @@ class AgreementReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures for JSON, what is not known as None."""
-        found: dict[str, Any] = _known(asdict(self))
+        found: dict[str, Any] = finite_or_none(asdict(self))
         return found
 
 
@@ -300,11 +300,3 @@ def _rater(name: str, person: _Person) -> Rater:
 
 def _couple(names: tuple[str, str], sums: Floats) -> Couple:
     return Couple(names, int(sums[0]), float(sums[1] / sums[0]), _cohen(sums))
-
-
-def _known(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _known(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_known(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

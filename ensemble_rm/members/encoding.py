@@ -62,6 +62,18 @@ class Truncation:
         """Return that of `n` samples of which none was cut."""
         return cls(np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_))
 
+    @classmethod
+    def join(cls, parts: Sequence[Truncation]) -> Truncation:
+        """Return that of the samples of all parts, in their order."""
+        return cls(
+            np.concatenate([part.prompts for part in parts]),
+            np.concatenate([part.completions for part in parts]),
+        )
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Truncation:
+        """Return that of some of the samples."""
+        return Truncation(self.prompts[rows], self.completions[rows])
+
     def __or__(self, other: Truncation) -> Truncation:
         """Return which of the same samples one or the other cut."""
         return Truncation(self.prompts | other.prompts, self.completions | other.completions)

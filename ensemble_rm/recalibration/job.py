@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.drift.state import DriftOptions, summarise, watch, write_state
@@ -31,7 +32,6 @@ from ensemble_rm.versions.job_run import (
     RunOptions,
     Verdict,
     digest_inputs,
-    json_values,
 )
 from ensemble_rm.versions.repository import Versions, now_utc
 from ensemble_rm.versions.version import Version
@@ -331,5 +331,5 @@ def _explain(decision: Decision, incumbent: Calibration | None) -> dict[str, Any
                 "effective": fitted.effective,
             }
     row["incumbent_log_se"] = None if incumbent is None else incumbent.fit.log_se
-    explained: dict[str, Any] = json_values(row)
+    explained: dict[str, Any] = finite_or_none(row)
     return explained

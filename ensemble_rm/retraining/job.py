@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import TooFewJudgmentsError
@@ -34,7 +35,6 @@ from ensemble_rm.versions.job_run import (
     RunOptions,
     Verdict,
     digest_inputs,
-    json_values,
 )
 from ensemble_rm.versions.repository import Versions, now_utc
 from ensemble_rm.versions.version import Version
@@ -194,13 +194,13 @@ class _RetrainingJob(Job):
         self, incumbent: Version, result: Retraining, details: dict[str, Any]
     ) -> RetrainingRun:
         details = details | result.details | {"reason": result.reason}
-        details["gate"] = None if result.gate is None else json_values(asdict(result.gate))
+        details["gate"] = None if result.gate is None else finite_or_none(asdict(result.gate))
         if result.answer != "publish" or result.ensemble is None:
             verdict: Verdict = "too few" if result.answer == "too few" else "kept"
             return self._end(incumbent, verdict, result.reason, details)
         published = self.versions.publish_ensemble(
             result.ensemble.save_pretrained,
-            provenance={"retraining": json_values(details) | {"run": self.run}},
+            provenance={"retraining": finite_or_none(details) | {"run": self.run}},
         )
         return self._end(incumbent, "published", result.reason, details, published.number)
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.ensemble.isolation import score_apart
 from ensemble_rm.errors import DataError, OptionError, ScoringError, TemplateError
 
 if TYPE_CHECKING:
@@ -135,33 +134,19 @@ def score_each(
         for i, s in asked
         if with_references and s.reference is not None
     }
-    places = {reference: n + j for j, reference in enumerate(dict.fromkeys(below.values()))}
-    found = _Found(n + len(places), k)
-    found.errors.update({i: s for i, s in enumerate(samples) if not isinstance(s, Sample)})
-    _score(ensemble, [*asked, *((place, s) for s, place in places.items())], found)
+    references = list(dict.fromkeys(below.values()))
+    scores = ensemble.score([*(s for _, s in asked), *references], on_error="record")
+    failed = dict(scores.failed)
+    for error in failed.values():
+        if not isinstance(error, FAILURES):
+            raise error
+    rows, m = [i for i, _ in asked], len(asked)
+    reward, members = np.full(n, np.nan), np.full((n, k), np.nan)
+    reward[rows], members[rows] = scores.reward[:m], scores.members[:m]
+    place = {reference: m + j for j, reference in enumerate(references)}
     reference_reward = np.full(n, np.nan)
     for i, reference in below.items():
-        reference_reward[i] = found.reward[places[reference]]
-    errors = tuple(found.errors.get(i) for i in range(n))
-    return LoopRewards(found.reward[:n], found.members[:n], reference_reward, errors)
-
-
-class _Found:
-    """Rewards as they come in."""
-
-    def __init__(self, n: int, k: int) -> None:
-        self.reward = np.full(n, np.nan)
-        self.members = np.full((n, k), np.nan)
-        self.errors: dict[int, Exception] = {}
-
-
-def _score(ensemble: RewardEnsemble, asked: Sequence[tuple[int, Sample]], found: _Found) -> None:
-    """Score what can be scored, and keep the others' errors."""
-    places = [place for place, _ in asked]
-    for rows, scores in score_apart(ensemble, [s for _, s in asked], failures=FAILURES):
-        at = [places[row] for row in rows]
-        if isinstance(scores, Exception):
-            found.errors[at[0]] = scores
-        else:
-            found.reward[at] = scores.reward
-            found.members[at] = scores.members
+        reference_reward[i] = scores.reward[place[reference]]
+    errors = {i: s for i, s in enumerate(samples) if not isinstance(s, Sample)}
+    errors |= {rows[row]: error for row, error in failed.items() if row < m}
+    return LoopRewards(reward, members, reference_reward, tuple(errors.get(i) for i in range(n)))

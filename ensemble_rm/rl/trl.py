@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats, finite_or_none
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import CalibrationError, OptionError
 from ensemble_rm.rl.chat import read_samples
@@ -218,16 +218,16 @@ class TRLReward:
             "failure": list(rewards.failures),
         }
         if members.shape[1] > 1:
-            columns["member_std"] = plain(member_std(members, nan="omit"))
+            columns["member_std"] = finite_or_none(member_std(members, nan="omit"))
         for name, column in zip(self.pinned.ensemble.names, members.T, strict=True):
-            columns[f"score/{name}"] = plain(column)
+            columns[f"score/{name}"] = finite_or_none(column)
         if span is not None:
             counts = outside_range(members, span).sum(axis=1)
-            columns["outside_range"] = plain(
+            columns["outside_range"] = finite_or_none(
                 np.where(np.isnan(members).any(axis=1), np.nan, counts)
             )
         if np.isfinite(beats).any():
-            columns["beats_reference"] = plain(beats)
+            columns["beats_reference"] = finite_or_none(beats)
         return columns
 
 
@@ -251,11 +251,6 @@ class AsyncTRLReward(TRLReward):
         self._watch(samples, rewards, completions, completion_ids)
         self._log(samples, rewards, log_metric, log_extra)
         return rewards.listed()
-
-
-def plain(values: Floats) -> list[float | None]:
-    """Return floats for a table, None for NaN."""
-    return [float(v) if np.isfinite(v) else None for v in values]
 
 
 def version_number(version: str) -> float:

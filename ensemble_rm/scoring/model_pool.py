@@ -1,11 +1,8 @@
-"""How many scorers' models are in memory at once, where not all of them fit.
-
-Knows who holds a model and who uses it; knows neither samples nor scores.
-"""
+"""A limit on the models in memory at once, where not all of them fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Condition
 
@@ -16,36 +13,36 @@ from ensemble_rm.members.scorer import Scorer
 class ModelPool:
     """Keeps the models of at most `max_loaded` scorers in memory.
 
-    Ensembles that were made from one another share it, between threads too: who finds no room
-    waits until a model is idle. Scorers that load no model are let through.
+    Ensembles that were made from one another share a pool, across threads, too: a thread that
+    finds no room waits until a model is idle. Scorers without a model are not limited.
 
     Parameters
     ----------
     max_loaded : int
-        Scorers that may hold their models at the same time.
+        Maximum number of scorers with a model in memory, >= 1.
 
     Raises
     ------
     OptionError
-        If there is no room for one.
+        If `max_loaded` is less than 1.
     """
 
     def __init__(self, max_loaded: int) -> None:
         if max_loaded < 1:
             raise OptionError(f"max_loaded_models must be at least 1, not {max_loaded}")
         self.max_loaded = max_loaded
-        self._held: dict[int, Scorer] = {}  # by id, the one idle for longest first
+        self._held: dict[int, Scorer] = {}  # by id, the longest idle first
         self._users: dict[int, int] = {}
         self._changed = Condition()
 
-    def loaded_first(self, scorers: Sequence[Scorer]) -> list[Scorer]:
-        """Return the scorers in the order that loads least: those in memory before the others."""
+    def holds(self, scorer: Scorer) -> bool:
+        """Return whether the scorer's model is in memory."""
         with self._changed:
-            return sorted(scorers, key=lambda scorer: id(scorer) not in self._held)
+            return id(scorer) in self._held
 
     @contextmanager
     def using(self, scorer: Scorer) -> Iterator[None]:
-        """Let a scorer hold its model inside; what is idle is unloaded where room is needed."""
+        """Reserve room for a scorer's model; an idle model is unloaded if there is none."""
         if not scorer.has_model:
             yield
             return
@@ -63,7 +60,7 @@ class ModelPool:
                 self._changed.notify_all()
 
     def _make_room(self) -> bool:
-        """Unload the model that was idle for longest, if it must be; False if all are in use."""
+        """Unload the longest idle model if there is no room; return False if all are in use."""
         if len(self._held) < self.max_loaded:
             return True
         idle = next((key for key in self._held if not self._users[key]), None)

@@ -1,98 +1,479 @@
-"""One pass over all members of an ensemble: scores, and what truncation cut."""
+"""The one place where members are asked: scores, what was cut, distances, and every failure.
+
+Each member is asked about each sample once. A sample that a member cannot score is found by halving
+the batch of that member alone, so that it costs no other sample its score.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
+from ensemble_rm.errors import (
+    OptionError,
+    RemoteActivationError,
+    RemoteRefusalError,
+    RemoteUnavailableError,
+)
 from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.members.scorer import PendingScores, Scorer, check_scores
-from ensemble_rm.progress import Progress
+from ensemble_rm.members.scorer import (
+    MemberScores,
+    PendingScores,
+    Scorer,
+    check_features,
+    check_scores,
+)
+from ensemble_rm.progress import Progress, silent
+from ensemble_rm.scoring.baselines import missing_references, reference_samples
 from ensemble_rm.scoring.model_pool import ModelPool
 from ensemble_rm.scoring.score_cache import ScoreCache
+from ensemble_rm.uncertainty.distance import FeatureSpace
+
+T = TypeVar("T")
+Floats = NDArray[np.float64]
+OnError: TypeAlias = Literal["raise", "record"]
+Errors: TypeAlias = Mapping[tuple[int, str | None], Exception]
+"""By (row, member), why a score is missing; the member is None where it is not one alone."""
+
+_CHUNK = 4096  # samples whose features are in memory at once
+# A server that is out of reach, refuses, or serves the wrong scores fails every sample alike: half
+# of them would only wait for its whole deadline again.
+_OUTAGES = (RemoteUnavailableError, RemoteRefusalError, RemoteActivationError)
 
 
-def score_all(
+@dataclass(frozen=True, eq=False)
+class RawScores:
+    """What all members returned for samples, in the order of the samples.
+
+    Attributes
+    ----------
+    raw : ndarray, shape (n_samples, n_members)
+        Scores, each member in its own unit; NaN where one is missing.
+    truncation : Truncation
+        Which samples any member cut; a sample's reference counts as part of it.
+    failed : ndarray of bool, shape (n_samples,)
+        Which samples a member raised an exception on; their rows are NaN.
+    errors : mapping of (int, str or None) to Exception
+        By row and member: why a sample failed, or why one member has no score of it.
+    baseline : ndarray, shape (n_samples, n_members), optional
+        Scores of each sample's reference completion, where they were asked for.
+    distance : ndarray, shape (n_samples,), optional
+        To the training inputs, where a feature space was given; NaN where a sample failed.
+    """
+
+    raw: Floats
+    truncation: Truncation
+    failed: NDArray[np.bool_]
+    errors: Errors
+    baseline: Floats | None = None
+    distance: Floats | None = None
+
+    def take(self, rows: Sequence[int]) -> RawScores:
+        """Return these rows, in this order; a row may come several times."""
+        own: dict[int, list[tuple[str | None, Exception]]] = {}
+        for (row, member), error in self.errors.items():
+            own.setdefault(row, []).append((member, error))
+        index = np.asarray(rows, dtype=np.int64)
+        return RawScores(
+            self.raw[index],
+            self.truncation[index],
+            self.failed[index],
+            {(i, member): e for i, row in enumerate(rows) for member, e in own.get(row, ())},
+            None if self.baseline is None else self.baseline[index],
+            None if self.distance is None else self.distance[index],
+        )
+
+
+def score_members(
     scorers: Sequence[Scorer],
     samples: Sequence[Sample],
     *,
+    baseline: bool = False,
+    space: FeatureSpace | None = None,
     cache: ScoreCache | None = None,
     pool: ModelPool | None = None,
-    progress: Progress,
-) -> tuple[NDArray[np.float64], Truncation]:
-    """Return every member's raw scores, (n_samples, n_members), and which samples were cut.
+    on_error: OnError = "raise",
+    progress: Progress = silent,
+) -> RawScores:
+    """Ask every member about every sample, once.
 
-    Members on other servers are asked first, and waited for last.
+    Members on other servers are asked first and waited for last, so that their time and that of
+    the members in this process overlap.
 
     Parameters
     ----------
     scorers : sequence of Scorer
     samples : sequence of Sample
+    baseline : bool
+        Whether to score each sample's reference completion, too; each distinct one once.
+    space : FeatureSpace, optional
+        Take the samples' distances in it, from the same pass where that is possible.
     cache : ScoreCache, optional
-        Looked into, and filled, for every scorer that has a digest.
+        Read, and filled, for every scorer that has a digest.
     pool : ModelPool, optional
-        How many scorers hold their models at once; all where there is none.
+        Limits how many models are in memory at once.
+    on_error : {"raise", "record"}
+        Whether the first exception of a member passes through, or fails its sample alone: the
+        sample's row is then NaN, and the exception is in `errors`. One failing sample costs its
+        member at most 2·log₂(n_samples) more passes.
     progress : callable
         Called with (stage, done, total).
+
+    Raises
+    ------
+    BaselineError
+        If a sample has no reference completion and needs one; the message names its row.
+    OptionError
+        If a scorer returns an array of another shape than (n_samples, n_members).
+    NonFiniteScoreError
+        If a score is infinite.
     """
-    columns: dict[int, NDArray[np.float64]] = {}
-    cut = Truncation.none(len(samples))
-    with asked_ahead(scorers, samples) as asked:
-        for scorer in scorers if pool is None else pool.loaded_first(scorers):
-            if id(scorer) in asked:
-                continue
-            compute = partial(_score, scorer, pool=pool, progress=progress)
-            if cache is not None and len(samples) > 0 and (digest := scorer.digest) is not None:
-                scores, more = cache.scores(digest, samples, compute)
-            else:
-                scores, more = compute(samples)
-            columns[id(scorer)] = scores
-            cut |= more
-        columns |= {key: waited() for key, waited in asked.items()}
-    return np.concatenate([columns[id(scorer)] for scorer in scorers], axis=1), cut
+    if on_error not in ("raise", "record"):
+        raise OptionError(f"on_error must be 'raise' or 'record', not {on_error!r}")
+    record = on_error == "record"
+    if record and len(distinct := dict.fromkeys(samples)) < len(samples):
+        place = {sample: row for row, sample in enumerate(distinct)}
+        result = score_members(
+            scorers,
+            list(distinct),
+            baseline=baseline,
+            space=space,
+            cache=cache,
+            pool=pool,
+            on_error=on_error,
+            progress=progress,
+        )
+        return result.take([place[sample] for sample in samples])
+    call = _Call(scorers, cache, pool, record=record)
+    if baseline:
+        result = _with_references(call, samples, progress)
+    elif space is not None and cache is None:
+        return _with_distances(call, samples, space, progress)
+    else:
+        result, _ = call.ask(samples, progress)
+    if space is not None:
+        result = replace(result, distance=call.distance(samples, space, progress))
+    return result
 
 
-@contextmanager
-def asked_ahead(
-    scorers: Sequence[Scorer], samples: Sequence[Sample]
-) -> Iterator[dict[int, Callable[[], NDArray[np.float64]]]]:
-    """Ask all members on other servers; what is not done in the end is given up.
+def feature_distance(
+    scorers: Sequence[Scorer],
+    samples: Sequence[Sample],
+    space: FeatureSpace,
+    *,
+    pool: ModelPool | None = None,
+    progress: Progress = silent,
+) -> Floats:
+    """Return samples' distances in a feature space, shape (n_samples,); no score is computed."""
+    return _Call(scorers, None, pool, record=False).distance(samples, space, progress)
+
+
+class _Call:
+    """The members of one call, and how they are asked."""
+
+    def __init__(
+        self,
+        scorers: Sequence[Scorer],
+        cache: ScoreCache | None,
+        pool: ModelPool | None,
+        *,
+        record: bool,
+    ) -> None:
+        self.scorers, self.cache, self.pool, self.record = scorers, cache, pool, record
+
+    def ask(
+        self, samples: Sequence[Sample], progress: Progress, *, features: bool = False
+    ) -> tuple[RawScores, Floats | None]:
+        """Ask all members; return the features, too, where they are asked for."""
+        n, k = len(samples), len(self.scorers)
+        started: list[list[tuple[range, PendingScores]]] = [[] for _ in range(k)]
+        failed: list[dict[int, Exception]] = [{} for _ in range(k)]
+        answers: dict[int, MemberScores] = {}
+        if self.record and not samples:  # nothing that fails could be recorded
+            width = sum(len(scorer.names) for scorer in self.scorers)
+            none = np.zeros(0, dtype=np.bool_)
+            return RawScores(np.empty((0, width)), Truncation.none(0), none, {}), None
+        try:
+            for i, scorer in enumerate(self.scorers):
+                started[i] = self._begin(scorer, samples, failed[i])
+            # Computed here while the servers work.
+            here = [i for i in range(k) if not started[i] and not failed[i]]
+            if (pool := self.pool) is not None:  # those in memory first: it loads the fewest models
+                here.sort(key=lambda i: not pool.holds(self.scorers[i]))
+            for i in here:
+                score = self._scoring(self.scorers[i], features, progress)
+                try:
+                    answers[i] = _checked(self.scorers[i], score(samples), n)
+                except BaseException as error:
+                    if not self.record:
+                        raise
+                    checked = partial(_score_checked, self.scorers[i], score)
+                    parts = _halve(checked, samples, error, failed[i])
+                    answers[i] = _joined(self.scorers[i], parts, n)
+            for i in range(k):
+                if i not in answers:
+                    answers[i] = self._wait(i, started[i], failed, n)
+        finally:  # a member that failed leaves the requests of others unread
+            for own in started:
+                for _, pending in own:
+                    pending.cancel()
+        return self._combine([answers[i] for i in range(k)], failed, n)
+
+    def _begin(
+        self, scorer: Scorer, samples: Sequence[Sample], failed: MutableMapping[int, Exception]
+    ) -> list[tuple[range, PendingScores]]:
+        """Send a member's requests; none where this process computes its scores."""
+        parts: Iterable[tuple[range, PendingScores | None]]
+        try:
+            parts = [(range(len(samples)), scorer.begin(samples))]
+        except BaseException as error:  # a template, perhaps, that one sample does not fit
+            if not self.record:
+                raise
+            parts = _halve(scorer.begin, samples, error, failed)
+        return [(rows, pending) for rows, pending in parts if pending is not None]
+
+    def _wait(
+        self,
+        i: int,
+        started: Sequence[tuple[range, PendingScores]],
+        failed: Sequence[MutableMapping[int, Exception]],
+        n: int,
+    ) -> MemberScores:
+        """Read what a server computed; it is asked about no sample twice."""
+        scorer, parts = self.scorers[i], []
+        for rows, pending in started:
+            if len(rows) and all(any(row in own for own in failed) for row in rows):
+                continue  # the samples failed elsewhere: nothing needs these scores
+            try:
+                parts.append((rows, _checked(scorer, pending.result(), len(rows))))
+            except BaseException as error:
+                if not self.record:
+                    raise
+                failed[i].update(dict.fromkeys(rows, _as_exception(error)))
+        return _joined(scorer, parts, n)
+
+    def _scoring(
+        self, scorer: Scorer, features: bool, progress: Progress
+    ) -> Callable[[Sequence[Sample]], MemberScores]:
+        """Return what scores with a member of this process, through pool and cache."""
+        score = partial(scorer.score_detailed, features=features, progress=progress)
+        compute = score if self.pool is None else partial(_score_in, self.pool, scorer, score)
+        digest = None if self.cache is None else scorer.digest
+        if self.cache is None or digest is None:
+            return compute
+        # Checked here, too: nothing of the wrong shape goes into the cache.
+        return partial(self.cache.scores, digest, compute=partial(_score_checked, scorer, compute))
+
+    def _combine(
+        self,
+        answers: Sequence[MemberScores],
+        failed: Sequence[Mapping[int, Exception]],
+        n: int,
+    ) -> tuple[RawScores, Floats | None]:
+        """Put the members' columns in one matrix, and their errors in one mapping."""
+        errors: dict[tuple[int, str | None], Exception] = {}
+        cut = Truncation.none(n)
+        for scorer, answer, own in zip(self.scorers, answers, failed, strict=True):
+            member = scorer.names[0] if len(scorer.names) == 1 else None
+            for row, error in (*answer.errors.items(), *own.items()):
+                errors.setdefault((row, member), error)
+            cut |= answer.truncation
+        raw = np.concatenate([answer.scores for answer in answers], axis=1)
+        lost = np.zeros(n, dtype=np.bool_)
+        lost[[row for own in failed for row in own]] = True
+        # Without the member that raised, the others would make another reward than was asked for.
+        raw[lost] = np.nan
+        features = [answer.features for answer in answers if answer.features is not None]
+        return RawScores(raw, cut, lost, errors), (
+            np.concatenate(features, axis=1) if features else None
+        )
+
+    def distance(
+        self, samples: Sequence[Sample], space: FeatureSpace, progress: Progress
+    ) -> Floats:
+        """Return the samples' distances, from features alone: members without are not asked."""
+        far = []
+        for begin in range(0, max(len(samples), 1), _CHUNK):
+            chunk = samples[begin : begin + _CHUNK]
+            columns = []
+            for scorer in self.scorers:
+                with nullcontext() if self.pool is None else self.pool.using(scorer):
+                    features = scorer.features(chunk)
+                if features is not None:
+                    columns.append(check_features(scorer, features, len(chunk)))
+            far.append(space.distance(np.concatenate(columns, axis=1)))
+            progress("reading", begin + len(chunk), len(samples))
+        return np.concatenate(far)
+
+
+def _halve(
+    work: Callable[[Sequence[Sample]], T],
+    samples: Sequence[Sample],
+    error: BaseException,
+    failed: MutableMapping[int, Exception],
+) -> Iterator[tuple[range, T]]:
+    """Halve samples that failed together until those that fail are alone.
 
     Parameters
     ----------
-    scorers : sequence of Scorer
-    samples : sequence of Sample
+    work : callable
+        Raised `error` on all of `samples`.
+    failed : mapping of int to Exception
+        Takes the exceptions of the samples that fail alone.
 
     Yields
     ------
-    dict of int to callable
-        By a scorer's id, in their order, what waits for its scores.
+    tuple of (range, T)
+        The rows of samples that succeed together, and what `work` returns.
     """
-    asked: list[PendingScores] = []
-    found: dict[int, Callable[[], NDArray[np.float64]]] = {}
-    try:
-        for scorer in scorers:
-            if (pending := scorer.begin(samples)) is not None:
-                asked.append(pending)
-                found[id(scorer)] = partial(_waited, scorer, pending, len(samples))
-        yield found
-    finally:
-        for one in asked:
-            one.cancel()
+    rows, raised, waiting = range(len(samples)), error, list[range]()
+    while True:
+        failure = _as_exception(raised)
+        if isinstance(failure, _OUTAGES):
+            failed.update({row: failure for part in (rows, *waiting) for row in part})
+            return
+        if len(rows) <= 1:
+            failed.update(dict.fromkeys(rows, failure))
+        else:
+            middle = (rows.start + rows.stop) // 2
+            waiting += [range(middle, rows.stop), range(rows.start, middle)]
+        while waiting:
+            rows = waiting.pop()
+            try:
+                result = work(samples[rows.start : rows.stop])
+            except BaseException as again:  # noqa: BLE001 - what ends the process is raised below
+                raised = again
+                break
+            yield rows, result
+        else:
+            return
 
 
-def _waited(scorer: Scorer, pending: PendingScores, n: int) -> NDArray[np.float64]:
-    return check_scores(scorer, pending.result().scores, n)
+def _as_exception(error: BaseException) -> Exception:
+    """Return why a sample failed; raise again what ends the process.
+
+    A panic in Rust, such as a tokenizer's, is no `Exception`, and fails its sample all the same.
+    """
+    if isinstance(error, Exception):
+        return error
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | asyncio.CancelledError):
+        raise error
+    failure = RuntimeError(f"scoring raised {type(error).__name__}")
+    failure.__cause__ = error
+    return failure
 
 
-def _score(
-    scorer: Scorer, samples: Sequence[Sample], *, pool: ModelPool | None, progress: Progress
-) -> tuple[NDArray[np.float64], Truncation]:
-    with nullcontext() if pool is None else pool.using(scorer):
-        found = scorer.score_detailed(samples, progress=progress)
-    return check_scores(scorer, found.scores, len(samples)), found.truncation
+def _checked(scorer: Scorer, answer: MemberScores, n: int) -> MemberScores:
+    """Return what a scorer returned, if it has the promised shapes."""
+    scores = check_scores(scorer, answer.scores, n)
+    if answer.features is None:
+        return replace(answer, scores=scores)
+    return replace(answer, scores=scores, features=check_features(scorer, answer.features, n))
+
+
+def _score_in(
+    pool: ModelPool,
+    scorer: Scorer,
+    score: Callable[[Sequence[Sample]], MemberScores],
+    samples: Sequence[Sample],
+) -> MemberScores:
+    with pool.using(scorer):
+        return score(samples)
+
+
+def _score_checked(
+    scorer: Scorer, score: Callable[[Sequence[Sample]], MemberScores], samples: Sequence[Sample]
+) -> MemberScores:
+    return _checked(scorer, score(samples), len(samples))
+
+
+def _joined(scorer: Scorer, parts: Iterable[tuple[range, MemberScores]], n: int) -> MemberScores:
+    """Put a scorer's answers about parts of n samples together; rows without an answer are NaN."""
+    scores = np.full((n, len(scorer.names)), np.nan)
+    cut = Truncation.none(n)
+    errors: dict[int, Exception] = {}
+    features: Floats | None = None
+    for rows, answer in parts:
+        at = slice(rows.start, rows.stop)
+        scores[at] = answer.scores
+        cut.prompts[at] = answer.truncation.prompts
+        cut.completions[at] = answer.truncation.completions
+        errors.update({rows.start + row: error for row, error in answer.errors.items()})
+        if answer.features is not None:
+            if features is None:
+                features = np.full((n, answer.features.shape[1]), np.nan)
+            features[at] = answer.features
+    return MemberScores(scores, cut, features, errors)
+
+
+# Prompt baselines and distances ------------------------------------------------------------------
+
+
+def _with_references(call: _Call, samples: Sequence[Sample], progress: Progress) -> RawScores:
+    """Score samples and, each once, their references; a sample fails where its reference does."""
+    errors: dict[tuple[int, str | None], Exception] = {}
+    if call.record:
+        errors.update({(row, None): error for row, error in missing_references(samples).items()})
+    rows = [row for row in range(len(samples)) if (row, None) not in errors]
+    references, places = reference_samples([samples[row] for row in rows])
+    both, _ = call.ask([*(samples[row] for row in rows), *references], progress)
+    n, m = len(samples), len(rows)
+    raw, below = np.full((2, n, both.raw.shape[1]), np.nan)
+    raw[rows], below[rows] = both.raw[:m], both.raw[m:][places]
+    cut = Truncation.none(n)
+    cut.prompts[rows] = both.truncation.prompts[:m] | both.truncation.prompts[m:][places]
+    cut.completions[rows] = (
+        both.truncation.completions[:m] | both.truncation.completions[m:][places]
+    )
+    lost = np.ones(n, dtype=np.bool_)
+    lost[rows] = both.failed[:m] | both.failed[m:][places]
+    raw[lost] = np.nan
+    for (row, member), error in both.errors.items():
+        for own in [row] if row < m else np.flatnonzero(places == row - m):
+            errors.setdefault((rows[own], member), error)
+    return RawScores(raw, cut, lost, errors, below)
+
+
+def _with_distances(
+    call: _Call, samples: Sequence[Sample], space: FeatureSpace, progress: Progress
+) -> RawScores:
+    """Score and take distances in one pass, some thousand samples at a time."""
+    parts: list[RawScores] = []
+    far: list[Floats] = []
+    errors: dict[tuple[int, str | None], Exception] = {}
+    for begin in range(0, max(len(samples), 1), _CHUNK):
+        chunk = samples[begin : begin + _CHUNK]
+
+        def report(
+            stage: str, done: int, total: int, begin: int = begin, m: int = len(chunk)
+        ) -> None:
+            progress(stage, begin + int(m * (done / total if total else 1.0)), len(samples))
+
+        part, features = call.ask(chunk, report, features=True)
+        parts.append(part)
+        far.append(_distance(space, features, len(chunk)))
+        errors.update({(begin + row, member): e for (row, member), e in part.errors.items()})
+    return RawScores(
+        np.concatenate([part.raw for part in parts]),
+        Truncation.join([part.truncation for part in parts]),
+        np.concatenate([part.failed for part in parts]),
+        errors,
+        distance=np.concatenate(far),
+    )
+
+
+def _distance(space: FeatureSpace, features: Floats | None, n: int) -> Floats:
+    """Return each row's distance; NaN where a sample failed and has no features."""
+    far = np.full(n, np.nan)
+    if features is not None:
+        known = ~np.isnan(features).any(axis=1)
+        far[known] = space.distance(features[known])
+    return far

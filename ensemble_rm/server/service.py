@@ -18,7 +18,7 @@ import numpy as np
 
 from ensemble_rm.calibration.calibration import require_calibration
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.ensemble.results import Comparison, compare_scored
+from ensemble_rm.ensemble.results import Comparison, Scores, compare_scored
 from ensemble_rm.errors import (
     NonFiniteScoreError,
     NotReadyError,
@@ -31,7 +31,6 @@ from ensemble_rm.server.metrics import Metrics
 from ensemble_rm.server.options import ServerOptions
 from ensemble_rm.server.requests import check_samples, check_texts, estimate_tokens
 from ensemble_rm.server.scheduling.batching import Batcher
-from ensemble_rm.server.scheduling.outcomes import RecordedScores
 from ensemble_rm.server.scheduling.threads import CallThread, ScoringThread
 
 if TYPE_CHECKING:
@@ -93,9 +92,9 @@ class RewardService:
         self._changing = asyncio.Lock()
         self._loading = CallThread("loading")
         self._scoring = ScoringThread()
-        self.batcher: Batcher[ServedEnsemble, Sample, RecordedScores] = Batcher(
+        self.batcher: Batcher[ServedEnsemble, Sample, Scores] = Batcher(
             lambda served, samples: self._scoring(served.ensemble, samples),
-            join=RecordedScores.join,
+            join=Scores.join,
             group=lambda sample: sample.prompt,
             cost=estimate_tokens,
             options=options.batching,
@@ -232,7 +231,7 @@ class RewardService:
 
     # Scoring -------------------------------------------------------------------------------------
 
-    async def score(self, served: ServedEnsemble, samples: Sequence[Sample]) -> RecordedScores:
+    async def score(self, served: ServedEnsemble, samples: Sequence[Sample]) -> Scores:
         """Score a request's samples in common batches; failures are in `failed`, their rows NaN.
 
         Raises
@@ -261,12 +260,13 @@ class RewardService:
         return scores if len(errors) == len(scores.failed) else _failed(scores, errors)
 
 
-def _failed(scores: RecordedScores, errors: dict[int, Exception]) -> RecordedScores:
+def _failed(scores: Scores, errors: dict[int, Exception]) -> Scores:
     """Return scores in which the rows of all errors are NaN."""
     rows = list(errors)
     reward, members = scores.reward.copy(), scores.members.copy()
     reward[rows], members[rows] = np.nan, np.nan
-    return replace(scores, reward=reward, members=members, failed=errors)
+    recorded = {**scores.errors} | {(row, None): error for row, error in errors.items()}
+    return replace(scores, reward=reward, members=members, errors=recorded)
 
 
 def _warmed_up(load: Callable[[], RewardEnsemble], old: ServedEnsemble | None) -> ServedEnsemble:
@@ -354,7 +354,7 @@ class RequestContext:
 
     async def score(
         self, samples: Sequence[Sample], *, on_error: Literal["raise", "record"] = "raise"
-    ) -> RecordedScores:
+    ) -> Scores:
         """Score samples, in batches with those of other requests.
 
         Parameters

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.errors import EnsembleRMError
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.versions.repository import Versions
@@ -78,7 +79,7 @@ class JobOutcome:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object: the output of ``--json`` and the audit line."""
-        row: dict[str, Any] = json_values(asdict(self))
+        row: dict[str, Any] = finite_or_none(asdict(self))
         return row
 
     def __str__(self) -> str:
@@ -170,17 +171,6 @@ class Job:
             return
         at = self.versions.clock().isoformat(timespec="seconds")
         self.versions.audit.append({"event": self.event, "at": at, "run": self.run} | line)
-
-
-def json_values(value: Any) -> Any:
-    """Return the value with NaN and infinity as null, since JSON has no numbers for them."""
-    if isinstance(value, Mapping):
-        return {name: json_values(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_values(part) for part in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
 
 
 def digest_inputs(*parts: Any) -> str:

@@ -18,7 +18,7 @@ from ensemble_rm import (
     select_pairs,
 )
 from ensemble_rm.active_learning import SelectedPairs, to_tasks
-from ensemble_rm.active_learning.strategies import PoolMargins, score_pool, utility
+from ensemble_rm.active_learning.acquisition import PoolMargins, score_pool, utility
 from ensemble_rm.active_learning.tasks import FORMATS, label_studio_config
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
@@ -33,8 +33,8 @@ from ensemble_rm.errors import (
     OneMemberError,
     OptionError,
 )
+from ensemble_rm.judgments.imports.formats import ImportOptions
 from ensemble_rm.judgments.imports.importing import import_judgments
-from ensemble_rm.judgments.imports.rows import ImportOptions
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.uncertainty.disagreement import member_std, split_uncertainty
 

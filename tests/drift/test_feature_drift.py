@@ -95,7 +95,7 @@ def test_a_distance_asks_no_member_without_features_and_a_score_asks_it_once(
     assert not asked
     for one in (ensemble, ensemble.with_score_cache(ScoreCache(tmp_path))):
         asked.clear()
-        _, far = one.members_with_distance(samples)
+        far = one.score(samples, distance=True).distance
         assert asked == [5] and far is not None
         np.testing.assert_array_equal(far, ensemble.distance(samples))
 
@@ -116,9 +116,9 @@ def test_training_keeps_where_its_inputs_lie(small_folder: Path, tmp_path: Path)
     assert 0.4 < float(np.sqrt((near**2).mean())) < 1.2  # shrunk: below 1 on its own samples
     read = RewardEnsemble.from_pretrained(tmp_path / "run", cache_dir=None)
     assert (read.distance(SAMPLES) == far).all()
-    members, again = read.members_with_distance(SAMPLES)
-    assert again is not None and (again == far).all()
-    assert (members == read.score(SAMPLES).members).all()
+    both = read.score(SAMPLES, distance=True)
+    assert both.distance is not None and (both.distance == far).all()
+    assert (both.members == read.score(SAMPLES).members).all()
     features = scorer_features(read.scorers, SAMPLES)
     assert features is not None and read.feature_space is not None
     assert read.feature_space.distance(features) == pytest.approx(far, rel=1e-9)

@@ -33,7 +33,7 @@ from ensemble_rm.calibration import Normaliser
 from ensemble_rm.calibration.methods.temperature import fit_mixture_temperature
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
-from ensemble_rm.evaluation.table import evaluation_text
+from ensemble_rm.evaluation.report import evaluation_text
 from ensemble_rm.rl.monitor.alarms import AlarmRule
 from ensemble_rm.rl.monitor.monitor import OverOptimisationMonitor
 from ensemble_rm.rl.openrlhf import openrlhf_reward

@@ -33,8 +33,7 @@ from ensemble_rm.errors import (
     StorageError,
     TooFewJudgmentsError,
 )
-from ensemble_rm.evaluation.plots import draw_evaluation
-from ensemble_rm.evaluation.table import evaluation_text
+from ensemble_rm.evaluation.report import draw_evaluation, evaluation_text
 from ensemble_rm.members import HeadRecipe
 
 RECIPE = HeadRecipe()

@@ -12,7 +12,7 @@ from scipy.special import expit
 from ensemble_rm import FunctionScorer, Preference, Preferences, RewardEnsemble, evaluate
 from ensemble_rm.aggregation import lcb, mean
 from ensemble_rm.calibration import Normaliser
-from ensemble_rm.evaluation.table import evaluation_text
+from ensemble_rm.evaluation.report import evaluation_text
 from ensemble_rm.metrics import ece, nll, pair_nll
 
 

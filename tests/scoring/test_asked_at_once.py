@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from ensemble_rm import FunctionScorer, RewardEnsemble, Sample
 from ensemble_rm.aggregation import make_aggregator
 from ensemble_rm.calibration import Normaliser
-from ensemble_rm.ensemble.isolation import score_apart
 from ensemble_rm.errors import RemoteFailureWarning, RemoteRefusalError, RemoteUnavailableError
 from ensemble_rm.members import ClientOptions, JudgeScorer
 from ensemble_rm.members.scorer import Scorer
@@ -89,8 +88,9 @@ def test_so_are_they_where_distances_are_taken_too() -> None:
     rng = np.random.default_rng(0)
     space = fit_feature_space(rng.normal(3, 1, (200, 3)))
     whole = ensemble(meeting(threading.Barrier(4)), feature_space=space)
-    members, far = whole.members_with_distance([Sample("", "12")])
-    assert members.tolist() == [[12.0, 2.0, 7.0, -12.0]]
+    scores = whole.score([Sample("", "12")], distance=True)
+    far = scores.distance
+    assert scores.members.tolist() == [[12.0, 2.0, 7.0, -12.0]]
     assert far is not None and far == space.distance(np.array([[2.0, 1.0, 1.0]]))
 
 
@@ -237,16 +237,16 @@ def test_a_local_failure_asks_no_server_again(bad: set[int], n: int, distinct: i
     transport, seen = probed(float)
     whole = ensemble([member(transport), bad_at(*bad)])
     rows = [Sample("", str(i % distinct)) for i in range(n)]
-    found: dict[int, object] = {}
-    for places, scores in score_apart(whole, rows, failures=(ZeroDivisionError,)):
-        for i, row in enumerate(places):
-            found[row] = scores if isinstance(scores, Exception) else scores.raw[i].tolist()
+    scores = whole.score(rows, on_error="record")
     for row, sample in enumerate(rows):
         value = int(sample.completion)
         if value in bad:
-            assert isinstance(found[row], ZeroDivisionError)
+            assert isinstance(scores.failed[row], ZeroDivisionError)
+            assert isinstance(scores.errors[row, "local"], ZeroDivisionError)
+            assert np.isnan([*scores.raw[row], *scores.members[row], scores.reward[row]]).all()
         else:
-            assert found[row] == [float(value), 1.0]
+            assert row not in scores.failed
+            assert scores.raw[row].tolist() == [float(value), 1.0]
     asked = [text for texts in seen for text in texts]  # or given up before it was sent
     assert len(set(asked)) == len(asked)
 
@@ -259,8 +259,8 @@ def test_nor_does_an_error_of_a_server() -> None:
         raise ZeroDivisionError
 
     whole = ensemble([member(openrlhf(float), token=token), bad_at(3)])
-    found = list(score_apart(whole, samples(8), failures=(ZeroDivisionError,)))
-    assert all(isinstance(error, ZeroDivisionError) for _, error in found) and len(found) == 8
+    failed = whole.score(samples(8), on_error="record").failed
+    assert [type(error) for error in failed.values()] == [ZeroDivisionError] * 8
     assert len(asked) == 1
 
 
@@ -302,6 +302,6 @@ def test_what_is_still_under_way_is_given_up_in_the_end() -> None:
         raise ZeroDivisionError
 
     whole = ensemble([member(far, client=PATIENT), FunctionScorer("bad", bad)])
-    found = list(score_apart(whole, samples(3), failures=(ZeroDivisionError,)))
-    assert [rows for rows, _ in found] == [range(i, i + 1) for i in range(3)]
+    failed = whole.score(samples(3), on_error="record").failed
+    assert sorted(failed) == [0, 1, 2]
     assert far.given_up.wait(SECONDS)

@@ -26,6 +26,7 @@ from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.vector_store import VectorStore
 from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.scoring import ScoreCache
 
 SAMPLES = [Sample(f"prompt {i % 4}", "fox dog " * (1 + i * 5 % 37)) for i in range(40)]
@@ -67,14 +68,15 @@ def test_equal_samples_are_scored_once_and_others_are_not_mixed_up(tmp_path: Pat
     cache = ScoreCache(tmp_path)
     asked: list[int] = []
 
-    def compute(samples: Sequence[Sample]) -> tuple[Any, Truncation]:
+    def compute(samples: Sequence[Sample]) -> MemberScores:
         asked.append(len(samples))
-        return np.arange(float(len(samples)))[:, None], Truncation.none(len(samples))
+        scores = np.arange(float(len(samples)))[:, None]
+        return MemberScores(scores, Truncation.none(len(samples)))
 
     turn = (Message("user", "a"),)
     samples = [Sample("a", "b"), Sample("a", "b", "reference"), Sample("ab", ""), Sample(turn, "b")]
-    found, _ = cache.scores("x", samples, compute)
-    assert found[:, 0].tolist() == [0, 0, 1, 2] and asked == [3]
+    found = cache.scores("x", samples, compute)
+    assert found.scores[:, 0].tolist() == [0, 0, 1, 2] and asked == [3]
     cache.scores("x", samples[::-1], compute)
     assert asked == [3]
     cache.scores("y", samples, compute)
@@ -84,12 +86,17 @@ def test_equal_samples_are_scored_once_and_others_are_not_mixed_up(tmp_path: Pat
 def test_a_failure_is_not_kept(tmp_path: Path) -> None:
     answers = [np.array([[np.nan], [1.0]]), np.array([[2.0]])]
 
-    def compute(samples: Sequence[Sample]) -> tuple[Any, Truncation]:
-        return answers.pop(0), Truncation.none(len(samples))
+    def compute(samples: Sequence[Sample]) -> MemberScores:
+        scores = answers.pop(0)
+        reasons = {0: ValueError("no score")} if np.isnan(scores[0, 0]) else {}
+        return MemberScores(scores, Truncation.none(len(samples)), errors=reasons)
 
     cache, samples = ScoreCache(tmp_path), [Sample("p", "a"), Sample("p", "b")]
-    assert np.isnan(cache.scores("x", samples, compute)[0][0, 0])
-    assert cache.scores("x", samples, compute)[0][:, 0].tolist() == [2.0, 1.0]
+    first = cache.scores("x", [*samples, samples[0]], compute)
+    assert np.isnan(first.scores[[0, 2], 0]).all()
+    assert sorted(first.errors) == [0, 2]  # each row knows why
+    again = cache.scores("x", samples, compute)
+    assert again.scores[:, 0].tolist() == [2.0, 1.0] and not again.errors
 
 
 def test_a_changed_head_never_reads_old_scores(

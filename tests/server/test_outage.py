@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from ensemble_rm import RewardEnsemble, Sample
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
-from ensemble_rm.ensemble.isolation import score_apart
 from ensemble_rm.errors import (
     NonFiniteScoreError,
     RemoteActivationError,
@@ -21,7 +20,6 @@ from ensemble_rm.errors import (
     RemoteUnavailableError,
 )
 from ensemble_rm.rl.scoring import score_each
-from ensemble_rm.server.scheduling.outcomes import score_recorded
 from tests.support.server_runs import client, one
 
 
@@ -57,7 +55,7 @@ def test_nobody_is_asked_again_after_an_outage(
 ) -> None:
     """What was scored before it keeps its score, and all the rest has the outage's error."""
     scorer = Elsewhere(error, after=after)
-    scores = score_recorded(ensemble(scorer), [Sample("q", text) for text in completions])
+    scores = ensemble(scorer).score([Sample("q", text) for text in completions], on_error="record")
     assert scorer.calls <= after + 1
     assert len(scores) == len(completions)
     lost = [scores.failed.get(row) is error for row in range(len(completions))]
@@ -73,10 +71,11 @@ def test_nobody_is_asked_again_after_an_outage(
 
 
 @given(texts.filter(bool), errors)
-def test_every_place_comes_once(completions: list[str], error: RemoteError) -> None:
+def test_an_outage_fails_every_sample(completions: list[str], error: RemoteError) -> None:
     samples = [Sample("q", text) for text in completions]
-    apart = score_apart(ensemble(Elsewhere(error)), samples, failures=(Exception,))
-    assert [place for rows, _ in apart for place in rows] == list(range(len(samples)))
+    scores = ensemble(Elsewhere(error)).score(samples, on_error="record")
+    assert np.isnan(scores.reward).all()
+    assert scores.failed == dict.fromkeys(range(len(samples)), error)
 
 
 def test_a_loop_ends_with_the_outage_itself() -> None:

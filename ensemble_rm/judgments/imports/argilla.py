@@ -1,8 +1,8 @@
-"""Argilla's records, as `records.to_json` and `records.to_list` give them → judgments.
+"""Argilla's records, as exported by `records.to_json` and `records.to_list`.
 
-Nested records hold responses by question, flattened ones in columns beside their users. A label
-question tells ties; a ranking question exported as a list of names has lost them. Argilla exports
-no times. Knows nothing of files or the store.
+Nested records contain responses by question, flattened ones contain columns of values and users. A
+label question can express ties; a ranking question exported as a list of names cannot. Argilla
+exports no times.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from datetime import datetime
 from typing import Any
 
 from ensemble_rm.errors import DataError
-from ensemble_rm.judgments.imports.rows import (
+from ensemble_rm.judgments.imports.formats import (
+    ImportFormat,
     ImportOptions,
     Row,
-    Texts,
+    TextFields,
     read_optional,
     require_source,
 )
@@ -26,7 +27,7 @@ COLUMN = ".responses"
 
 
 def read_record(line: int, record: Mapping[str, Any], options: ImportOptions) -> Iterator[Row]:
-    """Read a record: a row a response."""
+    """Read a record: one verdict per response."""
     responses = _responses(record, options.question)
     if not responses:
         yield Row(line, "unlabelled")
@@ -38,25 +39,24 @@ def read_record(line: int, record: Mapping[str, Any], options: ImportOptions) ->
 
 
 def _responses(record: Mapping[str, Any], question: str | None) -> list[Any]:
-    """Return the responses to the question, flattened columns joined again."""
+    """Return the responses to the question; flattened columns are joined into rows."""
     nested = record.get("responses")
     if isinstance(nested, Mapping):
-        asked = {name: said for name, said in nested.items() if said}
+        by_question = {name: responses for name, responses in nested.items() if responses}
     else:
-        ends = [key for key in record if key.endswith(COLUMN)]
-        asked = {key.removesuffix(COLUMN): _join(record, key) for key in ends if record[key]}
+        keys = [key for key in record if key.endswith(COLUMN)]
+        by_question = {key.removesuffix(COLUMN): _join(record, key) for key in keys if record[key]}
     if question is None:
-        if len(asked) > 1:
+        if len(by_question) > 1:
             raise DataError(
-                f"holds responses to {sorted(asked)}; say which question with `question` "
-                "(--question)"
+                f"has responses to {sorted(by_question)}; choose one with `question` (--question)"
             )
-        found: Any = next(iter(asked.values()), [])
+        responses: Any = next(iter(by_question.values()), [])
     else:
-        found = asked.get(question, [])
-    if not isinstance(found, list):
-        raise DataError(f"responses must be a list, not {found!r}")
-    return found
+        responses = by_question.get(question, [])
+    if not isinstance(responses, list):
+        raise DataError(f"responses must be a list, not {responses!r}")
+    return responses
 
 
 def _join(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
@@ -78,8 +78,8 @@ def _read_response(
     if status not in (None, "submitted"):
         return Row(line, f"a response that is {status}")
     if record.get("id") is None or response.get("user_id") is None:
-        raise DataError("needs the record's `id` and the response's `user_id`")
-    texts = Texts.named(options, *FIELDS)
+        raise DataError("the record's `id` or the response's `user_id` is missing")
+    texts = TextFields.from_options(options, *FIELDS)
     nested, metadata = record.get("fields"), record.get("metadata")
     fields = nested if isinstance(nested, Mapping) else record
     judged_at = _time(response, metadata if isinstance(metadata, Mapping) else record, options)
@@ -95,20 +95,20 @@ def _read_response(
     return Row(line, judgment, judged_at)
 
 
-def _outcome(value: object, texts: Texts) -> str:
-    """Return what a label, or a ranking of the two, says."""
+def _outcome(value: object, texts: TextFields) -> str:
+    """Return the outcome of a label, or of a ranking of the two completions."""
     if not isinstance(value, list):
         return texts.outcome(value)
     if len(value) != 2:
-        raise DataError(f"a ranking must hold the two completions, not {value!r}")
+        raise DataError(f"a ranking must contain the two completions, not {value!r}")
     if all(isinstance(item, Mapping) and "value" in item for item in value):
-        ranks = [item.get("rank", place) for place, item in enumerate(value)]
+        ranks = [item.get("rank", position) for position, item in enumerate(value)]
         if ranks[0] == ranks[1]:
             return "tie"
         value = [item["value"] for item in (value if ranks[0] < ranks[1] else value[::-1])]
     best, other = map(texts.outcome, value)
     if {best, other} != {"first", "second"}:
-        raise DataError(f"a ranking must hold the two completions, not {value!r}")
+        raise DataError(f"a ranking must contain the two completions, not {value!r}")
     return best
 
 
@@ -120,7 +120,10 @@ def _time(
         return parse_time(given, assume_utc=options.assume_utc)
     if options.judged_at is None:
         raise DataError(
-            "Argilla exports no times; say when the responses were given with `judged_at` "
-            "(--judged-at), or keep it in the records' metadata"
+            "Argilla exports no times; give one for all responses with `judged_at` "
+            "(--judged-at), or put `judged_at` into the records' metadata"
         )
     return options.judged_at
+
+
+FORMAT = ImportFormat("argilla", read_record)

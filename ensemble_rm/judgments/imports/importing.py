@@ -1,43 +1,30 @@
-"""A file of judgments into the store: every bad row named, nothing of the good ones lost.
+"""Import a file of judgments into the store, and name every bad row.
 
-Knows the order of things (read, settle, write) and what the formats are called; knows nothing of
-their fields.
+Knows the steps (read, reconcile, write); the fields of a file are its format's matter.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ensemble_rm.data.loading import read_jsonl
-from ensemble_rm.errors import BadRowsError, DataError, OptionError, RowProblem
-from ensemble_rm.judgments.imports.argilla import read_record
-from ensemble_rm.judgments.imports.label_studio import read_min, read_task
-from ensemble_rm.judgments.imports.rows import (
+from ensemble_rm.errors import BadRowsError, DataError, RowProblem
+from ensemble_rm.judgments.imports.formats import (
     Imported,
+    ImportFormat,
     ImportOptions,
     Row,
-    numbered,
-    read_own,
+    find_format,
     require_source,
 )
 from ensemble_rm.judgments.store import BATCH, JudgmentStore
 from ensemble_rm.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from ensemble_rm.judgments.imports.reconcile import Entry, Settler
-
-Reader = Callable[[int, Mapping[str, Any], ImportOptions], Iterator[Row]]
-READERS: dict[str, tuple[Callable[[Path], Iterator[tuple[int, Any]]], Reader]] = {
-    "jsonl": (read_jsonl, read_own),
-    "label-studio": (numbered, read_task),
-    "label-studio-min": (numbered, read_min),
-    "argilla": (numbered, read_record),
-}
-PLAIN = ImportOptions()
+    from ensemble_rm.judgments.imports.reconcile import Entry, Reconciler
 
 
 def import_judgments(
@@ -45,35 +32,35 @@ def import_judgments(
     path: str | Path,
     *,
     format: str = "jsonl",  # noqa: A002
-    options: ImportOptions = PLAIN,
+    options: ImportOptions | None = None,
     skip_bad: bool = False,
     correct: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> Imported:
-    """Add a file's judgments to the store; those that are there already are left alone.
+    """Add a file's judgments to the store; those already stored are left unchanged.
 
-    By default the whole file is read before anything is written, and refused where a row is bad.
-    A repeated import adds nothing. A row whose external id is stored with other content is bad;
-    what Label Studio and Argilla export is there already where only its time differs.
+    By default the whole file is checked before anything is written, and refused if a row is bad. A
+    repeated import adds nothing. A row whose external id is stored with other content is bad; in
+    exports of Label Studio and Argilla, a different time alone does not matter.
 
     Parameters
     ----------
     store : JudgmentStore
     path : str or Path
-        JSONL, or what the tool exported; gzipped or not.
+        Gzipped or not.
     format : str
-        ``"jsonl"``, ``"label-studio"``, ``"label-studio-min"`` or ``"argilla"``.
-    options : ImportOptions
+        Name of a registered `ImportFormat`; built in are ``"jsonl"``, ``"label-studio"``,
+        ``"label-studio-min"`` and ``"argilla"``.
+    options : ImportOptions, optional
         How the file is read.
     skip_bad : bool
         Add the good rows and report the bad ones, instead of refusing the file.
     correct : bool
-        Where a tool's export holds a verdict that changed since an earlier import, add a
-        correction that names the old one, instead of calling the row bad. JSONL rows name what
-        they correct themselves.
+        Where a verdict in a tool's export changed since an earlier import, add a correction of the
+        old one, instead of reporting a bad row. JSONL rows name themselves what they correct.
     dry_run : bool
-        Write nothing.
+        Check everything and write nothing.
     progress : callable
         Called with (stage, done, total).
 
@@ -84,58 +71,59 @@ def import_judgments(
     Raises
     ------
     BadRowsError
-        If rows are bad and `skip_bad` is not set; it lists every one, and nothing was written,
-        except where another writer took an external id after the file had been read.
+        If rows are bad and `skip_bad` is not set; it lists them all. Nothing was written, except
+        where another writer took an external id after the check.
     DataError
-        If there is no such file, or it cannot be read at all.
+        If the file does not exist, or cannot be read at all.
     OptionError
-        If the format is not known, or it needs an option that is not given.
+        If the format is unknown, or requires an option that is not given.
     StorageError
-        If the store cannot be written; whole batches before stay, and the same import goes on.
+        If the store cannot be written. Batches written before are kept; the same import continues.
     """
-    if format not in READERS:
-        raise OptionError(f"format must be one of {', '.join(READERS)}, not {format!r}")
-    if format != "jsonl":
+    from ensemble_rm.judgments.imports.reconcile import Reconciler  # needs SQLAlchemy
+
+    reader, options = find_format(format), options or ImportOptions()
+    if reader.needs_source:
         require_source(options, format)
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no such file: {path}")
-    from ensemble_rm.judgments.imports.reconcile import Settler
 
-    def run(stage: str, settler: Settler) -> Imported:
-        found = Imported()
-        for batch in _batches(path, format, options, found):
-            settler.take(batch, found)
-            progress(stage, found.verdicts, 0)
-        settler.end(found)
-        found.problems.sort(key=lambda problem: problem.line)
-        return found
+    def run(stage: str, reconciler: Reconciler) -> Imported:
+        result = Imported()
+        for batch in _batches(path, reader, options, result):
+            reconciler.add(batch, result)
+            progress(stage, result.verdicts, 0)
+        reconciler.finish(result)
+        result.problems.sort(key=lambda problem: problem.line)
+        return result
 
     if dry_run or not skip_bad:
-        found = run("checking", Settler(store, str(path), correct=correct))
-        if found.problems and not skip_bad:
-            raise _refusal(path, found, "nothing was written")
+        result = run("checking", Reconciler(store, str(path), correct=correct))
+        if result.problems and not skip_bad:
+            raise _refusal(path, result, "nothing was written")
         if dry_run:
-            return found
+            return result
     with store.writer() as writer:
-        found = run("adding", Settler(store, str(path), correct=correct, writer=writer))
-    if found.problems and not skip_bad:
-        raise _refusal(path, found, f"another writer was faster; the others ({found.added}) stand")
-    return found
+        result = run("adding", Reconciler(store, str(path), correct=correct, writer=writer))
+    if result.problems and not skip_bad:
+        kept = f"another process wrote meanwhile; the {result.added} good ones were added"
+        raise _refusal(path, result, kept)
+    return result
 
 
 def _batches(
-    path: Path, format_: str, options: ImportOptions, found: Imported
+    path: Path, reader: ImportFormat, options: ImportOptions, result: Imported
 ) -> Iterator[list[Entry]]:
-    """Give judgments in batches; count the rest and note problems as they come."""
+    """Yield judgments in batches; count other rows and problems in `result`."""
     from ensemble_rm.judgments.imports.reconcile import Entry
 
     batch: list[Entry] = []
     left_out: Counter[str] = Counter()
-    for row in _rows(path, *READERS[format_], options):
-        found.verdicts += 1
+    for row in _rows(path, reader, options):
+        result.verdicts += 1
         if isinstance(row.content, DataError):
-            found.problems.append(RowProblem(str(path), row.line, str(row.content)))
+            result.problems.append(RowProblem(str(path), row.line, str(row.content)))
         elif isinstance(row.content, str):
             left_out[row.content] += 1
         else:
@@ -144,17 +132,12 @@ def _batches(
                 yield batch
                 batch = []
     yield batch
-    found.left_out = dict(sorted(left_out.items()))
+    result.left_out = dict(sorted(left_out.items()))
 
 
-def _rows(
-    path: Path,
-    lines: Callable[[Path], Iterator[tuple[int, Any]]],
-    read: Reader,
-    options: ImportOptions,
-) -> Iterator[Row]:
+def _rows(path: Path, reader: ImportFormat, options: ImportOptions) -> Iterator[Row]:
     try:
-        for number, row in lines(path):
+        for number, row in reader.read_file(path):
             if isinstance(row, DataError):
                 yield Row(number, row)
             elif not isinstance(row, Mapping):
@@ -162,19 +145,19 @@ def _rows(
                 yield Row(number, DataError(f"a row must be an object, not {kind}"))
             else:
                 try:
-                    yield from read(number, row, options)
+                    yield from reader.read_row(number, row, options)
                 except DataError as error:
                     yield Row(number, error)
     except (EOFError, zlib.error, OSError) as error:
         raise DataError(f"{path} cannot be read to its end: {error}") from error
 
 
-def _refusal(path: Path, found: Imported, state: str) -> BadRowsError:
-    shown = "\n".join(map(str, found.problems[:20]))
-    more = len(found.problems) - 20
+def _refusal(path: Path, result: Imported, state: str) -> BadRowsError:
+    shown = "\n".join(map(str, result.problems[:20]))
+    more = len(result.problems) - 20
     tail = f"\n… and {more} more" if more > 0 else ""
     return BadRowsError(
-        f"{len(found.problems)} of {found.verdicts} verdicts of {path} are bad, {state} "
+        f"{len(result.problems)} of {result.verdicts} verdicts of {path} are bad; {state} "
         f"(skip_bad=True or --skip-bad adds the good ones):\n{shown}{tail}",
-        found.problems,
+        result.problems,
     )

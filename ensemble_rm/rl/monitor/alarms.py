@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.best_of_n.curves import CurveFit, fit_curve
 from ensemble_rm.errors import DataError, OptionError
 
@@ -63,13 +64,8 @@ class StepRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object; what is not known is null."""
-
-        def known(value: Any) -> Any:
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        said = {name: known(value) for name, value in asdict(self).items()}
-        said["length_slopes"] = {k: known(v) for k, v in self.length_slopes.items()}
-        return said
+        record: dict[str, Any] = finite_or_none(asdict(self))
+        return record
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> StepRecord:

@@ -19,7 +19,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.server.scheduling.outcomes import RecordedScores, score_recorded
+from ensemble_rm.ensemble.results import Scores
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
@@ -127,15 +127,15 @@ class ScoringThread:
         spent, began = self._clock
         return spent + (0.0 if began is None else monotonic() - began)
 
-    async def __call__(self, ensemble: RewardEnsemble, samples: Sequence[Sample]) -> RecordedScores:
+    async def __call__(self, ensemble: RewardEnsemble, samples: Sequence[Sample]) -> Scores:
         """Score samples; failures are in `failed`."""
         return await self._thread.run(partial(self._score, ensemble, samples))
 
-    def _score(self, ensemble: RewardEnsemble, samples: Sequence[Sample]) -> RecordedScores:
+    def _score(self, ensemble: RewardEnsemble, samples: Sequence[Sample]) -> Scores:
         spent, began = self._clock[0], monotonic()
         self._clock = spent, began
         try:
-            return score_recorded(ensemble, samples)
+            return ensemble.score(samples, on_error="record")
         finally:
             # One assignment: between two, another thread would see the total fall.
             self._clock = spent + monotonic() - began, None

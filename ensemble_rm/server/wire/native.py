@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats, finite_or_none
 from ensemble_rm.data.samples import Message, Prompt, Sample
 from ensemble_rm.errors import EnsembleRMError, UnprocessableError
 from ensemble_rm.server.failures import SampleError, describe_error
@@ -18,7 +18,7 @@ from ensemble_rm.server.wire.format import Route, WireFormat
 from ensemble_rm.uncertainty.disagreement import member_std
 
 if TYPE_CHECKING:
-    from ensemble_rm.server.scheduling.outcomes import RecordedScores
+    from ensemble_rm.ensemble.results import Scores
     from ensemble_rm.server.service import RequestContext
 
 _MOST_FIELDS = 32
@@ -202,9 +202,9 @@ async def score(request: ScoreRequest, context: RequestContext) -> dict[str, Any
         "aggregator": str(aggregator or ensemble.aggregator),
         "names": list(scores.names),
         "rewards": [None if row in errors else float(reward[row]) for row in rows],
-        "std": None if std is None else finite_or_null(std),
-        "members": [None if failed[row] else finite_or_null(scores.members[row]) for row in rows],
-        "raw": [None if failed[row] else finite_or_null(scores.raw[row]) for row in rows],
+        "std": None if std is None else finite_or_none(std),
+        "members": [None if failed[row] else finite_or_none(scores.members[row]) for row in rows],
+        "raw": [None if failed[row] else finite_or_none(scores.raw[row]) for row in rows],
         "truncated": [bool(truncated[row]) and not failed[row] for row in rows],
         "errors": [_error_name(errors[row]) if row in errors else None for row in rows],
     }
@@ -223,8 +223,8 @@ async def compare(request: CompareRequest, context: RequestContext) -> dict[str,
         "version": context.version,
         "probability": comparison.probability.tolist(),
         "margin": comparison.margin.tolist(),
-        "epistemic": finite_or_null(comparison.epistemic) if several else None,
-        "aleatoric": finite_or_null(comparison.aleatoric) if several else None,
+        "epistemic": finite_or_none(comparison.epistemic) if several else None,
+        "aleatoric": finite_or_none(comparison.aleatoric) if several else None,
         "tie_probability": None if ties is None else ties.tolist(),
     }
 
@@ -245,7 +245,7 @@ def read_aggregator(choice: AggregatorChoice | None, own: Aggregator) -> Aggrega
 
 
 def aggregate_again(
-    aggregator: Aggregator, scores: RecordedScores
+    aggregator: Aggregator, scores: Scores
 ) -> tuple[Floats, Mapping[int, Exception]]:
     """Return the rewards by another aggregator, and the errors of the rows that have none.
 
@@ -262,11 +262,6 @@ def aggregate_again(
             errors[row] = UnprocessableError(f"the requested aggregator: {describe_error(error)}")
             errors[row].__cause__ = error
     return reward, errors
-
-
-def finite_or_null(values: Floats) -> list[float | None]:
-    """Return floats for JSON, which has neither NaN nor infinity: null for these."""
-    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _error_name(error: Exception) -> str:

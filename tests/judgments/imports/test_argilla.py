@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ensemble_rm.errors import BadRowsError, OptionError
+from ensemble_rm.judgments.imports.formats import ImportOptions
 from ensemble_rm.judgments.imports.importing import import_judgments
-from ensemble_rm.judgments.imports.rows import ImportOptions
 from ensemble_rm.judgments.store import JudgmentStore
 from tests.support.judgment_rows import NEW_YEAR, write
 
@@ -94,13 +94,13 @@ def test_argillas_drafts_are_left_out_and_times_are_read(
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (record(9, [("third", "ada")]), "the verdict 'third' is none of"),
-        (record(9, [(["first"], "ada")]), "must hold the two completions"),
-        (record(9, [(["first", "first"], "ada")]), "must hold the two completions"),
-        (record(9, [("first", "ada")], id=None), "needs the record's `id`"),
+        (record(9, [("third", "ada")]), "unknown verdict 'third'"),
+        (record(9, [(["first"], "ada")]), "must contain the two completions"),
+        (record(9, [(["first", "first"], "ada")]), "must contain the two completions"),
+        (record(9, [("first", "ada")], id=None), "the record's `id`"),
         (record(9, [("first", "ada")], fields={"prompt": "p"}), "needs the field 'first'"),
         (record(9, [], responses={"preference": ["x"]}), "must be an object, not 'x'"),
-        (record(9, [], responses={"a": [1], "b": [2]}), r"['a', 'b']; say which question"),
+        (record(9, [], responses={"a": [1], "b": [2]}), r"['a', 'b']; choose one with"),
         ({"id": "9", "p.responses": ["first"], "p.responses.users": []}, "not lists of one length"),
     ],
 )
@@ -121,5 +121,5 @@ def test_argilla_without_a_time_is_refused(store: JudgmentStore, tmp_path: Path)
 
 def test_an_export_needs_the_name_of_its_source(store: JudgmentStore, tmp_path: Path) -> None:
     path = write(tmp_path / "records.json", RECORDS, array=True)
-    with pytest.raises(OptionError, match="name it with"):
+    with pytest.raises(OptionError, match="does not name its source"):
         import_judgments(store, path, format="argilla", options=ImportOptions(judged_at=NEW_YEAR))

@@ -12,8 +12,8 @@ import pytest
 from ensemble_rm.errors import BadRowsError, DataError, OptionError
 from ensemble_rm.judgments.exports import export_judgments, judgment_dataset
 from ensemble_rm.judgments.filter import JudgmentFilter
+from ensemble_rm.judgments.imports.formats import Imported, ImportOptions
 from ensemble_rm.judgments.imports.importing import import_judgments
-from ensemble_rm.judgments.imports.rows import Imported, ImportOptions
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.store import JudgmentStore
 from tests.support.judgment_rows import CHAT, NEW_YEAR, judged, many, write
@@ -144,7 +144,7 @@ def test_a_dry_run_counts_as_the_import_does(store: JudgmentStore, bad_file: Pat
 def test_what_cannot_be_read_at_all_is_named(store: JudgmentStore, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         import_judgments(store, tmp_path / "none.jsonl")
-    with pytest.raises(OptionError, match=r"jsonl, label-studio, .*not 'csv'"):
+    with pytest.raises(OptionError, match=r"'csv'; choose one of jsonl, label-studio"):
         import_judgments(store, tmp_path, format="csv")
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(json.dumps(judged().to_json()).encode())[:-9])
@@ -152,9 +152,9 @@ def test_what_cannot_be_read_at_all_is_named(store: JudgmentStore, tmp_path: Pat
         import_judgments(store, cut)
     broken = tmp_path / "broken.json"
     broken.write_text("[{}, ")
-    with pytest.raises(DataError, match="not JSON"):
+    with pytest.raises(DataError, match="not valid JSON"):
         import_judgments(store, broken, format="label-studio", options=ImportOptions(source="s"))
-    with pytest.raises(OptionError, match="'x' must mean first, second or tie: 'left'"):
+    with pytest.raises(OptionError, match="'x' must map to first, second or tie, not 'left'"):
         ImportOptions(labels={"x": "left"})
     assert store.count() == 0
 

@@ -14,8 +14,8 @@ import pytest
 
 from ensemble_rm.errors import BadRowsError, OptionError
 from ensemble_rm.judgments.filter import JudgmentFilter
+from ensemble_rm.judgments.imports.formats import Imported, ImportOptions
 from ensemble_rm.judgments.imports.importing import import_judgments
-from ensemble_rm.judgments.imports.rows import Imported, ImportOptions
 from ensemble_rm.judgments.store import JudgmentStore
 from tests.support.judgment_rows import write
 
@@ -123,7 +123,7 @@ def test_label_studios_names_and_labels_can_be_others(store: JudgmentStore, tmp_
     data["data"] = {"question": "q", "a": "one", "b": "two"}
     path = write(tmp_path / "other.json", [data], array=True)
     options = ImportOptions(source="s", prompt="question", first="a", second="b")
-    with pytest.raises(BadRowsError, match=r"\['comparison', 'tone'\]; say which"):
+    with pytest.raises(BadRowsError, match=r"\['comparison', 'tone'\]; choose one"):
         import_judgments(store, path, format="label-studio", options=options)
     options = ImportOptions(
         source="s", prompt="question", first="a", second="b", question="comparison",
@@ -153,11 +153,11 @@ def test_an_empty_annotation_is_a_tie_only_when_asked(
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (task(1, annotation(1, {"selected": "both"})), "the verdict 'both' is none of"),
+        (task(1, annotation(1, {"selected": "both"})), "unknown verdict 'both'"),
         (task(1, annotation(1, {"choices": ["first", "tie"]})), "must be one selection"),
         (task(1, annotation(1, {"selected": "left"}, result="x")), "list of objects, not 'x'"),
         (task(1, annotation(1, {"selected": "left"}, id=None)), "has no `id`"),
-        (task(1, annotation(1, {"selected": "left"}, completed_by=None)), "who made it: None"),
+        (task(1, annotation(1, {"selected": "left"}, completed_by=None)), "names no annotator"),
         (task(1, annotation(1, {"selected": "left"}, created_at=None)), "has no `created_at`"),
         (task(1, annotation(1, {"selected": "left"}), answer2=None), "needs the field 'answer2'"),
         (task(1, annotation(1, {"selected": "left"}), answer1=5), "`first` must be text, not int"),
@@ -180,7 +180,7 @@ def test_bad_annotations_are_named_and_the_others_kept(
 
 def test_an_export_needs_the_name_of_its_source(store: JudgmentStore, tmp_path: Path) -> None:
     path = write(tmp_path / "full.json", TASKS, array=True)
-    with pytest.raises(OptionError, match="name it with"):
+    with pytest.raises(OptionError, match="does not name its source"):
         import_judgments(store, path, format="label-studio")
 
 

@@ -16,11 +16,11 @@ from hypothesis import given, strategies as st
 from ensemble_rm import FunctionScorer, RewardEnsemble, Sample
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
+from ensemble_rm.ensemble.results import Scores
 from ensemble_rm.errors import NotReadyError
 from ensemble_rm.server.options import BatchOptions
 from ensemble_rm.server.scheduling import threads
 from ensemble_rm.server.scheduling.batching import Batcher
-from ensemble_rm.server.scheduling.outcomes import RecordedScores, score_recorded
 from ensemble_rm.server.scheduling.threads import CallThread, ScoringThread
 from tests.support.remote_members import member
 
@@ -167,7 +167,7 @@ def test_a_panic_is_an_error_of_its_call() -> None:
 def test_a_panic_is_its_own_samples_failure(texts: list[str]) -> None:
     """Others of its batch have their rewards."""
 
-    async def ask() -> RecordedScores:
+    async def ask() -> Scores:
         scoring = ScoringThread()
         try:
             return await scoring(ensemble(), [Sample("q", text) for text in texts])
@@ -195,7 +195,7 @@ def test_a_panic_asks_no_server_again() -> None:
     scorers = (member(httpx.MockTransport(handle)), FunctionScorer("length", panicking))
     whole = RewardEnsemble(scorers, Normaliser.identity(2), mean())
     texts = ["a", "bb", "panic", "cccc"]
-    scores = score_recorded(whole, [Sample("", text) for text in texts])
+    scores = whole.score([Sample("", text) for text in texts], on_error="record")
     assert list(scores.failed) == [2]
     assert seen == texts
 
