@@ -26,7 +26,6 @@ from ensemble_rm.errors import (
     RemoteFailureWarning,
     RemoteUnavailableError,
 )
-from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
 from ensemble_rm.members.remote.failures import Reason, count_failures
@@ -41,7 +40,7 @@ from ensemble_rm.members.remote.raw_logit_check import (
 )
 from ensemble_rm.members.remote.request_text import Rendered, Renderer, TextTemplate
 from ensemble_rm.members.remote.storage import StoredElsewhere
-from ensemble_rm.members.scorer import MemberScores
+from ensemble_rm.members.scorer import MemberScores, Truncation
 
 T = TypeVar("T")
 Outage: TypeAlias = Literal["raise", "nan"]

@@ -16,8 +16,8 @@ from ensemble_rm.aggregation import make_aggregator, mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import DataError, TooLargeError, UnprocessableError
 from ensemble_rm.rl.chat import read_label, without_stops
+from ensemble_rm.server.http.app import check_entries, check_lists, read_model
 from ensemble_rm.server.options import Limits, ServerOptions
-from ensemble_rm.server.requests import check_entries, check_lists, read_model
 from ensemble_rm.server.wire import llamafactory, native, openrlhf, raw_text, sglang, vllm
 from ensemble_rm.server.wire.raw_text import RawText
 from tests.support.server_process import length, lengths
