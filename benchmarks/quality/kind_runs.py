@@ -31,9 +31,8 @@ from ensemble_rm.members.branches.module import PairStates
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.branches.training import Ground, grow_branches
 from ensemble_rm.members.forward.batching import batches
-from ensemble_rm.members.heads.gradient_training import PairFeatures
 from ensemble_rm.members.heads.training import fit_heads
-from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.heads.weights import HeadWeights, PairFeatures
 from ensemble_rm.members.learning.dropout import set_dropout
 from ensemble_rm.members.learning.job import Job
 from ensemble_rm.members.learning.seeds import member_seeds

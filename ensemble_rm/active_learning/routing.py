@@ -22,11 +22,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, expit, logit
 
 from ensemble_rm.active_learning.selection import SelectedPairs, pair_names, pairs_for_humans
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.ensemble.results import Comparison
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
-from ensemble_rm.errors import EmptyDataError, NonFiniteScoreError, OptionError
+from ensemble_rm.errors import DataError, NonFiniteScoreError, OptionError
 from ensemble_rm.members.comparator import Comparator, Compared
 from ensemble_rm.members.judges.comparator import JudgeVerdicts
 from ensemble_rm.members.judges.usage import Usage
@@ -181,16 +181,14 @@ def threshold_for_share(uncertainty: ArrayLike, share: float) -> float:
     ------
     OptionError
         If the share is out of its range.
-    EmptyDataError
+    DataError
         If there is no pair.
     """
     values = np.sort(np.asarray(uncertainty, dtype=np.float64))[::-1]
     if not 0 <= share <= 1:
         raise OptionError(f"share must lie in [0, 1], not {share!r}")
     if len(values) == 0:
-        raise EmptyDataError(
-            "a threshold needs the uncertainty of at least one pair; there is none"
-        )
+        raise DataError("a threshold needs the uncertainty of at least one pair; there is none")
     if not np.isfinite(values).all():
         raise NonFiniteScoreError("a threshold needs finite uncertainties; some are not")
     k = int(share * len(values) + 1e-9)
@@ -293,7 +291,7 @@ def route(
     """
     _check(threshold, share, budget, final, audit_share)
     if len(pairs) == 0:
-        raise EmptyDataError(f"{pairs.source} holds no pair to route")
+        raise DataError(f"{pairs.source} holds no pair to route")
     names = pair_names(pairs)  # refused before anything is asked
     found = _compare(ensemble, pairs, progress)
     value = pair_uncertainty(found, uncertainty)

@@ -14,7 +14,7 @@ from ensemble_rm.data.samples import Preference, Preferences, Prompt, prompt_key
 from ensemble_rm.data.weights import SampleWeights, inclusion_weights
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.ensemble.streaming import DEFAULT_CHUNK
-from ensemble_rm.errors import DataError, EmptyDataError, OptionError
+from ensemble_rm.errors import DataError, OptionError
 from ensemble_rm.progress import Progress, silent
 
 
@@ -160,7 +160,6 @@ def select_pairs(
         If an option cannot be used, or the pool does not hold the budget.
     DataError
         If two different pairs bear one id.
-    EmptyDataError
         If there is no pair to choose from.
     NotCalibratedError, OneMemberError
         If the strategy asks of the ensemble what it does not have.
@@ -263,6 +262,6 @@ def _distinct(pool: Preferences) -> tuple[Preferences, list[str], int, int]:
             seen.add(texts)
             rows.append(i)
     if not rows:
-        raise EmptyDataError(f"{pool.source} holds no pair to choose from ({len(pool)} read)")
+        raise DataError(f"{pool.source} holds no pair to choose from ({len(pool)} read)")
     kept = pool.take(rows)
     return kept, pair_names(kept), len(pool) - equal - len(rows), equal

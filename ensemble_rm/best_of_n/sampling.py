@@ -14,7 +14,7 @@ import numpy as np
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.data.samples import Prompt, Sample, prompt_json, prompt_key
 from ensemble_rm.ensemble.results import Ranking
-from ensemble_rm.errors import EmptyDataError, OptionError
+from ensemble_rm.errors import DataError, OptionError
 from ensemble_rm.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -76,12 +76,12 @@ def best_of_n(
 
     Raises
     ------
-    EmptyDataError
+    DataError
         If a prompt has no completion.
     """
     for row, texts in enumerate(completions):
         if len(texts) == 0:
-            raise EmptyDataError(f"prompt {row} has no completion to choose; leave it out")
+            raise DataError(f"prompt {row} has no completion to choose; leave it out")
     chosen = ensemble if aggregator is None else ensemble.with_aggregator(aggregator)
     rankings = chosen.rank(prompts, completions, references=references, progress=progress)
     found = []

@@ -28,9 +28,9 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import expit, logsumexp
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.methods.temperature import (
-    MIN_JUDGMENTS,
     fit_temperature,
     margin_losses,
     read_judgments,

@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike
 from scipy.special import expit
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.calibrator import Curve, find_calibrator
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.methods.temperature import (
-    MIN_JUDGMENTS,
     TemperatureFit,
     fit_mixture_temperature,
     fit_temperature,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ensemble_rm.aggregation.aggregator import NanPolicy, score_matrix
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import BaselineError, NonFiniteScoreError, OptionError
 
 

@@ -30,14 +30,10 @@ from numpy.typing import ArrayLike
 from scipy.special import expit
 from scipy.stats import t as student
 
-from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.calibration.methods.temperature import (
-    MIN_JUDGMENTS,
-    add_up,
-    read_judgments,
-    require_pull,
-)
-from ensemble_rm.errors import NoTiesError, OptionError, SeparableError
+from ensemble_rm.arrays import Floats
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
+from ensemble_rm.calibration.methods.temperature import add_up, read_judgments, require_pull
+from ensemble_rm.errors import CalibrationError, OptionError, SeparableError
 
 TIE_MODELS: tuple[str, ...] = ("davidson", "rao-kupper")
 """Every tie model's name."""
@@ -172,7 +168,7 @@ def fit_ties(
     ------
     TooFewJudgmentsError
         If fewer judgments than `min_judgments` have a margin.
-    NoTiesError
+    CalibrationError
         If there is no tie, or nothing but ties.
     SeparableError
         If a threshold on the margin tells every verdict.
@@ -196,12 +192,12 @@ def fit_ties(
 
 def _refuse(x: Floats, y: Floats, w: Floats, t: Floats) -> None:
     if not t.any():
-        raise NoTiesError(
+        raise CalibrationError(
             f"none of {len(x)} judgments is a tie, which pulls ν to its end; leave the tie model "
             "out, or hand in judgments whose ties were kept"
         )
     if (t >= 1).all():
-        raise NoTiesError(f"all {len(x)} judgments are ties: no temperature can be fitted")
+        raise CalibrationError(f"all {len(x)} judgments are ties: no temperature can be fitted")
     require_pull(x, y, w)
     first, second = y - t / 2 > 1e-9, 1 - y - t / 2 > 1e-9
     against = ((x > 0) & second) | ((x < 0) & first)

@@ -26,7 +26,6 @@ from ensemble_rm.data.samples import (
 from ensemble_rm.errors import (
     BadRowsError,
     DataError,
-    EmptyDataError,
     MissingExtraError,
     RowProblem,
 )
@@ -90,7 +89,7 @@ def load_preferences(
     ------
     BadRowsError
         If rows are bad and `skip_bad` is not set; it lists every one.
-    EmptyDataError
+    DataError
         If no good row is left.
     """
     pairs, report = read_preferences(source, split=split)
@@ -113,7 +112,7 @@ def read_preferences(
 
     Raises
     ------
-    EmptyDataError
+    DataError
         If no row is good; it lists the first reasons.
     """
     name, rows = _rows(source, split)
@@ -139,7 +138,7 @@ def read_preferences(
         pairs.append(pair)
     if not pairs:
         reasons = "\n".join(str(problem) for problem in problems[:5]) or "the file has no rows"
-        raise EmptyDataError(f"{name} holds no usable preference pair:\n{reasons}")
+        raise DataError(f"{name} holds no usable preference pair:\n{reasons}")
     report = LoadReport(name, count, len(pairs), tuple(problems), tuple(duplicates), tuple(equal))
     return Preferences(tuple(pairs), name), report
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import DataError, EmptyDataError, OptionError, SplitError
+from ensemble_rm.errors import DataError, OptionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +306,7 @@ class Preferences(Sequence[Preference]):
 
         Raises
         ------
-        SplitError
+        DataError
             If a part would be empty.
         OptionError
             If the fractions are not positive or sum to more than 1.
@@ -328,7 +328,7 @@ class Preferences(Sequence[Preference]):
         found = tuple(self.take(np.flatnonzero(parts == i)) for i in range(len(fractions)))
         for i, part in enumerate(found):
             if not part:
-                raise SplitError(
+                raise DataError(
                     f"part {i} of the split {fractions} is empty: {len(self)} pairs over "
                     f"{len(sizes)} prompts are too few; give more prompts or a larger fraction"
                 )
@@ -348,9 +348,9 @@ class Preferences(Sequence[Preference]):
 
 
 def require_pairs(pairs: Preferences, purpose: str) -> None:
-    """Raise `EmptyDataError` where there is no pair for `purpose`."""
+    """Raise `DataError` where there is no pair for `purpose`."""
     if len(pairs) == 0:
-        raise EmptyDataError(f"{purpose} needs at least one preference pair; {pairs.source} has 0")
+        raise DataError(f"{purpose} needs at least one preference pair; {pairs.source} has 0")
 
 
 def grouped_samples(

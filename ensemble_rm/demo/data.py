@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import MissingExtraError
 
 FILE = Path(__file__).parent / "data" / "preferences.jsonl.gz"

@@ -14,7 +14,7 @@ from ensemble_rm.demo.data import packaged_backbone, truth_of
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.evaluation.evaluation import Evaluation, evaluate
 from ensemble_rm.evaluation.report import draw_evaluation, evaluation_text
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.metrics import nll
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.training.run import train

@@ -11,7 +11,7 @@ from ensemble_rm.drift.labelled import LabelledDrift
 from ensemble_rm.drift.raters import PANEL, RaterDrift
 from ensemble_rm.drift.report import DriftReport
 from ensemble_rm.drift.unlabelled import UnlabelledDrift
-from ensemble_rm.errors import EmptyDataError
+from ensemble_rm.errors import DataError
 from ensemble_rm.plotting import INK, MUTED, PALE, write_figure
 from ensemble_rm.text_table import table
 
@@ -142,7 +142,7 @@ def draw_drift(reports: Sequence[DriftReport], path: Path) -> Path:
 
     Raises
     ------
-    EmptyDataError
+    DataError
         If there is no report.
     StorageError
         If the picture cannot be written.
@@ -150,7 +150,7 @@ def draw_drift(reports: Sequence[DriftReport], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     if not reports:
-        raise EmptyDataError("there is no drift report to draw")
+        raise DataError("there is no drift report to draw")
     ordered = sorted(reports, key=lambda report: report.at)
     figure = Figure(figsize=(7, 8), layout="constrained")
     panels: tuple[tuple[str, str, Callable[[Any, Sequence[DriftReport]], bool]], ...] = (

@@ -33,14 +33,14 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest, fisher_exact
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.drift.multiplicity import (
     holm,
     level_of,
     permutation_p,
     permutations_for,
 )
-from ensemble_rm.errors import DataError, EmptyDataError
+from ensemble_rm.errors import DataError
 from ensemble_rm.judgments.judgment import SHARES, Judgment
 
 PANEL = ""  # the annotator's name in rows that are of all annotators
@@ -243,7 +243,7 @@ def rater_drift(
 
     Raises
     ------
-    EmptyDataError
+    DataError
         If there is no vote up to the month.
     """
     level = level_of(alpha, checks)
@@ -251,7 +251,7 @@ def rater_drift(
     last = month if month is not None else max((vote.month for vote in given), default="")
     kept = sorted((vote for vote in given if vote.month <= last), key=_order)
     if not kept:
-        raise EmptyDataError(f"no anchor vote up to {last or 'any month'}; judge the anchors first")
+        raise DataError(f"no anchor vote up to {last or 'any month'}; judge the anchors first")
     marks = _marks(kept)
     cells = _cells(kept, marks)
     tests = _annotators_agreement(cells, last) + _annotators_position(kept, last)

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.ensemble.results import Scores
-from ensemble_rm.errors import NonFiniteScoreError, OptionError, StorageError, TooFewSamplesError
+from ensemble_rm.errors import DataError, NonFiniteScoreError, OptionError, StorageError
 from ensemble_rm.uncertainty.distance import FeatureSpace
 
 FORMAT = 1
@@ -68,7 +68,7 @@ class ScoredSet:
             If the lengths differ.
         NonFiniteScoreError
             If a score is not finite.
-        TooFewSamplesError
+        DataError
             If there are fewer than 20 prompts.
         """
         far = None if distance is None else np.asarray(distance, dtype=np.float64)
@@ -83,7 +83,7 @@ class ScoredSet:
         names = (str(prompt) for prompt in prompts)
         groups = np.array([number.setdefault(name, len(number)) for name in names], dtype=np.int64)
         if len(number) < MIN_PROMPTS:
-            raise TooFewSamplesError(
+            raise DataError(
                 f"scores of {len(number)} prompts; a test of their shift needs {MIN_PROMPTS}"
             )
         return cls(scores.reward, scores.members, groups, far)
@@ -158,7 +158,7 @@ class Reference:
         ------
         OptionError
             If lengths differ, or one of space and features is missing.
-        NonFiniteScoreError, TooFewSamplesError
+        NonFiniteScoreError, DataError
             See `ScoredSet.read`.
         """
         if (space is None) != (features is None):

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.drift.multiplicity import (
     holm,
     level_of,
@@ -157,7 +157,7 @@ def unlabelled_drift(
     ------
     OptionError
         If members or lengths differ from the reference's, or an option is out of range.
-    NonFiniteScoreError, TooFewSamplesError
+    NonFiniteScoreError, DataError
         If scores are not finite, or of fewer than 20 prompts.
     """
     level = level_of(alpha, checks)

@@ -17,7 +17,7 @@ from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.ensemble.storage import FILE
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.full.scorer import FullScorer
 from ensemble_rm.members.scorer import Scorer, as_scorer
 from ensemble_rm.progress import Progress, silent
@@ -65,9 +65,9 @@ def combine(
     ------
     OptionError
         If there is no member, or a member scores all completions of a prompt alike.
-    EmptyDataError
+    DataError
         If there is no reference pair.
-    BackboneError, MissingHeadError
+    ModelError
         If a model that is named cannot be a member.
     """
     require_pairs(reference, "fitting the normaliser")

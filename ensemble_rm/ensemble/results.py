@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.ties import TIE
 from ensemble_rm.members.scorer import Truncation

@@ -13,14 +13,14 @@ from typing import Any, Self
 import numpy as np
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.calibration import (
     Calibration,
     fit_calibration,
     refit_calibration,
     require_calibration,
 )
-from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.data.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs
@@ -32,7 +32,7 @@ from ensemble_rm.ensemble.results import (
     aggregate_recorded,
     compare_scored,
 )
-from ensemble_rm.errors import NoFeaturesError, OptionError
+from ensemble_rm.errors import OptionError, ScoringError
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.scorer import Scorer, Token, as_scorer, with_tokens, with_tokens_of
 from ensemble_rm.progress import Progress, silent
@@ -157,7 +157,7 @@ class RewardEnsemble:
             If a member's score is infinite, or NaN against the aggregator's policy.
         BaselineError
             If the normaliser has a baseline and a sample has no reference completion.
-        NoFeaturesError
+        ScoringError
             If distances are asked for and there is no feature space.
         """
         result = score_members(
@@ -193,7 +193,7 @@ class RewardEnsemble:
 
         Raises
         ------
-        NoFeaturesError
+        ScoringError
             If there is no feature space: no member has features, or this library did not train
             the ensemble.
         """
@@ -203,7 +203,7 @@ class RewardEnsemble:
 
     def _space(self) -> FeatureSpace:
         if self.feature_space is None:
-            raise NoFeaturesError(
+            raise ScoringError(
                 "the ensemble has no feature space: no member has features, or none was kept; "
                 "fit one with fit_feature_space(scorer_features(ensemble.scorers, training))"
             )
@@ -365,7 +365,7 @@ class RewardEnsemble:
 
         Raises
         ------
-        TooFewJudgmentsError, SeparableError, NoPositiveTemperatureError, NoTiesError
+        TooFewJudgmentsError, SeparableError, NoPositiveTemperatureError, CalibrationError
             Where no temperature or tie model can be fitted; see `fit_temperature`.
         OptionError
             If the method is unknown, cannot take these votes and weights, or has no slices.
@@ -517,7 +517,7 @@ class RewardEnsemble:
             If the folder contains no ensemble.
         VersionError
             If it has no version of that number.
-        BackboneError
+        ModelError
             If the backbone's weights are not those of training.
         """
         path = Path(folder).expanduser()

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.aggregation.rules.cvar import cvar
 from ensemble_rm.aggregation.rules.entropic import entropic
 from ensemble_rm.aggregation.rules.lcb import lcb
@@ -24,6 +23,7 @@ from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.aggregation.rules.median import median
 from ensemble_rm.aggregation.rules.minimum import minimum
 from ensemble_rm.aggregation.rules.uwo import uwo
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.methods.temperature import TemperatureFit, fit_temperature
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.data.samples import Preferences, require_pairs
@@ -254,7 +254,7 @@ def evaluate(
 
     Raises
     ------
-    EmptyDataError
+    DataError
         If there is no pair.
     NonFiniteScoreError
         If none has a reward, or a score is NaN against the aggregator's policy.

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import StorageError
 from ensemble_rm.versions.atomic_files import storage_errors
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.data.weights import inclusion_weights
 from ensemble_rm.errors import OptionError
 from ensemble_rm.evidence.dated_margins import DatedMargins, Ints

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ensemble_rm.arrays import Floats, finite_or_none
-from ensemble_rm.errors import EmptyDataError
+from ensemble_rm.errors import DataError
 from ensemble_rm.judgments.filter import ALL_JUDGMENTS, JudgmentFilter
 from ensemble_rm.judgments.judgment import OUTCOMES, Verdict
 from ensemble_rm.judgments.kappa import figure, item_agreement, kappa, share
@@ -152,12 +152,12 @@ def agreement_report(
 
     Raises
     ------
-    EmptyDataError
+    DataError
         If no judgment is selected.
     """
     total = store.count(where)
     if total == 0:
-        raise EmptyDataError(f"{store.name} holds no such judgment; select others, or import some")
+        raise DataError(f"{store.name} holds no such judgment; select others, or import some")
     tally = _Tally()
     for _, verdicts in groupby(
         _reported(store.verdicts_by_pair(where), total, progress), attrgetter("prompt")

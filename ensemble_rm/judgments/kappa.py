@@ -22,7 +22,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.stats import t as student
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.metrics import Interval
 
 LEVEL = 0.95

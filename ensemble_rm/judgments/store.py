@@ -79,9 +79,8 @@ class JudgmentStore:
         ------
         MissingExtraError
             If SQLAlchemy, Alembic or psycopg is not installed.
-        SchemaVersionError
-            If a newer library wrote the store.
         StorageError
+            If a newer library wrote the store.
             If the database cannot be opened.
         """
         return cls(_open(place, create=True, read_only=False))
@@ -103,7 +102,7 @@ class JudgmentStore:
 
         Raises
         ------
-        MissingExtraError, SchemaVersionError, StorageError
+        MissingExtraError, StorageError
             As `create` does; and where there is no store.
         """
         return cls(_open(place, create=False, read_only=read_only))
@@ -151,7 +150,7 @@ class JudgmentStore:
         ------
         JudgmentConflictError
             If an external id is stored with other content, or a judgment is corrected twice.
-        UnknownJudgmentError
+        DataError
             If a correction names a judgment that is nowhere.
         StorageError
             If the store cannot be written.

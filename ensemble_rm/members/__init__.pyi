@@ -1,4 +1,5 @@
-from .backbone.trunk import TrunkOptions as TrunkOptions, View as View
+from .backbone.options import TrunkOptions as TrunkOptions
+from .backbone.trunk import View as View
 from .branches.recipe import BranchRecipe as BranchRecipe
 from .branches.scorer import BranchScorer as BranchScorer
 from .comparator import Comparator as Comparator

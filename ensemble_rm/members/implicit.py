@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import BackboneError, OptionError
+from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.digest import member_digest
 from ensemble_rm.members.encoding import TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import Batch, batches
@@ -91,7 +91,7 @@ class ImplicitScorer(ModelScorer):
 
         Raises
         ------
-        BackboneError
+        ModelError
             If there is no such model, or the two have different vocabularies.
         OptionError
             If a model is no causal language model, or β is not > 0.
@@ -120,7 +120,7 @@ class ImplicitScorer(ModelScorer):
             bb.load_tokenizer(model.folder) for model in (self.backbone, self.reference)
         )
         if tokenizer.get_vocab() != other.get_vocab():
-            raise BackboneError(
+            raise ModelError(
                 f"{self.backbone.name} and {self.reference.name} have different vocabularies; the "
                 "reference of a policy is the model that it was trained from"
             )

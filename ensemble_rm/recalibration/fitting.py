@@ -43,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import truncnorm
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.methods.temperature import (
     TemperatureFit,

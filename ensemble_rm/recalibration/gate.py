@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.methods.temperature import margin_losses
 from ensemble_rm.data.weights import effective_sample_size
 from ensemble_rm.errors import OptionError

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import norm
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 from ensemble_rm.evidence.dated_margins import DatedMargins, Ints, joined
 from ensemble_rm.recalibration.fitting import fit_signed

@@ -15,7 +15,7 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.metrics import agreement
 from ensemble_rm.recalibration.gate import Gate, clustered_mean, judge_candidate, losses

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.normaliser import Normaliser, fit_normaliser
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
@@ -52,7 +52,7 @@ def same_units(
 
     Raises
     ------
-    EmptyDataError
+    DataError
         If there is no reference pair.
     OptionError
         If no common factor gives that spread.

@@ -141,10 +141,8 @@ def serve(
 
     Raises
     ------
-    BindError
-        If other machines reach the host and there is no token.
     ServerError
-        If the address cannot be bound.
+        If other machines reach the host and there is no token, or the address cannot be bound.
     EnsembleRMError
         If the ensemble cannot be loaded.
     """

@@ -23,7 +23,7 @@ from ensemble_rm.ensemble.storage import check_target
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.checkpoint import load_tokenizer, locate
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.encoding import TextEncoder, count_truncation
 from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.members.learning.recipe import Recipe
@@ -98,22 +98,20 @@ def train(
 
     Raises
     ------
-    EmptyDataError
+    DataError
         If a part has no pairs.
     OptionError
         If an option cannot be used, `kind` is not the recipe's, fit and validation share a
         prompt, or `start` does not fit.
-    BackboneError
+    ModelError
         If the backbone cannot be found or read.
-    NonFiniteLossError
+    TrainingError
         If training diverges.
+        If `out` holds a checkpoint of another run.
     BaselineError
         If a baseline is wanted and a validation pair has no reference.
-    ResumeError
-        If `out` holds a checkpoint of another run.
     StorageError
         If `out` holds versions, or something other than an ensemble.
-    CacheLimitError
         If the token states would exceed the recipe's `states_limit` or the disk.
     MissingExtraError
         If a package that the kind needs is not installed.
@@ -165,7 +163,7 @@ def train_request(
 
     Raises
     ------
-    EnsembleError
+    EnsembleRMError
         What `train` raises.
     """
     out = None if request.out is None else Path(request.out).expanduser()
@@ -210,7 +208,7 @@ def plan(fit: Preferences, validation: Preferences, request: TrainingRequest) ->
 
     Raises
     ------
-    EnsembleError
+    EnsembleRMError
         What `train` raises before it reads weights.
     """
     job, _ = _prepare(fit, validation, request)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy.special import entr, expit
 
 from ensemble_rm.aggregation.aggregator import NanPolicy, score_matrix
-from ensemble_rm.aggregation.formulas import Floats, mean_of_present
+from ensemble_rm.arrays import Floats, mean_of_present
 from ensemble_rm.errors import NonFiniteScoreError, OneMemberError, OptionError
 
 

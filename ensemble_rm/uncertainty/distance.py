@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ensemble_rm.aggregation.formulas import Floats
-from ensemble_rm.errors import NonFiniteScoreError, OptionError, TooFewSamplesError
+from ensemble_rm.arrays import Floats
+from ensemble_rm.errors import DataError, NonFiniteScoreError, OptionError
 
 DIRECTIONS = 256
 MIN_SAMPLES = 50
@@ -107,7 +107,7 @@ def fit_feature_space(features: ArrayLike, *, directions: int = DIRECTIONS) -> F
 
     Raises
     ------
-    TooFewSamplesError
+    DataError
         If there are fewer than 50 samples.
     NonFiniteScoreError
         If a feature is NaN or infinite.
@@ -115,7 +115,7 @@ def fit_feature_space(features: ArrayLike, *, directions: int = DIRECTIONS) -> F
     x = _matrix(features)
     n, d = x.shape
     if n < MIN_SAMPLES:
-        raise TooFewSamplesError(f"{n} samples; a feature space needs {MIN_SAMPLES}")
+        raise DataError(f"{n} samples; a feature space needs {MIN_SAMPLES}")
     mean, scale = x.mean(axis=0), x.std(axis=0)
     scale = np.where(scale > 1e-12 * (1 + np.abs(mean)), scale, 1.0)
     z = (x - mean) / scale

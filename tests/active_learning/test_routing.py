@@ -26,7 +26,6 @@ from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import (
     DataError,
-    EmptyDataError,
     NotCalibratedError,
     OneMemberError,
     OptionError,
@@ -356,7 +355,7 @@ def test_options_that_cannot_be_used(
 
 
 def test_no_pair_is_an_error(ensemble: RewardEnsemble) -> None:
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         go(ensemble, Preferences(()))
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         threshold_for_share([], 0.5)

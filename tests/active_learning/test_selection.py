@@ -28,7 +28,6 @@ from ensemble_rm.data.loading import read_comparisons
 from ensemble_rm.data.samples import as_prompt
 from ensemble_rm.errors import (
     DataError,
-    EmptyDataError,
     NotCalibratedError,
     OneMemberError,
     OptionError,
@@ -170,7 +169,7 @@ def test_what_cannot_be_selected_is_refused(ensemble: RewardEnsemble) -> None:
         utility(PoolMargins(np.zeros(1), np.zeros((1, 2))), "best")
     with pytest.raises(OptionError, match="budget"):
         select_pairs(ensemble, pool, budget=21, max_per_prompt=None)
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         select_pairs(None, Preferences(()), budget=1, strategy="random")
     double = Preferences((Preference("a", "b", "c", id="x"), Preference("a", "b", "d", id="x")))
     with pytest.raises(DataError, match="'x'"):

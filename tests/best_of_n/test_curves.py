@@ -20,7 +20,7 @@ from ensemble_rm.best_of_n import (
     fit_curve,
 )
 from ensemble_rm.calibration import Normaliser
-from ensemble_rm.errors import EmptyDataError, NonFiniteScoreError, OptionError
+from ensemble_rm.errors import DataError, NonFiniteScoreError, OptionError
 
 INTEGERS = st.integers(-3, 3)  # few values: ties are the rule
 
@@ -246,5 +246,5 @@ def test_the_best_is_chosen_by_any_aggregator(ensemble: RewardEnsemble) -> None:
 
 
 def test_a_prompt_without_completions_is_named(ensemble: RewardEnsemble) -> None:
-    with pytest.raises(EmptyDataError, match="prompt 1"):
+    with pytest.raises(DataError, match="prompt 1"):
         best_of_n(ensemble, ["p", "q"], [["a"], []])

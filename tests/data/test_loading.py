@@ -12,7 +12,7 @@ import pytest
 from ensemble_rm import load_preferences
 from ensemble_rm.data.loading import read_comparisons, read_preferences, read_samples
 from ensemble_rm.data.samples import prompt_key
-from ensemble_rm.errors import BadRowsError, DataError, EmptyDataError
+from ensemble_rm.errors import BadRowsError, DataError
 
 GOOD = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
 
@@ -114,9 +114,9 @@ def test_every_bad_row_is_named_with_its_line(tmp_path: Path) -> None:
 
 
 def test_nothing_good_is_an_error_even_with_skip_bad(tmp_path: Path) -> None:
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         load_preferences(write(tmp_path / "bad.jsonl", BAD), skip_bad=True)
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         load_preferences([])
     with pytest.raises(DataError, match="no such file"):
         load_preferences(tmp_path / "none.jsonl")

@@ -14,7 +14,7 @@ import pytest
 
 from ensemble_rm import FunctionScorer, RewardEnsemble, Sample, Versions, recalibrate, train
 from ensemble_rm.drift.check import check_drift
-from ensemble_rm.errors import NoFeaturesError
+from ensemble_rm.errors import ScoringError
 from ensemble_rm.members import HeadRecipe, scorer_features
 from ensemble_rm.scoring import ScoreCache
 from ensemble_rm.uncertainty import fit_feature_space
@@ -129,5 +129,5 @@ def test_training_keeps_where_its_inputs_lie(small_folder: Path, tmp_path: Path)
     assert judged_pairs.take(np.arange(3)).distances == pytest.approx(judged_pairs.distances[:3])
     bare = replace(read, feature_space=None)
     assert bare.judge(held).distances.shape == (len(held), 0)
-    with pytest.raises(NoFeaturesError, match="fit_feature_space"):
+    with pytest.raises(ScoringError, match="fit_feature_space"):
         bare.distance(SAMPLES)

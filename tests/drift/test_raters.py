@@ -15,7 +15,7 @@ from scipy.stats import beta as beta_distribution, fisher_exact
 from ensemble_rm import Judgment
 from ensemble_rm.drift import AnchorVote, anchor_votes, rater_drift
 from ensemble_rm.drift.raters import PANEL, RaterDrift
-from ensemble_rm.errors import DataError, EmptyDataError, OptionError
+from ensemble_rm.errors import DataError, OptionError
 
 MONTHS = tuple(f"2026-{m:02d}" for m in range(1, 7))
 
@@ -149,9 +149,9 @@ def test_a_report_is_read_back_as_it_was() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(EmptyDataError, match="2025-12"):
+    with pytest.raises(DataError, match="2025-12"):
         rater_drift(months(0, pairs=2), month="2025-12")
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         rater_drift([])
     with pytest.raises(OptionError):
         rater_drift(months(0, pairs=2), alpha=0.0)

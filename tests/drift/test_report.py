@@ -21,7 +21,7 @@ from ensemble_rm.drift import (
     rater_drift,
     unlabelled_drift,
 )
-from ensemble_rm.errors import EmptyDataError, StorageError
+from ensemble_rm.errors import DataError, StorageError
 from ensemble_rm.members.scorer import Truncation
 
 FIT = TemperatureFit(1.0, 0.82, 1.22, 0.1, 0.5, 300, 300)
@@ -103,7 +103,7 @@ def test_the_picture(tmp_path: Path) -> None:
     other = draw_drift(reports(), tmp_path / "other.png")
     assert other.read_bytes() != path.read_bytes()
     draw_drift([DriftReport("now")], tmp_path / "empty.png")
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         draw_drift([], tmp_path / "none.png")
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):

@@ -18,10 +18,10 @@ from ensemble_rm.drift import Reference, unlabelled_drift
 from ensemble_rm.drift.multiplicity import holm, permutation_p
 from ensemble_rm.drift.unlabelled import UnlabelledDrift
 from ensemble_rm.errors import (
+    DataError,
     NonFiniteScoreError,
     OptionError,
     StorageError,
-    TooFewSamplesError,
 )
 from ensemble_rm.members.scorer import Truncation
 from ensemble_rm.uncertainty import fit_feature_space
@@ -196,7 +196,7 @@ def test_refusals() -> None:
     rng = np.random.default_rng(0)
     scores, prompts = batch(rng, 40)
     reference = Reference.of(scores, prompts)
-    with pytest.raises(TooFewSamplesError, match="19 prompts"):
+    with pytest.raises(DataError, match="19 prompts"):
         Reference.of(*batch(rng, 19))
     with pytest.raises(OptionError, match="go together"):
         Reference.of(scores, prompts, features=np.zeros((len(prompts), 2)))
@@ -256,7 +256,7 @@ def test_a_feature_that_never_varies_is_harmless() -> None:
 
 def test_a_space_refuses_what_it_cannot_use() -> None:
     x = np.random.default_rng(0).normal(0, 1, (80, 3))
-    with pytest.raises(TooFewSamplesError, match="49"):
+    with pytest.raises(DataError, match="49"):
         fit_feature_space(x[:49])
     with pytest.raises(NonFiniteScoreError):
         fit_feature_space(np.where(x > 2, np.inf, x))

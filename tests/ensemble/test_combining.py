@@ -21,7 +21,7 @@ from ensemble_rm import (
 from ensemble_rm.aggregation import minimum
 from ensemble_rm.cli.main import main
 from ensemble_rm.demo.data import FILE
-from ensemble_rm.errors import EmptyDataError, OptionError
+from ensemble_rm.errors import DataError, OptionError
 
 OPTIONS = TrunkOptions(max_length=48, device="cpu")
 
@@ -75,7 +75,7 @@ def test_ensembles_join_under_their_names(pairs: Preferences, model: Path, tmp_p
 def test_nothing_to_combine(pairs: Preferences) -> None:
     with pytest.raises(OptionError, match="at least one member"):
         combine({}, pairs)
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         combine({"rule": FunctionScorer("rule", brevity)}, Preferences(()))
     with pytest.raises(OptionError, match="scores all completions of a prompt alike"):
         combine({"rule": FunctionScorer("rule", lambda s: 1.0)}, pairs)

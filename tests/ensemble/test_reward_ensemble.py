@@ -24,9 +24,9 @@ from ensemble_rm.calibration import Normaliser
 from ensemble_rm.demo.data import FILE, truth_of
 from ensemble_rm.errors import (
     AggregatorMismatchError,
-    BackboneError,
     BaselineError,
-    EmptyDataError,
+    DataError,
+    ModelError,
     NotCalibratedError,
     OneMemberError,
     OptionError,
@@ -143,7 +143,7 @@ def test_a_temperature_belongs_to_its_aggregator(
     assert same.calibration.fit == anew.calibration.fit
     with pytest.raises(TooFewJudgmentsError):
         trained.calibrate(parts[2][:10])
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         trained.calibrate(Preferences(()))
 
 
@@ -244,7 +244,7 @@ def test_damage_is_named(ensemble: RewardEnsemble, tmp_path: Path) -> None:
     member = folder / "members" / "0" / "member.json"
     said = json.loads(member.read_text())
     member.write_text(json.dumps(said | {"digest": "0" * 64}))
-    with pytest.raises(BackboneError, match="--backbone"):
+    with pytest.raises(ModelError, match="--backbone"):
         RewardEnsemble.from_pretrained(folder)
     (folder / "members" / "0" / "heads.safetensors").write_bytes(b"")
     with pytest.raises(StorageError, match="no saved head"):

@@ -19,10 +19,10 @@ from ensemble_rm import FunctionScorer, Preferences, RewardEnsemble, average_wei
 from ensemble_rm.aggregation import lcb, mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.cli.main import main
-from ensemble_rm.errors import EmptyDataError, MergeError, OneMemberError, OptionError
+from ensemble_rm.errors import DataError, ModelError, OneMemberError, OptionError
 from ensemble_rm.members import BranchRecipe, BranchScorer, FullRecipe, FullScorer
 from ensemble_rm.members.heads.weights import HeadWeights
-from ensemble_rm.members.learning.weight_averaging import average_tensors
+from ensemble_rm.members.learning.averaging import average_tensors
 from tests.support.small_runs import OPTIONS, SAMPLES, few_pairs
 
 
@@ -131,7 +131,7 @@ def test_branches_that_have_no_mean(
     scorer = the_branches(branches)
 
     def refused(scorers: Sequence[Any], message: str) -> None:
-        with pytest.raises(MergeError, match=message):
+        with pytest.raises(ModelError, match=message):
             average_weights(of(scorers), parts[1])
 
     def changed(**changes: Any) -> BranchScorer:
@@ -149,7 +149,7 @@ def test_branches_that_have_no_mean(
     refused([two, changed(heads=replace(heads, gain=2 * heads.gain))], "without bootstrap")
     refused([two, changed(blocks=1)], "number of blocks")
     refused([two, FunctionScorer("rule", lambda s: 0.0)], "'FunctionScorer'")
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         average_weights(branches, Preferences(()))
 
 
@@ -196,7 +196,7 @@ def test_models_that_have_no_mean(
     one, two = models(full)
 
     def refused(scorers: Sequence[Any], message: str) -> None:
-        with pytest.raises(MergeError, match=message):
+        with pytest.raises(ModelError, match=message):
             average_weights(of(scorers), parts[1], out=tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
 
@@ -220,9 +220,9 @@ def test_models_that_have_no_mean(
 
 
 def test_tensors_that_have_no_mean() -> None:
-    with pytest.raises(MergeError, match="shape of w"):
+    with pytest.raises(ModelError, match="shape of w"):
         average_tensors("w", [torch.zeros(2), torch.zeros(3)])
-    with pytest.raises(MergeError, match="whole numbers 'ids'"):
+    with pytest.raises(ModelError, match="whole numbers 'ids'"):
         average_tensors("ids", [torch.arange(2), torch.zeros(2, dtype=torch.int64)])
     assert torch.equal(average_tensors("ids", [torch.arange(2)] * 2), torch.arange(2))
     half = average_tensors("w", [torch.tensor([1.0]).bfloat16(), torch.tensor([2.0]).bfloat16()])

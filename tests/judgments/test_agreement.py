@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from ensemble_rm.errors import EmptyDataError
+from ensemble_rm.errors import DataError
 from ensemble_rm.judgments.agreement import AgreementReport, agreement_report
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.judgment import Judgment
@@ -238,7 +238,7 @@ def test_corrections_and_selections_are_heeded(store: JudgmentStore) -> None:
     one = agreement_report(store, JudgmentFilter(annotator="annotator 1"))
     assert [rater.annotator for rater in one.raters] == ["annotator 1"]
     assert one.shared == 0 and math.isnan(one.fleiss_kappa.estimate)
-    with pytest.raises(EmptyDataError, match="holds no such judgment"):
+    with pytest.raises(DataError, match="holds no such judgment"):
         agreement_report(store, JudgmentFilter(annotator="nobody"))
 
 

@@ -21,7 +21,7 @@ from ensemble_rm import (
 )
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
-from ensemble_rm.errors import BackboneError, OptionError
+from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members import HeadScorer, ImplicitScorer
 
 CHATML = (
@@ -180,7 +180,7 @@ def test_another_reference_is_another_member(
     chat = options.template == "chat"
     write_model(folders[1], minilm_folder, seed=9, chat=chat)
     try:
-        with pytest.raises(BackboneError, match="are not those of the saved"):
+        with pytest.raises(ModelError, match="are not those of the saved"):
             RewardEnsemble.from_pretrained(folder, device="cpu")
     finally:
         write_model(folders[1], minilm_folder, seed=2, chat=chat)
@@ -199,7 +199,7 @@ def test_what_cannot_be_is_named(
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(BackboneError, match="vocabularies"):
+    with pytest.raises(ModelError, match="vocabularies"):
         ImplicitScorer.from_names(folders[0], other, OPTIONS)
 
 

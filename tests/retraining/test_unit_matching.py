@@ -11,7 +11,7 @@ from ensemble_rm import FunctionScorer, Preference, Preferences, RewardEnsemble,
 from ensemble_rm.aggregation import Aggregator, cvar, entropic, lcb, mean, median, minimum, uwo
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.calibration.normaliser import fit_normaliser
-from ensemble_rm.errors import EmptyDataError
+from ensemble_rm.errors import DataError
 from ensemble_rm.retraining import same_units
 
 AGGREGATORS = [
@@ -122,5 +122,5 @@ def test_no_reference_is_refused() -> None:
         Normaliser.identity(1),
         mean(),
     )
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         same_units(rule, rule, Preferences(()))

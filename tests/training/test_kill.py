@@ -20,11 +20,9 @@ from ensemble_rm.demo.data import FILE
 COMMAND = """
 import sys
 from ensemble_rm.cli.main import main
-from ensemble_rm.members.branches.gradient_training import BranchTrainer
-from ensemble_rm.members.heads.gradient_training import HeadTrainer
-BranchTrainer.checkpoint_seconds = 0.1
-assert HeadTrainer.__init__.__kwdefaults__["checkpoint_seconds"] == 5.0
-HeadTrainer.__init__.__kwdefaults__["checkpoint_seconds"] = 0.1
+from ensemble_rm.members.learning.loop import TrainingLoop
+assert TrainingLoop.checkpoint_seconds == 1.0
+TrainingLoop.checkpoint_seconds = 0.1
 sys.exit(main(sys.argv[1:]))
 """
 SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12)]

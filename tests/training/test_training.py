@@ -13,9 +13,11 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from ensemble_rm.errors import NonFiniteLossError, OptionError, ResumeError
+from ensemble_rm.errors import OptionError, TrainingError
 from ensemble_rm.members import HeadRecipe
-from ensemble_rm.members.heads.gradient_training import HeadsResult, HeadTrainer, PairFeatures
+from ensemble_rm.members.heads.gradient_training import HeadTrainer
+from ensemble_rm.members.heads.weights import HeadsResult, PairFeatures
+from ensemble_rm.members.learning.loop import TrainingLoop
 from ensemble_rm.members.learning.loss import preference_loss
 from ensemble_rm.members.learning.seeds import global_seed, member_seeds
 
@@ -126,18 +128,21 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("hidden", [0, 4])
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, hidden: int) -> None:
+def test_a_killed_run_goes_on_to_the_same_weights(
+    tmp_path: Path, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = replace(QUICK, hidden=hidden)
 
     def kill(stage: str, done: int, total: int) -> None:
         if done == 7:
             raise Killed
 
-    options: dict[str, Any] = {"checkpoint": tmp_path, "digest": "d", "checkpoint_seconds": 0}
+    monkeypatch.setattr(TrainingLoop, "checkpoint_seconds", 0.0)
+    options: dict[str, Any] = {"checkpoint": tmp_path, "digest": "d"}
     with pytest.raises(Killed):
         trainer(recipe, **options).run(progress=kill)
     assert (tmp_path / "checkpoint.safetensors").exists()
-    with pytest.raises(ResumeError, match="another recipe"):
+    with pytest.raises(TrainingError, match="another recipe"):
         trainer(recipe, **{**options, "digest": "other"}).run()
     seen: list[int] = []
     resumed = trainer(recipe, **options).run(progress=lambda s, done, t: seen.append(done))
@@ -150,14 +155,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, hidden: int) -
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
-    with pytest.raises(ResumeError, match="delete it"):
+    with pytest.raises(TrainingError, match="delete it"):
         trainer(checkpoint=tmp_path, digest="d").run()
 
 
 def test_nan_stops_with_the_member_named() -> None:
     fit = planted(50, 1)
     fit.features[3, 0, 0] = np.nan
-    with pytest.raises(NonFiniteLossError, match="member 0"):
+    with pytest.raises(TrainingError, match="member 0"):
         HeadTrainer(
             fit,
             planted(50, 2),

@@ -23,6 +23,7 @@ from scipy.stats import t as student
 from ensemble_rm.aggregation.aggregator import score_matrix
 from ensemble_rm.arrays import Floats, mean_of_present
 from ensemble_rm.calibration.calibrator import Calibrator
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.errors import (
     NonFiniteScoreError,
     NoPositiveTemperatureError,
@@ -30,8 +31,6 @@ from ensemble_rm.errors import (
     SeparableError,
     TooFewJudgmentsError,
 )
-
-MIN_JUDGMENTS = 50
 
 # Every calibration has a temperature; this method has nothing else.
 CALIBRATOR = Calibrator("temperature", strict=True)

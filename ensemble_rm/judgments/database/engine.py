@@ -18,7 +18,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, m
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from ensemble_rm.errors import MissingExtraError, OptionError, SchemaVersionError, StorageError
+from ensemble_rm.errors import MissingExtraError, OptionError, StorageError
 from ensemble_rm.judgments.database.tables import HEAD, REVISIONS, VERSION_TABLE
 from ensemble_rm.sqlite import BUSY_SECONDS, set_wal
 
@@ -84,7 +84,7 @@ class Database:
             raise StorageError(f"{self.name} holds no judgment store; create it, or name another")
         self.require_known(found)
         if self.read_only:
-            raise SchemaVersionError(
+            raise StorageError(
                 f"{self.name} has the schema {found}, this library {HEAD}, and nothing may be "
                 "written there; open it once for writing, which migrates it"
             )
@@ -100,9 +100,9 @@ class Database:
             return None if found is None else str(found)
 
     def require_known(self, revision: str | None) -> None:
-        """Raise `SchemaVersionError` where a newer library wrote the schema."""
+        """Raise `StorageError` where a newer library wrote the schema."""
         if revision is not None and revision not in REVISIONS:
-            raise SchemaVersionError(
+            raise StorageError(
                 f"{self.name} has the schema {revision}, which this library does not know (its "
                 f"newest is {HEAD}); install a newer ensemble-rm"
             )
@@ -121,7 +121,7 @@ def migrate(database: Database) -> None:
 
     Raises
     ------
-    SchemaVersionError
+    StorageError
         If the store's schema is newer than the library.
     """
     from alembic.config import Config

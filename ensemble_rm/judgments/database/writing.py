@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from ensemble_rm.errors import DataError, JudgmentConflictError, UnknownJudgmentError
+from ensemble_rm.errors import DataError, JudgmentConflictError
 from ensemble_rm.judgments.database import queries
 from ensemble_rm.judgments.judgment import Judgment
 
@@ -62,7 +62,7 @@ class Writer:
 
         Raises
         ------
-        JudgmentConflictError, UnknownJudgmentError
+        JudgmentConflictError, DataError
             If `strict` is set and a judgment is refused.
         """
         for left in reversed(range(TRIES)):
@@ -146,8 +146,8 @@ def corrected_twice(one: Judgment, by: str) -> JudgmentConflictError:
     )
 
 
-def unknown(one: Judgment) -> UnknownJudgmentError:
+def unknown(one: Judgment) -> DataError:
     """Return the error of a correction whose target is nowhere."""
-    return UnknownJudgmentError(
+    return DataError(
         f"`corrects` {one.corrects}: no such judgment is stored; add it first, or mend the id"
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ensemble_rm.errors import BackboneError, MissingExtraError, MissingHeadError, OptionError
+from ensemble_rm.errors import MissingExtraError, ModelError, OptionError
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 
 DTYPES: dict[str, torch.dtype] = {
@@ -92,7 +92,7 @@ def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backb
 
     Raises
     ------
-    BackboneError
+    ModelError
         If there is no such folder and the hub does not deliver it, or the folder holds no model.
     """
     folder = Path(name).expanduser()
@@ -100,15 +100,15 @@ def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backb
         gguf = sorted(folder.glob("*.gguf"))
         if gguf and not (folder / "config.json").exists():
             if len(gguf) > 1:
-                raise BackboneError(f"{folder} holds {len(gguf)} GGUF files; leave one in a folder")
+                raise ModelError(f"{folder} holds {len(gguf)} GGUF files; leave one in a folder")
             converted = convert_gguf(gguf[0], cache_dir=cache_dir)
             return Backbone(str(name), converted, weights_digest(converted))
     elif str(name).count("/") > 1 or str(name).startswith((".", "/", "~")):
-        raise BackboneError(f"no such folder: {name}")
+        raise ModelError(f"no such folder: {name}")
     else:
         folder = _download(str(name))
     if not (folder / "config.json").exists():
-        raise BackboneError(f"{folder} holds no model: config.json is missing")
+        raise ModelError(f"{folder} holds no model: config.json is missing")
     return Backbone(str(name), folder, weights_digest(folder))
 
 
@@ -119,12 +119,12 @@ def locate_same(
 
     Raises
     ------
-    BackboneError
+    ModelError
         If the weights are others.
     """
     found = locate(name, cache_dir=cache_dir)
     if found.digest != digest:
-        raise BackboneError(
+        raise ModelError(
             f"the weights of {found.name} (SHA-256 {found.digest[:12]}…) are not those of the "
             f"saved ensemble ({digest[:12]}…); name the right folder with backbone=… or --backbone"
         )
@@ -141,7 +141,7 @@ def _download(name: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BackboneError(
+        raise ModelError(
             f"{name!r} is neither a folder here nor a model that the hub delivers ({reason})"
         ) from error
 
@@ -151,12 +151,12 @@ def weights_digest(folder: Path) -> str:
 
     Raises
     ------
-    BackboneError
+    ModelError
         If there is no safetensors file: other formats are pickles.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise BackboneError(
+        raise ModelError(
             f"{folder} holds no .safetensors weights; convert the model with "
             "save_pretrained(safe_serialization=True) first"
         )
@@ -249,7 +249,7 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
 
     Raises
     ------
-    MissingHeadError
+    ModelError
         If the checkpoint lacks weights that transformers would initialise at random.
     OptionError
         If the model is no causal language model.
@@ -263,7 +263,7 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
         raise OptionError(f"{folder} holds no causal language model: {error}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise MissingHeadError(f"{folder} lacks the weights {missing}; name a trained policy")
+        raise ModelError(f"{folder} lacks the weights {missing}; name a trained policy")
     return model.eval().requires_grad_(requires_grad=False)
 
 
@@ -279,9 +279,8 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
 
     Raises
     ------
-    MissingHeadError
+    ModelError
         If the checkpoint lacks weights that transformers would initialise at random.
-    BackboneError
         If the model has more than one output.
     """
     from transformers import AutoModelForSequenceClassification
@@ -290,13 +289,11 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
     if new_head:
         options["num_labels"] = 1
     elif (outputs := _outputs(folder)) != 1:
-        raise BackboneError(
-            f"{folder} has {outputs} outputs; a reward model has one (num_labels=1)"
-        )
+        raise ModelError(f"{folder} has {outputs} outputs; a reward model has one (num_labels=1)")
     model, info = AutoModelForSequenceClassification.from_pretrained(str(folder), **options)
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing and not new_head:
-        raise MissingHeadError(
+        raise ModelError(
             f"{folder} lacks the weights {missing}, which would be random numbers; "
             "name a trained reward model, or train a head with ensemble_rm.train"
         )

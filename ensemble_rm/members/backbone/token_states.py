@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import CacheLimitError, StorageError
+from ensemble_rm.errors import StorageError
 from ensemble_rm.members.backbone.checkpoint import torch_dtype
 from ensemble_rm.members.backbone.feature_cache import text_digest
 from ensemble_rm.members.backbone.trunk import Trunk
@@ -133,9 +133,8 @@ def token_states(
 
     Raises
     ------
-    CacheLimitError
-        If the states would outgrow `max_bytes` or the disk; nothing is written then.
     StorageError
+        If the states would outgrow `max_bytes` or the disk; nothing is written then.
         If the file cannot be mapped.
     """
     if trunk.top == 0:
@@ -163,7 +162,7 @@ def _make_room(folder: Path, size: int, *, max_bytes: int, samples: int) -> None
     sizes = [file.stat().st_size for file in there]
     free = shutil.disk_usage(folder).free
     if size > min(max_bytes, free + sum(sizes)):
-        raise CacheLimitError(
+        raise StorageError(
             f"the token states of {samples} samples need {size / 1e9:.2f} GB; allowed are "
             f"{max_bytes / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free: give fewer "
             "pairs, a shorter max_length, dtype='bfloat16', or a larger states_limit"

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import BackboneError, OptionError
+from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.backbone.pooling import POOLINGS, RULES, Pooling, Rule, pool
-from ensemble_rm.members.encoding import Encoded, Template, TextEncoder
+from ensemble_rm.members.encoding import Encoded, TextEncoder
 from ensemble_rm.members.forward.batching import Batch
 from ensemble_rm.members.forward.cpu.grouped_attention import group_heads
 from ensemble_rm.members.forward.cpu.kernels import quicken
@@ -114,39 +115,12 @@ def views_per_member(
     return parsed
 
 
-@dataclass(frozen=True, slots=True)
-class TrunkOptions:
-    """How a trunk reads text and computes.
-
-    Attributes
-    ----------
-    template : {"auto", "chat", "pair", "plain"}
-    max_length : int
-        Longest sequence in tokens.
-    dtype : {"float32", "bfloat16", "float16"}
-        Of the trunk's weights and states; pooling and heads are float32 or better.
-    device : str, optional
-        The best available where none is named.
-    token_budget : int, optional
-        Padded tokens in a batch; found from the model and its device where it is not given.
-    share_prefix : bool
-        Read each prompt once for all its completions, where the model keeps a cache.
-    """
-
-    template: Template = "auto"
-    max_length: int = 512
-    dtype: str = "float32"
-    device: str | None = None
-    token_budget: int | None = None
-    share_prefix: bool = True
-
-
 def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.ModuleList]:
     """Return the path to the list of the transformer's blocks, attribute by attribute, and it.
 
     Raises
     ------
-    BackboneError
+    ModelError
         If no ModuleList is as long as the config says the model is deep.
     """
     config: Any = model.config
@@ -154,7 +128,7 @@ def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.Modul
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return tuple(name.split(".")), module
-    raise BackboneError(
+    raise ModelError(
         f"{type(model).__name__} has no list of {depth} blocks; only kind='full' can train it"
     )
 

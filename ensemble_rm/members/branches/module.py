@@ -90,10 +90,6 @@ class Branch(torch.nn.Module):
         offset, gain = self.get_buffer("offset"), self.get_buffer("gain")
         return (pooled - offset) * gain @ self.weight + self.bias
 
-    def copied(self) -> dict[str, torch.Tensor]:
-        """Return what is trained as it is now, on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.trained().items()}
-
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """Return what is trained, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

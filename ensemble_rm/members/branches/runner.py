@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from ensemble_rm.errors import BackboneError, OptionError
+from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone.pooling import Pooling, Rule, pool
 from ensemble_rm.members.backbone.trunk import Trunk, View
 from ensemble_rm.members.encoding import Encoded
@@ -110,7 +110,7 @@ class Branching:
         finally:
             hook.remove()
         if not isinstance(seen[0], torch.Tensor | tuple):
-            raise BackboneError(f"a block of {type(self.trunk.model).__name__} returns no states")
+            raise ModelError(f"a block of {type(self.trunk.model).__name__} returns no states")
         return isinstance(seen[0], tuple)
 
     def _driver(self, blocks: torch.nn.ModuleList, states: torch.Tensor | None) -> Any:

@@ -29,9 +29,9 @@ from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.branches.scorer import BranchScorer
 from ensemble_rm.members.encoding import count_truncation
 from ensemble_rm.members.forward.batching import plan
-from ensemble_rm.members.heads.gradient_training import HeadTrainer, PairFeatures
+from ensemble_rm.members.heads.gradient_training import HeadTrainer
 from ensemble_rm.members.heads.recipe import HeadRecipe
-from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.heads.weights import HeadWeights, PairFeatures
 from ensemble_rm.members.learning.dropout import set_dropout
 from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.members.learning.seeds import global_seed

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ensemble_rm.data.samples import Preferences
-from ensemble_rm.errors import NonFiniteLossError, OptionError, ResumeError
+from ensemble_rm.errors import OptionError, TrainingError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.encoding import Encoded, TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import Batch, collate
@@ -141,7 +141,7 @@ class _PairTrainer(Trainer):
             centring=self.recipe.centring,
         )
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(
+            raise TrainingError(
                 f"the loss became NaN or infinite at step {self.state.global_step}; lower "
                 f"learning_rate={self.args.learning_rate}, or take dtype='float32'"
             )
@@ -176,7 +176,7 @@ def train_full(job: Job[FullRecipe]) -> Trained:
     ------
     OptionError
         If there is no folder to keep the models in, or `trainer_args` cannot be used.
-    ResumeError
+    TrainingError
         If the folder holds members of another run.
     """
     folder = job.checkpoint or (job.cache_folder and job.cache_folder / "full" / job.digest[:32])
@@ -228,7 +228,7 @@ def _claim(folder: Path, digest: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "digest.txt"
     if mark.exists() and mark.read_text() != digest:
-        raise ResumeError(
+        raise TrainingError(
             f"{folder} holds members of another recipe, data set or backbone; name another output "
             "folder, or delete it"
         )

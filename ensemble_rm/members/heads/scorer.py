@@ -18,7 +18,8 @@ from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.feature_cache import FeatureCache, features_in_parts
-from ensemble_rm.members.backbone.trunk import Trunk, TrunkOptions, View
+from ensemble_rm.members.backbone.options import TrunkOptions
+from ensemble_rm.members.backbone.trunk import Trunk, View
 from ensemble_rm.members.digest import member_digest
 from ensemble_rm.members.encoding import count_truncation
 from ensemble_rm.members.heads.weights import HeadWeights

@@ -22,10 +22,9 @@ from scipy.linalg import eigh
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from ensemble_rm.errors import NonFiniteLossError, OptionError
-from ensemble_rm.members.heads.gradient_training import HeadsResult, PairFeatures
+from ensemble_rm.errors import OptionError, TrainingError
 from ensemble_rm.members.heads.recipe import HeadRecipe
-from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.heads.weights import HeadsResult, HeadWeights, PairFeatures
 from ensemble_rm.members.learning.seeds import resample_counts, subspace_masks
 from ensemble_rm.progress import Progress, silent
 
@@ -108,7 +107,7 @@ def solve_heads(
     ------
     OptionError
         If two heads would be one: of the same view, without bootstrap and subspace.
-    NonFiniteLossError
+    TrainingError
         If a feature is NaN or infinite.
     """
     k, width = len(view_of), fit.features.shape[2]
@@ -125,7 +124,7 @@ def solve_heads(
         progress("training", member, k)
         sides = fit.features[:, view].astype(np.float64)
         if not np.isfinite(sides).all():
-            raise NonFiniteLossError(
+            raise TrainingError(
                 f"what member {member} reads of the training samples holds NaN or infinity; take "
                 "dtype='float32'"
             )

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ensemble_rm.errors import ResumeError
+from ensemble_rm.errors import TrainingError
 
 FILE = "checkpoint.safetensors"
 
@@ -37,7 +37,7 @@ def load_checkpoint(
 
     Raises
     ------
-    ResumeError
+    TrainingError
         If the checkpoint belongs to another recipe or data set, or cannot be read.
     """
     path = folder / FILE
@@ -48,9 +48,9 @@ def load_checkpoint(
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             state: dict[str, Any] = json.loads(stored.metadata()["state"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ResumeError(f"the checkpoint {path} cannot be read ({error}); delete it") from error
+        raise TrainingError(f"the checkpoint {path} cannot be read ({error}); delete it") from error
     if state.get("recipe") != recipe:
-        raise ResumeError(
+        raise TrainingError(
             f"the checkpoint {path} belongs to another recipe, data set or backbone; name another "
             "output folder, or delete it"
         )

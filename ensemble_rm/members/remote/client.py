@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ensemble_rm.errors import (
@@ -77,14 +77,31 @@ class ClientOptions:
         If a number is out of its range.
     """
 
-    timeout: float = 60.0
-    deadline: float = 300.0
-    attempts: int = 5
-    backoff: float = 0.25
-    max_backoff: float = 10.0
-    concurrency: int = 8
-    open_after: int = 10
-    reset_after: float = 2.0
+    timeout: float = field(default=60.0, metadata={"help": "seconds of one attempt"})
+    deadline: float = field(
+        default=300.0, metadata={"help": "seconds of a request with all its attempts and pauses"}
+    )
+    attempts: int = field(
+        default=5,
+        metadata={
+            "help": "maximum attempts of a request that the server fails or does not answer in time"
+        },
+    )
+    backoff: float = field(
+        default=0.25,
+        metadata={"help": "seconds of the longest first pause between attempts; it doubles"},
+    )
+    max_backoff: float = field(
+        default=10.0, metadata={"help": "seconds of the longest pause between attempts"}
+    )
+    concurrency: int = field(default=8, metadata={"help": "maximum concurrent requests"})
+    open_after: int = field(
+        default=10, metadata={"help": "failures in a row after which requests stop for a while"}
+    )
+    reset_after: float = field(
+        default=2.0,
+        metadata={"help": "seconds after which one request checks whether the server is back"},
+    )
     seed: int | None = None
 
     def __post_init__(self) -> None:

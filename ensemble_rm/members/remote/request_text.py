@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ensemble_rm.data.samples import Message, Prompt, Sample
-from ensemble_rm.errors import BackboneError, OptionError
+from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.encoding import flatten
 
 TextTemplate: TypeAlias = "str | Callable[[Sample], str]"
@@ -130,7 +130,7 @@ class Renderer:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer))
         except (OSError, ValueError) as error:
-            raise BackboneError(f"no tokenizer {self.tokenizer}: {error}") from error
+            raise ModelError(f"no tokenizer {self.tokenizer}: {error}") from error
         if not tokenizer.chat_template:
             raise OptionError(f"the tokenizer {self.tokenizer} has no chat template")
         if self.strips_bos and tokenizer.bos_token is not None:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.errors import OptionError
 from ensemble_rm.uncertainty.disagreement import margin_correlation, mean_correlation

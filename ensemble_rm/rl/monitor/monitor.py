@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.aggregation.aggregator import Aggregator
-from ensemble_rm.aggregation.formulas import Floats
 from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.aggregation.rules.minimum import minimum
+from ensemble_rm.arrays import Floats
 from ensemble_rm.data.samples import Sample, prompt_json
 from ensemble_rm.errors import DataError, OptionError
 from ensemble_rm.rl.monitor.alarms import Alarm, AlarmRule, StepRecord, mean_of

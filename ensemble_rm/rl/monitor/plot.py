@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_rm.errors import EmptyDataError
+from ensemble_rm.errors import DataError
 from ensemble_rm.plotting import INK, MUTED, write_figure
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ def draw_run(
 
     Raises
     ------
-    EmptyDataError
+    DataError
         If there are no records.
     """
     from matplotlib.figure import Figure
 
     if not records:
-        raise EmptyDataError("no steps to draw; draw the records of a run that has started")
+        raise DataError("no steps to draw; draw the records of a run that has started")
     figure = Figure(figsize=(10, 7), layout="constrained")
     first, second, third, fourth = figure.subplots(2, 2, sharex=True).ravel()
     _draw(first, records, lambda r: r.reward, "reward", INK)

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import NoPenaltyError, OptionError
+from ensemble_rm.errors import LoopError, OptionError
 from ensemble_rm.rl.monitor.alarms import Alarm, mean_of
 from ensemble_rm.rl.monitor.monitor import OverOptimisationMonitor
 from ensemble_rm.rl.scoring import LoopRewards
@@ -107,17 +107,17 @@ class MonitorCallback(TrainerCallback):
 
         Raises
         ------
-        NoPenaltyError
+        LoopError
             If β is to be raised in a run without a penalty, or whose loss has fixed it.
         """
         if self.action == "raise_beta":
             if not trainer.beta > 0:
-                raise NoPenaltyError(
+                raise LoopError(
                     f"action='raise_beta' needs a run with beta > 0, not {trainer.beta}: TRL has "
                     "no reference model without; set beta in its config"
                 )
             if getattr(trainer.args, "use_liger_kernel", False):
-                raise NoPenaltyError("use_liger_kernel fixes beta at the start; switch it off")
+                raise LoopError("use_liger_kernel fixes beta at the start; switch it off")
         self._trainer = trainer
         self.reward.watched_by(self._collect)
         # First, so that the callbacks that report see what it adds to the logs.

@@ -7,7 +7,7 @@ import ipaddress
 from base64 import b64decode
 from dataclasses import dataclass, field
 
-from ensemble_rm.errors import BindError, OptionError, UnauthorisedError
+from ensemble_rm.errors import OptionError, ServerError, UnauthorisedError
 
 _MIN_LENGTH = 16
 
@@ -77,9 +77,9 @@ def is_loopback(host: str) -> bool:
 
 
 def check_bind(host: str, token: Token | None) -> None:
-    """Raise `BindError` if other machines reach `host` and there is no token."""
+    """Raise `ServerError` if other machines reach `host` and there is no token."""
     if token is None and not is_loopback(host):
-        raise BindError(
+        raise ServerError(
             f"{host!r} is reached from other machines and there is no token; give one by "
             "--token-file FILE or in ENSEMBLE_RM_TOKEN, or bind 127.0.0.1"
         )

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, Field, JsonValue
 from pydantic_core import from_json
 
-from ensemble_rm.aggregation.formulas import Floats
+from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import NonFiniteScoreError
 from ensemble_rm.rl.openrlhf import logs_spread
 from ensemble_rm.server.failures import SampleError

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from ensemble_rm.errors import SchemaVersionError
+from ensemble_rm.errors import StorageError
 from ensemble_rm.judgments.database import engine as database
 from ensemble_rm.judgments.database.engine import MIGRATIONS, Database
 from ensemble_rm.judgments.store import JudgmentStore
@@ -59,7 +59,7 @@ def old_place(store_place: str) -> str:
 
 
 def test_an_older_store_is_brought_up_to_date(old_place: str, next_library: Path) -> None:
-    with pytest.raises(SchemaVersionError, match="the schema 0001, this library 0002"):
+    with pytest.raises(StorageError, match="the schema 0001, this library 0002"):
         JudgmentStore.open(old_place, read_only=True)
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(JudgmentStore.open, [old_place] * 4))

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from ensemble_rm import FunctionScorer, Message, Sample, TrunkOptions, View
-from ensemble_rm.errors import BackboneError, NonFiniteScoreError, OptionError, StorageError
+from ensemble_rm.errors import ModelError, NonFiniteScoreError, OptionError, StorageError
 from ensemble_rm.members import HeadScorer
 from ensemble_rm.members.backbone import feature_cache, trunk as trunks
 from ensemble_rm.members.backbone.checkpoint import load_tokenizer, locate, torch_dtype
@@ -194,19 +194,19 @@ def test_blocks_above_the_highest_view_are_dropped(minilm_folder: Path, minilm: 
 
 
 def test_no_backbone(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match="no such folder"):
+    with pytest.raises(ModelError, match="no such folder"):
         locate("./nowhere")
-    with pytest.raises(BackboneError, match=r"config\.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         locate(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(BackboneError, match="safetensors"):
+    with pytest.raises(ModelError, match="safetensors"):
         locate(tmp_path)
-    with pytest.raises(BackboneError, match="neither a folder here nor a model"):
+    with pytest.raises(ModelError, match="neither a folder here nor a model"):
         locate("nobody/no-such-model")  # the hub is off
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "two").mkdir(exist_ok=True)
         (tmp_path / "two" / name).touch()
-    with pytest.raises(BackboneError, match="2 GGUF files"):
+    with pytest.raises(ModelError, match="2 GGUF files"):
         locate(tmp_path / "two")
     (tmp_path / "two" / "b.gguf").unlink()
     with pytest.raises(OptionError, match="cache_dir"):

@@ -12,11 +12,10 @@ import torch
 
 from ensemble_rm import Preferences, RewardEnsemble, TrunkOptions, train
 from ensemble_rm.errors import (
-    BackboneError,
-    CacheLimitError,
-    NonFiniteLossError,
+    ModelError,
     OptionError,
-    ResumeError,
+    StorageError,
+    TrainingError,
 )
 from ensemble_rm.members import BranchRecipe, BranchScorer, HeadRecipe
 from ensemble_rm.members.backbone.checkpoint import locate
@@ -86,7 +85,7 @@ def test_token_states_are_made_once_and_capped(minilm_folder: Path, tmp_path: Pa
     trunk: Any = Trunk(locate(minilm_folder), OPTIONS, top=3)
     encoded = trunk.encoder.encode(SAMPLES)
     size = states_bytes(encoded, width=trunk.width, dtype="float32")
-    with pytest.raises(CacheLimitError, match="states_limit"):
+    with pytest.raises(StorageError, match="states_limit"):
         token_states(trunk, encoded, tmp_path, max_bytes=size - 1)
     assert list(tmp_path.iterdir()) == []
     one = token_states(trunk, encoded, tmp_path, max_bytes=size)
@@ -142,7 +141,7 @@ def test_save_and_load_are_identical(
     again.save_pretrained(tmp_path / "copy")
     copied = RewardEnsemble.from_pretrained(tmp_path / "copy", device="cpu")
     np.testing.assert_array_equal(copied.score(SAMPLES).reward, scores.reward)
-    with pytest.raises(BackboneError, match="not those of the saved"):
+    with pytest.raises(ModelError, match="not those of the saved"):
         RewardEnsemble.from_pretrained(tmp_path / "run", backbone=minilm_folder)
 
 
@@ -152,9 +151,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ensemble_rm.members.branches.gradient_training import BranchTrainer
+    from ensemble_rm.members.learning.loop import TrainingLoop
 
-    monkeypatch.setattr(BranchTrainer, "checkpoint_seconds", 0.0, raising=False)
+    monkeypatch.setattr(TrainingLoop, "checkpoint_seconds", 0.0, raising=False)
     unbroken = run(parts, small_folder, tmp_path).score(SAMPLES).raw
     steps: list[int] = []
 
@@ -167,7 +166,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     out = tmp_path / "run"
     with pytest.raises(Killed):
         run(parts, small_folder, tmp_path, out=out, progress=kill)
-    with pytest.raises(ResumeError, match="another recipe"):
+    with pytest.raises(TrainingError, match="another recipe"):
         run(parts, small_folder, tmp_path, out=out, seed=5)
     more: list[int] = []
 
@@ -185,7 +184,7 @@ def test_nan_stops_with_the_member_named(
     parts: tuple[Preferences, ...], small_folder: Path, tmp_path: Path
 ) -> None:
     wild = BranchRecipe(epochs=3, learning_rate=1e30, clip=1e30)
-    with pytest.raises(NonFiniteLossError, match="member"):
+    with pytest.raises(TrainingError, match="member"):
         run(parts, small_folder, tmp_path, recipe=wild)
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, strategies as st
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from ensemble_rm.errors import NonFiniteLossError, OptionError
+from ensemble_rm.errors import OptionError, TrainingError
 from ensemble_rm.members import HeadRecipe
-from ensemble_rm.members.heads.gradient_training import HeadsResult, PairFeatures
 from ensemble_rm.members.heads.solver import solve_heads
+from ensemble_rm.members.heads.weights import HeadsResult, PairFeatures
 from ensemble_rm.members.learning.seeds import member_seeds
 
 
@@ -128,7 +128,7 @@ def test_heads_of_one_view_need_something_that_makes_them_differ() -> None:
 def test_nan_features_are_named() -> None:
     fit = planted(50, 1)
     fit.features[3, 1, 0] = np.nan
-    with pytest.raises(NonFiniteLossError, match="member 1"):
+    with pytest.raises(TrainingError, match="member 1"):
         solve(fit)
 
 

@@ -14,11 +14,11 @@ import torch
 
 from ensemble_rm import Preferences, RewardEnsemble, Sample, TrunkOptions, train
 from ensemble_rm.errors import (
-    BackboneError,
     MissingExtraError,
+    ModelError,
     OptionError,
-    ResumeError,
     StorageError,
+    TrainingError,
 )
 from ensemble_rm.members import (
     BranchRecipe,
@@ -186,7 +186,7 @@ def test_save_and_load_are_identical(
     np.testing.assert_array_equal(copied.score(SAMPLES).reward, scores.reward)
     stored = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
     assert stored < (small_folder / "model.safetensors").stat().st_size  # adapters and heads only
-    with pytest.raises(BackboneError, match="not those of the saved"):
+    with pytest.raises(ModelError, match="not those of the saved"):
         RewardEnsemble.from_pretrained(out, backbone=minilm_folder)
     (out / "members/0/adapters.safetensors").write_bytes(b"")
     with pytest.raises(StorageError, match="no saved lora member"):
@@ -210,9 +210,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
     at: int,
 ) -> None:
-    from ensemble_rm.members.branches.gradient_training import BranchTrainer
+    from ensemble_rm.members.learning.loop import TrainingLoop
 
-    monkeypatch.setattr(BranchTrainer, "checkpoint_seconds", 0.0)
+    monkeypatch.setattr(TrainingLoop, "checkpoint_seconds", 0.0)
     given: dict[str, Any] = {"warm_start": True, "blocks": 2, "diversity": 0.1}
     stages: list[str] = []
 
@@ -230,7 +230,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     out = tmp_path / "run"
     with pytest.raises(Killed):
         run(parts, small_folder, tmp_path, out=out, progress=kill, **given)
-    with pytest.raises(ResumeError, match="another recipe"):
+    with pytest.raises(TrainingError, match="another recipe"):
         run(parts, small_folder, tmp_path, out=out, seed=5, **given)
     stages.clear()
     again = run(parts, small_folder, tmp_path, out=out, progress=note, **given)
@@ -293,10 +293,10 @@ def test_diversity_makes_adapters_less_alike_and_zero_is_off(
 
     falling = itertools.count(0, -1)
 
-    def last_is_best(self: Any, active: list[int]) -> torch.Tensor:
+    def last_is_best(self: Any, active: torch.Tensor) -> torch.Tensor:
         return torch.full((len(self.branches),), float(next(falling)))
 
-    monkeypatch.setattr(branches.BranchTrainer, "_validate", last_is_best)
+    monkeypatch.setattr(branches.BranchTrainer, "validation_nll", last_is_best)
 
     def cosine(diversity: float) -> float:
         ensemble = run(parts, small_folder, tmp_path, diversity=diversity, members=3, blocks=1)

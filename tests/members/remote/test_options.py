@@ -23,8 +23,8 @@ from ensemble_rm import (
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import (
-    BackboneError,
     MissingExtraError,
+    ModelError,
     OptionError,
     RemoteActivationError,
     RemoteActivationWarning,
@@ -242,7 +242,7 @@ def test_a_chat_template_has_no_second_bos(tiny_policy: Path) -> None:
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError):
+    with pytest.raises(ModelError):
         member(openrlhf(float), template="chat", tokenizer=tmp_path / "none").score(samples(1))
 
 

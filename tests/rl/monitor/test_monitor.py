@@ -16,7 +16,7 @@ from ensemble_rm import FunctionScorer, Preference, Preferences, RewardEnsemble,
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.data.loading import read_comparisons
-from ensemble_rm.errors import DataError, EmptyDataError, NoPenaltyError, OptionError
+from ensemble_rm.errors import DataError, LoopError, OptionError
 from ensemble_rm.members import HeadScorer
 from ensemble_rm.rl import PinnedEnsemble, trl_reward
 from ensemble_rm.rl.monitor.alarms import AlarmRule, StepRecord, gold_curve
@@ -209,7 +209,7 @@ def test_records_and_their_picture(tmp_path: Path) -> None:
     path = draw_run(records, tmp_path / "run.png", alarms=alarms, reference_std=1.0)
     assert path.read_bytes().startswith(b"\x89PNG")
     draw_run(records[:1], tmp_path / "one.png")
-    with pytest.raises(EmptyDataError):
+    with pytest.raises(DataError):
         draw_run([], tmp_path / "none.png")
     ensemble = members()
     monitor = OverOptimisationMonitor(ensemble)
@@ -347,7 +347,7 @@ def test_the_callback_stops_and_raises(tiny_policy: Path, folder: Path, tmp_path
     assert trainer.beta == pytest.approx(0.01 * 9)
 
     reward, callback = watched(folder, {}, action="raise_beta")
-    with pytest.raises(NoPenaltyError, match="needs a run with beta > 0"):
+    with pytest.raises(LoopError, match="needs a run with beta > 0"):
         callback.attach(run(tiny_policy, reward, tmp_path))
 
 

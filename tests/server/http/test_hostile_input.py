@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from ensemble_rm.errors import BindError, OptionError
+from ensemble_rm.errors import OptionError, ServerError
 from ensemble_rm.server.http.auth import Token, check_bind
 from ensemble_rm.server.options import Limits, ServerOptions
 from ensemble_rm.server.wire.raw_text import RawText
@@ -243,7 +243,7 @@ def test_with_the_token_everything_is(header: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
 def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
-    with pytest.raises(BindError, match="no token"):
+    with pytest.raises(ServerError, match="no token"):
         check_bind(host, None)
     check_bind(host, Token(SECRET))
 
