@@ -12,7 +12,6 @@ import math
 import signal
 import socket
 from collections.abc import Callable
-from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -59,23 +58,30 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._draining, self._drain_seconds = draining, drain_seconds
         self._abandoning, self._stop_seconds = abandoning, stop_seconds
-        self._stop_at: float | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._signalled = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start draining; a second signal ends the draining, a third one everything."""
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
-        elif self._stop_at is not None:
+        elif self._signalled or self._loop is None:
             self.should_exit = True
         else:
+            self._signalled = True
             self._draining()
-            self._stop_at = monotonic() + self._drain_seconds
+            # Signal handlers run between two bytecodes, where only this call wakes the loop.
+            self._loop.call_soon_threadsafe(
+                self._loop.call_later, self._drain_seconds, self._stop_accepting
+            )
 
-    async def on_tick(self, counter: int) -> bool:
-        """Stop accepting when the draining is over."""
-        if self._stop_at is not None and monotonic() >= self._stop_at:
-            self.should_exit = True
-        return await super().on_tick(counter)
+    def _stop_accepting(self) -> None:
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for accepted requests, for `stop_seconds`."""

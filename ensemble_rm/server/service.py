@@ -29,8 +29,7 @@ from ensemble_rm.rl.pinned import folder_digest, live_digest
 from ensemble_rm.server.failures import SampleError
 from ensemble_rm.server.metrics import Metrics
 from ensemble_rm.server.options import Limits, ServerOptions
-from ensemble_rm.server.scheduling.batching import Batcher
-from ensemble_rm.server.scheduling.threads import CallThread, ScoringThread
+from ensemble_rm.server.scheduling import Batcher, CallThread, ScoringThread
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
