@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, get_args
 
 import numpy as np
 
 from ensemble_rm.data.samples import Message, Prompt, Sample
 from ensemble_rm.errors import OptionError, TemplateError
+from ensemble_rm.members.backbone.options import Template
 from ensemble_rm.members.scorer import Truncation
 
-Template: TypeAlias = Literal["auto", "chat", "pair", "plain"]
 _TOKENISED = 512  # samples at once: a tokenizer says more of each token than is kept
-TEMPLATES: tuple[str, ...] = ("auto", "chat", "pair", "plain")
+TEMPLATES = get_args(Template)
 
 
 @dataclass(frozen=True, slots=True)
