@@ -23,9 +23,9 @@ import torch
 from ensemble_rm import Preferences, TrunkOptions
 from ensemble_rm.members import HeadRecipe, make_recipe
 from ensemble_rm.members.backbone.checkpoint import Backbone
-from ensemble_rm.members.backbone.feature_cache import FeatureCache, features
+from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.backbone.token_states import TokenStates, states_path, token_states
-from ensemble_rm.members.backbone.trunk import Trunk, View, default_views, first_output
+from ensemble_rm.members.backbone.trunk import Trunk, View, default_views, features, first_output
 from ensemble_rm.members.branches.gradient_training import branch_scores
 from ensemble_rm.members.branches.module import PairStates
 from ensemble_rm.members.branches.runner import Branching

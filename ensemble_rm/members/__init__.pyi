@@ -25,7 +25,7 @@ from .registry import (
 )
 from .remote.client import ClientOptions as ClientOptions
 from .remote.raw_logit_check import RawLogitReport as RawLogitReport
-from .remote.scorer import RemoteScorer as RemoteScorer, RemoteScores as RemoteScores
+from .remote.scorer import RemoteScorer as RemoteScorer
 from .scorer import (
     FunctionScorer as FunctionScorer,
     MemberScores as MemberScores,

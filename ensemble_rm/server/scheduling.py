@@ -180,7 +180,7 @@ class FairQueue(Generic[K, S]):
         self.samples = 0
         self.tokens = 0
         # `tokens` with the prompt of each group counted once; kept up to date by push and drop,
-        # since `full_batch` is asked at every arrival.
+        # since `full_batch` is read at every arrival.
         self._distinct_tokens = 0
 
     def __len__(self) -> int:

@@ -30,21 +30,29 @@ SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "more", "mark"),
+    ("small_folder", "kind", "more", "mark"),
     [
         (
+            "bert",
             "head",
             ["--solver=adam", "--epochs=4000", "--patience=4000", "--weight-decay", "1"],
             "*/checkpoint*",
         ),
-        ("branch", ["--epochs=150", "--patience=150", "--blocks=1"], "*/checkpoint*"),
+        ("llama", "branch", ["--epochs=150", "--patience=150", "--blocks=1"], "*/checkpoint*"),
         (
+            "bert",
             "lora",
             ["--epochs=150", "--patience=150", "--blocks=1", "--warm-start"],
             "*/*/checkpoint*",
         ),
-        ("full", ["--epochs=6", "--patience=6"], "*/*/trainer/checkpoint-*/trainer_state.json"),
+        (
+            "llama",
+            "full",
+            ["--epochs=6", "--patience=6"],
+            "*/*/trainer/checkpoint-*/trainer_state.json",
+        ),
     ],
+    indirect=["small_folder"],
 )
 def test_a_killed_training_goes_on_to_the_same_weights(
     small_folder: Path, tmp_path: Path, kind: str, more: list[str], mark: str

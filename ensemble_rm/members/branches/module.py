@@ -14,8 +14,8 @@ from torch.func import functional_call
 
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.members.backbone.checkpoint import torch_dtype
-from ensemble_rm.members.backbone.pooling import Pooling
 from ensemble_rm.members.backbone.token_states import TokenStates
+from ensemble_rm.members.backbone.trunk import Pooling
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.heads.weights import HeadWeights
 

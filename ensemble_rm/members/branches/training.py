@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.members.backbone import checkpoint as bb
-from ensemble_rm.members.backbone.pooling import Pooling
 from ensemble_rm.members.backbone.token_states import TokenStates, token_states
-from ensemble_rm.members.backbone.trunk import Trunk, View
+from ensemble_rm.members.backbone.trunk import Pooling, Trunk, View
 from ensemble_rm.members.branches.gradient_training import BranchesResult, BranchTrainer, Penalty
 from ensemble_rm.members.branches.module import Branch, PairStates
 from ensemble_rm.members.branches.recipe import BranchedRecipe, BranchRecipe

@@ -23,15 +23,13 @@ from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.options import TrunkOptions
-from ensemble_rm.members.backbone.pooling import pool
+from ensemble_rm.members.backbone.trunk import pool
 from ensemble_rm.members.digest import member_digest
 from ensemble_rm.members.encoding import Encoded, TextEncoder, count_truncation
-from ensemble_rm.members.forward.batching import Batch
+from ensemble_rm.members.forward.batching import Batch, passes, pick_token_budget
 from ensemble_rm.members.forward.cpu.grouped_attention import group_heads
 from ensemble_rm.members.forward.cpu.kernels import quicken
 from ensemble_rm.members.forward.prefix_cache import keeps_a_cache, read_prefix, splits_attention
-from ensemble_rm.members.forward.shared_prompts import passes
-from ensemble_rm.members.forward.token_budget import pick_token_budget
 from ensemble_rm.members.learning.averaging import (
     NAME,
     average_files,

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Preferences
-from ensemble_rm.members.backbone.feature_cache import FeatureCache, features
-from ensemble_rm.members.backbone.trunk import Trunk, View
+from ensemble_rm.members.backbone.feature_cache import FeatureCache
+from ensemble_rm.members.backbone.trunk import Trunk, View, features
 from ensemble_rm.members.encoding import count_truncation
 from ensemble_rm.members.heads.gradient_training import HeadTrainer
 from ensemble_rm.members.heads.recipe import HeadRecipe

@@ -19,6 +19,7 @@ from ensemble_rm.errors import (
     MissingExtraError,
     OptionError,
     RemoteAnswerError,
+    RemoteError,
     RemoteRefusalError,
     RemoteUnavailableError,
 )
@@ -30,8 +31,8 @@ _SHOWN = 200  # characters of an error's body that a message shows
 _LEAST = 0.01  # of the deadline: with less left, no further try begins
 
 
-class RejectedError(Exception):
-    """The server rejects this request, and may accept another; the caller decides what it means.
+class RejectedError(RemoteError):
+    """A server rejects a request, and may accept another; the caller decides what it means.
 
     Attributes
     ----------
@@ -42,8 +43,11 @@ class RejectedError(Exception):
     """
 
     def __init__(self, message: str, kind: str, said: str = "") -> None:
-        super().__init__(message)
+        super().__init__(message, kind, said)  # all of them, so that a copy has them
         self.kind, self.said = kind, said
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -398,7 +398,7 @@ class Guard:
     ----------
     app : ASGI application
     token : Token, optional
-        Without it, no token is asked for.
+        Without it, requests need no token.
     metrics : Metrics
     paths : set of str
         Paths that exist; all others are counted as one.

@@ -52,13 +52,13 @@ def test_an_aggregator_that_cannot_be_asked_for_is_the_requests_fault(
     body = one("Hello") | {"aggregator": aggregator}
     with (
         client(ensemble) as asking,
-        caplog.at_level(logging.INFO, "ensemble_rm.server.http.bodies"),
+        caplog.at_level(logging.INFO, "ensemble_rm.server.http.app"),
     ):
         answer = asking.post("/v1/score", json=body)
         assert answer.status_code == 422 and name in answer.json()["error"]["message"]
         partial = asking.post("/v1/score", json=body | {"partial": True}).json()
         assert (partial["rewards"], partial["errors"]) == ([None], [name])
-    assert not [r for r in caplog.records if r.name == "ensemble_rm.server.http.bodies"]
+    assert not [r for r in caplog.records if r.name == "ensemble_rm.server.http.app"]
 
 
 @given(
