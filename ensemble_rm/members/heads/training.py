@@ -20,6 +20,7 @@ from ensemble_rm.members.heads.scorer import HeadScorer, parts_of
 from ensemble_rm.members.heads.solver import solve_heads
 from ensemble_rm.members.heads.weights import HeadsResult, HeadWeights, PairFeatures
 from ensemble_rm.members.learning.job import Job, Trained
+from ensemble_rm.members.scorer import Truncation
 from ensemble_rm.progress import Progress, named, silent
 
 SPACE_SAMPLES = 1024  # that say where the training inputs lie
