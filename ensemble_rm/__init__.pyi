@@ -38,7 +38,8 @@ from .evaluation.evaluation import evaluate as evaluate
 from .judgments.imports.importing import import_judgments as import_judgments
 from .judgments.judgment import Judgment as Judgment
 from .judgments.store import JudgmentStore as JudgmentStore
-from .members.backbone.trunk import TrunkOptions as TrunkOptions, View as View
+from .members.backbone.options import TrunkOptions as TrunkOptions
+from .members.backbone.trunk import View as View
 from .members.scorer import FunctionScorer as FunctionScorer, Scorer as Scorer
 from .recalibration.job import recalibrate as recalibrate
 from .retraining.candidate import retrain as retrain

@@ -1,7 +1,7 @@
 """How good preference probabilities are: NLL, Brier, accuracy, ECE and its null, AUROC, intervals.
 
 `p` is always the probability that the first completion is preferred, `y` the target in [0, 1]
-(½ a tie). Every figure is indifferent to which side is called first.
+(½ for a tie). No metric depends on which side is called first.
 
 References
 ----------
@@ -27,12 +27,12 @@ from ensemble_rm.errors import OptionError
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its interval.
+    """A metric with its interval.
 
     Attributes
     ----------
     estimate : float
-        On the data themselves.
+        The metric on the data.
     low, high : float
         Bounds of the interval.
     """
@@ -44,16 +44,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class EceNull:
-    """What a perfectly calibrated model of the same probabilities shows as ECE.
+    """The ECE of perfectly calibrated models that predict the same probabilities.
 
     Attributes
     ----------
     mean : float
-        Of the redrawn ECEs.
+        Mean ECE over redrawn labels.
     low, high : float
-        Their central 95 %.
+        Bounds of the central 95 %.
     upper95 : float
-        Their 95 % quantile: an ECE above it is not explained by chance.
+        95 % quantile: chance does not explain an ECE above it.
     """
 
     mean: float
@@ -72,18 +72,18 @@ def _read(p: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
     for name, values in (("p", probability), ("y", target)):
         outside = ~((values >= 0) & (values <= 1))
         if outside.any():
-            raise OptionError(f"{name} must lie in [0, 1]; found {values[outside][0]}")
+            raise OptionError(f"{name} must lie in [0, 1], not {values[outside][0]}")
     return probability, target
 
 
-_FLOOR = 2.0**-53  # a probability nearer to 0 has no counterpart near 1
+_FLOOR = 2.0**-53  # float64 cannot represent 1 − p for a smaller p
 
 
 def pair_nll(p: ArrayLike, y: ArrayLike) -> Floats:
     """Negative log-likelihood of each judgment in nats, shape (n_pairs,).
 
-    A verdict that was called impossible costs 36.7 nats, not infinity, from either side: nearer
-    to 1 float64 cannot tell a probability from 1.
+    A verdict of probability 0 costs 36.7 nats, not infinity: probabilities are clipped to 2⁻⁵³,
+    since float64 does not tell larger ones from 1. That keeps the loss the same from either side.
     """
     q, t = _read(p, y)
     loss: Floats = -(xlogy(t, np.maximum(q, _FLOOR)) + xlogy(1 - t, np.maximum(1 - q, _FLOOR)))
@@ -91,7 +91,7 @@ def pair_nll(p: ArrayLike, y: ArrayLike) -> Floats:
 
 
 def nll(p: ArrayLike, y: ArrayLike) -> float:
-    """Negative log-likelihood, nats a judgment; see `pair_nll`."""
+    """Mean negative log-likelihood in nats per judgment; see `pair_nll`."""
     return float(pair_nll(p, y).mean())
 
 
@@ -102,21 +102,21 @@ def brier(p: ArrayLike, y: ArrayLike) -> float:
 
 
 def agreement(p: ArrayLike, y: ArrayLike) -> Floats:
-    """Credit of each pair towards accuracy: 1, 0, ½ for p = ½; the share of votes where split."""
+    """Contribution of each pair to the accuracy: 1, 0, or ½ for p = ½; a share for split votes."""
     q, t = _read(p, y)
     return np.where(q > 0.5, t, np.where(q < 0.5, 1 - t, 0.5))
 
 
 def accuracy(p: ArrayLike, y: ArrayLike) -> float:
-    """Share of verdicts that the more probable side wins."""
+    """Share of verdicts in favour of the more probable side."""
     return float(agreement(p, y).mean())
 
 
 def ece(p: ArrayLike, y: ArrayLike, *, bins: int = 20) -> float:
     """Return the expected calibration error on equal-width bins, symmetrised [1]_.
 
-    Each pair counts in both orientations: without that, data stored chosen-first show a large
-    error on perfectly calibrated probabilities.
+    Each pair counts in both orientations. Otherwise data stored chosen-first would show a large
+    error even for perfectly calibrated probabilities.
     """
     q, t = _read(p, y)
     return float(_ece_many(q, t[None, :], bins)[0])
@@ -127,40 +127,40 @@ def _ece_many(p: Floats, targets: Floats, bins: int) -> Floats:
     if bins < 1:
         raise OptionError(f"bins must be at least 1, not {bins}")
     both = np.concatenate([p, 1 - p])
-    place = np.minimum((both * bins).astype(np.int64), bins - 1)
+    bins_of = np.minimum((both * bins).astype(np.int64), bins - 1)
     sums = np.zeros((len(targets), bins))
     residual = np.concatenate([targets - p, p - targets], axis=1)
-    order = np.argsort(place, kind="stable")
-    present, first = np.unique(place[order], return_index=True)
+    order = np.argsort(bins_of, kind="stable")
+    present, first = np.unique(bins_of[order], return_index=True)
     sums[:, present] = np.add.reduceat(residual[:, order], first, axis=1)
     return np.asarray(np.abs(sums).sum(axis=1) / len(both), dtype=np.float64)
 
 
 def ece_null(p: ArrayLike, *, bins: int = 20, draws: int = 1000, seed: int = 0) -> EceNull:
-    """Redraw labels from the probabilities themselves: the band that chance alone explains."""
+    """Return the ECE that chance alone gives, from labels redrawn with the probabilities."""
     q = np.asarray(p, dtype=np.float64)
     _read(q, q)
     rng = np.random.default_rng(seed)
-    found = np.concatenate(
+    values = np.concatenate(
         [
             _ece_many(q, (rng.random((min(100, draws - i), len(q))) < q).astype(np.float64), bins)
             for i in range(0, draws, 100)
         ]
     )
-    low, high, upper = np.quantile(found, [0.025, 0.975, 0.95])
-    return EceNull(float(found.mean()), float(low), float(high), float(upper))
+    low, high, upper = np.quantile(values, [0.025, 0.975, 0.95])
+    return EceNull(float(values.mean()), float(low), float(high), float(upper))
 
 
 def smooth_ece(p: ArrayLike, y: ArrayLike, *, grid: int = 128) -> float:
     """Calibration error without bins: the fixed point smECE_σ = σ of a reflected kernel [2]_.
 
-    Probabilities are rounded to a grid; the fixed point is interpolated on a ladder of widths.
+    Probabilities are rounded to a grid; the fixed point is interpolated between kernel widths.
     """
     q, t = _read(p, y)
-    values = np.concatenate([q, 1 - q])
+    both = np.concatenate([q, 1 - q])
     residual = np.concatenate([t - q, q - t])
-    place = np.minimum((values * grid).astype(np.int64), grid - 1)
-    mass = np.bincount(place, residual, minlength=grid) / len(values)
+    bins_of = np.minimum((both * grid).astype(np.int64), grid - 1)
+    mass = np.bincount(bins_of, residual, minlength=grid) / len(both)
     widths, kernels = _smoothing_kernels(grid)
     errors = np.abs(kernels @ mass).sum(axis=1)
     beyond = np.flatnonzero(errors <= widths)
@@ -191,7 +191,7 @@ def _smoothing_kernels(grid: int) -> tuple[Floats, Floats]:
 
 
 def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
-    """Chance that a positive outranks a negative; NaN where one class is absent."""
+    """Probability that a positive scores above a negative; NaN where a class is empty."""
     ranks = rankdata(np.asarray(scores, dtype=np.float64))
     is_positive = np.asarray(positive, dtype=bool)
     n = int(is_positive.sum())
@@ -202,7 +202,7 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
 
 
 def error_auroc(p: ArrayLike, y: ArrayLike, uncertainty: ArrayLike) -> float:
-    """How well an uncertainty ranks wrong pairs above right ones; ties (y = ½) are left out."""
+    """AUROC of an uncertainty as a detector of wrong pairs; ties (y = ½) are left out."""
     q, t = _read(p, y)
     decided = (t != 0.5) & (q != 0.5)
     wrong = (q > 0.5) != (t > 0.5)
@@ -210,12 +210,12 @@ def error_auroc(p: ArrayLike, y: ArrayLike, uncertainty: ArrayLike) -> float:
 
 
 def risk_coverage(p: ArrayLike, y: ArrayLike, confidence: ArrayLike) -> tuple[Floats, Floats]:
-    """Error among the most confident share of pairs [3]_.
+    """Error rate among the most confident pairs, for every share of them [3]_.
 
     Returns
     -------
     coverage, risk : ndarray, shape (n_pairs,)
-        Share kept, and share of errors among them.
+        Share of pairs kept, and error rate among them.
     """
     credit = agreement(p, y)
     order = np.argsort(-np.asarray(confidence, dtype=np.float64), kind="stable")
@@ -231,7 +231,7 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile interval by redrawing whole prompts.
+    """Percentile bootstrap interval over prompts: whole prompts are redrawn.
 
     Parameters
     ----------
@@ -244,7 +244,7 @@ def bootstrap(
     level : float
         Nominal coverage.
     seed : int
-        Of the draws.
+        Seed of the draws.
 
     Returns
     -------
@@ -260,6 +260,6 @@ def bootstrap(
         chosen = rng.integers(len(members), size=len(members))
         return np.concatenate([members[i] for i in chosen])
 
-    found = [statistic(redraw()) for _ in range(draws)]
-    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    values = [statistic(redraw()) for _ in range(draws)]
+    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Interval(statistic(np.arange(len(labels))), float(low), float(high))

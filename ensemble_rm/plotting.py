@@ -1,4 +1,4 @@
-"""What every picture shares: colours, axes, and a PNG written to disk."""
+"""Colours, axes and PNG files of the library's plots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def new_figure(title: str, x: str, y: str, *, size: tuple[float, float]) -> tupl
 
 
 def write_figure(figure: Any, path: Path) -> Path:
-    """Write a figure as PNG; where the disk refuses, a `StorageError` says so."""
+    """Write a figure as PNG; raise `StorageError` where the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)

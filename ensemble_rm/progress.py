@@ -1,6 +1,6 @@
-"""How long work says where it stands: one callable, and the one that says nothing.
+"""Progress callbacks.
 
-Knows nothing of the work, nor of bars.
+The library calls them; drawing a bar is up to the caller.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with (stage, done, total) as work goes on; a total of 0 is not known."""
+"""Called with (stage, done, total) during long work; a total of 0 means that it is unknown."""
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -1,20 +1,18 @@
-"""What every SQLite file of the library needs when several processes open it at once.
-
-Knows connections; knows nothing of tables.
-"""
+"""SQLite files that several processes open at once."""
 
 from __future__ import annotations
 
 import sqlite3
 import time
 
-BUSY_SECONDS = 120.0  # that others may keep a file locked
+BUSY_SECONDS = 120.0  # how long to wait for another process's lock
 
 
 def set_wal(connection: sqlite3.Connection) -> None:
-    """Let readers and one writer work at once; others may be setting it, too.
+    """Switch to write-ahead logging, so that readers and one writer work at the same time.
 
-    SQLite's own time-out does not cover this statement.
+    Another process may be switching too, and SQLite's own timeout does not cover this statement,
+    so it is retried here.
 
     Parameters
     ----------
@@ -24,7 +22,7 @@ def set_wal(connection: sqlite3.Connection) -> None:
     Raises
     ------
     sqlite3.Error
-        If the file stays locked for `BUSY_SECONDS`, or is no database.
+        If the file stays locked for `BUSY_SECONDS`, or is not a database.
     """
     give_up = time.monotonic() + BUSY_SECONDS
     while True:

@@ -21,7 +21,8 @@ from ensemble_rm.drift import DriftTest
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.evidence.dated_margins import DAY, DatedMargins, forgetting, joined
 from ensemble_rm.metrics import ece
-from ensemble_rm.recalibration.decision import DecisionOptions, decide
+from ensemble_rm.recalibration.decision import decide
+from ensemble_rm.recalibration.options import DecisionOptions
 
 JUDGMENTS = 300
 MONTH = 30 * DAY

@@ -59,7 +59,8 @@ from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.heads.scorer import HeadScorer
 from ensemble_rm.members.heads.solver import solve_heads
 from ensemble_rm.members.learning.seeds import member_seeds
-from ensemble_rm.retraining.candidate import RetrainingOptions, deal
+from ensemble_rm.retraining.candidate import deal
+from ensemble_rm.retraining.options import RetrainingOptions
 from ensemble_rm.retraining.unit_matching import reward_units
 
 DATA = SHARED_DATA / "hh_rlhf.jsonl"

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ensemble_rm import RewardEnsemble, Sample
-from ensemble_rm.members.backbone.feature_cache import features
-from ensemble_rm.members.backbone.trunk import Trunk, View
+from ensemble_rm.members.backbone.trunk import Trunk, View, features
 from ensemble_rm.members.branches.scorer import BranchScorer
 from ensemble_rm.members.heads.scorer import HeadScorer
 from ensemble_rm.members.heads.weights import HeadWeights

@@ -23,17 +23,16 @@ import torch
 from ensemble_rm import Preferences, TrunkOptions
 from ensemble_rm.members import HeadRecipe, make_recipe
 from ensemble_rm.members.backbone.checkpoint import Backbone
-from ensemble_rm.members.backbone.feature_cache import FeatureCache, features
+from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.backbone.token_states import TokenStates, states_path, token_states
-from ensemble_rm.members.backbone.trunk import Trunk, View, default_views, first_output
+from ensemble_rm.members.backbone.trunk import Trunk, View, default_views, features, first_output
 from ensemble_rm.members.branches.gradient_training import branch_scores
 from ensemble_rm.members.branches.module import PairStates
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.branches.training import Ground, grow_branches
 from ensemble_rm.members.forward.batching import batches
-from ensemble_rm.members.heads.gradient_training import PairFeatures
 from ensemble_rm.members.heads.training import fit_heads
-from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.heads.weights import HeadWeights, PairFeatures
 from ensemble_rm.members.learning.dropout import set_dropout
 from ensemble_rm.members.learning.job import Job
 from ensemble_rm.members.learning.seeds import member_seeds

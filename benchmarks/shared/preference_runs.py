@@ -23,11 +23,11 @@ from ensemble_rm.demo.data import packaged_backbone
 from ensemble_rm.errors import NoPositiveTemperatureError
 from ensemble_rm.members import HeadRecipe, make_recipe
 from ensemble_rm.members.backbone.checkpoint import Backbone
-from ensemble_rm.members.backbone.feature_cache import FeatureCache, features
-from ensemble_rm.members.backbone.trunk import Trunk, View, default_views
-from ensemble_rm.members.heads.gradient_training import PairFeatures
+from ensemble_rm.members.backbone.feature_cache import FeatureCache
+from ensemble_rm.members.backbone.trunk import Trunk, View, default_views, features
 from ensemble_rm.members.heads.scorer import HeadScorer
 from ensemble_rm.members.heads.training import fit_heads
+from ensemble_rm.members.heads.weights import PairFeatures
 from ensemble_rm.members.learning.seeds import member_seeds
 from ensemble_rm.metrics import pair_nll
 

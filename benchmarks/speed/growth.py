@@ -30,7 +30,8 @@ from benchmarks.shared.scoring_sides import random_heads
 from ensemble_rm import RewardEnsemble, TrunkOptions
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
-from ensemble_rm.cli.common import Bars, write_jsonl
+from ensemble_rm.cli.common import write_jsonl
+from ensemble_rm.cli.console import Progress
 from ensemble_rm.cli.score import score_rows
 from ensemble_rm.data.loading import read_samples
 from ensemble_rm.members import HeadScorer
@@ -72,7 +73,7 @@ def one_run(folder: Path, n: int, chunk: int) -> None:
     ensemble.score(list(read_samples([{"prompt": "Hello", "completion": "you"}])))
     data, out = folder / f"{n}.jsonl", folder / f"{n}.out"
     count: Counter[str] = Counter()
-    with Bars(quiet=True) as bars:
+    with Progress("score", bars=False) as bars:
         rows = score_rows(ensemble, read_samples(data), chunk, bars, count)
         took = seconds(lambda: write_jsonl(out, rows))
     assert count["rows"] == n

@@ -13,7 +13,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -374,11 +374,11 @@ def _ask(
             [pair.rejected for pair in chosen],
         )
     said[rows] = found.probability
-    named: Sequence[str | None] = [None] * len(rows)
+    errors: Mapping[int, Exception] = {}
     usage = Usage(calls=len(rows))
     if isinstance(found, JudgeVerdicts):
-        named, usage = found.failures, found.usage
-    for row, reason in zip(rows.tolist(), named, strict=True):
+        errors, usage = found.errors, found.usage
+    for i, row in enumerate(rows.tolist()):
         if np.isnan(said[row]):
-            failures[row] = reason or "the judge has no judgment"
+            failures[row] = str(errors[i]) if i in errors else "the judge has no judgment"
     return said, tuple(failures), usage

@@ -1,14 +1,14 @@
-"""One temperature an annotator, drawn towards the typical one: how reliable each of them is.
+"""One temperature per annotator, shrunk towards the typical one: how reliable each is.
 
 P(annotator a prefers the first) = σ(Δ/Tₐ): the lower Tₐ, the more the annotator's verdicts follow
 the reward. log Tₐ is drawn from a normal of centre μ and spread τ over annotators, both fitted on
-the marginal likelihood, integrated over a grid of log T: empirical Bayes [1]_. What is reported is
-each annotator's posterior. So those with few verdicts, or with verdicts that alone would put T at 0
-or at infinity, have a temperature, too.
+the marginal likelihood, integrated over a grid of log T: empirical Bayes [1]_. Each annotator gets
+its posterior, so that annotators with few verdicts, or with verdicts that alone would put T at 0 or
+at infinity, have a temperature, too.
 
-Verdicts of one annotator on one prompt may depend on one another. The log-likelihood is divided by
-their design effect, the ratio of the variances of log T with and without clusters, as in a power
-likelihood [2]_; at least 1.
+Verdicts of one annotator on one prompt may be correlated. The log-likelihood is therefore divided
+by their design effect, at least 1: the ratio of the variances of log T with and without clusters,
+as in a power likelihood [2]_.
 
 References
 ----------
@@ -29,16 +29,16 @@ from scipy.optimize import minimize
 from scipy.special import expit, logsumexp
 
 from ensemble_rm.arrays import Floats
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.methods.temperature import (
-    MIN_JUDGMENTS,
     fit_temperature,
     margin_losses,
     read_judgments,
 )
 from ensemble_rm.errors import OptionError
 
-_REACH, _STEP = 5.0, 0.05  # of the grid of log T, about that of all judgments
-_SPREADS = (0.05, 3.0)  # of τ; below the first it is 0
+_REACH, _STEP = 5.0, 0.05  # grid of log T, around that of all judgments
+_SPREADS = (0.05, 3.0)  # range of τ; below it τ is 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class AnnotatorFit:
     low, high : float
         Bounds of its 95 % interval, given the fitted centre and spread.
     judgments : int
-        Of this annotator.
+        Number of this annotator's judgments.
     """
 
     name: str
@@ -70,13 +70,13 @@ class Reliability:
     Attributes
     ----------
     temperature : float
-        exp μ, the typical annotator's: what one gets who is not among them.
+        exp μ, that of the typical annotator, which unknown annotators get.
     spread : float
-        τ of log T among annotators; 0 where they do not differ more than by chance.
+        τ of log T among annotators; 0 where chance explains their differences.
     design_effect : float
-        ≥ 1, by which the log-likelihood was divided.
+        ≥ 1; the log-likelihood was divided by it.
     annotators : tuple of AnnotatorFit
-        By name.
+        Sorted by name.
     """
 
     temperature: float
@@ -85,8 +85,8 @@ class Reliability:
     annotators: tuple[AnnotatorFit, ...]
 
     def temperature_of(self, annotator: str) -> float:
-        """Return T of an annotator; the typical one of a name that is not among them."""
-        known = (one.temperature for one in self.annotators if one.name == annotator)
+        """Return the temperature of an annotator; the typical one for an unknown name."""
+        known = (fit.temperature for fit in self.annotators if fit.name == annotator)
         return next(known, self.temperature)
 
     def probability(self, margins: ArrayLike, annotators: Sequence[str]) -> Floats:
@@ -104,7 +104,7 @@ class Reliability:
     @classmethod
     def from_json(cls, d: Any) -> Reliability:
         """Read what `to_json` wrote."""
-        return cls(**{**d, "annotators": tuple(AnnotatorFit(**one) for one in d["annotators"])})
+        return cls(**{**d, "annotators": tuple(AnnotatorFit(**fit) for fit in d["annotators"])})
 
 
 def fit_reliability(
@@ -116,7 +116,7 @@ def fit_reliability(
     groups: ArrayLike | None = None,
     min_judgments: int = MIN_JUDGMENTS,
 ) -> Reliability:
-    """Fit each annotator's temperature, the typical one, and how far they lie apart.
+    """Fit each annotator's temperature, the typical one, and their spread.
 
     Parameters
     ----------
@@ -125,51 +125,54 @@ def fit_reliability(
     targets : array_like, shape (n_judgments,)
         1 where the annotator preferred the first, 0 the second, ½ a tie.
     annotators : sequence of str, shape (n_judgments,)
-        Who judged.
+        Annotator of each judgment.
     weights : array_like, shape (n_judgments,), optional
-        How much each judgment counts, > 0.
+        Weight of each judgment, > 0.
     groups : array_like of int, shape (n_judgments,), optional
-        Prompt of each; each its own where not given.
+        Prompt of each judgment (default: all differ).
     min_judgments : int
-        The fewest of non-zero margin, of all annotators together.
+        Minimum number of judgments with a margin other than 0, over all annotators.
 
     Returns
     -------
     Reliability
-        Indifferent to the orientation of the pairs.
+        The same for either orientation of the pairs.
 
     Raises
     ------
     OptionError
         If there are fewer than two annotators, or lengths differ.
     TooFewJudgmentsError, SeparableError, NoPositiveTemperatureError
-        If all judgments together have no temperature; see `fit_temperature`.
+        If no temperature fits all judgments together; see `fit_temperature`.
     """
     x, y, w = read_judgments(margins, targets, weights, min_judgments=min_judgments)
-    names, place = np.unique(np.asarray(annotators, dtype=str), return_inverse=True)
+    names, annotator_of = np.unique(np.asarray(annotators, dtype=str), return_inverse=True)
     if len(annotators) != len(x) or len(names) < 2:
-        raise OptionError(f"{len(annotators)} entries of {len(names)} annotators for {len(x)}")
+        raise OptionError(
+            f"reliability needs one annotator per judgment and at least two annotators, not "
+            f"{len(annotators)} entries of {len(names)} annotators for {len(x)} judgments"
+        )
     rows = np.arange(len(x)) if groups is None else np.asarray(groups)
     if rows.shape != x.shape:
         raise OptionError(f"{rows.size} groups for {len(x)} judgments")
-    both = np.stack([place, np.unique(rows, return_inverse=True)[1]])
+    both = np.stack([annotator_of, np.unique(rows, return_inverse=True)[1]])
     clusters = np.unique(both, axis=1, return_inverse=True)[1].reshape(-1)
     overall = fit_temperature(x, y, weights=w, groups=clusters, min_judgments=min_judgments)
     effect = _design_effect(x, w, overall.temperature, overall.log_se)
     grid = math.log(overall.temperature) + np.arange(-_REACH, _REACH + _STEP / 2, _STEP)
-    fits = _likelihoods(x, y, w, place, grid) / effect  # (n_annotators, n_grid)
+    fits = _likelihoods(x, y, w, annotator_of, grid) / effect  # (n_annotators, n_grid)
     centre, spread = _prior(fits, grid)
     posterior = fits + _log_normal(grid, centre, spread)
     posterior = np.exp(posterior - logsumexp(posterior, axis=1, keepdims=True))
     mean = posterior @ grid
     sd = np.sqrt(np.maximum(posterior @ grid**2 - mean**2, 0.0))
-    found = [
+    posteriors = [
         AnnotatorFit(
             str(name), math.exp(m), math.exp(m - 1.96 * s), math.exp(m + 1.96 * s), int(count)
         )
-        for name, m, s, count in zip(names, mean, sd, np.bincount(place), strict=True)
+        for name, m, s, count in zip(names, mean, sd, np.bincount(annotator_of), strict=True)
     ]
-    return Reliability(math.exp(centre), spread, effect, tuple(found))
+    return Reliability(math.exp(centre), spread, effect, tuple(posteriors))
 
 
 def _design_effect(x: Floats, w: Floats, temperature: float, log_se: float) -> float:
@@ -179,17 +182,17 @@ def _design_effect(x: Floats, w: Floats, temperature: float, log_se: float) -> f
     return max(1.0, log_se**2 * information)
 
 
-def _likelihoods(x: Floats, y: Floats, w: Floats, place: Any, grid: Floats) -> Floats:
+def _likelihoods(x: Floats, y: Floats, w: Floats, annotator_of: Any, grid: Floats) -> Floats:
     """Return each annotator's log-likelihood at each log T."""
     columns = []
     for log_t in grid:
         loss = w * margin_losses(x * math.exp(-log_t), y)
-        columns.append(-np.bincount(place, loss))
+        columns.append(-np.bincount(annotator_of, loss))
     return np.asarray(np.stack(columns, axis=1), dtype=np.float64)
 
 
 def _log_normal(grid: Floats, centre: float, spread: float) -> Floats:
-    """Return a normal's log-weights on the grid; all on the nearest point where spread is 0."""
+    """Return log-weights of a normal on the grid; for spread 0 all on the nearest point."""
     if spread == 0:
         return np.where(np.arange(len(grid)) == np.argmin(np.abs(grid - centre)), 0.0, -np.inf)
     logs = -0.5 * ((grid - centre) / spread) ** 2
@@ -197,7 +200,7 @@ def _log_normal(grid: Floats, centre: float, spread: float) -> Floats:
 
 
 def _prior(fits: Floats, grid: Floats) -> tuple[float, float]:
-    """Return the centre and spread of the largest marginal likelihood; 0 if that does as well."""
+    """Return centre and spread that maximise the marginal likelihood; spread 0 on a tie."""
 
     def loss(point: Floats) -> float:
         centre, log_spread = point

@@ -1,4 +1,4 @@
-"""A calibration: how one aggregator's margin becomes a probability, with its provenance."""
+"""A calibration: from one aggregator's margin to a probability, with its provenance."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from scipy.special import expit
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.calibrator import Curve, find_calibrator
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.methods.temperature import (
-    MIN_JUDGMENTS,
     TemperatureFit,
     fit_mixture_temperature,
     fit_temperature,
@@ -33,30 +33,30 @@ class Calibration:
     Attributes
     ----------
     aggregator : Aggregator
-        Whose margin was calibrated; under another the temperature means nothing.
+        Its margin was calibrated; the temperature is meaningless for any other.
     fit : TemperatureFit
         Temperature, interval, and what it was fitted on.
     mixture_temperature : float
-        T_mix of the members' mixture, for the split of uncertainty.
+        T_mix of the mixture of members, which splits the uncertainty.
     digest : str
         SHA-256 of the judgments.
     created : str
-        When it was fitted, ISO 8601 in UTC.
+        Time of the fit, ISO 8601 in UTC.
     method : str
-        The calibrator's name: ``"temperature"``, ``"power"``, ``"isotonic"``, ``"histogram"`` or
-        ``"bbq"``.
+        Name of the calibrator: ``"temperature"``, ``"power"``, ``"isotonic"``, ``"histogram"``,
+        ``"bbq"``, or a registered one.
     curve : Curve, optional
-        What the method fitted; a temperature is its own.
+        The curve that the method fitted; None for a temperature alone.
     slices : tuple of SliceFit
-        Temperatures of subsets, where they were asked for.
+        Temperatures of subsets, where they were fitted.
     ties : int
-        How many distinct margins of the judgments the curve no longer tells apart; 0 where it
-        rises strictly. A curve that makes ties is for reading probabilities, never for an RL
-        reward: between the ties a policy would learn nothing. (Verdicts that are ties are
-        another thing: `tie_model`.)
+        Number of distinct margins of the judgments to which the curve gives the probability of a
+        smaller one; 0 where it rises strictly. A curve with ties is for reading probabilities,
+        never for an RL reward: a policy learns nothing on its flat parts. (Ties between
+        completions are another matter, see `tie_model`.)
     evidence : ScoredPairs, optional
-        The judgments' scores, so that another aggregator's temperature can be fitted on the same
-        judgments without scoring them again.
+        Scores of the judgments, so that another aggregator can be calibrated without scoring them
+        again.
     tie_model : TieModel, optional
         P(first), P(tie), P(second) of a margin, with a temperature of its own.
     """
@@ -80,11 +80,11 @@ class Calibration:
 
     @property
     def temperature(self) -> float:
-        """T of all judgments, the divisor of the margin; fitted beside any other method."""
+        """T of all judgments, a divisor of the margin; fitted under every method."""
         return self.fit.temperature
 
     def temperature_of(self, subset: str | None) -> float:
-        """Return T of a slice; the global one for None, and for a name that has no slice."""
+        """Return T of a slice; the global one for None and for names without a slice."""
         return next((s.temperature for s in self.slices if s.name == subset), self.temperature)
 
     def probability(
@@ -95,15 +95,15 @@ class Calibration:
         Parameters
         ----------
         margins : array_like, shape (n_pairs,)
-            Of the aggregated reward.
+            Margins of the aggregated reward.
         subsets : sequence of (str or None), optional
-            Slice of each pair. Those without a slice's temperature, unknown names included, take
-            the global one.
+            Slice of each pair. Pairs without a slice, or with an unknown one, take the global
+            temperature.
 
         Returns
         -------
         ndarray, shape (n_pairs,)
-            σ(Δ/T), or what the method's curve says.
+            σ(Δ/T), or the value of the method's curve.
         """
         x = np.asarray(margins, dtype=np.float64)
         if self.curve is not None:
@@ -121,7 +121,7 @@ class Calibration:
         return None if self.tie_model is None else self.tie_model.outcomes(margins)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON object that `from_json` reads; the evidence is stored apart."""
+        """Return a JSON object that `from_json` reads; the evidence is stored separately."""
         return {
             "aggregator": self.aggregator.to_json(),
             "fit": asdict(self.fit),
@@ -130,14 +130,14 @@ class Calibration:
             "created": self.created,
             "method": self.method,
             "curve": None if self.curve is None else self.curve.to_json(),
-            "slices": [one.to_json() for one in self.slices],
+            "slices": [fit.to_json() for fit in self.slices],
             "ties": self.ties,
             "tie_model": None if self.tie_model is None else self.tie_model.to_json(),
         }
 
     @classmethod
     def from_json(cls, d: Any, *, evidence: ScoredPairs | None = None) -> Calibration:
-        """Read what `to_json` wrote, or wrote before there were methods, slices and tie models."""
+        """Read what `to_json` wrote; older files have no method, slices or tie model."""
         tie_model, method = d.get("tie_model"), str(d.get("method", "temperature"))
         curve = find_calibrator(method).read_curve(d.get("curve"))
         return cls(
@@ -148,7 +148,7 @@ class Calibration:
             str(d["created"]),
             method,
             curve,
-            tuple(SliceFit.from_json(one) for one in d.get("slices", ())),
+            tuple(SliceFit.from_json(fit) for fit in d.get("slices", ())),
             int(d.get("ties", 0)),
             evidence,
             None if tie_model is None else TieModel.from_json(tie_model),
@@ -165,37 +165,38 @@ def fit_calibration(
     digest: str = "",
     min_judgments: int = MIN_JUDGMENTS,
 ) -> Calibration:
-    """Fit the temperature of an aggregator's margin, T_mix, and the method's curve beside them.
+    """Fit the temperature of an aggregator's margin, T_mix, and the method's curve.
 
     Parameters
     ----------
     pairs : ScoredPairs
-        Judgments that no member was trained on. Those that too few members scored are left out.
+        Judgments that no member was trained on. Pairs that too few members scored are left out.
     aggregator : Aggregator
         Of the reward.
     method : str
-        The calibrator: ``"temperature"``, ``"power"``, ``"isotonic"``, ``"histogram"``, ``"bbq"``.
+        ``"temperature"``, ``"power"``, ``"isotonic"``, ``"histogram"``, ``"bbq"``, or a registered
+        calibrator.
     slices : bool
-        Whether each subset of the judgments gets a temperature of its own, shrunk.
+        Whether each subset of the judgments gets a shrunk temperature of its own.
     ties : str, optional
-        A tie model that is fitted beside the method: ``"davidson"`` or ``"rao-kupper"``.
+        Tie model to fit as well: ``"davidson"`` or ``"rao-kupper"``.
     digest : str
-        Of the judgments.
+        SHA-256 of the judgments.
     min_judgments : int
-        The fewest that suffice.
+        Minimum number of judgments.
 
     Returns
     -------
     Calibration
-        Refusals as in `fit_temperature`, which is fitted under every method, and in `fit_ties`.
+        Raises as `fit_temperature`, which runs under every method, and as `fit_ties`.
 
     Raises
     ------
     OptionError
-        If the method is unknown, cannot take these votes and weights, or is asked for slices.
+        If the method is unknown, cannot use these votes and weights, or has no slices.
     """
     if slices and find_calibrator(method).fit is not None:
-        raise OptionError(f"slices have temperatures; method={method!r} has none: leave one out")
+        raise OptionError(f"slices=True works with method='temperature' only, not {method!r}")
     pairs = pairs.rewarded(aggregator)
     margins = pairs.margins(aggregator)
     fit = fit_temperature(
@@ -244,7 +245,9 @@ def refit_calibration(old: Calibration | None, aggregator: Aggregator) -> Calibr
         If there is no calibration, or its judgments' scores were not kept.
     """
     if old is None or old.evidence is None:
-        raise NotCalibratedError("there are no judgments to fit on; call calibrate(held)")
+        raise NotCalibratedError(
+            "no judgments were stored with this ensemble; call calibrate(held)"
+        )
     return fit_calibration(
         old.evidence,
         aggregator,
@@ -257,23 +260,23 @@ def refit_calibration(old: Calibration | None, aggregator: Aggregator) -> Calibr
 
 
 def require_calibration(calibration: Calibration | None, aggregator: Aggregator) -> Calibration:
-    """Return the calibration, if it is there and belongs to the aggregator.
+    """Return the calibration if it exists and belongs to the aggregator.
 
     Raises
     ------
     NotCalibratedError
         If there is none.
     AggregatorMismatchError
-        If it belongs to another.
+        If it belongs to another aggregator.
     """
     if calibration is None:
         raise NotCalibratedError(
-            "this ensemble has no calibration, so a score difference is no probability; "
+            "this ensemble has no calibration, so its margins are not probabilities; "
             "call calibrate(held) with judgments that it was not trained on"
         )
     if calibration.aggregator != aggregator:
         raise AggregatorMismatchError(
             f"the calibration was fitted with {calibration.aggregator}, not {aggregator}; "
-            "call recalibrate(aggregator), or calibrate anew"
+            "call recalibrate(aggregator), or calibrate again"
         )
     return calibration

@@ -1,4 +1,4 @@
-"""Members' raw scores → one unit: an offset and a scale a member.
+"""Members' raw scores in one unit: one offset and one scale per member.
 
 Fitted once, at training, on reference completions; never part of a calibration.
 """
@@ -18,15 +18,15 @@ from ensemble_rm.errors import BaselineError, NonFiniteScoreError, OptionError
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Subtracts each member's offset, before it the prompt's baseline, and divides by its scale.
+    """Subtract each member's prompt baseline, where there is one, and offset; divide by its scale.
 
     Attributes
     ----------
     offset, scale : tuple of float
-        One a member, in the member's own unit; scales are > 0.
+        One per member, in the member's own unit; scales are > 0.
     baseline : bool
-        Whether a member's score of the prompt's reference completion is subtracted first: that
-        removes what a Bradley–Terry score leaves open, any function of the prompt.
+        Whether a member's score of the prompt's reference completion is subtracted first. That
+        removes what a Bradley–Terry score does not determine: any function of the prompt.
     """
 
     offset: tuple[float, ...]
@@ -47,22 +47,26 @@ class Normaliser:
         scores : array_like, shape (n_samples, n_members)
             Raw scores.
         baseline : array_like, shape (n_samples, n_members), optional
-            Raw scores of each sample's reference completion; with `baseline` they are needed.
+            Raw scores of each sample's reference completion; required with a baseline.
         """
         if self.baseline and baseline is None:
-            raise BaselineError("this normaliser subtracts a baseline: pass the references' scores")
+            raise BaselineError(
+                "this normaliser subtracts a baseline; pass the scores of the references"
+            )
         if not self.baseline and baseline is not None:
-            raise OptionError("this normaliser has no baseline; leave the references' scores out")
+            raise OptionError("this normaliser has no baseline; do not pass scores of references")
         matrix = score_matrix(scores)
         if matrix.shape[1] != len(self.offset):
-            raise OptionError(f"{matrix.shape[1]} members, and a normaliser of {len(self.offset)}")
+            raise OptionError(
+                f"{matrix.shape[1]} columns for a normaliser of {len(self.offset)} members"
+            )
         above = _above(matrix, baseline)
         normalised: Floats = (above - np.array(self.offset)) / np.array(self.scale)
         return normalised
 
     @classmethod
     def identity(cls, members: int) -> Normaliser:
-        """Return the normaliser that changes nothing, said aloud."""
+        """Return the normaliser that changes nothing."""
         return cls((0.0,) * members, (1.0,) * members)
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +79,7 @@ class Normaliser:
 
     @classmethod
     def from_json(cls, d: Any) -> Normaliser:
-        """Read what `to_json` wrote; what was written before there were baselines has none."""
+        """Read what `to_json` wrote; older files have no baseline."""
         offset, scale = (tuple(map(float, d[name])) for name in ("offset", "scale"))
         return cls(offset, scale, bool(d.get("baseline", False)))
 
@@ -106,24 +110,24 @@ def fit_normaliser(
     scores : array_like, shape (n_samples, n_members)
         Raw scores of reference completions.
     groups : array_like of int, shape (n_samples,)
-        Prompt of each; at least one prompt has two completions that differ in score.
+        Prompt of each sample; at least one prompt has two completions that differ in score.
     baseline : array_like, shape (n_samples, n_members), optional
-        Raw scores of the reference completion of each sample's prompt; the normaliser then
-        subtracts them.
+        Raw scores of the reference completion of each sample's prompt, which the normaliser will
+        subtract.
     nan : {"raise", "omit"}
-        What a score that is NaN is: an error, or left out of its member's offset and scale.
+        Whether a NaN score is an error or left out of its member's offset and scale.
 
     Returns
     -------
     Normaliser
-        For the members in their order.
+        One offset and scale per column.
 
     Raises
     ------
     NonFiniteScoreError
         If a score is infinite, or is NaN against `nan`.
     OptionError
-        If a member gives every completion of a prompt the same score, or scores no two of one.
+        If a member scores all completions of each prompt alike, or no two of any prompt.
     """
     matrix = _above(score_matrix(scores), baseline)
     labels = np.unique(np.asarray(groups), return_inverse=True)[1]
@@ -136,12 +140,12 @@ def _fit_member(
     member: int, scores: Floats, labels: NDArray[np.intp], nan: NanPolicy
 ) -> tuple[float, float]:
     """Return one member's offset and scale."""
-    there = ~np.isnan(scores) if nan == "omit" else np.ones(len(scores), dtype=np.bool_)
-    x, labels = scores[there], labels[there]
+    present = ~np.isnan(scores) if nan == "omit" else np.ones(len(scores), dtype=np.bool_)
+    x, labels = scores[present], labels[present]
     if not np.isfinite(x).all():
         raise NonFiniteScoreError(
-            f"reference scores of member {member} hold NaN or infinity; an aggregator with "
-            "nan='omit' leaves out what is NaN"
+            f"reference scores of member {member} are NaN or infinite; an aggregator with "
+            "nan='omit' leaves NaN out"
         )
     counts = np.bincount(labels)
     sums = np.bincount(labels, x)
@@ -150,10 +154,10 @@ def _fit_member(
     freedom = int(several.sum() - (counts > 1).sum())
     if freedom == 0:
         raise OptionError(
-            f"no prompt has two reference completions that member {member} scores; the scale "
-            "within is undefined"
+            f"no prompt has two reference completions that member {member} scored, so its scale "
+            "within prompts is undefined"
         )
     scale = float(np.sqrt((within[several] ** 2).sum() / freedom))
     if scale <= 1e-12 * max(float(np.abs(x).max()), 1e-30):
-        raise OptionError(f"member {member} scores all completions of a prompt alike")
+        raise OptionError(f"member {member} gives all completions of a prompt the same score")
     return float(x.mean()), scale

@@ -1,4 +1,4 @@
-"""Pairs as calibration and evaluation see them: normalised scores of both sides, and verdicts."""
+"""Judged pairs as calibration and evaluation read them: normalised scores and verdicts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class ScoredPairs:
     Attributes
     ----------
     first, second : ndarray, shape (n_pairs, n_members)
-        Normalised scores of the two sides.
+        Normalised member scores of the two sides.
     targets, weights : ndarray, shape (n_pairs,)
-        P(first is preferred) by the judgment, and how much it counts.
+        P(first is preferred) by the judgment, and its weight.
     groups : ndarray of int, shape (n_pairs,)
         Prompt of each pair.
     subsets : tuple of (str or None)
-        Slice of each pair; where not given, no pair names one.
+        Slice of each pair (default: none).
     ties : ndarray, shape (n_pairs,)
-        Share of each verdict that is a tie, which counts half in its target; 0 where not given.
+        Share of each verdict that is a tie, half of which is in the target (default: 0).
     distances : ndarray, shape (n_pairs, 2) or (n_pairs, 0)
-        Of both sides to the training features, where the ensemble knows where those lie.
+        Distances of both sides to the training features, where the ensemble has a feature space.
     """
 
     first: Floats
@@ -63,7 +63,7 @@ class ScoredPairs:
 
     @property
     def members(self) -> int:
-        """How many members scored."""
+        """Number of members."""
         return int(self.first.shape[1])
 
     @property
@@ -73,7 +73,7 @@ class ScoredPairs:
 
     @property
     def subset_names(self) -> tuple[str, ...]:
-        """Every subset that a pair names, sorted."""
+        """Names of all subsets, sorted."""
         return tuple(sorted({name for name in self.subsets if name is not None}))
 
     def margins(self, aggregator: Aggregator) -> Floats:
@@ -84,11 +84,11 @@ class ScoredPairs:
         return aggregator.where_enough(self.first) - aggregator.where_enough(self.second)
 
     def rewarded(self, aggregator: Aggregator) -> ScoredPairs:
-        """Return the pairs of which both sides have a reward."""
-        if aggregator.nan == "raise":  # then all have one, or `margins` raises
+        """Return the pairs whose sides both have a reward."""
+        if aggregator.nan == "raise":  # every pair has one, or `margins` raises
             return self
-        there = ~np.isnan(self.margins(aggregator))
-        return self if there.all() else self.take(np.flatnonzero(there))
+        rewarded = ~np.isnan(self.margins(aggregator))
+        return self if rewarded.all() else self.take(np.flatnonzero(rewarded))
 
     def take(self, rows: NDArray[np.int64]) -> ScoredPairs:
         """Return some of the pairs."""
@@ -96,15 +96,15 @@ class ScoredPairs:
         return ScoredPairs.from_arrays(chosen, self.subset_names)
 
     def arrays(self) -> dict[str, Any]:
-        """Return the arrays by name, as they are stored: subsets as places in `subset_names`."""
-        place: dict[str | None, int] = {name: i for i, name in enumerate(self.subset_names)}
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        codes = [place.get(name, -1) for name in self.subsets]
-        return found | {"subsets": np.array(codes, dtype=np.int64)}
+        """Return the arrays by name, as stored: subsets as indices into `subset_names`."""
+        code_of: dict[str | None, int] = {name: i for i, name in enumerate(self.subset_names)}
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        codes = [code_of.get(name, -1) for name in self.subsets]
+        return arrays | {"subsets": np.array(codes, dtype=np.int64)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any], names: Sequence[str]) -> ScoredPairs:
-        """Read what `arrays` returned, with the names of the subsets."""
+        """Read what `arrays` returned, given the names of the subsets."""
         codes = arrays.get("subsets", ())
         subsets = tuple(None if code < 0 else names[code] for code in codes)
         return cls(**{**arrays, "subsets": subsets})

@@ -1,8 +1,8 @@
-"""One temperature a slice of the judgments, drawn towards the global one where they are few.
+"""One temperature per slice of the judgments, shrunk towards the global one where they are few.
 
-log T of a slice is shrunk by B = τ²/(τ² + se²) [1]_: se is its own, robust to clusters, and τ², the
-variance of the true log T among slices, is DerSimonian & Laird's [2]_. The centre is the log T of
-all judgments, which stands in the calibration, and not the slices' weighted mean.
+log T of a slice is shrunk by B = τ²/(τ² + se²) [1]_: se is its cluster-robust standard error, and
+τ², the variance of the true log T among slices, is DerSimonian & Laird's estimate [2]_. The centre
+is the log T of all judgments, as in the calibration, and not the weighted mean of the slices.
 
 References
 ----------
@@ -25,7 +25,7 @@ from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 
 MIN_SLICE_JUDGMENTS = 20
-MIN_SLICE_PROMPTS = 10  # of fewer, a standard error over prompts says nothing
+MIN_SLICE_PROMPTS = 10  # fewer clusters make a robust standard error meaningless
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class SliceFit:
     Attributes
     ----------
     name : str
-        The pairs' subset.
+        Subset of the pairs.
     temperature : float
-        Shrunk: what a comparison in this slice uses.
+        Shrunk temperature, which comparisons in this slice use.
     own : TemperatureFit, optional
-        Of the slice's judgments alone.
+        Fit of the slice's judgments alone.
     share : float
-        B: how much of the slice's own log T is kept; 0 takes the global one.
+        B, the weight of the slice's own log T; with 0 it has the global one.
     refusal : str
-        Why the slice has no fit of its own, where it has none.
+        Why the slice has no fit of its own; empty where it has one.
     """
 
     name: str
@@ -73,28 +73,28 @@ def fit_slices(
     Parameters
     ----------
     pairs : ScoredPairs
-        Judgments that name subsets; those that name none count in the global fit alone.
+        Judgments with subsets; those without one count in the global fit only.
     aggregator : Aggregator
-        Of the reward.
+        Aggregator of the reward.
     overall : TemperatureFit
-        Of all judgments.
+        Fit of all judgments.
 
     Returns
     -------
     tuple of SliceFit
-        By name. A slice whose own fit is refused takes the global temperature, and says why.
+        Sorted by name. A slice that cannot be fitted has the global temperature and a `refusal`.
 
     Raises
     ------
     OptionError
-        If no judgment names a subset.
+        If no judgment has a subset.
     """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(pairs.subsets):
         if name is not None:
             rows.setdefault(name, []).append(row)
     if not rows:
-        raise OptionError("slices need judgments that name a `subset`; none of these does")
+        raise OptionError("slices need judgments with a `subset`, and none of these has one")
     fits: dict[str, TemperatureFit] = {}
     refusals: dict[str, str] = {}
     for name in sorted(rows):
@@ -109,7 +109,7 @@ def _fit_one(pairs: ScoredPairs, aggregator: Aggregator) -> TemperatureFit:
     prompts = len(np.unique(pairs.groups))
     if prompts < MIN_SLICE_PROMPTS:
         raise TooFewJudgmentsError(
-            f"judgments of {prompts} prompts; a slice of its own needs {MIN_SLICE_PROMPTS}"
+            f"judgments of {prompts} prompts; a temperature of its own needs {MIN_SLICE_PROMPTS}"
         )
     return fit_temperature(
         pairs.margins(aggregator),
@@ -123,25 +123,25 @@ def _fit_one(pairs: ScoredPairs, aggregator: Aggregator) -> TemperatureFit:
 def shrink(
     fits: Mapping[str, TemperatureFit], refusals: Mapping[str, str], *, overall: TemperatureFit
 ) -> tuple[SliceFit, ...]:
-    """Shrink slices' own fits towards the overall one, and give it to those that have none."""
+    """Shrink the slices' fits towards the overall one; slices without a fit get the overall T."""
     logs = [math.log(fit.temperature) for fit in fits.values()]
     tau2 = between_variance(logs, [fit.log_se for fit in fits.values()])
     centre = math.log(overall.temperature)
-    found = [SliceFit(name, overall.temperature, None, 0.0, why) for name, why in refusals.items()]
+    fitted = [SliceFit(name, overall.temperature, None, 0.0, why) for name, why in refusals.items()]
     for (name, fit), own in zip(fits.items(), logs, strict=True):
         share = tau2 / (tau2 + fit.log_se**2) if tau2 > 0 else 0.0
         shrunk = overall.temperature * math.exp(share * (own - centre))
-        found.append(SliceFit(name, shrunk, fit, share))
-    return tuple(sorted(found, key=lambda one: one.name))
+        fitted.append(SliceFit(name, shrunk, fit, share))
+    return tuple(sorted(fitted, key=lambda fit: fit.name))
 
 
 def between_variance(estimates: Sequence[float], errors: Sequence[float]) -> float:
-    """Return DerSimonian & Laird's τ² ≥ 0 [2]_; 0 of fewer than two estimates.
+    """Return DerSimonian & Laird's τ² ≥ 0 [2]_; 0 for fewer than two estimates.
 
     Parameters
     ----------
     estimates, errors : sequence of float
-        One estimate a slice, and its standard error, > 0.
+        Estimate of each slice, and its standard error, > 0.
     """
     if len(estimates) < 2:
         return 0.0

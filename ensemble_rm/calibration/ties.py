@@ -1,14 +1,15 @@
-"""Ties as an outcome of their own: P(first), P(tie), P(second) of a margin.
+"""Tie models: P(first), P(tie) and P(second) from a margin.
 
 With d = Δ/T:
 
 - Davidson [2]_: the three are in the ratio e^{d/2} : ν : e^{−d/2}, ν > 0. Given no tie, P(first) is
   σ(d). At equal rewards P(tie) = ν/(2 + ν).
 - Rao and Kupper [1]_: P(first) = σ(d − log ν), P(second) = σ(−d − log ν), ν > 1 (their θ). At equal
-  rewards P(tie) = (ν − 1)/(ν + 1). Given no tie, P(first) is odd about ½, but no σ(d).
+  rewards P(tie) = (ν − 1)/(ν + 1). Given no tie, P(first) is odd about ½, but not σ(d).
 
-Both are concave in (1/T, log ν): Newton's method in float64, halving its step where it would fall.
-T here is not that of `fit_temperature`, which counts a tie as half a vote for each side.
+Both log-likelihoods are concave in (1/T, log ν) and are maximised by Newton's method in float64,
+with step halving. T here differs from that of `fit_temperature`, which counts a tie as half a vote
+for each side.
 
 References
 ----------
@@ -31,12 +32,8 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 from ensemble_rm.arrays import Floats
-from ensemble_rm.calibration.methods.temperature import (
-    MIN_JUDGMENTS,
-    add_up,
-    read_judgments,
-    require_pull,
-)
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
+from ensemble_rm.calibration.methods.temperature import add_up, read_judgments, require_pull
 from ensemble_rm.errors import CalibrationError, OptionError, SeparableError
 
 TIE_MODELS: tuple[str, ...] = ("davidson", "rao-kupper")
@@ -64,11 +61,11 @@ class TieModel:
     nu_low, nu_high : float
         Bounds of its interval.
     nll : float
-        Of the three outcomes of the fitted judgments, nats a judgment.
+        NLL of the three outcomes of the fitted judgments, in nats per judgment.
     judgments, prompts : int
-        How many entered, of how many prompts.
+        Number of judgments in the fit, and of their prompts.
     tie_share : float
-        Share of ties among them, by weight.
+        Share of ties among the judgments, by weight.
     """
 
     model: str
@@ -87,7 +84,9 @@ class TieModel:
     def __post_init__(self) -> None:
         lowest = 1.0 if _known(self.model) == "rao-kupper" else 0.0
         if not (0 < self.temperature < math.inf and lowest < self.nu < math.inf):
-            raise OptionError(f"no {self.model} model has T={self.temperature} and nu={self.nu}")
+            raise OptionError(
+                f"a {self.model} model cannot have T={self.temperature} and nu={self.nu}"
+            )
 
     def outcomes(self, margins: ArrayLike) -> Floats:
         """Return P(first), P(tie), P(second) of margins, shape (n_pairs, 3); rows sum to 1."""
@@ -116,7 +115,7 @@ class TieModel:
 
 def _known(model: str) -> str:
     if model not in TIE_MODELS:
-        raise OptionError(f"no tie model {model!r}; there are {', '.join(TIE_MODELS)}")
+        raise OptionError(f"no tie model {model!r}; choose one of {', '.join(TIE_MODELS)}")
     return model
 
 
@@ -149,43 +148,43 @@ def fit_ties(
     margins : array_like, shape (n_pairs,)
         Aggregated reward of the first minus that of the second.
     targets : array_like, shape (n_pairs,)
-        Share of votes for the first, in [0, 1], a tie half on each side.
+        Share of votes for the first, in [0, 1]; a tie is half a vote for each side.
     ties : array_like, shape (n_pairs,)
-        Share of votes that are ties, at most 2·min(target, 1 − target).
+        Share of votes that are ties, in [0, 2·min(target, 1 − target)].
     model : str
         ``"davidson"`` or ``"rao-kupper"``.
     weights : array_like, shape (n_pairs,), optional
-        How much each judgment counts, > 0.
+        Weight of each judgment, > 0.
     groups : array_like of int, shape (n_pairs,), optional
-        Prompt of each pair; each its own where not given.
+        Prompt of each pair (default: all differ).
     min_judgments : int
-        The fewest judgments of non-zero margin.
+        Minimum number of judgments with a margin other than 0.
     level : float
         Nominal coverage of both intervals, which are sandwiches over prompts [3]_.
 
     Returns
     -------
     TieModel
-        Indifferent to the orientation of the pairs.
+        The same for either orientation of the pairs.
 
     Raises
     ------
     TooFewJudgmentsError
-        If fewer judgments than `min_judgments` have a margin.
+        If fewer than `min_judgments` judgments have a margin other than 0.
     CalibrationError
-        If there is no tie, or nothing but ties.
+        If no judgment is a tie, or all are.
     SeparableError
-        If a threshold on the margin tells every verdict.
+        If a threshold on the margin separates all verdicts.
     NoPositiveTemperatureError
-        If the margins point the wrong way.
+        If the margins contradict the judgments.
     """
     _known(model)
     x, y, w = read_judgments(margins, targets, weights, min_judgments=min_judgments)
     t = np.asarray(ties, dtype=np.float64)
     if t.shape != x.shape or not ((t >= 0) & (t <= 2 * np.minimum(y, 1 - y) + 1e-9)).all():
         raise OptionError(
-            "ties must be one share a judgment, in [0, 2·min(target, 1 − target)]: "
-            "a tie counts half in the target"
+            "ties must be one share per judgment, in [0, 2·min(target, 1 − target)], since a tie "
+            "counts half in the target"
         )
     scale = float(np.sqrt(np.mean(x**2)))
     x = x / scale
@@ -197,19 +196,19 @@ def fit_ties(
 def _refuse(x: Floats, y: Floats, w: Floats, t: Floats) -> None:
     if not t.any():
         raise CalibrationError(
-            f"none of {len(x)} judgments is a tie, which pulls ν to its end; leave the tie model "
-            "out, or hand in judgments whose ties were kept"
+            f"none of {len(x)} judgments is a tie, so ν cannot be fitted; leave the tie model out, "
+            "or pass judgments whose ties were kept"
         )
     if (t >= 1).all():
-        raise CalibrationError(f"all {len(x)} judgments are ties: no temperature can be fitted")
+        raise CalibrationError(f"all {len(x)} judgments are ties, so no temperature can be fitted")
     require_pull(x, y, w)
     first, second = y - t / 2 > 1e-9, 1 - y - t / 2 > 1e-9
     against = ((x > 0) & second) | ((x < 0) & first)
     sizes = np.abs(x)
     if not against.any() and sizes[t > 0].max() <= sizes[first | second].min():
         raise SeparableError(
-            f"a threshold on the margin tells all {len(x)} verdicts, so the likelihood pulls T to "
-            "0; use judgments that the members were not trained on, or more of them"
+            f"a threshold on the margin separates all {len(x)} verdicts, so the likelihood pulls T "
+            "to 0; use more judgments, or ones that the members were not trained on"
         )
 
 
@@ -257,7 +256,7 @@ def _sums(terms: _Terms, x: Floats, w: Floats) -> tuple[Floats, Floats]:
 
 
 def _newton(model: str, x: Floats, y: Floats, w: Floats, t: Floats) -> Floats:
-    """Maximise over (β, log ν) by Newton's steps; both stay positive, but for Davidson's log ν."""
+    """Maximise over (β, log ν) by Newton's method; only Davidson's log ν may be negative."""
 
     def height(point: Floats) -> float:
         beta, log_nu = point
@@ -302,7 +301,7 @@ def _described(
     level: float,
     scale: float,
 ) -> TieModel:
-    """Put the sandwich interval around the optimum."""
+    """Return the model at the optimum, with sandwich intervals."""
     beta, log_nu = float(point[0]), float(point[1])
     terms = _TERMS[model](beta * x, y, t, log_nu)
     _, hessian = _sums(terms, x, w)
@@ -313,7 +312,7 @@ def _described(
     cover = bread @ (scores @ scores.T) @ bread * count / max(count - 1, 1)
     reach = float(student.ppf(0.5 + level / 2, max(count - 1, 1)))
     log_se = math.sqrt(cover[0, 0]) / beta
-    # Davidson's ν lives on a log scale, Rao and Kupper's log ν, which is > 0, on one of its own.
+    # Intervals are symmetric in log ν for Davidson, and in log log ν for Rao and Kupper (ν > 1).
     se = math.sqrt(cover[1, 1])
     if model == "davidson":
         ends = [math.exp(log_nu + sign * min(reach * se, 300)) for sign in (-1, 1)]

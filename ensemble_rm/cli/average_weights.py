@@ -1,49 +1,53 @@
-"""Average the weights of an ensemble's members: one model at a single model's price.
-
-The members must be of kind full or branch, from one run. The completions of the reference pairs set
-the new member's offset and scale. One member knows no uncertainty: its aggregator is the mean.
-"""
+"""``ensemble-rm average-weights``."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-from ensemble_rm.cli.common import (
-    Bars,
-    add_json,
-    add_out_folder,
-    add_pairs,
-    add_saved,
-    open_ensemble,
-    read_pairs,
-    say,
-)
+from ensemble_rm.cli.command import Command
+from ensemble_rm.cli.common import ENSEMBLE, Loading, read_pairs
+from ensemble_rm.cli.options import argument, nested, option
 
-HELP = "average the members' weights into one model"
-EXAMPLE = (
-    "  ensemble-rm average-weights runs/hh --data runs/hh.parts/validation.jsonl --out runs/mean"
-)
+if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_saved(parser)
-    add_pairs(parser, "reference")
-    add_out_folder(parser)
-    add_json(parser)
+@dataclass(frozen=True, kw_only=True)
+class AverageWeights(Command):
+    """Average the weights of an ensemble's members: one model at the price of a single one.
 
+    The members must be branches or full models of one run. The completions of the reference pairs
+    set the new member's offset and scale. One member has no disagreement to measure: its aggregator
+    is the mean.
+    """
 
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
-    pairs = read_pairs(args.data, skip_bad=args.skip_bad)
-    ensemble = open_ensemble(args)
-    from ensemble_rm.ensemble.weight_averaging import average_weights
-
-    with Bars(quiet=args.json) as bars:
-        merged = average_weights(ensemble, pairs, out=args.out, progress=bars)
-    say(
-        args,
-        {"out": str(args.out), "members": list(ensemble.names)}
-        | {"normaliser": merged.normaliser.to_json()},
-        f"the mean of {len(ensemble.names)} members in {args.out}: {', '.join(ensemble.names)}",
+    ensemble: Path = argument(ENSEMBLE)
+    data: str = option(
+        "reference pairs: JSON lines (.gz too) or a Hub data set", metavar="FILE_OR_HUB_ID"
     )
+    skip_bad: bool = option("leave bad rows out, and list them", default=False)
+    out: Path = option("folder of the new ensemble", metavar="FOLDER")
+    loading: Loading = nested(Loading, panel="Loading", max_loaded_models=None)
+
+    example: ClassVar[str] = (
+        "  ensemble-rm average-weights runs/hh --data runs/hh.parts/validation.jsonl \\\n"
+        "      --out runs/hh-averaged"
+    )
+
+    def run(self, console: Console) -> None:
+        """Average the members."""
+        pairs = read_pairs(console, self.data, skip_bad=self.skip_bad)
+        ensemble = self.loading.open(self.ensemble)
+        from ensemble_rm.ensemble.weight_averaging import average_weights
+
+        with console.progress() as progress:
+            averaged = average_weights(ensemble, pairs, out=self.out, progress=progress)
+        console.result(
+            {"out": str(self.out), "members": list(ensemble.names)}
+            | {"normaliser": averaged.normaliser.to_json()},
+            f"the mean of {len(ensemble.names)} members: {', '.join(ensemble.names)}",
+        )
+        console.save(self.out)
+        console.next(f"ensemble-rm calibrate {self.out} --data JUDGMENTS.jsonl")

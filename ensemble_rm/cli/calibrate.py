@@ -1,107 +1,120 @@
-"""Fit how a reward becomes a probability, on human judgments that no member was trained on.
-
-The temperature is fitted under every method. Isotonic regression, histograms and BBQ make ties,
-which are counted; the reward itself is the same under every method.
-"""
+"""``ensemble-rm calibrate``."""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.common import (
-    Bars,
-    add_aggregator,
-    add_dry_run,
-    add_ensemble,
-    add_json,
-    add_pairs,
-    open_ensemble,
-    read_aggregator,
+    ENSEMBLE,
+    AggregatorOptions,
+    Loading,
+    aggregator_options,
     read_pairs,
-    say,
 )
+from ensemble_rm.cli.options import argument, nested, option
+from ensemble_rm.cli.signatures import default_of
 
 if TYPE_CHECKING:
     from ensemble_rm.calibration.calibration import Calibration
+    from ensemble_rm.cli.console import Console
 
-HELP = "fit the temperature on judgments held apart"
-EXAMPLE = "  ensemble-rm calibrate runs/hh --data judgments.jsonl --aggregator lcb --kappa 1.0"
+_CALIBRATE = ("ensemble_rm.ensemble.reward_ensemble", "RewardEnsemble.calibrate")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_ensemble(parser)
-    add_pairs(parser, "judged")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="the calibrated ensemble's; ENSEMBLE by default"
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Command):
+    """Fit how a reward becomes a probability, on human judgments that no member was trained on.
+
+    The temperature is fitted under every method. Isotonic regression, histograms and BBQ make ties,
+    which are counted; the reward itself is the same under every method.
+    """
+
+    ensemble: Path = argument(ENSEMBLE)
+    data: str = option(
+        "judged pairs: JSON lines (.gz too) or a Hub data set", metavar="FILE_OR_HUB_ID"
     )
-    parser.add_argument(
-        "--method",
-        default="temperature",
-        metavar="NAME",
-        help="temperature (default), power, isotonic, histogram or bbq",
+    skip_bad: bool = option("leave bad rows out, and list them", default=False)
+    out: Path | None = option(
+        "folder of the calibrated ensemble", default=None, metavar="FOLDER", shown="ENSEMBLE"
     )
-    parser.add_argument(
-        "--slices", action="store_true", help="one temperature a subset, shrunk to the global one"
+    method: str = option(
+        "method from margin to probability",
+        default=default_of(*_CALIBRATE, "method"),
+        choices=("temperature", "power", "isotonic", "histogram", "bbq"),
     )
-    parser.add_argument(
-        "--ties", metavar="NAME", help="model ties as an outcome: davidson or rao-kupper"
+    slices: bool = option(
+        "one temperature per subset, shrunk to the global one",
+        default=default_of(*_CALIBRATE, "slices"),
     )
-    parser.add_argument("--min-judgments", type=int, default=50, metavar="N")
-    add_aggregator(parser)
-    add_dry_run(parser, "fit and show, save nothing")
-    add_json(parser)
+    ties: str | None = option(
+        "model of ties as an outcome",
+        default=default_of(*_CALIBRATE, "ties"),
+        choices=("davidson", "rao-kupper"),
+    )
+    min_judgments: int = option(
+        "minimum number of effective judgments",
+        default=default_of(*_CALIBRATE, "min_judgments"),
+        metavar="N",
+    )
+    dry_run: bool = option("fit and report, and save nothing", default=False)
+    loading: Loading = nested(Loading, panel="Loading")
+    aggregator: AggregatorOptions = aggregator_options()
 
-
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
-    from ensemble_rm.data.weights import sample_weights
-    from ensemble_rm.ensemble.storage import check_target
-
-    out = args.out or args.ensemble
-    if not args.dry_run:
-        check_target(out)
-    aggregator = read_aggregator(args)
-    judgments = read_pairs(args.data, skip_bad=args.skip_bad)
-    with Bars(quiet=args.json) as bars:
-        ensemble = open_ensemble(args).calibrate(
-            judgments,
-            aggregator=aggregator,
-            method=args.method,
-            slices=args.slices,
-            ties=args.ties,
-            min_judgments=args.min_judgments,
-            progress=bars,
-        )
-    calibration = ensemble.calibration
-    assert calibration is not None
-    fit = calibration.fit
-    if not args.dry_run:
-        ensemble.save_pretrained(out)
-    saved = "nothing saved (--dry-run)" if args.dry_run else f"saved in {out}"
-    weights = sample_weights(judgments.weights)
-    found = {
-        "aggregator": str(ensemble.aggregator),
-        "effective_judgments": weights.effective,
-        "fit": asdict(fit),
-        "dry_run": args.dry_run,
-        "mixture_temperature": calibration.mixture_temperature,
-        "out": str(out),
-        "method": calibration.method,
-        "ties": calibration.ties,
-        "tie_model": None if calibration.tie_model is None else calibration.tie_model.to_json(),
-        "slices": [one.to_json() for one in calibration.slices],
-    }
-    line = (
-        f"{ensemble.aggregator}: T = {fit.temperature:.3f} [{fit.low:.3f}, {fit.high:.3f}] from "
-        f"{fit.judgments} judgments of {fit.prompts} prompts, NLL {fit.nll:.4f}; {saved}"
+    example: ClassVar[str] = (
+        "  ensemble-rm calibrate runs/hh --data judgments.jsonl --aggregator lcb --kappa 1.0"
     )
-    if weights.effective < len(judgments) - 0.05:
-        line += f"\n  {weights.remark}"
-    say(args, found, "\n".join([line, *_details(calibration)]))
+
+    def run(self, console: Console) -> None:
+        """Fit the calibration."""
+        from ensemble_rm.data.weights import sample_weights
+        from ensemble_rm.ensemble.storage import check_target
+
+        out = self.out or self.ensemble
+        if not self.dry_run:
+            check_target(out)
+        aggregator = self.aggregator.make()
+        judgments = read_pairs(console, self.data, skip_bad=self.skip_bad)
+        with console.progress() as progress:
+            ensemble = self.loading.open(self.ensemble).calibrate(
+                judgments,
+                aggregator=aggregator,
+                method=self.method,
+                slices=self.slices,
+                ties=self.ties,
+                min_judgments=self.min_judgments,
+                progress=progress,
+            )
+        calibration = ensemble.calibration
+        assert calibration is not None
+        fit = calibration.fit
+        if not self.dry_run:
+            ensemble.save_pretrained(out)
+            console.save(out)
+            console.next(f"ensemble-rm evaluate {out} --data TEST.jsonl")
+        weights = sample_weights(judgments.weights)
+        tie_model = calibration.tie_model
+        data = {
+            "aggregator": str(ensemble.aggregator),
+            "effective_judgments": weights.effective,
+            "fit": asdict(fit),
+            "dry_run": self.dry_run,
+            "mixture_temperature": calibration.mixture_temperature,
+            "out": str(out),
+            "method": calibration.method,
+            "ties": calibration.ties,
+            "tie_model": None if tie_model is None else tie_model.to_json(),
+            "slices": [part.to_json() for part in calibration.slices],
+        }
+        line = (
+            f"{ensemble.aggregator}: T = {fit.temperature:.3f} [{fit.low:.3f}, {fit.high:.3f}] "
+            f"from {fit.judgments} judgments of {fit.prompts} prompts, NLL {fit.nll:.4f}"
+        ) + ("; nothing saved (--dry-run)" if self.dry_run else "")
+        if weights.effective < len(judgments) - 0.05:
+            line += f"\n  {weights.remark}"
+        console.result(data, "\n".join([line, *_details(calibration)]))
 
 
 def _details(calibration: Calibration) -> list[str]:
@@ -116,11 +129,9 @@ def _details(calibration: Calibration) -> list[str]:
             f"  ties by {ties.model}: ν = {ties.nu:.3f} [{ties.nu_low:.3f}, {ties.nu_high:.3f}], "
             f"T = {ties.temperature:.3f}; {ties.tie_share:.1%} of the judgments are ties"
         )
-    for one in calibration.slices:
-        own = f"no own fit: {one.refusal}"
-        if one.own is not None:
-            own = (
-                f"own {one.own.temperature:.3f} of {one.own.judgments}, {one.share:.0%} of it kept"
-            )
-        lines.append(f"  {one.name}: T = {one.temperature:.3f} ({own})")
+    for part in calibration.slices:
+        own = f"no fit of its own: {part.refusal}"
+        if part.own is not None:
+            own = f"own {part.own.temperature:.3f} of {part.own.judgments}, weight {part.share:.0%}"
+        lines.append(f"  {part.name}: T = {part.temperature:.3f} ({own})")
     return lines

@@ -1,64 +1,70 @@
-"""Say with what probability a human prefers each first completion: one JSON line a pair.
-
-A pair is a row with `prompt` (text or messages), `first` and `second`; `chosen` and `rejected` are
-read as first and second. Its `subset` picks the slice's temperature where the calibration has
-slices; its `reference` is needed where the ensemble has a baseline.
-"""
+"""``ensemble-rm compare``."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
+from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.common import (
-    Bars,
-    add_ensemble,
-    add_json,
-    add_out_file,
-    add_rows,
+    ENSEMBLE,
+    JSON_ROWS,
+    Loading,
     check_can_write,
-    known,
-    open_ensemble,
-    say,
+    number_or_none,
     write_jsonl,
 )
+from ensemble_rm.cli.options import argument, nested, option
 
 if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
     from ensemble_rm.ensemble.results import Comparison
 
-HELP = "compare pairs of completions"
-EXAMPLE = "  ensemble-rm compare runs/hh --data pairs.jsonl --out verdicts.jsonl"
 
+@dataclass(frozen=True, kw_only=True)
+class Compare(Command):
+    """Give the probability that a human prefers each first completion: one JSON line per pair.
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_ensemble(parser)
-    add_rows(parser, "pairs")
-    add_out_file(parser, "verdicts")
-    add_json(parser, rows=True)
+    A pair is a row with `prompt` (text or messages), `first` and `second`; `chosen` and `rejected`
+    are read as first and second. Its `subset` picks the slice's temperature where the calibration
+    has slices; its `reference` is needed where the ensemble has a baseline.
+    """
 
+    ensemble: Path = argument(ENSEMBLE)
+    data: str = option(f"pairs as {JSON_ROWS}", metavar="FILE")
+    out: Path | None = option(
+        "file of the verdicts", default=None, metavar="FILE", shown="standard output"
+    )
+    loading: Loading = nested(Loading, panel="Loading")
 
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
-    check_can_write(args.out)
-    from ensemble_rm.data.loading import read_comparisons
+    example: ClassVar[str] = "  ensemble-rm compare runs/hh --data pairs.jsonl --out verdicts.jsonl"
 
-    pairs = read_comparisons(args.data)
-    ensemble = open_ensemble(args)
-    with Bars(quiet=args.json) as bars:
-        verdict = ensemble.compare(
-            [pair.prompt for pair in pairs],
-            [pair.chosen for pair in pairs],
-            [pair.rejected for pair in pairs],
-            subsets=pairs.subsets,
-            references=[pair.reference for pair in pairs],
-            progress=bars,
-        )
-    write_jsonl(args.out, _rows(verdict, several=len(ensemble.names) > 1))
-    if args.out is not None:
-        found = {"pairs": len(pairs), "out": str(args.out), "aggregator": str(ensemble.aggregator)}
-        say(args, found, f"{len(pairs)} pairs in {args.out} by {ensemble.aggregator}")
+    def run(self, console: Console) -> None:
+        """Compare the pairs."""
+        check_can_write(self.out)
+        from ensemble_rm.data.loading import read_comparisons
+
+        pairs = read_comparisons(self.data)
+        ensemble = self.loading.open(self.ensemble)
+        with console.progress() as progress:
+            verdict = ensemble.compare(
+                [pair.prompt for pair in pairs],
+                [pair.chosen for pair in pairs],
+                [pair.rejected for pair in pairs],
+                subsets=pairs.subsets,
+                references=[pair.reference for pair in pairs],
+                progress=progress,
+            )
+        write_jsonl(self.out, _rows(verdict, several=len(ensemble.names) > 1))
+        if self.out is not None:
+            data = {"pairs": len(pairs), "out": str(self.out)}
+            data |= {"aggregator": str(ensemble.aggregator)}
+            console.result(data, f"{len(pairs)} pairs in {self.out} by {ensemble.aggregator}")
+            console.save(self.out)
+        console.read(f"{len(pairs)} pairs from {self.data}")
+        console.next(f"ensemble-rm route {self.ensemble} --data {self.data} --share 0.2")
 
 
 def _rows(verdict: Comparison, *, several: bool) -> Iterator[dict[str, float | None]]:
@@ -71,9 +77,9 @@ def _rows(verdict: Comparison, *, several: bool) -> Iterator[dict[str, float | N
             row["tie_probability"] = float(verdict.tie_probability[i])
         if several:
             row |= {
-                "mixture_probability": known(verdict.mixture_probability[i]),
-                "total": known(verdict.total[i]),
-                "aleatoric": known(verdict.aleatoric[i]),
-                "epistemic": known(verdict.epistemic[i]),
+                "mixture_probability": number_or_none(verdict.mixture_probability[i]),
+                "total": number_or_none(verdict.total[i]),
+                "aleatoric": number_or_none(verdict.aleatoric[i]),
+                "epistemic": number_or_none(verdict.epistemic[i]),
             }
         yield row

@@ -1,59 +1,72 @@
-"""Measure an ensemble on judged pairs: members, their mean and every aggregator side by side.
-
-Accuracy, NLL, ECE and what chance makes of it, Brier, before and after calibration, with intervals,
-over all pairs and by `subset`; what pooling the members buys; and a reliability diagram and a
-risk–coverage curve as PNG. Weights count in accuracy, NLL and Brier.
-"""
+"""``ensemble-rm evaluate``."""
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-from ensemble_rm.cli.common import (
-    Bars,
-    add_ensemble,
-    add_json,
-    add_pairs,
-    open_ensemble,
-    read_pairs,
-    say,
-)
+from ensemble_rm.cli.command import Command
+from ensemble_rm.cli.common import ENSEMBLE, Loading, read_pairs
+from ensemble_rm.cli.options import argument, nested, option
+from ensemble_rm.cli.signatures import default_of
 
-HELP = "measure an ensemble on judged pairs"
-EXAMPLE = "  ensemble-rm evaluate runs/hh --data test.jsonl --report report/"
+if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
+
+_EVALUATE = ("ensemble_rm.evaluation.evaluation", "evaluate")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_ensemble(parser)
-    add_pairs(parser, "judged")
-    parser.add_argument(
-        "--report", type=Path, metavar="FOLDER", help="of the pictures, the table and its JSON"
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Command):
+    """Measure an ensemble on judged pairs: members, their mean and every aggregator side by side.
+
+    Accuracy, NLL, ECE and its expectation under perfect calibration, Brier, before and after
+    calibration, with intervals, over all pairs and by `subset`; the gain from pooling the members;
+    a reliability diagram and a risk–coverage curve as PNG. Accuracy, NLL and Brier use the pairs'
+    weights.
+    """
+
+    ensemble: Path = argument(ENSEMBLE)
+    data: str = option(
+        "judged pairs: JSON lines (.gz too) or a Hub data set", metavar="FILE_OR_HUB_ID"
     )
-    parser.add_argument("--draws", type=int, default=500, metavar="N", help="of the bootstrap")
-    parser.add_argument("--seed", type=int, default=0)
-    add_json(parser)
+    skip_bad: bool = option("leave bad rows out, and list them", default=False)
+    report: Path | None = option(
+        "folder of the pictures, the table and its JSON", default=None, metavar="FOLDER"
+    )
+    draws: int = option(
+        "number of bootstrap draws", default=default_of(*_EVALUATE, "draws"), metavar="N"
+    )
+    seed: int = option("seed of the bootstrap", default=default_of(*_EVALUATE, "seed"))
+    loading: Loading = nested(Loading, panel="Loading")
 
+    example: ClassVar[str] = "  ensemble-rm evaluate runs/hh --data test.jsonl --report report/"
 
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
-    pairs = read_pairs(args.data, skip_bad=args.skip_bad)
-    from ensemble_rm.evaluation.evaluation import evaluate
-    from ensemble_rm.evaluation.report import evaluation_text
+    def run(self, console: Console) -> None:
+        """Evaluate the ensemble."""
+        pairs = read_pairs(console, self.data, skip_bad=self.skip_bad)
+        from ensemble_rm.evaluation.evaluation import evaluate
+        from ensemble_rm.evaluation.report import evaluation_text
 
-    with Bars(quiet=args.json) as bars:
-        evaluation = evaluate(
-            open_ensemble(args), pairs, draws=args.draws, seed=args.seed, progress=bars
-        )
-    found, text = evaluation.to_json(), evaluation_text(evaluation)
-    if args.report is not None:
-        from ensemble_rm.evaluation.report import draw_evaluation
+        ensemble = self.loading.open(self.ensemble)
+        with console.progress() as progress:
+            evaluation = evaluate(
+                ensemble, pairs, draws=self.draws, seed=self.seed, progress=progress
+            )
+        data, text = evaluation.to_json(), evaluation_text(evaluation)
+        if self.report is not None:
+            from ensemble_rm.evaluation.report import draw_evaluation
 
-        pictures = draw_evaluation(evaluation, args.report)
-        (args.report / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
-        (args.report / "evaluation.txt").write_text(text + "\n", encoding="utf-8")
-        found["pictures"] = [str(path) for path in pictures]
-        text += "\n" + "\n".join(str(path) for path in pictures)
-    say(args, found, text)
+            pictures = draw_evaluation(evaluation, self.report)
+            (self.report / "evaluation.json").write_text(json.dumps(data, indent=1) + "\n")
+            (self.report / "evaluation.txt").write_text(text + "\n", encoding="utf-8")
+            data["pictures"] = [str(path) for path in pictures]
+            text += "\n" + "\n".join(str(path) for path in pictures)
+            console.save(self.report)
+        console.result(data, text)
+        if ensemble.calibration is None:
+            console.next(f"ensemble-rm calibrate {self.ensemble} --data JUDGMENTS.jsonl")
+        else:
+            console.next(f"ensemble-rm serve {self.ensemble}")

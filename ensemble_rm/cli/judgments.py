@@ -1,270 +1,242 @@
-"""Keep human judgments: import them, export them, report how far annotators agree.
-
-STORE is a file's path (SQLite) or postgresql://user@host/name; `import` makes it where there is
-none. A store only grows: nothing updates or deletes a judgment.
-"""
+"""``ensemble-rm judgments``: import, export, report, backup."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ensemble_rm.cli.common import Bars, add_dry_run, add_json, add_skip_bad, say, write_jsonl
-from ensemble_rm.cli.jobs import add_times, read_time
+from ensemble_rm.cli.command import Command
+from ensemble_rm.cli.common import STORE, check_can_write, write_jsonl
+from ensemble_rm.cli.options import argument, nested, option
+from ensemble_rm.cli.signatures import default_of
 from ensemble_rm.errors import OptionError
+from ensemble_rm.judgments.filter import JudgmentFilter
+from ensemble_rm.judgments.imports.formats import ImportOptions
 
 if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
     from ensemble_rm.judgments.agreement import AgreementReport
-    from ensemble_rm.judgments.filter import JudgmentFilter
-    from ensemble_rm.judgments.imports.formats import Imported, ImportOptions
+    from ensemble_rm.judgments.imports.formats import Imported
     from ensemble_rm.judgments.store import JudgmentStore
     from ensemble_rm.metrics import Interval
 
-HELP = "import, export and report on human judgments"
-EXAMPLE = """\
-  ensemble-rm judgments import judgments.db november.jsonl
-  ensemble-rm judgments import judgments.db export.json --format label-studio --source project-83
-  ensemble-rm judgments export judgments.db --since 2026-11-01 --out november.jsonl
-  ensemble-rm judgments report judgments.db"""
-FORMATS = ("jsonl", "label-studio", "label-studio-min", "argilla")
+_IMPORT = ("ensemble_rm.judgments.imports.importing", "import_judgments")
 COUPLES_SHOWN = 20
-NAMED = ("source", "batch", "policy", "subset", "annotator", "strategy")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the three actions and their options."""
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, what, add in (
-        ("import", "add a file's judgments; a repeated import adds nothing", _add_import),
-        ("export", "write judgments as JSONL or as a data set", _add_export),
-        ("report", "agreement of annotators, ties, sides", _add_report),
-    ):
-        action = actions.add_parser(name, help=what, description=what)
-        action.add_argument("store", metavar="STORE", help="a file, or postgresql://user@host/name")
-        add(action)
-        add_json(action)
+@dataclass(frozen=True, kw_only=True)
+class Import(Command):
+    """Add a file's judgments to a store; a repeated import adds nothing.
 
+    A store only grows: nothing updates or deletes a judgment. It is made where there is none.
+    """
 
-def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, metavar="FILE", help="JSONL or an export (.gz too)")
-    parser.add_argument("--format", choices=FORMATS, default="jsonl")
-    parser.add_argument("--source", metavar="NAME", help="of judgments that name none themselves")
-    texts = parser.add_argument_group("exports of Label Studio and Argilla")
-    texts.add_argument("--question", metavar="NAME", help="the control or question to read")
-    for name in ("prompt", "first", "second"):
-        texts.add_argument(f"--{name}", metavar="FIELD", help=f"which field holds the {name}")
-    texts.add_argument(
-        "--label",
-        action="append",
-        default=[],
-        metavar="LABEL=OUTCOME",
-        help="what a label means: first, second or tie; as often as needed",
+    store: str = argument(STORE)
+    data: Path = argument("judgments as JSON lines, or an export (.gz too)", metavar="FILE")
+    format: str = option(
+        "format of the file",
+        default=default_of(*_IMPORT, "format"),
+        choices=("jsonl", "label-studio", "label-studio-min", "argilla"),
     )
-    texts.add_argument(
-        "--empty-is-tie", action="store_true", help="a submitted annotation without selection"
+    reading: ImportOptions = nested(
+        ImportOptions, panel="Reading", labels={"flag": "label", "metavar": "LABEL=OUTCOME"}
     )
-    texts.add_argument("--judged-at", metavar="TIME", help="of verdicts that name no time")
-    texts.add_argument(
-        "--correct",
-        action="store_true",
-        help="add corrections where annotators changed verdicts since an earlier import",
+    correct: bool = option(
+        "add corrections where annotators changed verdicts since an earlier import",
+        default=default_of(*_IMPORT, "correct"),
     )
-    parser.add_argument("--assume-utc", action="store_true", help="of times without an offset")
-    add_skip_bad(parser)
-    add_dry_run(parser, "read and check everything, write nothing")
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    _add_selection(parser)
-    parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="a file; of a data set, a folder (needed)"
+    skip_bad: bool = option(
+        "leave bad rows out, and list them", default=default_of(*_IMPORT, "skip_bad")
     )
-    parser.add_argument("--as", choices=["jsonl", "dataset"], default="jsonl", dest="kind")
+    dry_run: bool = option(
+        "read and check everything, write nothing", default=default_of(*_IMPORT, "dry_run")
+    )
 
+    example: ClassVar[str] = (
+        "  ensemble-rm judgments import judgments.db november.jsonl\n"
+        "  ensemble-rm judgments import judgments.db export.json --format label-studio \\\n"
+        "      --source project-83"
+    )
 
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    _add_selection(parser)
+    def run(self, console: Console) -> None:
+        """Import the file."""
+        from ensemble_rm.judgments.imports.importing import import_judgments
 
+        with self._store() as store, console.progress() as progress:
+            imported = import_judgments(
+                store,
+                self.data,
+                format=self.format,
+                options=self.reading,
+                skip_bad=self.skip_bad,
+                correct=self.correct,
+                dry_run=self.dry_run,
+                progress=progress,
+            )
+            stored = store.count()
+        for problem in imported.problems:
+            console.note(f"bad row: {problem}")
+        names = ("verdicts", "added", "already", "corrections", "left_out")
+        bad = [{"line": bad.line, "reason": bad.reason} for bad in imported.problems]
+        data = {name: getattr(imported, name) for name in names} | {"bad_rows": bad}
+        data |= {"judgments": stored, "dry_run": self.dry_run}
+        console.result(data, self._text(imported, stored))
+        for reason, count in imported.left_out.items():
+            console.left_out(f"{count}: {reason}")
+        console.read(f"{imported.verdicts} verdicts from {self.data}")
+        if not self.dry_run:
+            console.next(f"ensemble-rm judgments report {self.store}")
 
-def _add_selection(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("which judgments")
-    add_times(group)
-    for name in NAMED:
-        group.add_argument(
-            f"--{name}", action="append", metavar="NAME", help="only these; as often as needed"
+    @contextmanager
+    def _store(self) -> Iterator[JudgmentStore]:
+        """Open the store; a dry run makes none, and checks against an empty one."""
+        from ensemble_rm.judgments.store import JudgmentStore
+
+        with ExitStack() as stack:
+            if not self.dry_run:
+                store = JudgmentStore.create(self.store)
+            elif "://" in self.store or Path(self.store).exists():
+                store = JudgmentStore.open(self.store, read_only=True)
+            else:
+                empty = Path(stack.enter_context(TemporaryDirectory())) / "empty"
+                store = JudgmentStore.create(empty)
+            yield stack.enter_context(store)
+
+    def _text(self, imported: Imported, stored: int) -> str:
+        would = "would be added" if self.dry_run else "added"
+        return (
+            f"{imported.verdicts} verdicts in {self.data}: {imported.added} {would} "
+            f"({imported.corrections} corrections), {imported.already} there already, "
+            f"{len(imported.problems)} bad\n{stored} judgments in the store"
         )
-    group.add_argument(
-        "--with-corrected", action="store_true", help="also what corrections replaced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    """Write a store's judgments as JSON lines or as a data set."""
+
+    store: str = argument(STORE)
+    where: JudgmentFilter = nested(JudgmentFilter, panel="Which judgments")
+    out: Path | None = option(
+        "file, or folder of a data set", default=None, metavar="PATH", shown="standard output"
+    )
+    kind: Literal["jsonl", "dataset"] = option("format of the export", default="jsonl", flag="as")
+
+    example: ClassVar[str] = (
+        "  ensemble-rm judgments export judgments.db --since 2026-11-01 --out november.jsonl"
     )
 
+    def run(self, console: Console) -> None:
+        """Export the judgments."""
+        from ensemble_rm.judgments.exports import export_judgments, judgment_dataset
+        from ensemble_rm.judgments.store import JudgmentStore
 
-def run(args: argparse.Namespace) -> None:
-    """Run the action."""
-    {"import": _import, "export": _export, "report": _report}[args.action](args)
-
-
-# Import ---------------------------------------------------------------------------------------
-
-
-def _import(args: argparse.Namespace) -> None:
-    from ensemble_rm.judgments.imports.importing import import_judgments
-
-    options = _read_options(args)
-    with _store_for(args) as store, Bars(quiet=args.json) as bars:
-        found = import_judgments(
-            store,
-            args.data,
-            format=args.format,
-            options=options,
-            skip_bad=args.skip_bad,
-            correct=args.correct,
-            dry_run=args.dry_run,
-            progress=bars,
-        )
-        stored = store.count()
-    for problem in found.problems:
-        print(f"bad row: {problem}", file=sys.stderr)
-    said = {
-        **_counts(found),
-        "bad_rows": [{"line": bad.line, "reason": bad.reason} for bad in found.problems],
-        "judgments": stored,
-        "dry_run": args.dry_run,
-    }
-    say(args, said, _import_text(args, found, stored))
+        if self.out is None and (self.kind == "dataset" or console.json):
+            raise OptionError(f"--{'json' if console.json else 'as dataset'} needs --out")
+        where = self.where
+        with JudgmentStore.open(self.store, read_only=True) as store, console.progress() as bar:
+            if self.kind == "dataset":
+                judgment_dataset(store, where, progress=bar).save_to_disk(str(self.out))
+            else:
+                write_jsonl(self.out, export_judgments(store, where, progress=bar))
+            data: dict[str, Any] = {"judgments": store.count(where), "digest": store.digest(where)}
+            name = store.name
+        if self.out is not None:
+            data |= {"store": name, "out": str(self.out), "as": self.kind}
+            text = f"{data['judgments']} judgments in {self.out}, digest {data['digest']}"
+            console.result(data, text)
+            console.save(self.out)
+        console.read(f"{data['judgments']} judgments from {name}")
 
 
-@contextmanager
-def _store_for(args: argparse.Namespace) -> Iterator[JudgmentStore]:
-    """Give the store to import into; a dry run makes none, and checks against an empty one."""
-    from ensemble_rm.judgments.store import JudgmentStore
+@dataclass(frozen=True, kw_only=True)
+class Report(Command):
+    """Report the agreement of annotators, the share of ties, and a preference for one side."""
 
-    with ExitStack() as stack:
-        if not args.dry_run:
-            store = JudgmentStore.create(args.store)
-        elif "://" in args.store or Path(args.store).exists():
-            store = JudgmentStore.open(args.store, read_only=True)
-        else:
-            store = JudgmentStore.create(Path(stack.enter_context(TemporaryDirectory())) / "empty")
-        yield stack.enter_context(store)
+    store: str = argument(STORE)
+    where: JudgmentFilter = nested(JudgmentFilter, panel="Which judgments")
 
+    example: ClassVar[str] = "  ensemble-rm judgments report judgments.db"
 
-def _counts(found: Imported) -> dict[str, Any]:
-    names = ("verdicts", "added", "already", "corrections", "left_out")
-    return {name: getattr(found, name) for name in names}
+    def run(self, console: Console) -> None:
+        """Report on the judgments."""
+        from ensemble_rm.judgments.agreement import agreement_report
+        from ensemble_rm.judgments.store import JudgmentStore
 
-
-def _import_text(args: argparse.Namespace, found: Imported, stored: int) -> str:
-    would = "would be added" if args.dry_run else "added"
-    head = (
-        f"{found.verdicts} verdicts in {args.data}: {found.added} {would} "
-        f"({found.corrections} corrections), {found.already} there already, "
-        f"{len(found.problems)} bad"
-    )
-    rest = [f"{count} left out: {reason}" for reason, count in found.left_out.items()]
-    return "\n".join([head, *rest, f"{stored} judgments in the store"])
+        with JudgmentStore.open(self.store, read_only=True) as store, console.progress() as bar:
+            report = agreement_report(store, self.where, progress=bar)
+        console.result(report.to_json(), "\n".join(_report_lines(report)))
+        console.read(f"{report.judgments} judgments from {self.store}")
+        console.next(f"ensemble-rm recalibrate RUN --judgments {self.store}")
 
 
-def _read_options(args: argparse.Namespace) -> ImportOptions:
-    from ensemble_rm.judgments.imports.formats import ImportOptions
+@dataclass(frozen=True, kw_only=True)
+class Backup(Command):
+    """Copy a SQLite store to a new file while other processes use it.
 
-    labels: dict[str, str] = {}
-    for given in args.label:
-        label, found, outcome = given.rpartition("=")
-        if not found:
-            raise OptionError(f"--label needs LABEL=OUTCOME, not {given!r}")
-        labels[label] = outcome
-    named = ("source", "prompt", "first", "second", "question", "empty_is_tie", "assume_utc")
-    return ImportOptions(
-        labels=labels,
-        judged_at=read_time(args.judged_at, "--judged-at"),
-        **{name: getattr(args, name) for name in named},
+    The copy is the store at one moment, in one transaction, and is checked before it gets its name.
+    A PostgreSQL store is backed up by pg_dump.
+    """
+
+    store: str = argument(STORE)
+    out: Path = option("new file of the copy", metavar="FILE")
+
+    example: ClassVar[str] = (
+        "  ensemble-rm judgments backup judgments.db --out backups/judgments-2026-11-30.db"
     )
 
+    def run(self, console: Console) -> None:
+        """Copy the store."""
+        if self.out.exists():
+            raise OptionError(f"{self.out} exists; name a new file")
+        check_can_write(self.out)
+        from ensemble_rm.judgments.backup import backup_store
 
-# Export ---------------------------------------------------------------------------------------
-
-
-def _export(args: argparse.Namespace) -> None:
-    from ensemble_rm.judgments.exports import export_judgments, judgment_dataset
-    from ensemble_rm.judgments.store import JudgmentStore
-
-    if args.out is None and (args.kind == "dataset" or args.json):
-        raise OptionError(f"--{'json' if args.json else 'as dataset'} needs --out")
-    where = _read_selection(args)
-    with JudgmentStore.open(args.store, read_only=True) as store, Bars(quiet=args.json) as bars:
-        if args.kind == "dataset":
-            judgment_dataset(store, where, progress=bars).save_to_disk(args.out)
-        else:
-            write_jsonl(args.out, export_judgments(store, where, progress=bars))
-        said = {"judgments": store.count(where), "digest": store.digest(where)}
-    if args.out is not None:
-        said |= {"store": store.name, "out": str(args.out), "as": args.kind}
-        say(args, said, f"{said['judgments']} judgments in {args.out}, digest {said['digest']}")
+        count, digest = backup_store(self.store, self.out)
+        data = {"judgments": count, "digest": digest, "out": str(self.out)}
+        console.result(data, f"{count} judgments in {self.out}, digest {digest}")
+        console.save(self.out)
+        console.next(f"ensemble-rm judgments report {self.out}")
 
 
-def _read_selection(args: argparse.Namespace) -> JudgmentFilter:
-    from ensemble_rm.judgments.filter import JudgmentFilter
-
-    given: Mapping[str, list[str] | None] = {name: getattr(args, name) for name in NAMED}
-    return JudgmentFilter(
-        since=read_time(args.since, "--since"),
-        until=read_time(args.until, "--until"),
-        with_corrected=args.with_corrected,
-        **{name: tuple(values) for name, values in given.items() if values is not None},
-    )
-
-
-# Report ---------------------------------------------------------------------------------------
-
-
-def _report(args: argparse.Namespace) -> None:
-    from ensemble_rm.judgments.agreement import agreement_report
-    from ensemble_rm.judgments.store import JudgmentStore
-
-    with JudgmentStore.open(args.store, read_only=True) as store, Bars(quiet=args.json) as bars:
-        found = agreement_report(store, _read_selection(args), progress=bars)
-    say(args, found.to_json(), "\n".join(_report_lines(found)))
-
-
-def _report_lines(found: AgreementReport) -> Iterator[str]:
+def _report_lines(report: AgreementReport) -> Iterator[str]:
     yield (
-        f"{found.judgments} judgments of {found.pairs} pairs ({found.prompts} prompts) by "
-        f"{len(found.raters)} annotators; {found.shared} pairs have several"
+        f"{report.judgments} judgments of {report.pairs} pairs ({report.prompts} prompts) by "
+        f"{len(report.raters)} annotators; {report.shared} pairs have several"
     )
-    if found.equal_sides:
-        yield f"{found.equal_sides} judgments lie between two equal texts and count in nothing else"
-    yield f"ties                         {_shown(found.ties)}"
-    yield f"first side, of no ties       {_shown(found.first_side)}  (.5 where dealt evenly)"
-    swapped = f"{found.swapped} pairs judged in both orders"
-    yield f"first side, either order     {_shown(found.first_side_swapped)}  ({swapped})"
-    yield f"agreement of two annotators  {_shown(found.agreement)}"
-    yield f"Fleiss' kappa                {_shown(found.fleiss_kappa)}"
+    if report.equal_sides:
+        yield f"{report.equal_sides} judgments compare two equal texts and count in nothing else"
+    yield f"ties                         {_shown(report.ties)}"
+    yield f"first side, without ties     {_shown(report.first_side)}  (.5 if unbiased)"
+    swapped = f"{report.swapped} pairs judged in both orders"
+    yield f"first side, either order     {_shown(report.first_side_swapped)}  ({swapped})"
+    yield f"agreement of two annotators  {_shown(report.agreement)}"
+    yield f"Fleiss' kappa                {_shown(report.fleiss_kappa)}"
     yield ""
-    width = max([len("annotator"), *(len(rater.annotator) for rater in found.raters)])
+    width = max([len("annotator"), *(len(rater.annotator) for rater in report.raters)])
     yield (
         f"{'annotator':{width}s} judged  ties  first  shared  agreement with the rest   "
         "kappa                      repeats (same)"
     )
-    for rater in found.raters:
+    for rater in report.raters:
         again = f"{rater.repeats}" + (f" ({rater.self_agreement:.2f})" if rater.repeats else "")
         yield (
             f"{rater.annotator:{width}s} {rater.judgments:6d}  {rater.ties.estimate:4.2f}  "
             f"{rater.first_side.estimate:5.2f}  {rater.shared:6d}  {_shown(rater.agreement):24s}  "
             f"{_shown(rater.kappa):25s}  {again}"
         )
-    if found.couples:
+    if report.couples:
         yield ""
         yield "couples                        shared  agreement  kappa"
-    for couple in sorted(found.couples, key=lambda couple: -couple.shared)[:COUPLES_SHOWN]:
+    for couple in sorted(report.couples, key=lambda couple: -couple.shared)[:COUPLES_SHOWN]:
         names = " – ".join(couple.annotators)
         yield f"{names:30s} {couple.shared:6d}  {couple.agreement:9.2f}  {couple.kappa:5.2f}"
-    if len(found.couples) > COUPLES_SHOWN:
-        yield f"… and {len(found.couples) - COUPLES_SHOWN} more; --json has all"
+    if len(report.couples) > COUPLES_SHOWN:
+        yield f"… and {len(report.couples) - COUPLES_SHOWN} more; --json has all"
 
 
 def _shown(figure: Interval) -> str:

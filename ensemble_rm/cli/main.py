@@ -1,73 +1,105 @@
-"""``ensemble-rm``: its subcommands, its one error handler, its exit codes."""
+"""``ensemble-rm``: its subcommands, its error handler, its exit codes."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from ensemble_rm import __version__, errors
-from ensemble_rm.cli import (
-    average_weights,
-    calibrate,
-    combine,
-    compare,
-    demo,
-    drift,
-    evaluate,
-    init_reward,
-    judgments,
-    make_pairs,
-    pin,
-    precision,
-    recalibrate,
-    remote,
-    retrain,
-    rollback,
-    route,
-    score,
-    select,
-    serve,
-    show,
-    train,
-    unpin,
-    versions,
-)
+from ensemble_rm.cli.command import Command, Invocation, typer_command
+from ensemble_rm.cli.console import Console
+from ensemble_rm.cli.options import did_you_mean, write_config
 
-COMMANDS = (
-    *(
-        train,
-        combine,
-        remote,
-        average_weights,
-        calibrate,
-        evaluate,
-        score,
-        compare,
-        route,
-        precision,
-    ),
-    *(select, judgments, recalibrate, retrain, drift, versions),
-    *(serve, show, rollback, pin, unpin, make_pairs, init_reward, demo),
-)
+# A subcommand's module is imported when it is invoked: the help of one must not wait for all.
+PANELS: dict[str, dict[str, str]] = {
+    "Train": {
+        "train": "train an ensemble on preference pairs",
+        "combine": "put existing reward models behind one aggregator",
+        "average-weights": "average the members' weights into one model",
+    },
+    "Score": {
+        "score": "score samples",
+        "compare": "compare pairs of completions",
+        "rank": "rank the completions of each prompt",
+        "serve": "serve rewards over HTTP",
+        "remote": "make a member of a model that another server runs",
+    },
+    "Judge": {
+        "judgments": "import, export, back up and report on human judgments",
+        "select": "pick the unjudged pairs that a human should judge",
+        "route": "compare pairs, and ask a judge about the uncertain ones",
+    },
+    "Keep true": {
+        "calibrate": "fit the temperature on held-out judgments",
+        "evaluate": "measure an ensemble on judged pairs",
+        "precision": "measure what a lower precision does to the scores",
+        "recalibrate": "fit on fresh judgments, publish if better",
+        "retrain": "train the members on new judgments, publish if better",
+        "drift": "check for drift since the current version",
+        "verify": "check the saved files against their digests",
+        "versions": "list, show, pin, roll back and repair versions",
+    },
+    "RL": {
+        "init-reward": "write an RL loop's reward file",
+        "make-pairs": "make DPO pairs from several samples per prompt",
+    },
+    "Start": {"demo": "train, calibrate and evaluate on data that ship with the project"},
+}
+GROUPS: dict[str, dict[str, str]] = {
+    "judgments": {
+        "import": "add a file's judgments; a repeated import adds nothing",
+        "export": "write judgments as JSONL or as a data set",
+        "report": "agreement of annotators, ties, sides",
+        "backup": "copy a store while it is in use",
+    },
+    "versions": {
+        "list": "list the versions and say which one is current",
+        "show": "show a version and what it was fitted on",
+        "rollback": "go back to an earlier version",
+        "pin": "make a version current and keep jobs from changing it",
+        "unpin": "let jobs publish again",
+        "repair": "remove what killed jobs left behind",
+    },
+}
+
+RENAMED = {
+    "merge": "average-weights",
+    "pin": "versions pin",
+    "rollback": "versions rollback",
+    "show": "versions show",
+    "unpin": "versions unpin",
+}
+RENAMED_OPTIONS: dict[str, dict[str, str]] = {
+    "drift": {"--looks": "--checks"},
+    "remote": {"--self-test": "--raw-logit-check"},
+    "serve": {"--window-ms": "--window-seconds, in seconds"},
+}
 
 EXIT_CODES = """\
 exit codes:
-  0    done
-  2    an option or argument cannot be used
-  3    the data cannot be read or used
-  4    a model, a saved ensemble or a cache cannot be read or written
-  5    the judgments do not allow a calibration, or it does not apply
-  6    training, or scoring, met NaN or infinity, or cannot be resumed
-  7    a server that a member or a judge lives on gives no usable answer
-  10   a job kept what is published, and says why
-  11   a job has too few judgments
-  12   a job found drift that no publication answers
-  13   another job works on the folder
-  130  interrupted
-"""
+
+0    done
+2    an option or argument cannot be used
+3    the data cannot be read or used
+4    a model, a saved ensemble or a cache cannot be read or written
+5    the judgments do not allow a calibration, or it does not apply
+6    training or scoring met NaN or infinity, or cannot be resumed
+7    the server of a member or a judge gives no usable answer
+10   a job kept the published version, and says why
+11   a job has too few judgments
+12   a job found drift that no publication answers
+13   another job works on the folder
+130  interrupted"""
 
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.DataError, 3),
@@ -86,28 +118,136 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of every subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="ensemble-rm",
-        description="Robust, calibrated rewards from ensembles of reward models.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"ensemble-rm {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in COMMANDS:
-        name = module.__name__.rsplit(".", 1)[1].replace("_", "-")
-        sub = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.__doc__,
-            epilog=f"example:\n{module.EXAMPLE}\n\n{EXIT_CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
-    return parser
+def _version(value: bool) -> None:
+    if value:
+        print(f"ensemble-rm {__version__}")
+        raise typer.Exit
+
+
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Robust, calibrated rewards from ensembles of reward models."""
+
+
+def _listed() -> None:
+    """Stand for a subcommand in the list; `_Subcommands` puts the real one in its place."""
+
+
+class _Subcommands(TyperGroup):
+    """Replaces a listed subcommand by its whole self, with options, once it is invoked."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        group = "" if ctx.parent is None else f"{self.name} "
+        word = args[0]
+        if not group and word in RENAMED:
+            ctx.fail(f"{word!r} is now 'ensemble-rm {RENAMED[word]}'")
+        if group == "versions " and word not in self.commands and not word.startswith("-"):
+            ctx.fail(
+                f"no command {word!r}{did_you_mean(word, list(self.commands))}; "
+                f"'ensemble-rm versions list {word}' lists the versions of a run"
+            )
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in GROUPS and not group:
+            return name, command, rest
+        return name, load_command(f"{group}{name}"), rest
+
+
+def load_command(name: str) -> Any:
+    """Return the Typer command of a subcommand, such as ``"versions list"``."""
+    kind = find_command(name)
+    return typer_command(name, kind, f"example:\n{kind.example}\n\n{EXIT_CODES}")
+
+
+def find_command(name: str) -> type[Command]:
+    """Return the class of a subcommand, such as ``"versions list"``."""
+    first, last = name.split(maxsplit=1)[0], name.rsplit(maxsplit=1)[-1]
+    module = import_module(f"ensemble_rm.cli.{first.replace('-', '_')}")
+    kind: type[Command] = getattr(module, "".join(part.title() for part in last.split("-")))
+    return kind
+
+
+def command_names() -> list[str]:
+    """Return the name of every subcommand, those of groups with their group's."""
+    names = [name for panel in PANELS.values() for name in panel if name not in GROUPS]
+    return names + [f"{group} {name}" for group, below in GROUPS.items() for name in below]
+
+
+def make_app(words: Sequence[str] = ()) -> typer.Typer:
+    """Return the Typer application with every subcommand's name, help and panel.
+
+    Parameters
+    ----------
+    words : sequence of str
+        The command line. A group that it only passes through has no options of its own: Typer
+        would read them with pydantic, which takes longer than all the rest of ``--help``.
+    """
+
+    def settings(depth: int) -> dict[str, Any]:
+        ends_here = len(words) <= depth or words[depth].startswith("-")
+        return {
+            "cls": _Subcommands,
+            "no_args_is_help": True,
+            "rich_markup_mode": "rich",
+            "add_help_option": ends_here,
+            "add_completion": ends_here,
+        }
+
+    app = typer.Typer(epilog=EXIT_CODES, **settings(0))
+    app.callback()(_top if not words or words[0].startswith("-") else _listed)
+
+    for panel, commands in PANELS.items():
+        for name, text in commands.items():
+            if name not in GROUPS:
+                app.command(name, help=text, rich_help_panel=panel)(_listed)
+                continue
+            group = typer.Typer(help=text, **settings(1))
+            for below, what in GROUPS[name].items():
+                group.command(below, help=what)(_listed)
+            app.add_typer(group, name=name, rich_help_panel=panel)
+    return app
+
+
+def parse(arguments: Sequence[str]) -> Invocation | int:
+    """Read a command line without running it.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        Without the program's name.
+
+    Returns
+    -------
+    Invocation or int
+        The subcommand with its options; the exit code where help was asked for.
+
+    Raises
+    ------
+    OptionError
+        If an option is unknown, missing, or has a bad value.
+    """
+    words = list(arguments)
+    for word in words[1:]:
+        flag = word.partition("=")[0]
+        if new := RENAMED_OPTIONS.get(words[0], {}).get(flag):
+            raise errors.OptionError(f"{flag} is now {new}")
+    command = typer.main.get_command(make_app(words))
+    try:
+        result = command.main(words, prog_name="ensemble-rm", standalone_mode=False)
+    except TyperException as error:
+        message = error.format_message().strip()
+        if not message:  # the help was printed, since no subcommand was given
+            return error.exit_code
+        raise errors.OptionError(_one_line(message)) from None
+    return result if isinstance(result, Invocation) else int(result or 0)
+
+
+def _one_line(message: str) -> str:
+    text = " ".join(message.split()).rstrip(".")
+    text = re.sub(r" \(Possible options: ([^,)]+)[^)]*\)", r"; did you mean \1?", text)
+    return text[:1].lower() + text[1:]
 
 
 def exit_code(error: BaseException) -> int:
@@ -128,16 +268,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         The exit code.
     """
-    args = make_parser().parse_args(arguments)
-    if args.json or not sys.stderr.isatty():
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name, as_json = _name(words), "--json" in words
+    if as_json or not sys.stderr.isatty():
         # Other libraries' bars; ours draws none off a terminal either.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Its warnings of heads that are new are what training asks for; what is wrong is an error here.
+    # It warns of new heads, which training asks for; what is wrong is an error here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        found: int | None = args.run(args)  # a job's verdict; None is done
+        invocation = parse(words)
+        if isinstance(invocation, int):
+            return invocation
+        console = Console(invocation.name, json=invocation.json)
+        code = invocation.command.run(console)
+        console.finish(_save_config(console, invocation))
     except KeyboardInterrupt:
         print("ensemble-rm: interrupted", file=sys.stderr)
         return 130
@@ -146,9 +292,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (errors.EnsembleRMError, OSError) as error:
         code = exit_code(error)
-        if args.json:
-            said = {"error": type(error).__name__, "message": str(error), "exit_code": code}
-            print(json.dumps(said, ensure_ascii=False))
-        print(f"ensemble-rm {args.command}: {error}", file=sys.stderr)
+        if as_json:
+            described = {"error": type(error).__name__, "message": str(error), "exit_code": code}
+            print(json.dumps(described, ensure_ascii=False))
+        help_hint = f"; see ensemble-rm {name} --help".replace("  ", " ")
+        hint = help_hint if str(error).startswith("missing ") else ""
+        print(f"ensemble-rm {name}".rstrip() + f": {error}{hint}", file=sys.stderr)
         return code
-    return found or 0
+    return code or 0
+
+
+def _name(words: Sequence[str]) -> str:
+    """Return the subcommand that a command line names."""
+    if not words or words[0].startswith("-"):
+        return ""
+    below = GROUPS.get(words[0], {})
+    return " ".join(words[:2]) if len(words) > 1 and words[1] in below else words[0]
+
+
+def _save_config(console: Console, invocation: Invocation) -> Path | None:
+    """Write what the command ran with next to its result; return the file, None for no result."""
+    if console.saved is None:
+        return None
+    command = invocation.name.replace(" ", "-")
+    path = console.saved.with_name(f"{console.saved.absolute().name}.{command}.yaml")
+    try:
+        write_config(path, invocation.name, invocation.command)
+    except OSError as error:  # the result is saved; a folder that allows no more is no failure
+        console.note(f"{path} cannot be written: {error}")
+        return None
+    return path

@@ -1,91 +1,94 @@
-"""Make DPO pairs of n samples a prompt: one JSON line a pair that the ensemble is sure enough of.
-
-A sample is a row with `prompt` (text or messages) and `completion`; a prompt's rows may lie apart.
-The rows are TRL's: prompt, chosen, rejected; beside them stand the calibrated probability and both
-rewards. TRL takes no soft label of a row: `label_smoothing` in the report is the share of kept
-pairs that are expected to be wrong, for its option of that name.
-"""
+"""``ensemble-rm make-pairs``."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
+from ensemble_rm.cli.command import Command
+from ensemble_rm.cli.common import ENSEMBLE, JSON_ROWS, Loading, check_can_write, write_jsonl
+from ensemble_rm.cli.options import argument, nested, option
+from ensemble_rm.cli.signatures import default_of
 
-from ensemble_rm.cli.common import (
-    Bars,
-    add_dry_run,
-    add_ensemble,
-    add_json,
-    add_out_file,
-    add_rows,
-    check_can_write,
-    open_ensemble,
-    say,
-    write_jsonl,
-)
+if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
 
-HELP = "make DPO pairs of several samples a prompt"
-EXAMPLE = (
-    "  ensemble-rm make-pairs runs/hh --data samples.jsonl --threshold 0.8 --out dpo_pairs.jsonl"
-)
+_MAKE_PAIRS = ("ensemble_rm.best_of_n.sampling", "make_pairs")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_ensemble(parser)
-    add_rows(parser, "samples")
-    add_out_file(parser, "pairs")
-    parser.add_argument(
-        "--threshold", type=float, default=0.8, metavar="P", help="the least probability; 0.8"
+@dataclass(frozen=True, kw_only=True)
+class MakePairs(Command):
+    """Make DPO pairs from several samples per prompt: one JSON line per pair.
+
+    A sample is a row with `prompt` (text or messages) and `completion`; a prompt's rows may lie
+    apart. The rows are TRL's: prompt, chosen, rejected, with the calibrated probability and both
+    rewards. TRL takes no soft label per row: `label_smoothing` in the report is the expected share
+    of wrong pairs, for its option of that name.
+    """
+
+    ensemble: Path = argument(ENSEMBLE)
+    data: str = option(f"samples as {JSON_ROWS}", metavar="FILE")
+    out: Path | None = option(
+        "file of the pairs", default=None, metavar="FILE", shown="standard output"
     )
-    parser.add_argument(
-        "--per-prompt", type=int, default=1, metavar="N", help="the most pairs of a prompt; 1"
+    threshold: float = option(
+        "minimum probability of a pair", default=default_of(*_MAKE_PAIRS, "threshold"), metavar="P"
     )
-    parser.add_argument(
-        "--soft", action="store_true", help="write votes, the soft labels of ensemble-rm train"
+    per_prompt: int = option(
+        "maximum number of pairs per prompt",
+        default=default_of(*_MAKE_PAIRS, "per_prompt"),
+        metavar="N",
     )
-    add_dry_run(parser, "report what would be made, and write nothing")
-    add_json(parser, rows=True)
+    soft: bool = option("write votes, the soft labels of ensemble-rm train", default=False)
+    dry_run: bool = option("report the pairs, and write nothing", default=False)
+    loading: Loading = nested(Loading, panel="Loading")
 
-
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
-    if not args.dry_run:
-        check_can_write(args.out)
-    from ensemble_rm.best_of_n.sampling import make_pairs
-    from ensemble_rm.data.loading import read_samples
-    from ensemble_rm.data.samples import prompt_key
-
-    samples = list(read_samples(args.data))
-    ensemble = open_ensemble(args)
-    with Bars(quiet=args.json) as bars:
-        pairs = make_pairs(
-            ensemble,
-            samples,
-            threshold=args.threshold,
-            per_prompt=args.per_prompt,
-            progress=bars,
-        )
-    if not args.dry_run:
-        write_jsonl(args.out, (pair.to_json(soft=args.soft) for pair in pairs))
-    if args.out is None and not args.dry_run:
-        return
-    wrong = 1 - float(np.mean([pair.probability for pair in pairs])) if pairs else None
-    prompts = len({prompt_key(sample.prompt) for sample in samples})
-    found = {
-        "samples": len(samples),
-        "prompts": prompts,
-        "pairs": len(pairs),
-        "threshold": args.threshold,
-        "label_smoothing": wrong,
-        "out": None if args.dry_run else str(args.out),
-    }
-    expected = "" if wrong is None else f"; label_smoothing={wrong:.3f} expects that many wrong"
-    place = "would be made" if args.dry_run else f"in {args.out}"
-    say(
-        args,
-        found,
-        f"{len(pairs)} pairs {place}, of {len(samples)} samples of {prompts} prompts, each "
-        f"preferred with at least {args.threshold}{expected}",
+    example: ClassVar[str] = (
+        "  ensemble-rm make-pairs runs/hh --data samples.jsonl --threshold 0.8 \\\n"
+        "      --out dpo_pairs.jsonl"
     )
+
+    def run(self, console: Console) -> None:
+        """Make the pairs."""
+        if not self.dry_run:
+            check_can_write(self.out)
+        import numpy as np
+
+        from ensemble_rm.best_of_n.sampling import make_pairs
+        from ensemble_rm.data.loading import read_samples
+        from ensemble_rm.data.samples import prompt_key
+
+        samples = list(read_samples(self.data))
+        ensemble = self.loading.open(self.ensemble)
+        with console.progress() as progress:
+            pairs = make_pairs(
+                ensemble,
+                samples,
+                threshold=self.threshold,
+                per_prompt=self.per_prompt,
+                progress=progress,
+            )
+        if not self.dry_run:
+            write_jsonl(self.out, (pair.to_json(soft=self.soft) for pair in pairs))
+        wrong = 1 - float(np.mean([pair.probability for pair in pairs])) if pairs else None
+        prompts = len({prompt_key(sample.prompt) for sample in samples})
+        data = {
+            "samples": len(samples),
+            "prompts": prompts,
+            "pairs": len(pairs),
+            "threshold": self.threshold,
+            "label_smoothing": wrong,
+            "out": None if self.dry_run else str(self.out),
+        }
+        expected = "" if wrong is None else f"; label_smoothing={wrong:.3f} expects that many wrong"
+        place = "would be made" if self.dry_run else f"in {self.out}"
+        if self.out is not None or self.dry_run:
+            console.result(
+                data,
+                f"{len(pairs)} pairs {place}, of {len(samples)} samples of {prompts} prompts, each "
+                f"preferred with probability ≥ {self.threshold}{expected}",
+            )
+        if self.out is not None and not self.dry_run:
+            console.save(self.out)
+        console.read(f"{len(samples)} samples of {prompts} prompts from {self.data}")

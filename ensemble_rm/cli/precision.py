@@ -1,36 +1,48 @@
-"""Score samples in float32 and in another dtype, and say what the lower precision does to them.
-
-Drift of every member and of the reward, rank agreement, pairs within a prompt whose order turns or
-that become equal.
-"""
+"""``ensemble-rm precision``."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-from ensemble_rm.cli.common import Bars, add_ensemble, add_json, add_rows, open_ensemble, say
+from ensemble_rm.cli.command import Command
+from ensemble_rm.cli.common import ENSEMBLE, JSON_ROWS, Loading
+from ensemble_rm.cli.options import argument, nested, option
+from ensemble_rm.cli.signatures import default_of
 
-HELP = "say what a lower precision does to the scores"
-EXAMPLE = "  ensemble-rm precision runs/hh --data samples.jsonl --dtype bfloat16"
+if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_ensemble(parser)
-    add_rows(parser, "samples, several a prompt,")
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="the other"
+@dataclass(frozen=True, kw_only=True)
+class Precision(Command):
+    """Score samples in float32 and in another dtype, and report the differences.
+
+    Differences of every member and of the reward, rank agreement, and pairs within a prompt whose
+    order changes or that become equal.
+    """
+
+    ensemble: Path = argument(ENSEMBLE)
+    data: str = option(f"samples, several per prompt, as {JSON_ROWS}", metavar="FILE")
+    dtype: str = option(
+        "dtype to compare with float32",
+        default=default_of("ensemble_rm.evaluation.precision", "precision_report", "dtype"),
+        choices=("bfloat16", "float16", "float32"),
     )
-    add_json(parser)
+    loading: Loading = nested(Loading, panel="Loading")
 
+    example: ClassVar[str] = "  ensemble-rm precision runs/hh --data samples.jsonl --dtype bfloat16"
 
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
-    from ensemble_rm.data.loading import read_samples
+    def run(self, console: Console) -> None:
+        """Compare the dtypes."""
+        from ensemble_rm.data.loading import read_samples
 
-    samples = list(read_samples(args.data))
-    from ensemble_rm.evaluation.precision import precision_report, precision_text
+        samples = list(read_samples(self.data))
+        from ensemble_rm.evaluation.precision import precision_report, precision_text
 
-    with Bars(quiet=args.json) as bars:
-        report = precision_report(open_ensemble(args), samples, dtype=args.dtype, progress=bars)
-    say(args, report.to_json(), precision_text(report))
+        ensemble = self.loading.open(self.ensemble)
+        with console.progress() as progress:
+            report = precision_report(ensemble, samples, dtype=self.dtype, progress=progress)
+        console.result(report.to_json(), precision_text(report))
+        console.read(f"{len(samples)} samples from {self.data}")

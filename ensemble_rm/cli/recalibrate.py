@@ -1,80 +1,52 @@
-"""Fit the published ensemble's temperature on fresh judgments, and publish it if it is better.
-
-RUN is a saved ensemble's folder; its first recalibration makes it version 1. Without better
-judgments the version that is current stays, and the reason is said: exit codes 10 to 13 are for
-that. The same judgments twice publish once. Every run is a line in RUN/audit.jsonl.
-"""
+"""``ensemble-rm recalibrate``."""
 
 from __future__ import annotations
 
-import argparse
-from functools import partial
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from ensemble_rm.cli.common import Bars, add_dry_run, add_json, say
-from ensemble_rm.cli.jobs import (
-    CODES,
-    add_loading,
-    add_run,
-    add_store,
-    add_times,
-    load_version,
-    read_days,
-    read_time,
-)
+from ensemble_rm.cli.jobs import DAYS, TIME, Job
+from ensemble_rm.cli.options import nested
+from ensemble_rm.recalibration.options import RecalibrationOptions
 
-HELP = "fit on fresh judgments, publish if better"
-EXAMPLE = "  ensemble-rm recalibrate runs/hh --judgments judgments.db --window 180d --half-life 60d"
+if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_run(parser)
-    add_store(parser)
-    add_times(parser, window=True)
-    parser.add_argument(
-        "--half-life", type=read_days, metavar="DAYS", help="after which a judgment counts half"
+@dataclass(frozen=True, kw_only=True)
+class Recalibrate(Job):
+    """Fit the published ensemble's temperature on fresh judgments, and publish it if it is better.
+
+    RUN is a saved ensemble's folder; its first recalibration makes it version 1. Without a better
+    fit the current version stays, and the reason is given: exit codes 10 to 13. The same judgments
+    twice publish once. Every run is a line in RUN/audit.jsonl.
+    """
+
+    options: RecalibrationOptions = nested(
+        RecalibrationOptions, panel="Job", half_life=DAYS, window=DAYS, since=TIME, until=TIME
     )
-    parser.add_argument(
-        "--delta", type=float, default=0.005, metavar="NATS", help="loss that must be excluded"
-    )
-    parser.add_argument(
-        "--gate-share", type=float, default=1 / 6, metavar="X", help="newest part, for the gate"
-    )
-    parser.add_argument("--min-judgments", type=int, default=50, metavar="N")
-    parser.add_argument("--slices", action="store_true", help="one temperature a subset, too")
-    add_loading(parser)
-    add_dry_run(parser, "say everything, write nothing")
-    add_json(parser)
 
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command; return the verdict's exit code."""
-    from ensemble_rm.judgments.store import JudgmentStore
-    from ensemble_rm.recalibration.job import RecalibrationOptions, recalibrate
-
-    options = RecalibrationOptions(
-        since=read_time(args.since, "--since"),
-        until=read_time(args.until, "--until"),
-        window=args.window,
-        half_life=args.half_life,
-        gate_share=args.gate_share,
-        delta=args.delta,
-        min_judgments=args.min_judgments,
-        slices=args.slices,
-        dry_run=args.dry_run,
-        wait=args.wait,
+    example: ClassVar[str] = (
+        "  ensemble-rm recalibrate runs/hh --judgments judgments.db --window 180d --half-life 60d"
     )
-    with (
-        JudgmentStore.open(args.judgments, read_only=True) as store,
-        Bars(quiet=args.json) as bars,
-    ):
-        found = recalibrate(
-            args.folder,
-            store,
-            options=options,
-            load=partial(load_version, backbone=args.backbone, device=args.device),
-            progress=bars,
-        )
-    code = CODES[found.verdict]
-    say(args, found.to_json() | {"exit_code": code}, str(found))
-    return code
+
+    def run(self, console: Console) -> int:
+        """Run the job; return the verdict's exit code."""
+        from ensemble_rm.recalibration.job import recalibrate
+
+        with self.opened(console) as (store, progress):
+            outcome = recalibrate(
+                self.run_folder, store, options=self.options, load=self.load, progress=progress
+            )
+        return self.report(console, outcome, dry_run=self.options.dry_run)
+
+    def next_command(self, verdict: str) -> str:
+        """Return the command that follows a verdict."""
+        run = self.run_folder
+        return {
+            "published": f"ensemble-rm versions list {run}",
+            "kept": f"ensemble-rm drift {run} --judgments {self.judgments}",
+            "too few": f"ensemble-rm select {run} --pool PAIRS.jsonl --budget 200",
+            "drift alarm": f"ensemble-rm retrain {run} --data PAIRS.jsonl "
+            f"--judgments {self.judgments}",
+        }[verdict]

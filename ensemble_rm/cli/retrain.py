@@ -1,138 +1,103 @@
-"""Train the published ensemble's members on, on new judgments, and publish them if they are better.
-
-RUN is a saved ensemble's folder; its first version is the ensemble as it is. Members go on from
-their weights on the old pairs and the new judgments; the newest prompts decide by NLL and accuracy.
-The reward keeps the spread that it had on the reference completions. Where the gate says no, the
-current version stays, and the reason is said: exit codes 10, 11 and 13 are for that. `ensemble-rm
-rollback RUN` goes back. Every run is a line in RUN/audit.jsonl.
-"""
+"""``ensemble-rm retrain``."""
 
 from __future__ import annotations
 
-import argparse
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from ensemble_rm.cli.common import Bars, add_dry_run, add_json, add_pairs, read_pairs, say
-from ensemble_rm.cli.jobs import (
-    CODES,
-    add_loading,
-    add_run,
-    add_store,
-    add_times,
-    load_version,
-    read_time,
-)
+from ensemble_rm.cli.common import read_pairs
+from ensemble_rm.cli.jobs import TIME, Job
+from ensemble_rm.cli.options import nested, option
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.retraining.options import RetrainingRunOptions
 
 if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
     from ensemble_rm.members.learning.recipe import Recipe
-    from ensemble_rm.retraining.job import RetrainingRunOptions
 
-HELP = "train the members on new judgments, publish if better"
-EXAMPLE = (
-    "  ensemble-rm retrain runs/hh --data runs/hh.parts/train.jsonl --judgments judgments.db \\\n"
-    "      --reference runs/hh.parts/validation.jsonl"
-)
+_AS_TRAINED = {"default": None, "shown": "as the members were trained", "panel": "Training"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_run(parser)
-    add_pairs(parser, "the members' old")
-    add_store(parser)
-    add_times(parser)
-    parser.add_argument(
-        "--reference",
+@dataclass(frozen=True, kw_only=True)
+class Retrain(Job):
+    """Train the published members further on new judgments, and publish them if they are better.
+
+    RUN is a saved ensemble's folder; its first version is the ensemble as it is. Members continue
+    from their weights on the old pairs and the new judgments; the newest prompts decide by NLL and
+    accuracy. The reward keeps the spread that it had on the reference completions. If the gate
+    refuses, the current version stays, and the reason is given: exit codes 10, 11 and 13.
+    `ensemble-rm versions rollback RUN` goes back. Every run is a line in RUN/audit.jsonl.
+    """
+
+    data: str = option(
+        "old training pairs of the members: JSON lines (.gz too) or a Hub data set",
+        metavar="FILE_OR_HUB_ID",
+    )
+    skip_bad: bool = option("leave bad rows out, and list them", default=False)
+    reference: str | None = option(
+        "pairs on whose completions the reward keeps its spread",
+        default=None,
         metavar="FILE",
-        help="pairs on whose completions the reward's spread stays what it was; --data by default",
+        shown="those of --data",
     )
-    gate = parser.add_argument_group("gate")
-    gate.add_argument("--gate-share", type=float, default=0.25, metavar="X", help="newest; 0.25")
-    gate.add_argument("--calibration-share", type=float, default=0.25, metavar="X", help="0.25")
-    gate.add_argument(
-        "--delta", type=float, default=0.02, metavar="NATS", help="rise of NLL to exclude; 0.02"
+    options: RetrainingRunOptions = nested(
+        RetrainingRunOptions, panel="Job", since=TIME, until=TIME
     )
-    gate.add_argument(
-        "--delta-accuracy", type=float, default=0.05, metavar="X", help="fall to exclude; 0.05"
+    epochs: int | None = option("maximum number of epochs", **_AS_TRAINED)
+    patience: int | None = option(
+        "epochs without a better validation NLL after which a member stops", **_AS_TRAINED
     )
-    gate.add_argument("--min-judgments", type=int, default=50, metavar="N", help="effective; 50")
-    how = parser.add_argument_group("training (as the members were trained, where not given)")
-    how.add_argument("--validation-share", type=float, default=0.15, metavar="X", help="0.15")
-    how.add_argument(
-        "--weighted", action="store_true", help="train with the weights 1/π of selected pairs, too"
-    )
-    how.add_argument("--epochs", type=int)
-    how.add_argument("--patience", type=int)
-    how.add_argument("--learning-rate", type=float)
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="of features and states")
-    add_loading(parser)
-    add_dry_run(parser, "deal the judgments and say so; train and write nothing")
-    add_json(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command; return the verdict's exit code."""
-    from ensemble_rm.judgments.store import JudgmentStore
-    from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
-    from ensemble_rm.retraining.job import retrain_run
-
-    old = read_pairs(args.data, skip_bad=args.skip_bad)
-    reference = None
-    if args.reference is not None:
-        reference = read_pairs(args.reference, skip_bad=args.skip_bad)
-    with (
-        JudgmentStore.open(args.judgments, read_only=True) as store,
-        Bars(quiet=args.json) as bars,
-    ):
-        found = retrain_run(
-            args.folder,
-            old,
-            store,
-            reference=reference,
-            recipe=_recipe(args),
-            options=_options(args),
-            load=partial(load_version, backbone=args.backbone, device=args.device),
-            cache_dir=args.cache_dir or DEFAULT_CACHE,
-            progress=bars,
-        )
-    code = CODES[found.verdict]
-    say(args, found.to_json() | {"exit_code": code}, str(found))
-    return code
-
-
-def _options(args: argparse.Namespace) -> RetrainingRunOptions:
-    from ensemble_rm.retraining.job import RetrainingRunOptions
-
-    return RetrainingRunOptions(
-        since=read_time(args.since, "--since"),
-        until=read_time(args.until, "--until"),
-        dry_run=args.dry_run,
-        wait=args.wait,
-        gate_share=args.gate_share,
-        calibration_share=args.calibration_share,
-        validation_share=args.validation_share,
-        weighted=args.weighted,
-        delta=args.delta,
-        delta_accuracy=args.delta_accuracy,
-        min_judgments=args.min_judgments,
-        seed=args.seed,
+    learning_rate: float | None = option("learning rate of AdamW", **_AS_TRAINED)
+    cache_dir: Path = option(
+        "folder of features and token states",
+        default=DEFAULT_CACHE,
+        metavar="FOLDER",
+        panel="Training",
     )
 
+    example: ClassVar[str] = (
+        "  ensemble-rm retrain runs/hh --data runs/hh.parts/train.jsonl \\\n"
+        "      --judgments judgments.db --reference runs/hh.parts/validation.jsonl"
+    )
 
-def _recipe(args: argparse.Namespace) -> Recipe | None:
-    """Return the ensemble's own recipe with what was asked for; None where nothing was."""
-    given = {
-        name: value
-        for name in ("epochs", "patience", "learning_rate")
-        if (value := getattr(args, name)) is not None
-    }
-    if not given:
-        return None
-    from dataclasses import replace
+    def run(self, console: Console) -> int:
+        """Run the job; return the verdict's exit code."""
+        from ensemble_rm.retraining.job import retrain_run
 
-    from ensemble_rm.training.request import TrainingRequest
+        old = read_pairs(console, self.data, skip_bad=self.skip_bad)
+        reference = None
+        if self.reference is not None:
+            reference = read_pairs(console, self.reference, skip_bad=self.skip_bad)
+        with self.opened(console) as (store, progress):
+            outcome = retrain_run(
+                self.run_folder,
+                old,
+                store,
+                reference=reference,
+                recipe=self._recipe(),
+                options=self.options,
+                load=self.load,
+                cache_dir=self.cache_dir,
+                progress=progress,
+            )
+        return self.report(console, outcome, dry_run=self.options.dry_run)
 
-    ensemble = load_version(args.folder, backbone=args.backbone, device=args.device)
-    return replace(TrainingRequest.of(ensemble).recipe, **given)
+    def _recipe(self) -> Recipe | None:
+        """Return the ensemble's own recipe with what was asked for; None where nothing was."""
+        names = ("epochs", "patience", "learning_rate")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if not given:
+            return None
+        from ensemble_rm.training.request import TrainingRequest
+
+        return replace(TrainingRequest.of(self.load(self.run_folder)).recipe, **given)
+
+    def next_command(self, verdict: str) -> str:
+        """Return the command that follows a verdict."""
+        run = self.run_folder
+        return {
+            "published": f"ensemble-rm recalibrate {run} --judgments {self.judgments}",
+            "kept": f"ensemble-rm drift {run} --judgments {self.judgments}",
+            "too few": f"ensemble-rm select {run} --pool PAIRS.jsonl --budget 200",
+        }[verdict]

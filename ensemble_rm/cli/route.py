@@ -1,216 +1,251 @@
-"""Compare pairs, and ask a judge about those of which the ensemble is not sure.
-
-A pair is a row with `prompt` (text or messages), `first` and `second`, and optionally `id`,
-`subset` and `reference`. Pairs whose uncertainty reaches the threshold go to the judge; those that
-it cannot answer, or that --budget leaves over, to the human pool, with a random share of the others
-(--audit-share). `ensemble-rm judgments import` reads back what humans answer.
-"""
+"""``ensemble-rm route``."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ensemble_rm.cli.common import (
-    Bars,
-    add_dry_run,
-    add_ensemble,
-    add_json,
-    add_out_file,
-    add_rows,
-    check_can_write,
-    open_ensemble,
-    say,
-    write_jsonl,
-)
-from ensemble_rm.cli.remote import add_server, read_client
+from ensemble_rm.cli.command import Command
+from ensemble_rm.cli.common import ENSEMBLE, JSON_ROWS, Loading, check_can_write, write_jsonl
+from ensemble_rm.cli.options import argument, nested, option
+from ensemble_rm.cli.remote import TOKEN_ENV
+from ensemble_rm.cli.select import BATCH, POLICY, TASK_FORMATS, write_tasks
+from ensemble_rm.cli.signatures import default_of
 from ensemble_rm.errors import OptionError
+from ensemble_rm.members.remote.client import ClientOptions
 
 if TYPE_CHECKING:
     from ensemble_rm.active_learning.routing import Routed
+    from ensemble_rm.cli.console import Console
     from ensemble_rm.members.judges.comparator import JudgeComparator
 
-HELP = "compare pairs, and ask a judge about the uncertain ones"
-EXAMPLE = (
-    "  ensemble-rm route runs/hh --data pairs.jsonl --share 0.2 \\\n"
-    "      --judge-url http://gpu8:8000/v1 --model Qwen/Qwen3-32B --out verdicts.jsonl \\\n"
-    "      --pool humans.jsonl"
-)
+_ROUTE = ("ensemble_rm.active_learning.routing", "route")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_ensemble(parser)
-    add_rows(parser, "pairs")
-    how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--threshold", type=float, metavar="NATS", help="the least that is routed")
-    how.add_argument("--share", type=float, help="of these pairs, at most so many are routed")
-    parser.add_argument(
-        "--uncertainty",
-        choices=["epistemic", "total", "aleatoric", "predictive"],
-        default="epistemic",
-        help="epistemic; one member has only predictive",
+@dataclass(frozen=True, kw_only=True)
+class Route(Command):
+    """Compare pairs, and ask a judge about those of which the ensemble is not sure.
+
+    A pair is a row with `prompt` (text or messages), `first` and `second`, and optionally `id`,
+    `subset` and `reference`. Pairs whose uncertainty reaches the threshold go to the judge; those
+    that it cannot answer, or that exceed --budget, go to the human pool, with a random share of the
+    others (--audit-share). `ensemble-rm judgments import` reads what humans answer.
+    """
+
+    ensemble: Path = argument(ENSEMBLE)
+    data: str = option(f"pairs as {JSON_ROWS}", metavar="FILE")
+    threshold: float | None = option(
+        "minimum uncertainty of a routed pair; this or --share is needed",
+        default=default_of(*_ROUTE, "threshold"),
+        metavar="NATS",
     )
-    parser.add_argument("--budget", type=int, metavar="N", help="pairs the judge is asked about")
-    parser.add_argument(
-        "--final", choices=["judge", "pooled"], default="judge", help="whose probability; judge"
+    share: float | None = option(
+        "maximum share of routed pairs; this or --threshold is needed",
+        default=default_of(*_ROUTE, "share"),
+        metavar="SHARE",
     )
-    judge = parser.add_argument_group("judge")
-    judge.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible server's, …/v1")
-    judge.add_argument("--model", help="the judge's name there")
-    judge.add_argument("--rubric", default="pairwise", metavar="FILE", help="as shipped: pairwise")
-    judge.add_argument(
-        "--price",
-        type=float,
-        nargs=2,
-        metavar=("PROMPT", "COMPLETION"),
-        help="of a million tokens each",
+    uncertainty: Literal["epistemic", "total", "aleatoric", "predictive"] = option(
+        "kind of uncertainty; an ensemble of one member has only predictive",
+        default=default_of(*_ROUTE, "uncertainty"),
     )
-    add_server(parser)
-    pool = parser.add_argument_group("human pool")
-    pool.add_argument("--pool", type=Path, metavar="FILE", help="of the pairs for humans")
-    pool.add_argument("--format", choices=["label-studio", "argilla", "jsonl"], default="jsonl")
-    pool.add_argument("--batch", metavar="NAME", help="the batch of annotation, kept with each")
-    pool.add_argument("--policy", metavar="NAME", help="what wrote the completions, kept, too")
-    pool.add_argument("--audit-share", type=float, default=0.1, metavar="SHARE", help="0.1")
-    pool.add_argument("--seed", type=int, default=0, help="of the audit and the sides; 0")
-    add_out_file(parser, "verdicts")
-    add_dry_run(parser, "say how many would be asked about; ask nobody, write nothing")
-    add_json(parser, rows=True)
+    budget: int | None = option(
+        "maximum number of pairs for the judge",
+        default=default_of(*_ROUTE, "budget"),
+        metavar="N",
+        shown="all that are routed",
+    )
+    final: Literal["judge", "pooled"] = option(
+        "final probability of a routed pair: the judge's, or pooled with the ensemble's",
+        default=default_of(*_ROUTE, "final"),
+    )
+    out: Path | None = option(
+        "file of the verdicts", default=None, metavar="FILE", shown="standard output"
+    )
+    dry_run: bool = option("count what would be routed; ask and write nothing", default=False)
+    judge_url: str | None = option(
+        "address of an OpenAI-compatible server, …/v1", default=None, metavar="URL", panel="Judge"
+    )
+    model: str | None = option(
+        "name of the judge at its server", default=None, metavar="NAME", panel="Judge"
+    )
+    rubric: str = option(
+        "rubric of the judge: a file, or the name of one that is shipped",
+        default="pairwise",
+        metavar="FILE",
+        panel="Judge",
+    )
+    price: tuple[float, float] | None = option(
+        "price of a million prompt tokens, and of a million completion tokens",
+        default=None,
+        metavar="PROMPT COMPLETION",
+        panel="Judge",
+    )
+    token_env: str | None = option(TOKEN_ENV, default=None, metavar="NAME", panel="Judge")
+    client: ClientOptions = nested(ClientOptions, panel="Requests", seed=None)
+    pool: Path | None = option(
+        "file of the pairs for humans", default=None, metavar="FILE", panel="Human pool"
+    )
+    format: str = option(
+        "format of the tasks", default="jsonl", choices=TASK_FORMATS, panel="Human pool"
+    )
+    batch: str | None = option(BATCH, default=None, metavar="NAME", panel="Human pool")
+    policy: str | None = option(POLICY, default=None, metavar="NAME", panel="Human pool")
+    audit_share: float = option(
+        "share of the confident pairs that humans audit",
+        default=default_of(*_ROUTE, "audit_share"),
+        metavar="SHARE",
+        panel="Human pool",
+    )
+    seed: int = option(
+        "seed of the audit and of the order of sides",
+        default=default_of(*_ROUTE, "seed"),
+        panel="Human pool",
+    )
+    loading: Loading = nested(Loading, panel="Loading")
 
+    example: ClassVar[str] = (
+        "  ensemble-rm route runs/hh --data pairs.jsonl --share 0.2 \\\n"
+        "      --judge-url http://gpu8:8000/v1 --model Qwen/Qwen3-32B --out verdicts.jsonl \\\n"
+        "      --pool humans.jsonl"
+    )
 
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
-    judge = _judge(args)
-    _check_files(args)
-    from ensemble_rm.active_learning.routing import route
-    from ensemble_rm.data.loading import read_comparisons
+    def __post_init__(self) -> None:
+        if (self.threshold is None) == (self.share is None):
+            raise OptionError("give one of --threshold and --share")
 
-    pairs = read_comparisons(args.data)
-    ensemble = open_ensemble(args)
-    with Bars(quiet=args.json) as bars:
-        routed = route(
-            ensemble,
-            pairs,
-            threshold=args.threshold,
-            share=args.share,
-            judge=None if args.dry_run else judge,
-            uncertainty=args.uncertainty,
-            budget=args.budget,
-            final=args.final,
-            audit_share=args.audit_share,
-            seed=args.seed,
-            progress=bars,
+    def run(self, console: Console) -> None:
+        """Route the pairs."""
+        judge = self._judge()
+        self._check_files(console)
+        from ensemble_rm.active_learning.routing import route
+        from ensemble_rm.data.loading import read_comparisons
+
+        pairs = read_comparisons(self.data)
+        ensemble = self.loading.open(self.ensemble)
+        with console.progress() as progress:
+            routed = route(
+                ensemble,
+                pairs,
+                threshold=self.threshold,
+                share=self.share,
+                judge=None if self.dry_run else judge,
+                uncertainty=self.uncertainty,
+                budget=self.budget,
+                final=self.final,
+                audit_share=self.audit_share,
+                seed=self.seed,
+                progress=progress,
+            )
+        if not self.dry_run:
+            self._write(routed)
+        if self.out is not None or self.dry_run:
+            console.result(self._data(routed, judge), self._text(routed, judge))
+        console.read(f"{len(pairs)} pairs from {self.data}")
+        if self.dry_run:
+            return
+        if self.out is not None:
+            console.save(self.out)
+        if self.pool is not None:
+            console.note(f"pairs for humans: {self.pool}")
+            console.next("ensemble-rm judgments import judgments.db ANSWERS")
+
+    def _check_files(self, console: Console) -> None:
+        """Refuse files that cannot be written before a judge is paid for their content."""
+        if self.dry_run:
+            return
+        if console.json and self.out is None:
+            raise OptionError("--json prints one object, so the verdicts need --out")
+        if self.pool is not None and self.pool == self.out:
+            raise OptionError(f"--out and --pool are one file, {self.out}; name two")
+        check_can_write(self.out)
+        check_can_write(self.pool)
+
+    def _judge(self) -> JudgeComparator | None:
+        if self.judge_url is None:
+            if self.model is not None or self.price is not None:
+                raise OptionError("--model and --price need --judge-url")
+            return None
+        if self.model is None:
+            raise OptionError("--judge-url needs --model, the judge's name at its server")
+        from ensemble_rm.cli.tokens import read_token
+        from ensemble_rm.members.judges.comparator import JudgeComparator
+        from ensemble_rm.members.judges.usage import Price
+
+        return JudgeComparator(
+            self.judge_url,
+            model=self.model,
+            rubric=self.rubric,
+            token=None if self.dry_run else read_token(self.token_env),
+            price=None if self.price is None else Price(*self.price),
+            client=self.client,
         )
-    if not args.dry_run:
-        _write(args, routed)
-    if args.out is not None or args.dry_run:
-        say(args, _found(args, routed, judge), _text(args, routed, judge))
 
+    def _write(self, routed: Routed) -> None:
+        from ensemble_rm.active_learning.tasks import to_tasks
 
-def _check_files(args: argparse.Namespace) -> None:
-    """Refuse files that cannot be written before a judge is paid for what would stand in them."""
-    if args.dry_run:
-        return
-    if args.json and args.out is None:
-        raise OptionError("--json prints one object, and --out is where the verdicts go: name it")
-    if args.pool is not None and args.pool == args.out:
-        raise OptionError(f"--out and --pool name one file, {args.out}; name two")
-    check_can_write(args.out)
-    check_can_write(args.pool)
+        write_jsonl(self.out, _rows(routed))
+        if self.pool is not None:
+            tasks = to_tasks(routed.pool, self.format, batch=self.batch, policy=self.policy)
+            write_tasks(self.pool, self.format, tasks)
 
+    def _data(self, routed: Routed, judge: JudgeComparator | None) -> dict[str, Any]:
+        return routed.saving.to_json() | {
+            "uncertain": _uncertain(routed),
+            "would_ask": self._would_ask(routed, judge),
+            "threshold": routed.threshold,
+            "uncertainty": self.uncertainty,
+            "failed": sum(reason is not None for reason in routed.failures),
+            "pool": len(routed.pool),
+            "out": None if self.out is None else str(self.out),
+            "dry_run": self.dry_run,
+        }
 
-def _judge(args: argparse.Namespace) -> JudgeComparator | None:
-    if args.judge_url is None:
-        if args.model is not None or args.price is not None:
-            raise OptionError("--model and --price belong to a judge: name its --judge-url")
-        return None
-    if args.model is None:
-        raise OptionError("--judge-url needs --model, the judge's name at its server")
-    from ensemble_rm.cli.tokens import read_token
-    from ensemble_rm.members.judges.comparator import JudgeComparator
-    from ensemble_rm.members.judges.usage import Price
+    def _would_ask(self, routed: Routed, judge: JudgeComparator | None) -> int:
+        if judge is None:
+            return 0
+        uncertain = _uncertain(routed)
+        return uncertain if self.budget is None else min(uncertain, self.budget)
 
-    return JudgeComparator(
-        args.judge_url,
-        model=args.model,
-        rubric=args.rubric,
-        token=None if args.dry_run else read_token(args.token_env),
-        price=None if args.price is None else Price(*args.price),
-        client=read_client(args),
-    )
-
-
-def _write(args: argparse.Namespace, routed: Routed) -> None:
-    from ensemble_rm.active_learning.tasks import to_tasks
-    from ensemble_rm.cli.select import write_tasks
-
-    write_jsonl(args.out, _rows(routed))
-    if args.pool is not None:
-        tasks = to_tasks(routed.pool, args.format, batch=args.batch, policy=args.policy)
-        write_tasks(args.pool, args.format, tasks)
+    def _text(self, routed: Routed, judge: JudgeComparator | None) -> str:
+        saving, n = routed.saving, routed.saving.pairs
+        head = (
+            f"{_uncertain(routed)} of {n} pairs reach {routed.threshold:.4g} nats "
+            f"({self.uncertainty}); "
+        )
+        if self.dry_run:
+            count = self._would_ask(routed, judge)
+            return head + f"the judge would be asked about {count}; nothing written (--dry-run)"
+        lines = [head + f"the judge was asked about {saving.judged} ({saving.share:.1%})"]
+        without, usage = saving.without, saving.usage
+        if without is not None:
+            tokens = usage.prompt_tokens + usage.completion_tokens
+            all_tokens = without.prompt_tokens + without.completion_tokens
+            cost = "" if usage.cost is None else f", cost {usage.cost:.4g} of {without.cost:.4g}"
+            lines.append(
+                f"  {usage.calls + usage.failed} of {without.calls} calls, {tokens} of "
+                f"{all_tokens} tokens{cost}; {usage.latency:.3g} s per call"
+            )
+        failed = sum(reason is not None for reason in routed.failures)
+        lines.append(f"  {failed} judgments failed; {len(routed.pool)} pairs for humans")
+        return "\n".join(lines)
 
 
 def _rows(routed: Routed) -> Iterator[dict[str, Any]]:
-    for i, whose in enumerate(routed.routes):
+    for i, source in enumerate(routed.routes):
         row: dict[str, Any] = {
             "probability": float(routed.probability[i]),
-            "route": whose,
+            "route": source,
             "uncertainty": float(routed.uncertainty[i]),
             "ensemble_probability": float(routed.comparison.probability[i]),
         }
-        if whose == "judge":
+        if source == "judge":
             row["judge_probability"] = float(routed.judge_probability[i])
         if routed.failures[i] is not None:
             row["failure"] = routed.failures[i]
         yield row
 
 
-def _unsure(routed: Routed) -> int:
+def _uncertain(routed: Routed) -> int:
     return int((routed.uncertainty >= routed.threshold).sum())
-
-
-def _found(
-    args: argparse.Namespace, routed: Routed, judge: JudgeComparator | None
-) -> dict[str, Any]:
-    return routed.saving.to_json() | {
-        "uncertain": _unsure(routed),
-        "would_ask": _would_ask(args, routed, judge),
-        "threshold": routed.threshold,
-        "uncertainty": args.uncertainty,
-        "failed": sum(reason is not None for reason in routed.failures),
-        "pool": len(routed.pool),
-        "out": None if args.out is None else str(args.out),
-        "dry_run": args.dry_run,
-    }
-
-
-def _would_ask(args: argparse.Namespace, routed: Routed, judge: JudgeComparator | None) -> int:
-    if judge is None:
-        return 0
-    return _unsure(routed) if args.budget is None else min(_unsure(routed), args.budget)
-
-
-def _text(args: argparse.Namespace, routed: Routed, judge: JudgeComparator | None) -> str:
-    saving, n = routed.saving, routed.saving.pairs
-    head = (
-        f"{_unsure(routed)} of {n} pairs reach {routed.threshold:.4g} nats ({args.uncertainty}); "
-    )
-    if args.dry_run:
-        asked = _would_ask(args, routed, judge)
-        return head + f"the judge would be asked about {asked}; nothing written (--dry-run)"
-    lines = [head + f"the judge was asked about {saving.judged} ({saving.share:.1%})"]
-    without, usage = saving.without, saving.usage
-    if without is not None:
-        tokens = usage.prompt_tokens + usage.completion_tokens
-        all_tokens = without.prompt_tokens + without.completion_tokens
-        cost = "" if usage.cost is None else f", {usage.cost:.4g} of {without.cost:.4g} in money"
-        lines.append(
-            f"  {usage.calls + usage.failed} of {without.calls} calls, {tokens} of {all_tokens} "
-            f"tokens{cost}; {usage.latency:.3g} s a call"
-        )
-    failed = sum(reason is not None for reason in routed.failures)
-    lines.append(f"  {failed} judgments failed; {len(routed.pool)} pairs for humans")
-    return "\n".join(lines)

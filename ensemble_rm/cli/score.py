@@ -1,118 +1,122 @@
-"""Score samples: one JSON line a sample, in the order of the input.
-
-A sample is a row with `prompt` (text or messages) and `completion`, and with `reference` where the
-ensemble has a baseline. The file may be larger than memory: it is read, scored and written chunk by
-chunk. FILE.partial becomes FILE once every row is there.
-"""
+"""``ensemble-rm score``."""
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.common import (
-    Bars,
-    add_aggregator,
-    add_ensemble,
-    add_json,
-    add_out_file,
-    add_rows,
-    known,
-    open_ensemble,
-    read_aggregator,
-    say,
+    ENSEMBLE,
+    JSON_ROWS,
+    AggregatorOptions,
+    Loading,
+    aggregator_options,
+    check_can_write,
+    number_or_none,
+    use_aggregator,
     write_jsonl,
 )
+from ensemble_rm.cli.options import argument, nested, option
+from ensemble_rm.cli.signatures import default_of
 
 if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console, Progress
     from ensemble_rm.data.samples import Sample
     from ensemble_rm.ensemble.results import Scores
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
-HELP = "score samples"
-EXAMPLE = (
-    "  ensemble-rm score runs/hh --data samples.jsonl --aggregator lcb --kappa 1.0 "
-    "--out scores.jsonl"
-)
 
+@dataclass(frozen=True, kw_only=True)
+class Score(Command):
+    """Score samples: one JSON line per sample, in the order of the input.
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_ensemble(parser)
-    add_rows(parser, "samples")
-    add_out_file(parser, "scores")
-    parser.add_argument(
-        "--chunk", type=int, default=4096, metavar="N", help="samples in memory at once; 4096"
+    A sample is a row with `prompt` (text or messages) and `completion`, and with `reference` where
+    the ensemble has a baseline. The file may be larger than memory: it is read, scored and written
+    in chunks. FILE.partial becomes FILE once every row is there.
+    """
+
+    ensemble: Path = argument(ENSEMBLE)
+    data: str = option(f"samples as {JSON_ROWS}", metavar="FILE")
+    out: Path | None = option(
+        "file of the scores", default=None, metavar="FILE", shown="standard output"
     )
-    parser.add_argument(
-        "--score-cache",
-        type=Path,
-        metavar="FOLDER",
-        help="keep raw scores here, and read those that are there",
+    chunk: int = option(
+        "number of samples in memory at once",
+        default=default_of("ensemble_rm.ensemble.streaming", "stream_scores", "chunk"),
+        metavar="N",
     )
-    add_aggregator(parser)
-    add_json(parser, rows=True)
+    score_cache: Path | None = option(
+        "folder of raw scores to reuse and to add to", default=None, metavar="FOLDER"
+    )
+    loading: Loading = nested(Loading, panel="Loading")
+    aggregator: AggregatorOptions = aggregator_options()
 
+    example: ClassVar[str] = (
+        "  ensemble-rm score runs/hh --data samples.jsonl --aggregator lcb --kappa 1.0 "
+        "--out scores.jsonl"
+    )
 
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
-    aggregator = read_aggregator(args)
-    from ensemble_rm.data.loading import read_samples
+    def run(self, console: Console) -> None:
+        """Score the samples."""
+        aggregator = self.aggregator.make()
+        check_can_write(self.out)
+        from ensemble_rm.data.loading import read_samples
 
-    samples = read_samples(args.data)
-    first = list(islice(samples, 1))  # a file that cannot be read is named before models are
-    ensemble = open_ensemble(args)
-    if aggregator is not None:
-        ensemble = ensemble.with_aggregator(aggregator)
-    if args.score_cache is not None:
-        from ensemble_rm.scoring.score_cache import ScoreCache
+        samples = read_samples(self.data)
+        first = list(islice(samples, 1))  # a bad file is an error before the models are loaded
+        ensemble = use_aggregator(self.loading.open(self.ensemble), aggregator)
+        if self.score_cache is not None:
+            from ensemble_rm.scoring.score_cache import ScoreCache
 
-        ensemble = ensemble.with_score_cache(ScoreCache(args.score_cache))
-    count: Counter[str] = Counter()
-    with Bars(quiet=args.json) as bars:
-        write_jsonl(args.out, score_rows(ensemble, chain(first, samples), args.chunk, bars, count))
-    if args.out is not None:
+            ensemble = ensemble.with_score_cache(ScoreCache(self.score_cache))
+        count: Counter[str] = Counter()
+        with console.progress() as progress:
+            rows = score_rows(ensemble, chain(first, samples), self.chunk, progress, count)
+            write_jsonl(self.out, rows)
         cut = {name: count[name] for name in ("prompts_cut", "completions_cut")}
-        say(
-            args,
-            {"samples": count["rows"], "out": str(args.out), "members": list(ensemble.names)}
-            | {"aggregator": str(ensemble.aggregator), **cut},
-            f"{count['rows']} samples in {args.out} by {ensemble.aggregator}; "
-            f"{cut['prompts_cut']} lost part of the prompt, "
-            f"{cut['completions_cut']} of the completion",
-        )
+        if self.out is not None:
+            console.result(
+                {"samples": count["rows"], "out": str(self.out), "members": list(ensemble.names)}
+                | {"aggregator": str(ensemble.aggregator), **cut},
+                f"{count['rows']} samples in {self.out} by {ensemble.aggregator}",
+            )
+            console.save(self.out)
+        console.read(f"{count['rows']} samples from {self.data}")
+        console.cut(f"{cut['prompts_cut']} prompts, {cut['completions_cut']} completions")
+        console.next(f"ensemble-rm compare {self.ensemble} --data PAIRS.jsonl")
 
 
 def score_rows(
     ensemble: RewardEnsemble,
     samples: Iterable[Sample],
     chunk: int,
-    bars: Bars,
+    progress: Progress,
     count: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """Return every sample's row, and count rows and cuts as they pass."""
+    """Yield every sample's row, and count rows and truncated samples on the way."""
     from ensemble_rm.ensemble.streaming import stream_scores
 
-    for scores in stream_scores(ensemble, samples, chunk=chunk, progress=bars):
+    for scores in stream_scores(ensemble, samples, chunk=chunk, progress=progress):
         count.update(scores.truncation.to_json())
         count["rows"] += len(scores.reward)
         yield from _rows(scores)
 
 
 def _rows(scores: Scores) -> Iterator[dict[str, Any]]:
-    """Return a row a sample; a member without a score is null, and so is the spread of one."""
+    """Yield a row per sample; a member without a score is null, and so is the spread of one."""
     several = len(scores.names) > 1
     std = scores.std if several else ()
     for i, reward in enumerate(scores.reward):
-        members = [known(score) for score in scores.members[i].tolist()]
+        members = [number_or_none(score) for score in scores.members[i].tolist()]
         row: dict[str, Any] = {
             "reward": float(reward),
             "members": dict(zip(scores.names, members, strict=True)),
         }
         if several:
-            row["std"] = known(float(std[i]))
+            row["std"] = number_or_none(float(std[i]))
         yield row

@@ -1,238 +1,183 @@
-"""Train several independently seeded reward models on preference pairs.
-
-The pairs are split by prompt into four parts. The first two train the members; the other two are
-written beside the ensemble, for `calibrate` and `evaluate`.
-"""
+"""``ensemble-rm train``."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ensemble_rm.cli.common import (
-    Bars,
-    add_dry_run,
-    add_json,
-    add_out_folder,
-    add_pairs,
-    add_text,
-    read_pairs,
-    read_text_options,
-    say,
-    write_jsonl,
-)
-from ensemble_rm.errors import OptionError
+from ensemble_rm.cli.command import Command
+from ensemble_rm.cli.common import read_pairs, write_jsonl
+from ensemble_rm.cli.options import field_type, nested, option, shown, without_none
+from ensemble_rm.members.backbone.options import TrunkOptions
+from ensemble_rm.members.registry import make_recipe, member_kind, trained_kinds
+from ensemble_rm.training.request import TrainingRequest
 
 if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
     from ensemble_rm.data.samples import Preferences
-    from ensemble_rm.members.learning.recipe import Recipe
-    from ensemble_rm.training.request import TrainingRequest
 
-HELP = "train an ensemble on preference pairs"
-EXAMPLE = (
-    "  ensemble-rm train --data pairs.jsonl --backbone HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
-    "      --members 5 --out runs/hh"
-)
 PARTS = ("train", "validation", "calibration", "test")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_pairs(parser, "preference")
-    parser.add_argument("--backbone", required=True, metavar="NAME", help="hub id or local folder")
-    add_out_folder(parser)
-    _add_members(parser)
-    parser.add_argument(
-        "--split",
-        type=float,
-        nargs=4,
-        default=(0.7, 0.1, 0.1, 0.1),
-        metavar="SHARE",
-        help="shares of train, validation, calibration and test (default: .7 .1 .1 .1)",
-    )
-    parser.add_argument(
-        "--baseline",
-        action="store_true",
-        help="subtract the score of each prompt's `reference`; all rows need one",
-    )
-    text = add_text(parser)
-    text.add_argument(
-        "--cache-dir", type=Path, metavar="FOLDER", help="of features and token states"
-    )
-    text.add_argument(
-        "--states-limit",
-        type=float,
-        metavar="GIB",
-        help="largest size of the token states that branches are trained on (default: 16)",
-    )
-    _add_lora(parser)
-    _add_recipe(parser)
-    add_dry_run(parser, "say what would be done, and stop")
-    add_json(parser)
+def _recipe_options() -> type:
+    """Return a dataclass with the fields of every kind's recipe, each None unless it is given.
 
-
-def _add_members(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--kind",
-        choices=["head", "branch", "lora", "full"],
-        default="head",
-        help="heads over one frozen trunk (default), copies of its top blocks, LoRA adapters on "
-        "its blocks, or copies of it all",
-    )
-    parser.add_argument("--members", type=int, default=5, metavar="K")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--view",
-        action="append",
-        dest="views",
-        metavar="LAYER:POOLING",
-        help="what a head reads, such as 16:mean; once for all heads, or once a head",
-    )
-    parser.add_argument(
-        "--blocks",
-        type=int,
-        metavar="M",
-        help="top blocks that a branch copies (default: 2) or an adapter changes (default: all)",
-    )
-
-
-def _add_lora(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("adapters (of --kind lora)")
-    group.add_argument("--rank", type=int, help="of an adapter's update (default: 16)")
-    group.add_argument("--alpha", type=float, help="its scale, over the rank (default: 32)")
-    group.add_argument(
-        "--target",
-        action="append",
-        dest="targets",
-        metavar="NAME",
-        help="a linear layer that is adapted, such as q_proj; repeated; all by default",
-    )
-    group.add_argument(
-        "--warm-start",
-        action="store_const",
-        const=True,
-        help="fit one adapter first, merge it, and let the members start from there",
-    )
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    how = parser.add_argument_group("recipe (the kind's defaults where not given)")
-    how.add_argument("--solver", choices=["convex", "adam"], help="of linear heads")
-    how.add_argument(
-        "--prior", type=float, nargs="+", help="convex: sd of a margin, in logits; all are tried"
-    )
-    how.add_argument("--epochs", type=int)
-    how.add_argument("--patience", type=int)
-    how.add_argument("--learning-rate", type=float)
-    how.add_argument("--weight-decay", type=float, nargs="+")
-    how.add_argument("--batch-size", type=int)
-    how.add_argument("--clip", type=float)
-    how.add_argument("--smoothing", type=float, help="label smoothing")
-    how.add_argument("--centring", type=float)
-    how.add_argument("--hidden", type=int, help="width of the heads' hidden layer; 0 is linear")
-    how.add_argument("--subspace", type=float, help="share of features that each linear head sees")
-    how.add_argument("--warmup", type=float, help="share of the steps; not of heads")
-    how.add_argument(
-        "--first-head", choices=["zero", "fitted"], help="where branch and lora heads start"
-    )
-    how.add_argument(
-        "--head-rate",
-        type=float,
-        help="of branch and lora heads, over --learning-rate (default: 10)",
-    )
-    how.add_argument("--dropout", type=float, help="of branch, lora and full members' layers")
-    how.add_argument(
-        "--reinitialise", type=int, metavar="N", help="topmost blocks of a branch that start afresh"
-    )
-    how.add_argument("--diversity", type=float, help="coefficient that keeps LoRA adapters apart")
-    how.add_argument("--bootstrap", action="store_const", const=True, help="resample prompts")
-    how.add_argument(
-        "--trainer-arg",
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="one of transformers' TrainingArguments, for full members: report_to='[\"wandb\"]'",
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
-    pairs = read_pairs(args.data, skip_bad=args.skip_bad)
-    parts = dict(zip(PARTS, pairs.split(*args.split, seed=args.seed), strict=True))
-    counts = {name: len(part) for name, part in parts.items()}
-    request = _request(args)
-    from ensemble_rm.scoring.baselines import reference_samples
-    from ensemble_rm.training.run import plan, train_request
-
-    if args.baseline:
-        reference_samples(parts["validation"].samples())  # before anything is read
-    if args.dry_run:
-        found = plan(parts["train"], parts["validation"], request)
-        shown = "\n".join(f"{name}: {value}" for name, value in (found | counts).items())
-        say(args, {"dry_run": True, "parts": counts} | found, shown)
-        return
-    with Bars(quiet=args.json) as bars:
-        ensemble = train_request(parts["train"], parts["validation"], request, progress=bars)
-    folder = _write_parts(args.out, parts)
-    nll: list[float] = ensemble.provenance["validation_nll"]
-    lines = [
-        f"  {name}: validation NLL {x:.4f}" for name, x in zip(ensemble.names, nll, strict=True)
+    Kinds share fields, perhaps with other defaults; the help shows the default of each kind.
+    """
+    options: dict[str, tuple[str, Any, dict[str, Any]]] = {}
+    defaults: dict[str, dict[str, list[str]]] = {}
+    for kind in trained_kinds():
+        recipe = member_kind(kind).recipe_class()
+        for each in fields(recipe):
+            if each.name == "callbacks":  # objects, which no text names
+                continue
+            text, _, stated = each.metadata["help"].rstrip(")").partition(" (default: ")
+            inner = without_none(field_type(recipe, each.name))[0]
+            # The first kind's type serves all: heads try several values where others take one.
+            metadata = dict(each.metadata) | {"help": text}
+            options.setdefault(each.name, (each.name, inner | None, metadata))
+            default = stated or shown(
+                each.default if each.default_factory is MISSING else each.default_factory()
+            )
+            defaults.setdefault(each.name, {}).setdefault(default, []).append(kind)
+    described = [
+        (name, kind, field(default=None, metadata=metadata | {"shown": _join(defaults[name])}))
+        for name, kind, metadata in options.values()
     ]
-    cut = ensemble.provenance["truncation"]
-    say(
-        args,
-        {"out": str(args.out), "parts": counts, "parts_folder": str(folder), "truncation": cut}
-        | {"members": list(ensemble.names), "validation_nll": nll},
-        "\n".join(lines),
+    return make_dataclass("RecipeOptions", described, frozen=True, kw_only=True)
+
+
+def _join(defaults: dict[str, list[str]]) -> str:
+    """Return the kinds' defaults in words, once where all have the same."""
+    if len(defaults) == 1:
+        return next(iter(defaults))
+    return "; ".join(f"{', '.join(kinds)}: {text}" for text, kinds in defaults.items())
+
+
+def read_size(text: str) -> int:
+    """Read a number of bytes, such as ``16GiB`` or ``17179869184``."""
+    number = text.strip().removesuffix("GiB")
+    try:
+        return int(float(number) * 2**30) if number != text.strip() else int(number)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is not a size, such as 16GiB") from None
+
+
+RecipeOptions = _recipe_options()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train several independently seeded reward models on preference pairs.
+
+    The pairs are split by prompt into four parts. The first two train the members; the other two
+    are written next to the ensemble, for `calibrate` and `evaluate`. A killed run with the same
+    options resumes.
+    """
+
+    data: str = option(
+        "preference pairs: JSON lines (.gz too) or a Hub data set", metavar="FILE_OR_HUB_ID"
+    )
+    skip_bad: bool = option("leave bad rows out, and list them", default=False)
+    out: Path = option("folder of the ensemble", metavar="FOLDER")
+    kind: str = option(
+        "kind of member: heads over one frozen trunk, copies of its top blocks, LoRA adapters on "
+        "its blocks, or copies of the whole model",
+        default=trained_kinds()[0],
+        choices=trained_kinds(),
+    )
+    split: tuple[float, float, float, float] = option(
+        "shares of train, validation, calibration and test",
+        default=(0.7, 0.1, 0.1, 0.1),
+        metavar="SHARES",
+    )
+    dry_run: bool = option("report what would be done, and stop", default=False)
+    request: TrainingRequest = nested(
+        TrainingRequest,
+        recipe=None,
+        options=None,
+        start=None,
+        out=None,
+        backbone={"metavar": "NAME"},
+        members={"metavar": "K"},
+        cache_dir={"metavar": "FOLDER"},
+    )
+    text: TrunkOptions = nested(TrunkOptions, panel="Text")
+    recipe: Any = nested(
+        RecipeOptions,
+        panel="Recipe",
+        views={"flag": "view", "metavar": "LAYER:POOLING"},
+        targets={"flag": "target", "metavar": "NAME"},
+        trainer_args={"flag": "trainer-arg", "metavar": "NAME=JSON"},
+        states_limit={
+            "help": "maximum size of the token states on disk, in bytes or as in 20GiB",
+            "parse": read_size,
+            "metavar": "SIZE",
+        },
     )
 
-
-def _request(args: argparse.Namespace) -> TrainingRequest:
-    """Return what the options ask for."""
-    from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
-    from ensemble_rm.training.request import TrainingRequest
-
-    return TrainingRequest(
-        backbone=args.backbone,
-        recipe=_recipe(args),
-        members=args.members,
-        seed=args.seed,
-        options=read_text_options(args),
-        baseline=args.baseline,
-        out=args.out,
-        cache_dir=args.cache_dir or DEFAULT_CACHE,
+    example: ClassVar[str] = (
+        "  ensemble-rm train --data pairs.jsonl \\\n"
+        "      --backbone HuggingFaceTB/SmolLM2-135M-Instruct --members 5 --out runs/hh"
     )
 
+    def run(self, console: Console) -> None:
+        """Train the members."""
+        request = self.full_request()
+        pairs = read_pairs(console, self.data, skip_bad=self.skip_bad)
+        parts = dict(zip(PARTS, pairs.split(*self.split, seed=request.seed), strict=True))
+        counts = {name: len(part) for name, part in parts.items()}
+        from ensemble_rm.scoring.baselines import reference_samples
+        from ensemble_rm.training.run import plan, train_request
 
-def _recipe(args: argparse.Namespace) -> Recipe:
-    from ensemble_rm.members.registry import make_recipe, member_kind, trained_kinds
+        if request.baseline:
+            reference_samples(parts["validation"].samples())  # before anything is read
+        if self.dry_run:
+            planned = plan(parts["train"], parts["validation"], request)
+            text = "\n".join(f"{name}: {value}" for name, value in (planned | counts).items())
+            console.result({"dry_run": True, "parts": counts} | planned, text)
+            return
+        with console.progress() as progress:
+            ensemble = train_request(
+                parts["train"], parts["validation"], request, progress=progress
+            )
+        folder = _write_parts(self.out, parts)
+        nll: list[float] = ensemble.provenance["validation_nll"]
+        cut = ensemble.provenance["truncation"]
+        console.result(
+            {"out": str(self.out), "parts": counts, "parts_folder": str(folder), "truncation": cut}
+            | {"members": list(ensemble.names), "validation_nll": nll},
+            "\n".join(
+                f"  {name}: validation NLL {x:.4f}"
+                for name, x in zip(ensemble.names, nll, strict=True)
+            ),
+        )
+        console.cut(f"{cut['prompts_cut']} prompts, {cut['completions_cut']} completions")
+        console.save(self.out)
+        console.next(
+            f"ensemble-rm calibrate {self.out} --data {folder / 'calibration.jsonl'} && "
+            f"ensemble-rm evaluate {self.out} --data {folder / 'test.jsonl'}"
+        )
 
-    names = {
-        own.name for kind in trained_kinds() for own in fields(member_kind(kind).recipe_class())
-    }
-    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    if args.states_limit is not None:
-        given["states_limit"] = int(args.states_limit * 2**30)
-    if args.trainer_arg:
-        given["trainer_args"] = _trainer_args(args)
-    if args.kind != "head" and len(given.get("weight_decay", ())) == 1:
-        (given["weight_decay"],) = given["weight_decay"]
-    return make_recipe(args.kind, **given)
-
-
-def _trainer_args(args: argparse.Namespace) -> dict[str, Any]:
-    """Read NAME=JSON."""
-    found = {}
-    for text in args.trainer_arg:
-        name, _, value = text.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except ValueError as error:
-            raise OptionError(f"--trainer-arg {text}: {value!r} is not JSON ({error})") from error
-    return found
+    def full_request(self) -> TrainingRequest:
+        """Return the request, with the recipe of the kind that was asked for."""
+        given = {
+            each.name: value
+            for each in fields(self.recipe)
+            if (value := getattr(self.recipe, each.name)) is not None
+        }
+        recipe = member_kind(self.kind).recipe_class()
+        for name, value in given.items():
+            several = isinstance(value, tuple) and len(value) == 1
+            if several and hasattr(recipe, name) and isinstance(getattr(recipe, name), float):
+                (given[name],) = value
+        return replace(
+            self.request,
+            recipe=make_recipe(self.kind, **given),
+            options=self.text,
+            out=self.out,
+        )
 
 
 def _write_parts(out: Path, parts: dict[str, Preferences]) -> Path:

@@ -1,55 +1,157 @@
-"""List the versions of an ensemble and its calibrations, and say which one is current."""
+"""``ensemble-rm versions``: list, show, rollback, pin, unpin, repair."""
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING, Any
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ensemble_rm.cli.common import add_json, say
-from ensemble_rm.cli.jobs import add_run
+from ensemble_rm.cli.command import Command
+from ensemble_rm.cli.common import RUN
+from ensemble_rm.cli.options import argument, option
 
 if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
     from ensemble_rm.versions.version import Version
 
-HELP = "list the versions of an ensemble"
-EXAMPLE = "  ensemble-rm versions runs/hh"
+
+@dataclass(frozen=True, kw_only=True)
+class List(Command):
+    """List the versions of an ensemble and its calibrations, and say which one is current."""
+
+    run_folder: Path = argument(RUN, metavar="RUN")
+
+    example: ClassVar[str] = "  ensemble-rm versions list runs/hh"
+
+    def run(self, console: Console) -> None:
+        """List them."""
+        from ensemble_rm.versions.repository import Versions
+
+        versions = Versions(self.run_folder)
+        if not versions.versioned:
+            first = versions.incumbent()  # a named error where there is no ensemble at all
+            data: dict[str, Any] = {"versions": [], "current": None, "pinned": False}
+            text = "no versions yet: a plain ensemble, which its first recalibration makes version "
+            console.result(data, f"{text}1\n{describe(first)}")
+            return
+        pointer, every = versions.pointer, versions.all()
+        data = {
+            "versions": [version.to_json() for version in every],
+            "current": pointer.version,
+            "pinned": pointer.pinned,
+        }
+        lines = []
+        for version in every:
+            mark = "  "
+            if version.number == pointer.version:
+                mark = "p " if pointer.pinned else "* "
+            lines.append(mark + describe(version))
+        lines.append("p is current, and pinned" if pointer.pinned else "* is current")
+        console.result(data, "\n".join(lines))
+        console.next(f"ensemble-rm versions show {self.run_folder} {pointer.version}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_run(parser)
-    add_json(parser)
+@dataclass(frozen=True, kw_only=True)
+class Show(Command):
+    """Show one version: its calibration, the judgments it was fitted on, the gate, its parent."""
+
+    run_folder: Path = argument(RUN, metavar="RUN")
+    number: int | None = argument("version", default=None, metavar="N", shown="the current one")
+
+    example: ClassVar[str] = "  ensemble-rm versions show runs/hh 3"
+
+    def run(self, console: Console) -> None:
+        """Show it."""
+        from ensemble_rm.versions.repository import Versions
+
+        versions = Versions(self.run_folder)
+        version = versions.current() if self.number is None else versions.show(self.number)
+        text = json.dumps(version.to_json(), indent=1, ensure_ascii=False)
+        console.result(version.to_json(), f"{describe(version)}\n{text}")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
-    from ensemble_rm.versions.repository import Versions
+@dataclass(frozen=True, kw_only=True)
+class Rollback(Command):
+    """Make an earlier version current; later ones stay, and jobs go on from the earlier one."""
 
-    versions = Versions(args.folder)
-    if not versions.versioned:
-        first = versions.incumbent()  # a named error where there is no ensemble at all
-        said: dict[str, Any] = {"versions": [], "current": None, "pinned": False}
-        text = "no versions yet: a plain ensemble, which its first recalibration makes version 1"
-        say(args, said, f"{text}\n{describe(first)}")
-        return
-    pointer, found = versions.pointer, versions.all()
-    said = {
-        "versions": [one.to_json() for one in found],
-        "current": pointer.version,
-        "pinned": pointer.pinned,
-    }
-    lines = []
-    for one in found:
-        mark = "  "
-        if one.number == pointer.version:
-            mark = "p " if pointer.pinned else "* "
-        lines.append(mark + describe(one))
-    lines.append("* is current" if not pointer.pinned else "p is current, and pinned")
-    say(args, said, "\n".join(lines))
+    run_folder: Path = argument(RUN, metavar="RUN")
+    to: int | None = option(
+        "version to go back to", default=None, metavar="N", shown="the parent of the current one"
+    )
+
+    example: ClassVar[str] = (
+        "  ensemble-rm versions rollback runs/hh\n  ensemble-rm versions rollback runs/hh --to 2"
+    )
+
+    def run(self, console: Console) -> None:
+        """Go back."""
+        from ensemble_rm.versions.repository import Versions
+
+        version = Versions(self.run_folder).rollback(self.to)
+        console.result(version.to_json(), f"current: {describe(version)}")
+        console.next(f"ensemble-rm versions pin {self.run_folder}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pin(Command):
+    """Make a version current and keep every job from changing it, until `versions unpin`."""
+
+    run_folder: Path = argument(RUN, metavar="RUN")
+    number: int | None = argument("version", default=None, metavar="N", shown="the current one")
+
+    example: ClassVar[str] = "  ensemble-rm versions pin runs/hh 2"
+
+    def run(self, console: Console) -> None:
+        """Pin it."""
+        from ensemble_rm.versions.repository import Versions
+
+        version = Versions(self.run_folder).pin(self.number)
+        console.result(version.to_json(), f"pinned: {describe(version)}")
+        console.next(f"ensemble-rm versions unpin {self.run_folder}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpin(Command):
+    """Let jobs publish again; the pinned version stays current until one does."""
+
+    run_folder: Path = argument(RUN, metavar="RUN")
+
+    example: ClassVar[str] = "  ensemble-rm versions unpin runs/hh"
+
+    def run(self, console: Console) -> None:
+        """Unpin it."""
+        from ensemble_rm.versions.repository import Versions
+
+        version = Versions(self.run_folder).unpin()
+        console.result(version.to_json(), f"current: {describe(version)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair(Command):
+    """Remove what killed jobs left behind: half-written versions, and unpublished ones.
+
+    Published versions, the audit log and the current version stay as they are.
+    """
+
+    run_folder: Path = argument(RUN, metavar="RUN")
+
+    example: ClassVar[str] = "  ensemble-rm versions repair runs/hh"
+
+    def run(self, console: Console) -> None:
+        """Remove them."""
+        from ensemble_rm.versions.repository import Versions
+
+        versions = Versions(self.run_folder)
+        versions.incumbent()  # a named error where there is no ensemble at all
+        removed = versions.clean()
+        text = "nothing to remove" if not removed else "removed " + ", ".join(removed)
+        console.result({"removed": removed}, text)
+        console.next(f"ensemble-rm versions list {self.run_folder}")
 
 
 def describe(version: Version) -> str:
-    """Say a version in a line."""
+    """Return a version in one line."""
     calibration = version.read_calibration()
     what = "no calibration"
     if calibration is not None:

@@ -17,7 +17,7 @@ from ensemble_rm.demo.page import draw_hacks, draw_truth, summary, write_page
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.evaluation.evaluation import Evaluation, evaluate
 from ensemble_rm.evaluation.report import draw_evaluation
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.metrics import nll
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.training.run import train
@@ -87,7 +87,7 @@ def run_demo(
     pairs: Preferences,
     *,
     out: Path,
-    backbone: str | Path | None = None,
+    backbone: str | Path = "minilm",
     members: int = 5,
     seed: int = 0,
     simulated: bool,
@@ -100,8 +100,8 @@ def run_demo(
     pairs : Preferences
     out : Path
         Folder for the ensemble, the pictures and the page.
-    backbone : str or Path, optional
-        ``"minilm"`` (default) or ``"smollm2"``, which registry packages carry; a hub id or a
+    backbone : str or Path
+        ``"minilm"`` or ``"smollm2"``, which registry packages carry; a hub id or a
         folder.
     members, seed : int
     simulated : bool
@@ -119,7 +119,7 @@ def run_demo(
         If the package of a named backbone is not installed.
     """
     began = time.monotonic()
-    model = find_backbone(backbone or "minilm")
+    model = find_backbone(backbone)
     fit, validation, held, test = pairs.split(*SHARES, seed=seed)
     trained = train(
         fit,

@@ -1,9 +1,6 @@
-from .check import (
-    DriftCheckOptions as DriftCheckOptions,
-    check_drift as check_drift,
-    past_checks as past_checks,
-)
+from .check import check_drift as check_drift, past_checks as past_checks
 from .labelled import DriftTest as DriftTest, LabelledDrift as LabelledDrift
+from .options import DriftCheckOptions as DriftCheckOptions
 from .plots import draw_drift as draw_drift, drift_text as drift_text
 from .raters import (
     AnchorVote as AnchorVote,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,12 @@ import numpy as np
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
+from ensemble_rm.drift.options import DriftCheckOptions
 from ensemble_rm.drift.raters import RaterDrift, anchor_votes, rater_drift
 from ensemble_rm.drift.reference import Reference, ScoredSet
 from ensemble_rm.drift.report import DriftReport
 from ensemble_rm.drift.state import (
     FOLDER,
-    DriftOptions,
     life_start,
     watch,
     write_state,
@@ -33,7 +33,7 @@ from ensemble_rm.drift.unlabelled import UnlabelledDrift, unlabelled_drift
 from ensemble_rm.errors import DataError, NotCalibratedError
 from ensemble_rm.evidence.pair_margins import load_members, window_margins
 from ensemble_rm.evidence.score_table import PairMargins, ScoreTable
-from ensemble_rm.evidence.window import Window, WindowOptions, choose, read_window
+from ensemble_rm.evidence.window import Window, choose, read_window
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
@@ -41,7 +41,6 @@ from ensemble_rm.versions import locate as reading
 from ensemble_rm.versions.adopt import describe_ensemble
 from ensemble_rm.versions.atomic_files import storage_errors
 from ensemble_rm.versions.audit_log import AuditLog
-from ensemble_rm.versions.job_run import RunOptions
 from ensemble_rm.versions.repository import Versions, now_utc
 from ensemble_rm.versions.version import Version
 
@@ -49,33 +48,6 @@ if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 CHECKS = "looks.jsonl"  # the name of the first release; older run folders have it
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriftCheckOptions(WindowOptions, DriftOptions, RunOptions):
-    """Options of `check_drift`.
-
-    Attributes
-    ----------
-    checks : int
-        Number of checks planned for one version. They share `alpha`, separately for the unlabelled
-        tests and for the raters'; the labelled test may be repeated at will.
-    anchors : tuple of str
-        Batches of judgments of the anchor set; without any, raters are not tested.
-    since, until, window
-        Which judgments; see `WindowOptions`.
-    alpha, tolerance
-        See `DriftOptions`.
-    dry_run, wait
-        See `RunOptions`.
-    """
-
-    checks: int = field(
-        default=12, metadata={"help": "checks planned for one version, which share alpha"}
-    )
-    anchors: tuple[str, ...] = field(
-        default=(), metadata={"help": "batch of judgments of the anchor set; repeatable"}
-    )
 
 
 def check_drift(

@@ -56,9 +56,9 @@ from scipy.stats import t as student
 
 from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.methods.temperature import TemperatureFit
+from ensemble_rm.drift.options import TOLERANCE
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
 
-TOLERANCE = 0.1
 SLOT = 250  # payoffs between two entries of new bettors
 REACH = 4.0  # margin in units of T beyond which the verdict is near certain in any case
 # Stakes must stay below 1 over the largest loss of a payoff, or one loss could ruin a bettor.

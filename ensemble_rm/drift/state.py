@@ -6,7 +6,6 @@ was fitted on, once. A version's folder never changes, so the state lies in ``dr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,14 @@ from typing import Any
 import numpy as np
 
 from ensemble_rm.calibration.calibration import Calibration
-from ensemble_rm.drift.labelled import TOLERANCE, DriftTest
+from ensemble_rm.drift.labelled import DriftTest
+from ensemble_rm.drift.options import DriftOptions
 from ensemble_rm.errors import EnsembleRMError, StorageError
 from ensemble_rm.evidence.dated_margins import DatedMargins
 from ensemble_rm.versions.atomic_files import json_bytes, read_json, replace_file, storage_errors
 from ensemble_rm.versions.version import Version
 
 FOLDER = "drift"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriftOptions:
-    """Options of the drift tests.
-
-    Attributes
-    ----------
-    alpha : float
-        Bound on the probability of any false alarm between one publication and the next, in (0, 1).
-    tolerance : float
-        Relative change of T that does not count as drift, ≥ 0.
-    """
-
-    alpha: float = field(
-        default=0.05,
-        metadata={"help": "bound on the probability of a false alarm over a version's life"},
-    )
-    tolerance: float = field(
-        default=TOLERANCE, metadata={"help": "relative change of T that does not count as drift"}
-    )
 
 
 def life_start(version: Version, calibration: Calibration) -> float:

@@ -17,7 +17,7 @@ from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.ensemble.storage import FILE
 from ensemble_rm.errors import OptionError
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.full.scorer import FullScorer
 from ensemble_rm.members.scorer import Scorer, as_scorer
 from ensemble_rm.progress import Progress, silent

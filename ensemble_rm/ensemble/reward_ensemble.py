@@ -20,7 +20,7 @@ from ensemble_rm.calibration.calibration import (
     refit_calibration,
     require_calibration,
 )
-from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.data.samples import Preferences, Prompt, Sample, grouped_samples, require_pairs

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.combining import normalised
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
-from ensemble_rm.errors import ModelError, OptionError
-from ensemble_rm.members.branches.scorer import BranchScorer
-from ensemble_rm.members.full.scorer import FullScorer
-from ensemble_rm.members.learning.weight_averaging import average_branches, average_classifiers
+from ensemble_rm.errors import ModelError
+from ensemble_rm.members.model_scorer import ModelScorer
 from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.progress import Progress, silent
 
@@ -60,25 +59,21 @@ def average_weights(
     .. [1] Ramé et al. 2024 (WARM), arXiv 2401.12187.
     """
     require_pairs(reference, "fitting the normaliser")
-    scorers = ensemble.scorers
-    branches = [scorer for scorer in scorers if isinstance(scorer, BranchScorer)]
-    models = [scorer for scorer in scorers if isinstance(scorer, FullScorer)]
-    if len(branches) == len(scorers):
-        merged = _finish(ensemble, average_branches(branches), reference, progress)
-        if out is not None:
-            merged.save_pretrained(out)
-        return merged
-    if len(models) < len(scorers):
-        found = sorted({type(scorer).__name__ for scorer in scorers})
-        raise ModelError(
-            f"only members of kind 'full' or of kind 'branch' have a mean, not {found}"
-        )
-    if out is None:
-        raise OptionError("a merged model of full members is kept on disk: give out=…")
+    kind = type(ensemble.scorers[0])
+    if not issubclass(kind, ModelScorer) or {type(s) for s in ensemble.scorers} != {kind}:
+        names = sorted({type(scorer).__name__ for scorer in ensemble.scorers})
+        raise ModelError(f"only members of one kind, 'full' or 'branch', have a mean, not {names}")
+    members: Any = ensemble.scorers
     with tempfile.TemporaryDirectory(prefix="ensemble_rm.") as scratch:
-        scorer = average_classifiers(models, Path(scratch) / "model")
-        _finish(ensemble, scorer, reference, progress).save_pretrained(out)
-    return RewardEnsemble.from_pretrained(out, device=models[0].options.device)
+        model = Path(scratch) / "model"
+        scorer = kind.average(members, None if out is None else model)
+        merged = _finish(ensemble, scorer, reference, progress)
+        if out is None:
+            return merged
+        merged.save_pretrained(out)
+        if not model.exists():
+            return merged
+    return RewardEnsemble.from_pretrained(out, device=scorer.options.device)
 
 
 def _finish(

@@ -1,4 +1,5 @@
-from .backbone.trunk import TrunkOptions as TrunkOptions, View as View
+from .backbone.options import TrunkOptions as TrunkOptions
+from .backbone.trunk import View as View
 from .branches.recipe import BranchRecipe as BranchRecipe
 from .branches.scorer import BranchScorer as BranchScorer
 from .comparator import Comparator as Comparator
@@ -24,7 +25,7 @@ from .registry import (
 )
 from .remote.client import ClientOptions as ClientOptions
 from .remote.raw_logit_check import RawLogitReport as RawLogitReport
-from .remote.scorer import RemoteScorer as RemoteScorer, RemoteScores as RemoteScores
+from .remote.scorer import RemoteScorer as RemoteScorer
 from .scorer import (
     FunctionScorer as FunctionScorer,
     MemberScores as MemberScores,

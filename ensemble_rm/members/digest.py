@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ensemble_rm.members.backbone import checkpoint as bb
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 
 FORMAT = 1  # raised where this library's own change moves scores
 

@@ -23,11 +23,10 @@ from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.digest import member_digest
 from ensemble_rm.members.encoding import TextEncoder, count_truncation
-from ensemble_rm.members.forward.batching import Batch, batches
-from ensemble_rm.members.forward.token_budget import pick_token_budget
+from ensemble_rm.members.forward.batching import Batch, batches, pick_token_budget
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent

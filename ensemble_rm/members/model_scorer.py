@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import StorageError
+from ensemble_rm.errors import ModelError, StorageError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.scorer import MemberScores, Scorer
 from ensemble_rm.progress import Progress, silent
 
@@ -121,6 +121,27 @@ class ModelScorer(Scorer):
     @abstractmethod
     def _write(self, folder: Path) -> dict[str, Any]:
         """Write the weights; return what ``member.json`` says otherwise than `describe`."""
+
+    @classmethod
+    def average(cls, scorers: Sequence[Self], folder: Path | None) -> Self:  # noqa: ARG003
+        """Return one member whose weights are the mean of these members' weights.
+
+        Parameters
+        ----------
+        scorers : sequence of ModelScorer
+            All of this class.
+        folder : Path, optional
+            For a kind whose weights are a whole model: where that is written; must not exist.
+
+        Raises
+        ------
+        ModelError
+            If the weights of this kind, or of these members, have no mean.
+        """
+        raise ModelError(
+            f"weights of {cls.__name__} have no mean; only those of branches and "
+            "of full members have one"
+        )
 
     @classmethod
     def load(

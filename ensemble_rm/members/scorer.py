@@ -18,7 +18,7 @@ from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from ensemble_rm.members.backbone.trunk import TrunkOptions
+    from ensemble_rm.members.backbone.options import TrunkOptions
 
 Floats = NDArray[np.float64]
 Token: TypeAlias = str | Callable[[], str]

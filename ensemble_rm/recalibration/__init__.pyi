@@ -1,5 +1,5 @@
 from .job import (
     Recalibration as Recalibration,
-    RecalibrationOptions as RecalibrationOptions,
     recalibrate as recalibrate,
 )
+from .options import RecalibrationOptions as RecalibrationOptions

@@ -6,7 +6,7 @@ Pure: arrays and options in, a decision out; the job and the benchmarks call the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.calibration import Calibration
-from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS
 from ensemble_rm.data.weights import effective_sample_size
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 from ensemble_rm.evidence.dated_margins import DAY, DatedMargins, forgetting
@@ -27,6 +26,7 @@ from ensemble_rm.recalibration.fitting import (
     shrunk_mixture,
 )
 from ensemble_rm.recalibration.gate import Gate, judge_candidate, losses
+from ensemble_rm.recalibration.options import DecisionOptions
 from ensemble_rm.recalibration.split import (
     Confirmation,
     TimeSplit,
@@ -43,55 +43,6 @@ FLATTENED = (
 )
 
 Answer: TypeAlias = Literal["publish", "keep", "too few"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecisionOptions:
-    """How a candidate calibration is fitted and judged.
-
-    Attributes
-    ----------
-    half_life : float, optional
-        Days after which a judgment has half its weight; None for equal weights.
-    gate_share : float
-        Share of the judgments, the newest ones, that the gate uses; in (0, 1).
-    delta : float
-        Rise of the NLL that the gate must exclude, nats per judgment; > 0.
-    level : float
-        Confidence of the gate's one-sided bound.
-    min_judgments : int
-        Fewest effective judgments to fit on, and to gate on.
-    slices : bool
-        Fit one temperature per subset as well.
-    confirm : bool
-        Require the next batch to confirm a sudden change, and leave out older judgments that
-        contradict the newest; see `compare_newest` and `changed_since`.
-    """
-
-    half_life: float | None = field(
-        default=None, metadata={"help": "days after which a judgment has half its weight"}
-    )
-    gate_share: float = field(
-        default=1 / 6, metadata={"help": "share of the judgments, the newest, that the gate uses"}
-    )
-    delta: float = field(
-        default=0.005, metadata={"help": "rise of the NLL that the gate must exclude, in nats"}
-    )
-    level: float = field(
-        default=0.95, metadata={"help": "confidence of the gate's one-sided bound"}
-    )
-    min_judgments: int = field(
-        default=MIN_JUDGMENTS,
-        metadata={"help": "fewest effective judgments to fit on, and to gate on"},
-    )
-    slices: bool = field(default=False, metadata={"help": "fit one temperature per subset as well"})
-    confirm: bool = field(
-        default=True, metadata={"help": "wait for the next batch to confirm a sudden change"}
-    )
-
-    def decision_json(self) -> dict[str, Any]:
-        """Return the options of this class by name, without those of a subclass."""
-        return {option.name: getattr(self, option.name) for option in fields(DecisionOptions)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ left to cron or a workflow manager.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,19 @@ from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.drift.state import DriftOptions, summarise, watch, write_state
+from ensemble_rm.drift.state import summarise, watch, write_state
 from ensemble_rm.evidence.dated_margins import DatedMargins
 from ensemble_rm.evidence.pair_margins import evidence_of, load_members, window_margins
 from ensemble_rm.evidence.score_table import ScoreTable
-from ensemble_rm.evidence.window import Window, WindowOptions, choose, read_window
+from ensemble_rm.evidence.window import Window, choose, read_window
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.recalibration.decision import FLATTENED, Decision, DecisionOptions, decide
+from ensemble_rm.recalibration.decision import FLATTENED, Decision, decide
+from ensemble_rm.recalibration.options import RecalibrationOptions
 from ensemble_rm.versions.adopt import describe_ensemble
 from ensemble_rm.versions.job_run import (
     Job,
     JobOutcome,
-    RunOptions,
     Verdict,
     digest_inputs,
 )
@@ -40,29 +40,6 @@ if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 EVENT = "recalibrated"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecalibrationOptions(WindowOptions, DecisionOptions, DriftOptions, RunOptions):
-    """Options of `recalibrate`.
-
-    Attributes
-    ----------
-    watch : bool
-        Run the sequential drift test on the incumbent.
-    since, until, window
-        Which judgments; see `WindowOptions`.
-    half_life, gate_share, delta, level, min_judgments, slices, confirm
-        How a candidate is fitted and judged; see `DecisionOptions`.
-    alpha, tolerance
-        Of the drift test; see `DriftOptions`.
-    dry_run, wait
-        See `RunOptions`.
-    """
-
-    watch: bool = field(
-        default=True, metadata={"help": "test the published temperature for drift on every run"}
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
-from ensemble_rm.calibration.methods.temperature import MIN_JUDGMENTS, fit_temperature
+from ensemble_rm.calibration.methods.temperature import fit_temperature
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
-from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
+from ensemble_rm.errors import CalibrationError, TooFewJudgmentsError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.feature_cache import FeatureCache
@@ -25,81 +25,11 @@ from ensemble_rm.members.heads.scorer import HeadScorer
 from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.retraining.gate import Answer, RetrainingGate, gate_members
+from ensemble_rm.retraining.options import RetrainingOptions
 from ensemble_rm.retraining.splits import RetrainingParts, split_judgments
 from ensemble_rm.retraining.unit_matching import reward_units, same_units
 from ensemble_rm.training.request import TrainingRequest
 from ensemble_rm.training.run import train_request
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrainingOptions:
-    """How members are retrained and judged.
-
-    Attributes
-    ----------
-    gate_share : float
-        Share of the judgments on new prompts, the newest, that the gate uses.
-    calibration_share : float
-        Share of them that sets the temperatures.
-    validation_share : float
-        Share of the training pairs, by prompt, for early stopping; in (0, 1).
-    weighted : bool
-        Weight judgments by 1/π in training as well. Calibration and gate, which estimate quantities
-        over all pairs, always do. Members learn what depends on the pair itself, and there the
-        weights cost more than they gain (``benchmarks/lifecycle/selection.py``).
-    delta : float
-        Rise of the NLL that the gate must exclude, nats per judgment; > 0.
-    delta_accuracy : float
-        Fall of the accuracy that the gate must exclude; in (0, 1).
-    level : float
-        Confidence of the one-sided bounds, in [0.5, 1).
-    min_judgments : int
-        Fewest effective judgments to calibrate on, and to gate on.
-    seed : int
-        Of the splits and of training. Keep it from one retraining to the next, so that no incumbent
-        was trained on what calibrates the next one.
-    """
-
-    gate_share: float = field(
-        default=0.25,
-        metadata={"help": "share of the judgments on new prompts, the newest, for the gate"},
-    )
-    calibration_share: float = field(
-        default=0.25, metadata={"help": "share of those judgments that sets the temperatures"}
-    )
-    validation_share: float = field(
-        default=0.15, metadata={"help": "share of the training pairs for early stopping"}
-    )
-    weighted: bool = field(
-        default=False, metadata={"help": "weight selected pairs by 1/π in training as well"}
-    )
-    delta: float = field(
-        default=0.02, metadata={"help": "rise of the NLL that the gate must exclude, in nats"}
-    )
-    delta_accuracy: float = field(
-        default=0.05, metadata={"help": "fall of the accuracy that the gate must exclude"}
-    )
-    level: float = field(
-        default=0.95, metadata={"help": "confidence of the gate's one-sided bounds"}
-    )
-    min_judgments: int = field(
-        default=MIN_JUDGMENTS,
-        metadata={"help": "fewest effective judgments to calibrate on, and to gate on"},
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the splits and of training"})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.validation_share < 1:
-            raise OptionError(f"validation_share must be in (0, 1), not {self.validation_share}")
-        if not (self.delta > 0 and 0 < self.delta_accuracy < 1 and 0.5 <= self.level < 1):
-            raise OptionError(
-                f"delta={self.delta} must be > 0, delta_accuracy={self.delta_accuracy} in (0, 1) "
-                f"and level={self.level} in [0.5, 1)"
-            )
-
-    def training_json(self) -> dict[str, Any]:
-        """Return the options of this class by name, without those of a subclass."""
-        return {option.name: getattr(self, option.name) for option in fields(RetrainingOptions)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import TooFewJudgmentsError
-from ensemble_rm.judgments.filter import JudgmentFilter, TimeRange
+from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
@@ -25,14 +25,13 @@ from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.retraining.candidate import (
     Retraining,
-    RetrainingOptions,
     retrain,
     sufficient_parts,
 )
+from ensemble_rm.retraining.options import RetrainingRunOptions
 from ensemble_rm.versions.job_run import (
     Job,
     JobOutcome,
-    RunOptions,
     Verdict,
     digest_inputs,
 )
@@ -41,25 +40,6 @@ from ensemble_rm.versions.version import Version
 
 EVENT = "retrained"
 WORK = ".retraining-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrainingRunOptions(TimeRange, RetrainingOptions, RunOptions):
-    """Options of `retrain_run`.
-
-    Attributes
-    ----------
-    since, until
-        Which judgments; see `TimeRange`.
-    gate_share, calibration_share, validation_share, weighted
-        How the judgments are used; see `RetrainingOptions`.
-    delta, delta_accuracy, level, min_judgments
-        Of the gate; see `RetrainingOptions`.
-    seed
-        See `RetrainingOptions`.
-    dry_run, wait
-        See `RunOptions`. A dry run splits the judgments, reports the parts, and trains nothing.
-    """
 
 
 @dataclass(frozen=True, kw_only=True)

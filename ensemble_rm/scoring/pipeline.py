@@ -67,6 +67,8 @@ class RawScores:
         Scores of each sample's reference completion, where they were asked for.
     distance : ndarray, shape (n_samples,), optional
         To the training inputs, where a feature space was given; NaN where a sample failed.
+    features : ndarray, shape (n_samples, n_features), optional
+        Of all members that have some, where they were asked for; NaN where a sample failed.
     """
 
     raw: Floats
@@ -75,6 +77,7 @@ class RawScores:
     errors: Errors
     baseline: Floats | None = None
     distance: Floats | None = None
+    features: Floats | None = None
 
     def take(self, rows: Sequence[int]) -> RawScores:
         """Return these rows, in this order; a row may come several times."""
@@ -89,6 +92,7 @@ class RawScores:
             {(i, member): e for i, row in enumerate(rows) for member, e in own.get(row, ())},
             None if self.baseline is None else self.baseline[index],
             None if self.distance is None else self.distance[index],
+            None if self.features is None else self.features[index],
         )
 
 
@@ -139,29 +143,71 @@ def score_members(
     if on_error not in ("raise", "record"):
         raise OptionError(f"on_error must be 'raise' or 'record', not {on_error!r}")
     record = on_error == "record"
-    if record and len(distinct := dict.fromkeys(samples)) < len(samples):
-        place = {sample: row for row, sample in enumerate(distinct)}
-        result = score_members(
-            scorers,
-            list(distinct),
-            baseline=baseline,
-            space=space,
-            cache=cache,
-            pool=pool,
-            on_error=on_error,
-            progress=progress,
-        )
-        return result.take([place[sample] for sample in samples])
-    call = _Call(scorers, cache, pool, record=record)
-    if baseline:
-        result = _with_references(call, samples, progress)
-    elif space is not None and cache is None:
-        return _with_distances(call, samples, space, progress)
+    if record and len(distinct := list(dict.fromkeys(samples))) < len(samples):
+        row = {sample: i for i, sample in enumerate(distinct)}
+        rows = [row[sample] for sample in samples]
+        samples = distinct
     else:
-        result, _ = call.ask(samples, progress)
-    if space is not None:
-        result = replace(result, distance=call.distance(samples, space, progress))
-    return result
+        rows = None
+    ask = partial(_ask, scorers, cache=cache, pool=pool, record=record)
+    if space is not None and cache is None and not baseline:
+        result = _with_distances(ask, samples, space, progress)
+    else:
+        with_references = partial(_with_references, ask, record=record)
+        result = (with_references if baseline else ask)(samples, progress=progress)
+        if space is not None:
+            far, left = np.full(len(samples), np.nan), np.flatnonzero(~result.failed)
+            known = [samples[int(i)] for i in left]
+            far[left] = feature_distance(scorers, known, space, pool=pool, progress=progress)
+            result = replace(result, distance=far)
+    return result if rows is None else result.take(rows)
+
+
+def _ask(
+    scorers: Sequence[Scorer],
+    samples: Sequence[Sample],
+    *,
+    cache: ScoreCache | None,
+    pool: ModelPool | None,
+    record: bool,
+    features: bool = False,
+    progress: Progress,
+) -> RawScores:
+    """Ask every member for scores and, if wanted, features."""
+    n = len(samples)
+    if record and not n:  # nothing that fails could be recorded
+        width, none = sum(len(scorer.names) for scorer in scorers), np.zeros(0, dtype=np.bool_)
+        return RawScores(np.empty((0, width)), Truncation.none(0), none, {})
+    started: list[list[tuple[range, PendingScores]]] = [[] for _ in scorers]
+    failed: list[dict[int, Exception]] = [{} for _ in scorers]
+    answers: dict[int, MemberScores] = {}
+    try:
+        for i, scorer in enumerate(scorers):
+            started[i] = _begin(scorer, samples, failed[i], record=record)
+        # Computed here while the servers work.
+        here = [i for i in range(len(scorers)) if not started[i] and not failed[i]]
+        if pool is not None:  # those in memory first: that loads the fewest models
+            here.sort(key=lambda i: not pool.holds(scorers[i]))
+        for i in here:
+            score = _scoring(scorers[i], cache, pool, features=features, progress=progress)
+            try:
+                answers[i] = _checked(scorers[i], score(samples), n)
+            except BaseException as error:
+                if not record:
+                    raise
+                parts = _halve(
+                    partial(_score_checked, scorers[i], score), samples, error, failed[i]
+                )
+                answers[i] = _joined(scorers[i], parts, n)
+        for i, scorer in enumerate(scorers):
+            if i not in answers:
+                waited = _wait(scorer, started[i], failed, failed[i], record=record)
+                answers[i] = _joined(scorer, waited, n)
+    finally:  # a member that failed leaves the requests of others unread
+        for own in started:
+            for _, pending in own:
+                pending.cancel()
+    return _combine(scorers, [answers[i] for i in range(len(scorers))], failed, n)
 
 
 def feature_distance(
@@ -172,146 +218,83 @@ def feature_distance(
     pool: ModelPool | None = None,
     progress: Progress = silent,
 ) -> Floats:
-    """Return samples' distances in a feature space, shape (n_samples,); no score is computed."""
-    return _Call(scorers, None, pool, record=False).distance(samples, space, progress)
+    """Return samples' distances in a feature space, shape (n_samples,).
+
+    No score is computed, and members without features are not asked.
+    """
+    far = []
+    for begin in range(0, max(len(samples), 1), _CHUNK):
+        chunk = samples[begin : begin + _CHUNK]
+        columns = []
+        for scorer in scorers:
+            with nullcontext() if pool is None else pool.using(scorer):
+                features = scorer.features(chunk)
+            if features is not None:
+                columns.append(check_features(scorer, features, len(chunk)))
+        far.append(space.distance(np.concatenate(columns, axis=1)))
+        progress("reading", begin + len(chunk), len(samples))
+    return np.concatenate(far)
 
 
-class _Call:
-    """The members of one call, and how they are asked."""
+# One member --------------------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        scorers: Sequence[Scorer],
-        cache: ScoreCache | None,
-        pool: ModelPool | None,
-        *,
-        record: bool,
-    ) -> None:
-        self.scorers, self.cache, self.pool, self.record = scorers, cache, pool, record
 
-    def ask(
-        self, samples: Sequence[Sample], progress: Progress, *, features: bool = False
-    ) -> tuple[RawScores, Floats | None]:
-        """Ask all members; return the features, too, where they are asked for."""
-        n, k = len(samples), len(self.scorers)
-        started: list[list[tuple[range, PendingScores]]] = [[] for _ in range(k)]
-        failed: list[dict[int, Exception]] = [{} for _ in range(k)]
-        answers: dict[int, MemberScores] = {}
-        if self.record and not samples:  # nothing that fails could be recorded
-            width = sum(len(scorer.names) for scorer in self.scorers)
-            none = np.zeros(0, dtype=np.bool_)
-            return RawScores(np.empty((0, width)), Truncation.none(0), none, {}), None
+def _begin(
+    scorer: Scorer,
+    samples: Sequence[Sample],
+    failed: MutableMapping[int, Exception],
+    *,
+    record: bool,
+) -> list[tuple[range, PendingScores]]:
+    """Send a member's requests; none where this process computes its scores."""
+    parts: Iterable[tuple[range, PendingScores | None]]
+    try:
+        parts = [(range(len(samples)), scorer.begin(samples))]
+    except BaseException as error:  # a template, perhaps, that one sample does not fit
+        if not record:
+            raise
+        parts = _halve(scorer.begin, samples, error, failed)
+    return [(rows, pending) for rows, pending in parts if pending is not None]
+
+
+def _wait(
+    scorer: Scorer,
+    started: Sequence[tuple[range, PendingScores]],
+    everywhere: Sequence[Mapping[int, Exception]],
+    failed: MutableMapping[int, Exception],
+    *,
+    record: bool,
+) -> list[tuple[range, MemberScores]]:
+    """Read what a server computed; it is asked about no sample twice."""
+    parts = []
+    for rows, pending in started:
+        if len(rows) and all(any(row in own for own in everywhere) for row in rows):
+            continue  # the samples failed elsewhere: nothing needs these scores
         try:
-            for i, scorer in enumerate(self.scorers):
-                started[i] = self._begin(scorer, samples, failed[i])
-            # Computed here while the servers work.
-            here = [i for i in range(k) if not started[i] and not failed[i]]
-            if (pool := self.pool) is not None:  # those in memory first: it loads the fewest models
-                here.sort(key=lambda i: not pool.holds(self.scorers[i]))
-            for i in here:
-                score = self._scoring(self.scorers[i], features, progress)
-                try:
-                    answers[i] = _checked(self.scorers[i], score(samples), n)
-                except BaseException as error:
-                    if not self.record:
-                        raise
-                    checked = partial(_score_checked, self.scorers[i], score)
-                    parts = _halve(checked, samples, error, failed[i])
-                    answers[i] = _joined(self.scorers[i], parts, n)
-            for i in range(k):
-                if i not in answers:
-                    answers[i] = self._wait(i, started[i], failed, n)
-        finally:  # a member that failed leaves the requests of others unread
-            for own in started:
-                for _, pending in own:
-                    pending.cancel()
-        return self._combine([answers[i] for i in range(k)], failed, n)
-
-    def _begin(
-        self, scorer: Scorer, samples: Sequence[Sample], failed: MutableMapping[int, Exception]
-    ) -> list[tuple[range, PendingScores]]:
-        """Send a member's requests; none where this process computes its scores."""
-        parts: Iterable[tuple[range, PendingScores | None]]
-        try:
-            parts = [(range(len(samples)), scorer.begin(samples))]
-        except BaseException as error:  # a template, perhaps, that one sample does not fit
-            if not self.record:
+            parts.append((rows, _checked(scorer, pending.result(), len(rows))))
+        except BaseException as error:
+            if not record:
                 raise
-            parts = _halve(scorer.begin, samples, error, failed)
-        return [(rows, pending) for rows, pending in parts if pending is not None]
+            failed.update(dict.fromkeys(rows, _as_exception(error)))
+    return parts
 
-    def _wait(
-        self,
-        i: int,
-        started: Sequence[tuple[range, PendingScores]],
-        failed: Sequence[MutableMapping[int, Exception]],
-        n: int,
-    ) -> MemberScores:
-        """Read what a server computed; it is asked about no sample twice."""
-        scorer, parts = self.scorers[i], []
-        for rows, pending in started:
-            if len(rows) and all(any(row in own for own in failed) for row in rows):
-                continue  # the samples failed elsewhere: nothing needs these scores
-            try:
-                parts.append((rows, _checked(scorer, pending.result(), len(rows))))
-            except BaseException as error:
-                if not self.record:
-                    raise
-                failed[i].update(dict.fromkeys(rows, _as_exception(error)))
-        return _joined(scorer, parts, n)
 
-    def _scoring(
-        self, scorer: Scorer, features: bool, progress: Progress
-    ) -> Callable[[Sequence[Sample]], MemberScores]:
-        """Return what scores with a member of this process, through pool and cache."""
-        score = partial(scorer.score_detailed, features=features, progress=progress)
-        compute = score if self.pool is None else partial(_score_in, self.pool, scorer, score)
-        digest = None if self.cache is None else scorer.digest
-        if self.cache is None or digest is None:
-            return compute
-        # Checked here, too: nothing of the wrong shape goes into the cache.
-        return partial(self.cache.scores, digest, compute=partial(_score_checked, scorer, compute))
-
-    def _combine(
-        self,
-        answers: Sequence[MemberScores],
-        failed: Sequence[Mapping[int, Exception]],
-        n: int,
-    ) -> tuple[RawScores, Floats | None]:
-        """Put the members' columns in one matrix, and their errors in one mapping."""
-        errors: dict[tuple[int, str | None], Exception] = {}
-        cut = Truncation.none(n)
-        for scorer, answer, own in zip(self.scorers, answers, failed, strict=True):
-            member = scorer.names[0] if len(scorer.names) == 1 else None
-            for row, error in (*answer.errors.items(), *own.items()):
-                errors.setdefault((row, member), error)
-            cut |= answer.truncation
-        raw = np.concatenate([answer.scores for answer in answers], axis=1)
-        lost = np.zeros(n, dtype=np.bool_)
-        lost[[row for own in failed for row in own]] = True
-        # Without the member that raised, the others would make another reward than was asked for.
-        raw[lost] = np.nan
-        features = [answer.features for answer in answers if answer.features is not None]
-        return RawScores(raw, cut, lost, errors), (
-            np.concatenate(features, axis=1) if features else None
-        )
-
-    def distance(
-        self, samples: Sequence[Sample], space: FeatureSpace, progress: Progress
-    ) -> Floats:
-        """Return the samples' distances, from features alone: members without are not asked."""
-        far = []
-        for begin in range(0, max(len(samples), 1), _CHUNK):
-            chunk = samples[begin : begin + _CHUNK]
-            columns = []
-            for scorer in self.scorers:
-                with nullcontext() if self.pool is None else self.pool.using(scorer):
-                    features = scorer.features(chunk)
-                if features is not None:
-                    columns.append(check_features(scorer, features, len(chunk)))
-            far.append(space.distance(np.concatenate(columns, axis=1)))
-            progress("reading", begin + len(chunk), len(samples))
-        return np.concatenate(far)
+def _scoring(
+    scorer: Scorer,
+    cache: ScoreCache | None,
+    pool: ModelPool | None,
+    *,
+    features: bool,
+    progress: Progress,
+) -> Callable[[Sequence[Sample]], MemberScores]:
+    """Return what scores with a member of this process, through pool and cache."""
+    score = partial(scorer.score_detailed, features=features, progress=progress)
+    compute = score if pool is None else partial(_score_in, pool, scorer, score)
+    digest = None if cache is None else scorer.digest
+    if cache is None or digest is None:
+        return compute
+    # Checked here, too: nothing of the wrong shape goes into the cache.
+    return partial(cache.scores, digest, compute=partial(_score_checked, scorer, compute))
 
 
 def _halve(
@@ -414,17 +397,43 @@ def _joined(scorer: Scorer, parts: Iterable[tuple[range, MemberScores]], n: int)
     return MemberScores(scores, cut, features, errors)
 
 
+def _combine(
+    scorers: Sequence[Scorer],
+    answers: Sequence[MemberScores],
+    failed: Sequence[Mapping[int, Exception]],
+    n: int,
+) -> RawScores:
+    """Put the members' columns in one matrix, and their errors in one mapping."""
+    errors: dict[tuple[int, str | None], Exception] = {}
+    cut = Truncation.none(n)
+    for scorer, answer, own in zip(scorers, answers, failed, strict=True):
+        member = scorer.names[0] if len(scorer.names) == 1 else None
+        for row, error in (*answer.errors.items(), *own.items()):
+            errors.setdefault((row, member), error)
+        cut |= answer.truncation
+    raw = np.concatenate([answer.scores for answer in answers], axis=1)
+    lost = np.zeros(n, dtype=np.bool_)
+    lost[[row for own in failed for row in own]] = True
+    # Without the member that raised, the others would make another reward than was asked for.
+    raw[lost] = np.nan
+    features = [answer.features for answer in answers if answer.features is not None]
+    read = np.concatenate(features, axis=1) if features else None
+    return RawScores(raw, cut, lost, errors, features=read)
+
+
 # Prompt baselines and distances ------------------------------------------------------------------
 
 
-def _with_references(call: _Call, samples: Sequence[Sample], progress: Progress) -> RawScores:
+def _with_references(
+    ask: Callable[..., RawScores], samples: Sequence[Sample], *, progress: Progress, record: bool
+) -> RawScores:
     """Score samples and, each once, their references; a sample fails where its reference does."""
     errors: dict[tuple[int, str | None], Exception] = {}
-    if call.record:
+    if record:
         errors.update({(row, None): error for row, error in missing_references(samples).items()})
     rows = [row for row in range(len(samples)) if (row, None) not in errors]
     references, places = reference_samples([samples[row] for row in rows])
-    both, _ = call.ask([*(samples[row] for row in rows), *references], progress)
+    both = ask([*(samples[row] for row in rows), *references], progress=progress)
     n, m = len(samples), len(rows)
     raw, below = np.full((2, n, both.raw.shape[1]), np.nan)
     raw[rows], below[rows] = both.raw[:m], both.raw[m:][places]
@@ -443,7 +452,10 @@ def _with_references(call: _Call, samples: Sequence[Sample], progress: Progress)
 
 
 def _with_distances(
-    call: _Call, samples: Sequence[Sample], space: FeatureSpace, progress: Progress
+    ask: Callable[..., RawScores],
+    samples: Sequence[Sample],
+    space: FeatureSpace,
+    progress: Progress,
 ) -> RawScores:
     """Score and take distances in one pass, some thousand samples at a time."""
     parts: list[RawScores] = []
@@ -457,9 +469,13 @@ def _with_distances(
         ) -> None:
             progress(stage, begin + int(m * (done / total if total else 1.0)), len(samples))
 
-        part, features = call.ask(chunk, report, features=True)
-        parts.append(part)
-        far.append(_distance(space, features, len(chunk)))
+        part = ask(chunk, features=True, progress=report)
+        distance = np.full(len(chunk), np.nan)
+        if part.features is not None:
+            known = ~np.isnan(part.features).any(axis=1)  # a sample that failed has none
+            distance[known] = space.distance(part.features[known])
+        parts.append(replace(part, features=None))
+        far.append(distance)
         errors.update({(begin + row, member): e for (row, member), e in part.errors.items()})
     return RawScores(
         np.concatenate([part.raw for part in parts]),
@@ -468,12 +484,3 @@ def _with_distances(
         errors,
         distance=np.concatenate(far),
     )
-
-
-def _distance(space: FeatureSpace, features: Floats | None, n: int) -> Floats:
-    """Return each row's distance; NaN where a sample failed and has no features."""
-    far = np.full(n, np.nan)
-    if features is not None:
-        known = ~np.isnan(features).any(axis=1)
-        far[known] = space.distance(features[known])
-    return far

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ensemble_rm.errors import OptionError
 from ensemble_rm.field_help import with_field_help
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.members.registry import make_recipe, member_kind
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
-    from ensemble_rm.members.backbone.trunk import TrunkOptions
 
 
 @with_field_help
@@ -96,8 +96,6 @@ class TrainingRequest:
         OptionError
             If the ensemble was not made by `train`: then no recipe is known.
         """
-        from ensemble_rm.members.backbone.trunk import TrunkOptions
-
         provenance = ensemble.provenance
         needed = ("kind", "members", "backbone", "options", "recipe")
         missing = [name for name in needed if name not in provenance]

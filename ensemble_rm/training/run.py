@@ -23,7 +23,7 @@ from ensemble_rm.ensemble.storage import check_target
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.checkpoint import load_tokenizer, locate
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.encoding import TextEncoder, count_truncation
 from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.members.learning.recipe import Recipe
@@ -163,7 +163,7 @@ def train_request(
 
     Raises
     ------
-    EnsembleError
+    EnsembleRMError
         What `train` raises.
     """
     out = None if request.out is None else Path(request.out).expanduser()
@@ -208,7 +208,7 @@ def plan(fit: Preferences, validation: Preferences, request: TrainingRequest) ->
 
     Raises
     ------
-    EnsembleError
+    EnsembleRMError
         What `train` raises before it reads weights.
     """
     job, _ = _prepare(fit, validation, request)

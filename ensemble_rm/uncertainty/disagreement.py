@@ -1,6 +1,4 @@
-"""How much the members disagree: pointwise spread, the split of a pair's uncertainty, herding.
-
-Knows arrays of scores and margins; knows nothing of models or judgments.
+"""Disagreement of the members: spread per sample, uncertainty per pair, correlation of errors.
 
 References
 ----------
@@ -22,7 +20,7 @@ from ensemble_rm.errors import NonFiniteScoreError, OneMemberError, OptionError
 
 @dataclass(frozen=True)
 class PairUncertainty:
-    """The uncertainty of each pair, in nats, all on one mixture.
+    """The uncertainty of each pair in nats, for the mixture of the members.
 
     Attributes
     ----------
@@ -49,7 +47,7 @@ def _several(scores: ArrayLike, what: str, nan: NanPolicy = "raise") -> Floats:
 
 
 def member_std(scores: ArrayLike, *, ddof: int = 1, nan: NanPolicy = "raise") -> Floats:
-    """Spread of the members at each sample.
+    """Return the standard deviation over the members at each sample.
 
     Parameters
     ----------
@@ -59,8 +57,8 @@ def member_std(scores: ArrayLike, *, ddof: int = 1, nan: NanPolicy = "raise") ->
         Divisor k − ddof; 1 is the unbiased variance. At k = 5 the variance itself is uncertain
         by about 71 %.
     nan : {"raise", "omit"}
-        What a member without a score is: an error, or left out. Where fewer than two are left, the
-        spread is NaN.
+        Whether a missing score is an error or left out. Where fewer than two scores are left, the
+        result is NaN.
 
     Returns
     -------
@@ -81,7 +79,7 @@ def member_std(scores: ArrayLike, *, ddof: int = 1, nan: NanPolicy = "raise") ->
 
 
 def binary_entropy(p: ArrayLike) -> Floats:
-    """Entropy of a coin, in nats; 0 at 0 and 1."""
+    """Entropy of a Bernoulli variable in nats; 0 at p = 0 and p = 1."""
     q = np.asarray(p, dtype=np.float64)
     return np.asarray(entr(q) + entr(1.0 - q), dtype=np.float64)
 
@@ -98,8 +96,8 @@ def split_uncertainty(
     mixture_temperature : float
         T_mix > 0, fitted on the NLL of the mixture.
     nan : {"raise", "omit"}
-        What a member that did not score both sides is: an error, or left out of the mixture. A pair
-        that fewer than two scored is NaN in all parts: nothing is known of what they disagree on.
+        Whether a member that did not score both sides is an error or left out of the mixture. A
+        pair with fewer than two members is NaN in all parts, since they have no disagreement.
 
     Returns
     -------
@@ -124,49 +122,50 @@ def split_uncertainty(
 
 
 def unknown_as_most(nats: Floats) -> Floats:
-    """Return uncertainties with ln 2, the most there is of two verdicts, in the place of NaN."""
+    """Replace NaN by ln 2, the largest possible uncertainty of a binary verdict."""
     return np.where(np.isnan(nats), np.log(2.0), nats)
 
 
 def margin_correlation(member_margins: ArrayLike, *, nan: NanPolicy = "raise") -> Floats:
-    """Correlate the members' margins with one another.
+    """Correlation matrix of the members' margins.
 
     Parameters
     ----------
     member_margins : array_like, shape (n_pairs, n_members)
         Margins in any unit.
     nan : {"raise", "omit"}
-        What a missing margin is: an error, or left out, so that two members are correlated over the
+        Whether a missing margin is an error or left out; two members are then correlated over the
         pairs that both scored.
 
     Returns
     -------
     ndarray, shape (n_members, n_members)
-        Pearson correlations about zero: a pair's orientation is arbitrary, so its mean is.
+        Pearson correlations about zero: the orientation of a pair is arbitrary, and so is the mean
+        margin.
     """
     margins = _several(member_margins, "the correlation of margins", nan)
-    there = ~np.isnan(margins)
-    known = np.where(there, margins, 0.0)
-    squares = (known**2).T @ there  # of the row's member, over the pairs that the column's scored
+    present = ~np.isnan(margins)
+    known = np.where(present, margins, 0.0)
+    squares = (known**2).T @ present  # row member's squares over the pairs that the column scored
     if not (squares > 0).all():
         raise OptionError(f"member {int(np.argmin(squares.min(axis=1)))} has only zero margins")
     return np.asarray(known.T @ known / np.sqrt(squares * squares.T), dtype=np.float64)
 
 
 def mean_correlation(correlation: ArrayLike) -> float:
-    """Average a correlation matrix over its distinct pairs of members."""
+    """Mean of a correlation matrix over distinct pairs of members."""
     matrix = _several(correlation, "the mean correlation")
     return float(matrix[np.triu_indices(len(matrix), 1)].mean())
 
 
 def effective_size(errors: ArrayLike) -> float:
-    """Count the independent members that an ensemble is worth, k/(1 + (k − 1)ρ).
+    """Effective number of independent members, k/(1 + (k − 1)ρ).
 
     Parameters
     ----------
     errors : array_like, shape (n, n_members)
-        Each member's score minus **gold**. On human labels the shared label noise makes the
-        figure meaningless.
+        Each member's score minus **gold**. On human labels the result is meaningless: the members
+        share the label noise.
 
     Returns
     -------

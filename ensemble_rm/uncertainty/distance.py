@@ -1,11 +1,9 @@
-"""How far an input lies from the training inputs, by a model's features: Mahalanobis distance.
+"""Mahalanobis distance of an input from the training inputs, on a model's features.
 
-The covariance is shrunk towards a multiple of the identity by Ledoit and Wolf's share [2]_, on
-features that are standardised first, so that neither layers nor units weigh more by their scale.
-Its leading directions are kept, the rest of the space has one variance, their mean: what is left
-of the shrunk covariance where there are fewer samples than features, and exact where all are kept.
-
-Knows arrays of features; knows nothing of models or texts.
+Features are standardised first, so that no layer or unit counts more by its scale. The covariance
+is shrunk towards a multiple of the identity by Ledoit and Wolf's share [2]_. Only its leading
+directions are kept; all other directions share one variance, the mean of theirs. That is exact
+where all directions are kept, and needs no full matrix where samples are fewer than features.
 
 References
 ----------
@@ -32,16 +30,16 @@ MIN_SAMPLES = 50
 
 @dataclass(frozen=True, eq=False)
 class FeatureSpace:
-    """Where the training features lie.
+    """Mean, scale and shrunk covariance of the training features.
 
     Attributes
     ----------
     mean, scale : ndarray, shape (n_features,)
-        Of the training features; a feature that never varies has scale 1.
+        Of each feature; a constant feature has scale 1.
     directions : ndarray, shape (n_directions, n_features)
-        Orthonormal, in standardised features, of falling variance.
+        Orthonormal, in standardised features, by decreasing variance.
     variances : ndarray, shape (n_directions,)
-        Shrunk, > 0.
+        Shrunk variance of each direction, > 0.
     rest : float
         Shrunk variance in every other direction; 0 where there is none.
     """
@@ -66,23 +64,23 @@ class FeatureSpace:
         Raises
         ------
         OptionError
-            If the number of features is another.
+            If the number of features differs from that of the training features.
         """
         x = _matrix(features)
         if x.shape[1] != len(self.mean):
-            raise OptionError(f"{x.shape[1]} features, and a space of {len(self.mean)}")
+            raise OptionError(f"{x.shape[1]} features for a feature space of {len(self.mean)}")
         z = (x - self.mean) / self.scale
         along = z @ self.directions.T
         squared = (along**2 / self.variances).sum(axis=1)
         if self.rest > 0:
-            beside = (z**2).sum(axis=1) - (along**2).sum(axis=1)
-            squared += np.maximum(beside, 0.0) / self.rest
+            outside = (z**2).sum(axis=1) - (along**2).sum(axis=1)
+            squared += np.maximum(outside, 0.0) / self.rest
         return np.asarray(np.sqrt(squared / len(self.mean)), dtype=np.float64)
 
     def arrays(self) -> dict[str, Any]:
         """Return the arrays by name, as they are stored."""
-        found = {name: np.atleast_1d(value) for name, value in vars(self).items()}
-        return found | {"directions": self.directions.astype(np.float32)}
+        arrays = {name: np.atleast_1d(value) for name, value in vars(self).items()}
+        return arrays | {"directions": self.directions.astype(np.float32)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> FeatureSpace:
@@ -97,9 +95,9 @@ def fit_feature_space(features: ArrayLike, *, directions: int = DIRECTIONS) -> F
     Parameters
     ----------
     features : array_like, shape (n_samples, n_features)
-        Of inputs that the members were trained on.
+        Features of the members' training inputs.
     directions : int
-        The most that are kept.
+        Maximum number of directions to keep.
 
     Returns
     -------
@@ -115,12 +113,12 @@ def fit_feature_space(features: ArrayLike, *, directions: int = DIRECTIONS) -> F
     x = _matrix(features)
     n, d = x.shape
     if n < MIN_SAMPLES:
-        raise DataError(f"{n} samples; a feature space needs {MIN_SAMPLES}")
+        raise DataError(f"{n} samples; a feature space needs at least {MIN_SAMPLES}")
     mean, scale = x.mean(axis=0), x.std(axis=0)
     scale = np.where(scale > 1e-12 * (1 + np.abs(mean)), scale, 1.0)
     z = (x - mean) / scale
     _, singular, rows = np.linalg.svd(z, full_matrices=False)
-    spectrum = singular**2 / n  # of the covariance; what is missing to d is 0
+    spectrum = singular**2 / n  # the covariance's eigenvalues; further ones, up to d, are 0
     share, centre = _shrinkage(z, spectrum), float(spectrum.sum() / d)
     shrunk = (1 - share) * spectrum + share * centre
     kept = min(directions, len(spectrum))
@@ -128,7 +126,7 @@ def fit_feature_space(features: ArrayLike, *, directions: int = DIRECTIONS) -> F
     others = d - kept
     total = float(shrunk[kept:].sum()) + share * centre * (d - len(spectrum))
     rest = total / others if others else 0.0
-    # Stored in float32, and rounded here already: a space that was read again is the same.
+    # Stored as float32: rounding now makes a saved and loaded space identical.
     rounded = rows[:kept].astype(np.float32).astype(np.float64)
     return FeatureSpace(mean, scale, rounded, shrunk[:kept], rest)
 
@@ -146,7 +144,7 @@ def _shrinkage(z: Floats, spectrum: Floats) -> float:
     """Return Ledoit and Wolf's share of the identity [2]_ for centred samples (n, d)."""
     n, d = z.shape
     centre = spectrum.sum() / d
-    # Both sums of squares of matrix entries, without the matrix.
+    # Sums of squared matrix entries, without building the (d, d) matrix.
     spread = float((spectrum**2).sum()) - d * centre**2
     fourth = float(((z**2).sum(axis=1) ** 2).mean())
     noise = (fourth - float((spectrum**2).sum())) / n

@@ -16,29 +16,10 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.errors import EnsembleRMError
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.versions.options import RunOptions
 from ensemble_rm.versions.repository import Versions
 
 Verdict: TypeAlias = Literal["published", "kept", "too few", "drift alarm"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How a job uses the run folder.
-
-    Attributes
-    ----------
-    dry_run : bool
-        Report what would happen and write nothing.
-    wait : bool
-        Wait for another job on the same folder instead of raising `LockedError`.
-    """
-
-    dry_run: bool = field(
-        default=False, metadata={"help": "report what would happen and write nothing"}
-    )
-    wait: bool = field(
-        default=False, metadata={"help": "wait for another job on the folder instead of failing"}
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ def test_slices_go_through_json_and_pairs_through_their_arrays() -> None:
 def test_slices_need_subsets_and_a_temperature() -> None:
     with pytest.raises(OptionError, match="subset"):
         fit(sliced({None: (1.0, 300)}))
-    with pytest.raises(OptionError, match="method='power'"):
+    with pytest.raises(OptionError, match="only, not 'power'"):
         fit_calibration(sliced({"a": (1.0, 300)}), mean(), slices=True, method="power")
 
 

@@ -192,7 +192,7 @@ def test_normalised_scores_do_not_know_a_members_unit(scale: float, shift: float
 
 
 def test_a_normaliser_refuses_what_has_no_scale() -> None:
-    with pytest.raises(OptionError, match="alike"):
+    with pytest.raises(OptionError, match="the same score"):
         fit_normaliser(np.ones((4, 1)), [0, 0, 1, 1])
     with pytest.raises(OptionError, match="two reference completions"):
         fit_normaliser([[1.0], [2.0]], [0, 1])

@@ -17,8 +17,8 @@ import pytest
 from ensemble_rm import RewardEnsemble, Sample
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
-from ensemble_rm.cli.main import main, make_parser
-from ensemble_rm.cli.serve import TOKEN_VARIABLE, read_options, read_token
+from ensemble_rm.cli.main import main, parse
+from ensemble_rm.cli.serve import TOKEN_VARIABLE, Serve, read_token
 from ensemble_rm.errors import OptionError, RemoteFailureWarning
 from ensemble_rm.members import HeadScorer
 from ensemble_rm.server import lifecycle
@@ -81,7 +81,7 @@ def test_a_taken_address_is_a_named_error(
         ["--policy-template", "chat"],
         ["--max-body-bytes", "0"],
         ["--batch-samples", "0"],
-        ["--window-ms", "5000"],
+        ["--window-seconds", "5"],
         ["--kappa", "1"],
         ["--port", "99999"],
         ["--port", "-1"],
@@ -118,9 +118,12 @@ def test_without_the_extra_the_extra_is_named(
 
 def test_every_option_arrives() -> None:
     words = "serve runs/hh --policy-template <s>{role}\\n{content}<e> --stop </s> --stop <e>"
-    words += " --raw-text-members a b --batch-tokens 7 --window-ms 2 --queue-samples 9"
+    words += " --raw-text-members a --raw-text-members b --batch-tokens 7"
+    words += " --window-seconds 0.002 --queue-samples 9"
     words += " --max-samples 3 --on-truncation refuse --name mine"
-    options = read_options(make_parser().parse_args(words.split()))
+    invocation = parse(words.split())
+    assert not isinstance(invocation, int) and isinstance(invocation.command, Serve)
+    options = invocation.command.options()
     assert options.raw_text.template is not None
     assert options.raw_text.template.text == "<s>{role}\n{content}<e>"
     assert options.raw_text.stops == ("</s>", "<e>", "<e>")

@@ -25,7 +25,8 @@ import yaml
 from ensemble_rm import FunctionScorer, RewardEnsemble
 from ensemble_rm.aggregation import make_aggregator
 from ensemble_rm.calibration import Normaliser
-from ensemble_rm.cli.main import make_parser
+from ensemble_rm.cli.main import parse
+from ensemble_rm.cli.serve import Serve
 from ensemble_rm.server.lifecycle import _ANSWERING
 from tests.support import CHECKOUT
 from tests.support.server_process import length, lengths
@@ -40,9 +41,11 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(places))
 
 
-def understood(command: list[str]) -> None:
+def read_command(words: list[str]) -> Serve:
     """`ensemble-rm serve …`, as the command line reads it."""
-    assert make_parser().parse_args(command).command == "serve"
+    invocation = parse(words)
+    assert not isinstance(invocation, int) and isinstance(invocation.command, Serve)
+    return invocation.command
 
 
 def test_the_unit_starts_a_command_that_exists() -> None:
@@ -53,10 +56,9 @@ def test_the_unit_starts_a_command_that_exists() -> None:
     assert {"Unit", "Service", "Install"} == set(unit.sections())
     program, *words = shlex.split(unit["Service"]["ExecStart"])
     assert program.endswith("ensemble-rm")
-    understood(words)
-    args = make_parser().parse_args(words)
+    network = read_command(words).network
     # It is given the time that it asks for before it is killed.
-    assert float(unit["Service"]["TimeoutStopSec"]) >= args.drain_seconds + args.stop_seconds
+    assert float(unit["Service"]["TimeoutStopSec"]) >= network.drain_seconds + network.stop_seconds
 
 
 @pytest.mark.skipif(tool("systemd-analyze") is None, reason="no systemd-analyze")
@@ -88,11 +90,10 @@ def test_the_image_is_what_it_should_be() -> None:
     last = dict(found)
     assert last["USER"] not in ("0", "root")
     command = json.loads(last["ENTRYPOINT"])[1:] + json.loads(last["CMD"])
-    understood(command)
+    serve = read_command(command)
     assert not any(word in json.dumps(found).lower() for word in ("password", "secret="))
-    args = make_parser().parse_args(command)
-    assert args.token_file is not None
-    assert args.drain_seconds + args.stop_seconds + _ANSWERING < DOCKER_STOPS
+    assert serve.token_file is not None
+    assert serve.network.drain_seconds + serve.network.stop_seconds + _ANSWERING < DOCKER_STOPS
     code = json.loads(last["HEALTHCHECK"].partition("CMD ")[2])[2]
     compile(code, "healthcheck", "exec")
 
@@ -142,10 +143,10 @@ def test_promtool_takes_the_rules() -> None:
 def test_nginx_gives_no_more_than_the_server_takes() -> None:
     text = re.sub(r"#.*", "", (FOLDER / "nginx.conf").read_text())
     assert text.count("{") == text.count("}")
-    args = make_parser().parse_args(["serve", "x"])
+    limits = read_command(["serve", "x"]).server.limits
     (size,) = re.findall(r"client_max_body_size (\d+)m;", text)
-    assert int(size) * 2**20 <= args.max_body_bytes
-    for name, own in (("header", args.header_seconds), ("body", args.body_seconds)):
+    assert int(size) * 2**20 <= limits.max_body_bytes
+    for name, own in (("header", limits.header_seconds), ("body", limits.body_seconds)):
         (seconds,) = re.findall(rf"client_{name}_timeout (\d+)s;", text)
         assert float(seconds) <= own
     assert "location = /v1/refresh { return 403; }" in text

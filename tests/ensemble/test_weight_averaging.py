@@ -22,7 +22,7 @@ from ensemble_rm.cli.main import main
 from ensemble_rm.errors import DataError, ModelError, OneMemberError, OptionError
 from ensemble_rm.members import BranchRecipe, BranchScorer, FullRecipe, FullScorer
 from ensemble_rm.members.heads.weights import HeadWeights
-from ensemble_rm.members.learning.weight_averaging import average_tensors
+from ensemble_rm.members.learning.averaging import average_tensors
 from tests.support.small_runs import OPTIONS, SAMPLES, few_pairs
 
 

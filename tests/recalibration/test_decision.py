@@ -19,9 +19,10 @@ from ensemble_rm.evidence.dated_margins import (
     DAY,
     forgetting,
 )
-from ensemble_rm.recalibration.decision import DecisionOptions, decide
+from ensemble_rm.recalibration.decision import decide
 from ensemble_rm.recalibration.fitting import shrink
 from ensemble_rm.recalibration.gate import clustered_mean, judge_candidate, losses
+from ensemble_rm.recalibration.options import DecisionOptions
 from ensemble_rm.recalibration.split import changed_since, compare_newest, split_by_time
 from tests.support.recalibration_runs import calibrated, margins, together
 

@@ -16,7 +16,7 @@ import pytest
 
 from ensemble_rm import Versions, recalibrate
 from ensemble_rm.cli.main import main
-from ensemble_rm.drift.check import DriftCheckOptions, check_drift, past_checks
+from ensemble_rm.drift import DriftCheckOptions, check_drift, past_checks
 from ensemble_rm.errors import LockedError, StorageError
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.window import WindowOptions, choose, read_window
@@ -298,24 +298,24 @@ def test_the_command_says_its_verdict_by_its_exit_code(
 def test_the_commands_of_versions(
     run: Path, store: JudgmentStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["versions", str(run)]) == 0
+    assert main(["versions", "list", str(run)]) == 0
     assert "no versions yet" in capsys.readouterr().out
-    assert main(["rollback", str(run)]) == 4
+    assert main(["versions", "rollback", str(run)]) == 4
     job(run, store)
-    assert main(["versions", str(run), "--json"]) == 0
+    assert main(["versions", "list", str(run), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["current"] == 2 and [v["number"] for v in said["versions"]] == [1, 2]
-    assert main(["show", str(run), "1", "--json"]) == 0
+    assert main(["versions", "show", str(run), "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "ensemble"
-    assert main(["show", str(run)]) == 0
+    assert main(["versions", "show", str(run)]) == 0
     assert '"gate"' in capsys.readouterr().out
-    assert main(["rollback", str(run)]) == 0
-    assert main(["pin", str(run), "2"]) == 0
-    assert main(["versions", str(run)]) == 0
+    assert main(["versions", "rollback", str(run)]) == 0
+    assert main(["versions", "pin", str(run), "2"]) == 0
+    assert main(["versions", "list", str(run)]) == 0
     assert "p    2" in capsys.readouterr().out
-    assert main(["rollback", str(run)]) == 4
-    assert main(["unpin", str(run)]) == 0
-    assert main(["rollback", str(run), "--to", "9"]) == 4
+    assert main(["versions", "rollback", str(run)]) == 4
+    assert main(["versions", "unpin", str(run)]) == 0
+    assert main(["versions", "rollback", str(run), "--to", "9"]) == 4
     assert "versions 1 to 2, and no 9" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from ensemble_rm import FunctionScorer, RewardEnsemble, Sample, Scorer
 from ensemble_rm.aggregation import make_aggregator
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.members import ClientOptions, JudgeScorer
-from ensemble_rm.members.remote.failures import Reason
+from ensemble_rm.members.remote.failures import failure_kind
 from tests.support.judge_doubles import completion
 from tests.support.remote_members import member
 from tests.support.server_runs import client, one
@@ -104,8 +105,8 @@ def warmed(ensemble: RewardEnsemble) -> RewardEnsemble:
 
 def test_the_whole_reason_is_there_for_whom_asks() -> None:
     scorer = member(quoting(lambda text: httpx.Response(422, text=of_text(text))))
-    (reason,) = scorer.score_explained([Sample("q", MARK)]).failures
-    assert reason is not None and reason.startswith("status 422: ") and MARK in reason
-    again = copy.deepcopy(reason)
-    assert isinstance(again, Reason) and (again, again.kind) == (reason, "status 422")
+    error = scorer.score_detailed([Sample("q", MARK)]).errors[0]
+    assert str(error).startswith("status 422: ") and MARK in str(error)
+    for again in (copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
+        assert (str(again), failure_kind(again, "")) == (str(error), "status 422")
     scorer.close()

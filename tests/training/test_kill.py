@@ -20,11 +20,9 @@ from ensemble_rm.demo.data import FILE
 COMMAND = """
 import sys
 from ensemble_rm.cli.main import main
-from ensemble_rm.members.branches.gradient_training import BranchTrainer
-from ensemble_rm.members.heads.gradient_training import HeadTrainer
-BranchTrainer.checkpoint_seconds = 0.1
-assert HeadTrainer.__init__.__kwdefaults__["checkpoint_seconds"] == 5.0
-HeadTrainer.__init__.__kwdefaults__["checkpoint_seconds"] = 0.1
+from ensemble_rm.members.learning.loop import TrainingLoop
+assert TrainingLoop.checkpoint_seconds == 1.0
+TrainingLoop.checkpoint_seconds = 0.1
 sys.exit(main(sys.argv[1:]))
 """
 SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12)]
@@ -32,21 +30,29 @@ SAMPLES = [Sample("Who are you?", "A fox " * n) for n in (1, 9, 3, 12)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "more", "mark"),
+    ("small_folder", "kind", "more", "mark"),
     [
         (
+            "bert",
             "head",
             ["--solver=adam", "--epochs=4000", "--patience=4000", "--weight-decay", "1"],
             "*/checkpoint*",
         ),
-        ("branch", ["--epochs=150", "--patience=150", "--blocks=1"], "*/checkpoint*"),
+        ("llama", "branch", ["--epochs=150", "--patience=150", "--blocks=1"], "*/checkpoint*"),
         (
+            "bert",
             "lora",
             ["--epochs=150", "--patience=150", "--blocks=1", "--warm-start"],
             "*/*/checkpoint*",
         ),
-        ("full", ["--epochs=6", "--patience=6"], "*/*/trainer/checkpoint-*/trainer_state.json"),
+        (
+            "llama",
+            "full",
+            ["--epochs=6", "--patience=6"],
+            "*/*/trainer/checkpoint-*/trainer_state.json",
+        ),
     ],
+    indirect=["small_folder"],
 )
 def test_a_killed_training_goes_on_to_the_same_weights(
     small_folder: Path, tmp_path: Path, kind: str, more: list[str], mark: str

@@ -15,7 +15,9 @@ from hypothesis import given, strategies as st
 
 from ensemble_rm.errors import OptionError, TrainingError
 from ensemble_rm.members import HeadRecipe
-from ensemble_rm.members.heads.gradient_training import HeadsResult, HeadTrainer, PairFeatures
+from ensemble_rm.members.heads.gradient_training import HeadTrainer
+from ensemble_rm.members.heads.weights import HeadsResult, PairFeatures
+from ensemble_rm.members.learning.loop import TrainingLoop
 from ensemble_rm.members.learning.loss import preference_loss
 from ensemble_rm.members.learning.seeds import global_seed, member_seeds
 
@@ -126,14 +128,17 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("hidden", [0, 4])
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, hidden: int) -> None:
+def test_a_killed_run_goes_on_to_the_same_weights(
+    tmp_path: Path, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = replace(QUICK, hidden=hidden)
 
     def kill(stage: str, done: int, total: int) -> None:
         if done == 7:
             raise Killed
 
-    options: dict[str, Any] = {"checkpoint": tmp_path, "digest": "d", "checkpoint_seconds": 0}
+    monkeypatch.setattr(TrainingLoop, "checkpoint_seconds", 0.0)
+    options: dict[str, Any] = {"checkpoint": tmp_path, "digest": "d"}
     with pytest.raises(Killed):
         trainer(recipe, **options).run(progress=kill)
     assert (tmp_path / "checkpoint.safetensors").exists()

@@ -1,4 +1,4 @@
-"""One temperature: p = σ(Δ/T), fitted on held-out judgments with an interval robust to clusters.
+"""Temperature scaling: p = σ(Δ/T), with an interval that is robust to clusters of pairs.
 
 The fit is convex in 1/T: Newton's method in float64 with a bracket.
 
@@ -23,6 +23,7 @@ from scipy.stats import t as student
 from ensemble_rm.aggregation.aggregator import score_matrix
 from ensemble_rm.arrays import Floats, mean_of_present
 from ensemble_rm.calibration.calibrator import Calibrator
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.errors import (
     NonFiniteScoreError,
     NoPositiveTemperatureError,
@@ -30,8 +31,6 @@ from ensemble_rm.errors import (
     SeparableError,
     TooFewJudgmentsError,
 )
-
-MIN_JUDGMENTS = 50
 
 # Every calibration has a temperature; this method has nothing else.
 CALIBRATOR = Calibrator("temperature", strict=True)
@@ -46,13 +45,13 @@ class TemperatureFit:
     temperature : float
         T > 0, a divisor, in the unit of the margins.
     low, high : float
-        Bounds of its interval.
+        Bounds of its confidence interval.
     log_se : float
         Standard error of log T, robust to clusters.
     nll : float
-        Of the fitted judgments, nats a judgment.
+        NLL of the fitted judgments, in nats per judgment.
     judgments, prompts : int
-        How many entered, of how many prompts.
+        Number of judgments in the fit, and of their prompts.
     """
 
     temperature: float
@@ -102,27 +101,27 @@ def fit_temperature(
     targets : array_like, shape (n_pairs,)
         P(first is preferred), in [0, 1].
     weights : array_like, shape (n_pairs,), optional
-        How much each judgment counts, > 0.
+        Weight of each judgment, > 0.
     groups : array_like of int, shape (n_pairs,), optional
-        Prompt of each pair; each its own where not given.
+        Prompt of each pair (default: all differ).
     min_judgments : int
-        The fewest judgments of non-zero margin.
+        Minimum number of judgments with a margin other than 0.
     level : float
         Nominal coverage of the interval.
 
     Returns
     -------
     TemperatureFit
-        Indifferent to the orientation of the pairs.
+        The same for either orientation of the pairs.
 
     Raises
     ------
     TooFewJudgmentsError
-        If fewer judgments than `min_judgments` have a margin.
+        If fewer than `min_judgments` judgments have a margin other than 0.
     SeparableError
         If every judgment agrees with its margin.
     NoPositiveTemperatureError
-        If the margins point the wrong way.
+        If the margins contradict the judgments.
     """
     x, y, w = read_judgments(margins, targets, weights, min_judgments=min_judgments)
     scale = float(np.sqrt(np.mean(x**2)))
@@ -131,7 +130,7 @@ def fit_temperature(
     if not ((x > 0) & (y < 1) | (x < 0) & (y > 0)).any():
         raise SeparableError(
             f"all {int((x != 0).sum())} judgments agree with their margins, so the likelihood "
-            "pulls T to 0; use judgments that the members were not trained on, or more of them"
+            "pulls T to 0; use more judgments, or ones that the members were not trained on"
         )
     beta = fit_inverse(x, y, w)
     p = np.asarray(expit(beta * x))
@@ -157,20 +156,21 @@ def fit_temperature(
 def read_judgments(
     margins: ArrayLike, targets: ArrayLike, weights: ArrayLike | None, *, min_judgments: int
 ) -> tuple[Floats, Floats, Floats]:
-    """Return margins, targets and weights as vectors; every fit refuses the same ones."""
+    """Check margins, targets and weights, as every fit does; return them as vectors."""
     x = np.asarray(margins, dtype=np.float64)
     if x.ndim != 1:
         raise OptionError(f"margins must be a vector, not an array of shape {x.shape}")
     y = _vector(targets, len(x), 0.5)
     w = _vector(weights, len(x), 1.0)
     if not (np.isfinite(x).all() and np.isfinite(w).all()):
-        raise NonFiniteScoreError("margins or weights hold NaN or infinity")
+        raise NonFiniteScoreError("some margins or weights are NaN or infinite")
     if not ((y >= 0) & (y <= 1)).all() or not (w > 0).all():
         raise OptionError("targets must lie in [0, 1] and weights must be > 0")
     informative = int((x != 0).sum())
     if informative < max(min_judgments, 2):
         raise TooFewJudgmentsError(
-            f"{informative} judgments have a margin; a temperature needs {max(min_judgments, 2)}"
+            f"{informative} judgments have a margin other than 0; a temperature needs at least "
+            f"{max(min_judgments, 2)}"
         )
     return x, y, w
 
@@ -193,14 +193,15 @@ def add_up(score: Floats, groups: ArrayLike) -> Floats:
     return np.asarray(np.bincount(labels, score), dtype=np.float64)
 
 
-_SAMPLE = 4096  # judgments that a large fit starts from
+_SAMPLE = 4096  # judgments in the first stage of a large fit
 
 
 def fit_inverse(x: Floats, y: Floats, w: Floats, start: float = 1.0) -> float:
-    """Minimise the NLL over β = 1/T > 0, Newton's steps inside a shrinking bracket.
+    """Minimise the NLL over β = 1/T > 0, by Newton's method inside a shrinking bracket.
 
-    The margins are of about unit size, point the right way in sum, and are not separable. A large
-    fit starts from the optimum of every so many-th judgment; the end is the same.
+    The margins must have about unit size, agree with the verdicts in sum, and not be separable. A
+    large fit starts from the optimum of a subsample, which saves steps on all judgments and leads
+    to the same optimum.
     """
     if len(x) > 4 * _SAMPLE:
         part = slice(None, None, len(x) // _SAMPLE)
@@ -219,7 +220,7 @@ def fit_inverse(x: Floats, y: Floats, w: Floats, start: float = 1.0) -> float:
         step = beta - gradient / curvature if curvature > 0 else math.inf
         middle = 2 * beta if high == math.inf else 0.5 * (low + high)
         new = step if low <= step <= min(high, 10 * beta) else middle
-        # The next step's error is about the square of this one's.
+        # Newton converges quadratically: the next step's error is about the square of this one's.
         if abs(new - beta) <= 1e-6 * beta:
             return new
         beta = new
@@ -239,19 +240,19 @@ def mixture_probability(member_margins: ArrayLike, temperature: float) -> Floats
 def fit_mixture_temperature(
     member_margins: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None = None
 ) -> float:
-    """Fit T_mix on the NLL of the mixture p̄; not the T of the aggregated margin.
+    """Fit T_mix on the NLL of the mixture p̄; it differs from the T of the aggregated margin.
 
-    The likelihood of a mixture need not be convex, so a grid over log T is refined.
+    The likelihood of a mixture need not be convex, so log T is searched on a grid, then refined.
 
     Parameters
     ----------
     member_margins : array_like, shape (n_pairs, n_members)
-        Normalised; NaN where a member did not score both sides, and is left out of the mixture. A
-        pair without any is left out of the fit.
+        Normalised; NaN where a member did not score both sides, which leaves it out of the mixture.
+        A pair without any margin is left out of the fit.
     targets : array_like, shape (n_pairs,)
         P(first is preferred), in [0, 1].
     weights : array_like, shape (n_pairs,), optional
-        How much each judgment counts, > 0.
+        Weight of each judgment, > 0.
 
     Returns
     -------
@@ -263,18 +264,18 @@ def fit_mixture_temperature(
     NonFiniteScoreError
         If a margin is infinite.
     NoPositiveTemperatureError
-        If every margin is zero, or none is there.
+        If every margin is 0 or NaN.
     """
-    every = score_matrix(member_margins)
-    if np.isinf(every).any():
-        raise NonFiniteScoreError("members' margins hold infinity")
-    known = ~np.isnan(every).all(axis=1)
-    matrix = every[known]
-    y = _vector(targets, len(every), 0.5)[known]
-    w = _vector(weights, len(every), 1.0)[known]
+    all_margins = score_matrix(member_margins)
+    if np.isinf(all_margins).any():
+        raise NonFiniteScoreError("some margins of the members are infinite")
+    known = ~np.isnan(all_margins).all(axis=1)
+    matrix = all_margins[known]
+    y = _vector(targets, len(all_margins), 0.5)[known]
+    w = _vector(weights, len(all_margins), 1.0)[known]
     scale = float(np.sqrt(np.nanmean(matrix**2))) if len(matrix) else 0.0
     if not scale > 0:
-        raise NoPositiveTemperatureError("every margin is zero: no temperature fits")
+        raise NoPositiveTemperatureError("every margin is 0 or missing, so no temperature fits")
 
     def loss(log_t: float) -> float:
         p = np.clip(mixture_probability(matrix, scale * math.exp(log_t)), 1e-300, 1 - 1e-16)
@@ -283,12 +284,12 @@ def fit_mixture_temperature(
     grid = np.linspace(-4, 6, 41)
     best = int(np.argmin([loss(float(g)) for g in grid]))
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-9})
-    return scale * math.exp(float(found.x))
+    result = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-9})
+    return scale * math.exp(float(result.x))
 
 
 def pooling_gain(member_margins: ArrayLike, pooled: ArrayLike, targets: ArrayLike) -> float:
-    """Say what the ensemble buys: mean member NLL − pooled NLL, each at its own T, in nats."""
+    """Return the pooling gain in nats: mean member NLL − pooled NLL, each at its own T."""
     matrix = score_matrix(member_margins)
     own = [fit_temperature(matrix[:, i], targets).nll for i in range(matrix.shape[1])]
     return float(np.mean(own)) - fit_temperature(pooled, targets).nll

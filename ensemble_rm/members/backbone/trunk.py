@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
-from ensemble_rm.members.backbone.pooling import POOLINGS, RULES, Pooling, Rule, pool
-from ensemble_rm.members.encoding import Encoded, Template, TextEncoder
-from ensemble_rm.members.forward.batching import Batch
+from ensemble_rm.members.backbone.options import TrunkOptions
+from ensemble_rm.members.encoding import Encoded, TextEncoder
+from ensemble_rm.members.forward.batching import Batch, passes, pick_token_budget
 from ensemble_rm.members.forward.cpu.grouped_attention import group_heads
 from ensemble_rm.members.forward.cpu.kernels import quicken
 from ensemble_rm.members.forward.prefix_cache import (
@@ -29,9 +29,19 @@ from ensemble_rm.members.forward.prefix_cache import (
     read_prefix,
     splits_attention,
 )
-from ensemble_rm.members.forward.shared_prompts import passes
-from ensemble_rm.members.forward.token_budget import pick_token_budget
 from ensemble_rm.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from ensemble_rm.members.backbone.feature_cache import FeatureCache
+
+_CHUNK = 256  # texts read at once: what memory holds, and what an interruption can cost
+
+
+Rule: TypeAlias = Literal["last", "mean"]
+Pooling: TypeAlias = Literal["last", "mean", "both"]
+RULES: tuple[Rule, ...] = ("last", "mean")
+POOLINGS: tuple[Pooling, ...] = ("last", "mean", "both")
+"""``both`` is last and mean, one after the other."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -114,31 +124,31 @@ def views_per_member(
     return parsed
 
 
-@dataclass(frozen=True, slots=True)
-class TrunkOptions:
-    """How a trunk reads text and computes.
+def pool(
+    states: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, rule: Rule
+) -> torch.Tensor:
+    """Pool right-padded token states to float32 vectors.
 
-    Attributes
+    Parameters
     ----------
-    template : {"auto", "chat", "pair", "plain"}
-    max_length : int
-        Longest sequence in tokens.
-    dtype : {"float32", "bfloat16", "float16"}
-        Of the trunk's weights and states; pooling and heads are float32 or better.
-    device : str, optional
-        The best available where none is named.
-    token_budget : int, optional
-        Padded tokens in a batch; found from the model and its device where it is not given.
-    share_prefix : bool
-        Read each prompt once for all its completions, where the model keeps a cache.
-    """
+    states : torch.Tensor
+        (B, T, D).
+    starts, lengths : torch.Tensor
+        (B,) first token of the completion, number of attended tokens.
+    rule : {"last", "mean"}
+        The last attended token, or the mean over the completion's tokens.
 
-    template: Template = "auto"
-    max_length: int = 512
-    dtype: str = "float32"
-    device: str | None = None
-    token_budget: int | None = None
-    share_prefix: bool = True
+    Returns
+    -------
+    torch.Tensor
+        (B, D) float32.
+    """
+    if rule == "last":
+        return states[torch.arange(len(states), device=states.device), lengths - 1].float()
+    positions = torch.arange(states.shape[1], device=states.device)  # (T,)
+    inside = (positions >= starts[:, None]) & (positions < lengths[:, None])  # (B, T)
+    weights = inside.float() / inside.sum(1, keepdim=True)
+    return torch.einsum("bt,btd->bd", weights, states.float())
 
 
 def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.ModuleList]:
@@ -175,6 +185,8 @@ class Trunk:
     top : int, optional
         Highest layer that will be read; all layers where it is not given. 0 is the embeddings
         alone, under branches that hold every block.
+    whole : bool
+        Whether to keep the blocks above `top`, for branches, in `rest`.
 
     Attributes
     ----------
@@ -193,7 +205,12 @@ class Trunk:
     """
 
     def __init__(
-        self, backbone: bb.Backbone, options: TrunkOptions, *, top: int | None = None
+        self,
+        backbone: bb.Backbone,
+        options: TrunkOptions,
+        *,
+        top: int | None = None,
+        whole: bool = True,
     ) -> None:
         self.backbone = backbone
         self.options = options
@@ -210,7 +227,7 @@ class Trunk:
         if not 0 <= self.top <= self.depth:
             raise OptionError(f"layer must lie between 0 and {self.depth}, not {self.top}")
         self.blocks = torch.nn.ModuleList(list(blocks)[: self.top])
-        self.rest = torch.nn.ModuleList(list(blocks)[self.top :])
+        self.rest = torch.nn.ModuleList(list(blocks)[self.top :] if whole else [])
         setattr(model.get_submodule(".".join(self.path[:-1])), self.path[-1], self.blocks)
         self.model: Any = model.to(self.device)
         group_heads(self.model, self.device)
@@ -226,29 +243,6 @@ class Trunk:
             depth=self.depth,
             device=self.device,
         )
-
-    def pooled(
-        self,
-        encoded: Sequence[Encoded],
-        parts: Sequence[tuple[int, Rule]],
-        *,
-        progress: Progress = silent,
-    ) -> NDArray[np.float32]:
-        """Run the trunk once over every sample and pool each (layer, rule).
-
-        Returns
-        -------
-        ndarray
-            (n_samples, n_parts, width) float32.
-        """
-        out = np.empty((len(encoded), len(parts), self.width), dtype=np.float32)
-        done = 0
-        for batch in self.passes(encoded):
-            pooled = self.pool_batch(batch, parts)
-            out[batch.rows] = pooled.cpu().numpy()
-            done += len(batch.rows)
-            progress("reading", done, len(encoded))
-        return out
 
     @cached_property
     def shares(self) -> bool:
@@ -344,3 +338,117 @@ class Trunk:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+# What views read ---------------------------------------------------------------------------------
+
+
+def features(
+    trunk: Trunk,
+    encoded: Sequence[Encoded],
+    views: Sequence[View],
+    *,
+    cache: FeatureCache | None = None,
+    progress: Progress = silent,
+) -> NDArray[np.float32]:
+    """Return what each view reads of each sample: `features_in_parts` in one array.
+
+    Returns
+    -------
+    ndarray, shape (n_samples, n_views, width)
+        float32.
+    """
+    out = np.empty((len(encoded), len(views), _width(trunk, views)), dtype=np.float32)
+    for rows, part in features_in_parts(trunk, encoded, views, cache=cache, progress=progress):
+        out[rows] = part
+    return out
+
+
+def features_in_parts(
+    trunk: Trunk,
+    encoded: Sequence[Encoded],
+    views: Sequence[View],
+    *,
+    cache: FeatureCache | None = None,
+    progress: Progress = silent,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Yield what each view reads, some samples at a time; equal texts are read once.
+
+    Parameters
+    ----------
+    trunk : Trunk
+    encoded : sequence of Encoded
+    views : sequence of View
+    cache : FeatureCache, optional
+        Read before the trunk runs, and filled as it runs.
+    progress : callable
+        Called with ("reading", done, total), in distinct texts.
+
+    Yields
+    ------
+    rows : ndarray of int
+        Of these samples; each comes once.
+    features : ndarray, shape (len(rows), n_views, width)
+        float32; twice the trunk's width where a view reads both poolings, and then views of one
+        pooling end in zeros.
+    """
+    parts = tuple(dict.fromkeys(part for view in views for part in view.parts()))
+    equal: dict[Any, list[int]] = {}
+    for row, e in enumerate(encoded):
+        equal.setdefault((e.start, tuple(e.ids), tuple(e.types or ())), []).append(row)
+    rows_of = {rows[0]: rows for rows in equal.values()}
+    model = f"{trunk.backbone.digest}|{trunk.options.dtype}"
+    known: dict[int, NDArray[np.float32]] = {}
+    if cache is not None:
+        known = cache.find(model, {row: encoded[row] for row in rows_of}, parts, trunk.width)
+    if known:
+        yield _spread(trunk, views, parts, [rows_of[row] for row in known], list(known.values()))
+    missing, done = [row for row in rows_of if row not in known], 0
+    for chosen in _chunks(encoded, missing):
+        texts = [encoded[row] for row in chosen]
+        pooled = np.empty((len(texts), len(parts), trunk.width), dtype=np.float32)
+        for batch in trunk.passes(texts):
+            pooled[batch.rows] = trunk.pool_batch(batch, parts).cpu().numpy()
+            done += len(batch.rows)
+            progress("reading", done, len(missing))
+        if cache is not None:
+            cache.add(model, texts, parts, pooled)
+        yield _spread(trunk, views, parts, [rows_of[row] for row in chosen], pooled)
+
+
+def _width(trunk: Trunk, views: Sequence[View]) -> int:
+    return trunk.width * max(len(view.parts()) for view in views)
+
+
+def _chunks(encoded: Sequence[Encoded], rows: Sequence[int]) -> Iterator[list[int]]:
+    """Cut rows into lists of one to two `_CHUNK`, longest first, that part few prompts' rows."""
+    prompts: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        e = encoded[row]
+        prompts.setdefault(tuple(e.ids[: e.start]), []).append(row)
+    chunk: list[int] = []
+    for own in sorted(prompts.values(), key=lambda own: -max(len(encoded[row].ids) for row in own)):
+        for i in range(0, len(own), _CHUNK):
+            chunk += own[i : i + _CHUNK]
+            if len(chunk) >= _CHUNK:
+                yield chunk
+                chunk = []
+    if chunk:
+        yield chunk
+
+
+def _spread(
+    trunk: Trunk,
+    views: Sequence[View],
+    parts: Sequence[tuple[int, Rule]],
+    rows: Sequence[Sequence[int]],
+    pooled: Sequence[NDArray[np.float32]] | NDArray[np.float32],
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return all rows of each text, and what each view reads of them."""
+    read = np.asarray(pooled)  # (n_texts, n_parts, width)
+    out = np.zeros((len(read), len(views), _width(trunk, views)), dtype=np.float32)
+    for i, view in enumerate(views):
+        columns = [read[:, parts.index(part)] for part in view.parts()]
+        out[:, i, : trunk.width * len(columns)] = np.concatenate(columns, axis=1)
+    counts = [len(own) for own in rows]
+    return np.concatenate([np.asarray(own) for own in rows]), np.repeat(out, counts, axis=0)

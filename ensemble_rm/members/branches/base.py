@@ -21,7 +21,8 @@ from torch.nn import ModuleList
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import OptionError, StorageError
 from ensemble_rm.members.backbone import checkpoint as bb
-from ensemble_rm.members.backbone.trunk import Trunk, TrunkOptions, View
+from ensemble_rm.members.backbone.options import TrunkOptions
+from ensemble_rm.members.backbone.trunk import Trunk, View
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.digest import member_digest
 from ensemble_rm.members.encoding import count_truncation

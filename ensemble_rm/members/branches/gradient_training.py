@@ -7,9 +7,8 @@ NLL.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,17 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensemble_rm.errors import TrainingError
 from ensemble_rm.members.backbone.token_states import TokenStates
 from ensemble_rm.members.branches.module import Branch, PairStates
 from ensemble_rm.members.branches.recipe import BranchedRecipe
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.forward.batching import plan
-from ensemble_rm.members.learning.checkpoint import (
-    load_checkpoint,
-    remove_checkpoint,
-    save_checkpoint,
-)
+from ensemble_rm.members.learning.loop import TrainingLoop
 from ensemble_rm.members.learning.loss import preference_loss
 from ensemble_rm.members.learning.seeds import resample_counts
 from ensemble_rm.progress import Progress, silent
@@ -36,16 +30,6 @@ _BUCKET = 16  # batches that are sorted by length together
 
 Penalty: TypeAlias = Callable[[Sequence[Branch], Sequence[int]], torch.Tensor]
 """A scalar that is minimised with the loss, of all branches and the numbers of the active ones."""
-
-
-@dataclass
-class _Progress:
-    """What a run has reached, a member each."""
-
-    best: list[dict[str, torch.Tensor]]
-    lowest: torch.Tensor
-    since: torch.Tensor
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,7 +61,7 @@ def branch_scores(branching: Branching, branch: Branch, states: TokenStates) -> 
     return out
 
 
-class BranchTrainer:
+class BranchTrainer(TrainingLoop):
     """Trains k branches on token states.
 
     Parameters
@@ -100,7 +84,7 @@ class BranchTrainer:
         A term that each step minimises with the loss.
     """
 
-    checkpoint_seconds = 1.0  # least time between two checkpoints, written between epochs
+    divergence_hint = "take dtype='float32'"
 
     def __init__(
         self,
@@ -116,10 +100,12 @@ class BranchTrainer:
         may_stay: bool = False,
         penalty: Penalty | None = None,
     ) -> None:
+        super().__init__(
+            recipe, (len(branches),), may_stay=may_stay, checkpoint=checkpoint, digest=digest
+        )
         self.branching, self.fit, self.validation = branching, fit, validation
         self.recipe, self.seeds = recipe, seeds
-        self.checkpoint, self.digest = checkpoint, digest
-        self.may_stay, self.penalty = may_stay, penalty
+        self.penalty = penalty
         self.device = branching.trunk.device
         self.branches = [branch.to(self.device) for branch in branches]
         counts = resample_counts(fit.pairs.groups, seeds, bootstrap=recipe.bootstrap)
@@ -191,12 +177,12 @@ class BranchTrainer:
         rise = self.recipe.warmup * total
         return min((step + 1) / max(rise, 1), (total - step) / max(total - rise, 1))
 
-    def _validate(self, active: list[int]) -> torch.Tensor:
+    def validation_nll(self, active: torch.Tensor) -> torch.Tensor:
         """Return each active member's validation NLL, infinity for the others."""
         pairs, n = self.validation.pairs, len(self.validation)
         found = torch.full((len(self.branches),), float("inf"))
         weights = torch.from_numpy(pairs.weights / pairs.weights.mean())
-        for member in active:
+        for member in _numbers(active):
             branch = self.branches[member]
             scores = torch.from_numpy(branch_scores(self.branching, branch, self.validation.states))
             losses = preference_loss(scores[:n], scores[n:], torch.from_numpy(pairs.targets))
@@ -214,48 +200,46 @@ class BranchTrainer:
             If a member's loss is NaN or infinite.
             If the checkpoint belongs to another run.
         """
-        k, patience = len(self.branches), self.recipe.patience
-        reached = _Progress(
-            [branch.copied() for branch in self.branches],
-            self._validate(list(range(k)) if self.may_stay else []),
-            torch.zeros(k, dtype=torch.long),
+        state = self.run_epochs(progress)
+        steps = self.recipe.epochs * self.steps
+        progress("training", steps, steps)
+        for i, branch in enumerate(self.branches):
+            best = {name: state.best[f"{i}.{name}"] for name in branch.trained()}
+            branch.load_state_dict(best, strict=False)  # what is frozen has not changed
+        return BranchesResult(
+            [branch.eval() for branch in self.branches], tuple(state.lowest.tolist()), state.history
         )
-        self._resume(reached)
-        due = time.monotonic() + self.checkpoint_seconds
-        for epoch in range(len(reached.history), self.recipe.epochs):
-            active = [i for i in range(k) if reached.since[i] < patience]
-            if not active:
-                break
-            train_loss = self._epoch(epoch, active, progress)
-            nll = self._validate(active)
-            better = nll < reached.lowest
-            reached.lowest = torch.where(better, nll, reached.lowest)
-            reached.since = torch.where(better, 0, reached.since + 1)
-            for member in better.nonzero().flatten().tolist():
-                reached.best[member] = self.branches[member].copied()
-            reached.history.append(
-                {
-                    "epoch": epoch,
-                    "train": [train_loss.get(i) for i in range(k)],
-                    "validation": [float(nll[i]) if i in active else None for i in range(k)],
-                }
-            )
-            if self.checkpoint and time.monotonic() >= due:
-                began = time.monotonic()
-                self._save(reached)
-                now = time.monotonic()
-                due = now + max(self.checkpoint_seconds, 20 * (now - began))  # at most 5 % of it
-        progress("training", self.recipe.epochs * self.steps, self.recipe.epochs * self.steps)
-        for branch, best in zip(self.branches, reached.best, strict=True):
-            branch.load_state_dict(best, strict=False)  # what is frozen stands as it was
-        if self.checkpoint:
-            remove_checkpoint(self.checkpoint)
-        nll_of = tuple(reached.lowest.tolist())
-        return BranchesResult([b.eval() for b in self.branches], nll_of, reached.history)
 
-    def _epoch(self, epoch: int, active: list[int], progress: Progress) -> dict[int, float]:
-        orders = {i: self._order(i, epoch) for i in active}
-        totals = dict.fromkeys(active, 0.0)
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Return what is trained of each member, its number before the name."""
+        return {
+            f"{i}.{name}": p
+            for i, branch in enumerate(self.branches)
+            for name, p in branch.trained().items()
+        }
+
+    def keep(self, best: dict[str, torch.Tensor], better: torch.Tensor) -> None:
+        """Copy the better members' parameters."""
+        for i in _numbers(better):
+            for name, p in self.branches[i].trained().items():
+                best[f"{i}.{name}"] = p.detach().cpu().clone()
+
+    def history_entry(
+        self, epoch: int, train: torch.Tensor, validation: torch.Tensor, active: torch.Tensor
+    ) -> dict[str, Any]:
+        """Return both losses; None of members that had stopped."""
+        running = active.tolist()
+        return {"epoch": epoch} | {
+            name: [x if on else None for x, on in zip(losses.tolist(), running, strict=True)]
+            for name, losses in (("train", train), ("validation", validation))
+        }
+
+    def train_epoch(self, epoch: int, active: torch.Tensor, progress: Progress) -> torch.Tensor:
+        """Take an epoch's steps with the active members."""
+        members = _numbers(active)
+        orders = {i: self._order(i, epoch) for i in members}
+        totals = torch.full(self.lanes, float("nan"), dtype=torch.float64)
+        totals[active] = 0.0
         devices = [self.device] if self.device.type == "cuda" else []
         for branch in self.branches:
             branch.train()
@@ -265,67 +249,26 @@ class BranchTrainer:
             for group in self.optimiser.param_groups:
                 group["lr"] = self.recipe.learning_rate * group["scale"] * self._rate(at)
             self.optimiser.zero_grad(set_to_none=True)
-            for i in active:
+            for i in members:
                 rows = orders[i][step]
                 with torch.random.fork_rng(devices=devices):
                     torch.manual_seed((self.seeds[i]["dropout"] + at) % 2**63)
                     for part in self._parts(rows):
                         loss = self._loss(i, part)
-                        self._refuse_nan(loss, i, epoch)
+                        if not torch.isfinite(loss):
+                            raise self.diverged((i,), epoch)
                         totals[i] += loss.item() / len(self.fit)
                         (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
             if self.penalty is not None:
-                self.penalty(self.branches, active).backward()  # type: ignore[no-untyped-call]
-            for i in active:
+                self.penalty(self.branches, members).backward()  # type: ignore[no-untyped-call]
+            for i in members:
                 trained = self.branches[i].trained().values()
                 torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip)
             self.optimiser.step()
         return totals
 
-    def _refuse_nan(self, loss: torch.Tensor, member: int, epoch: int) -> None:
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss of member {member} became NaN or infinite in epoch {epoch}; lower "
-                f"learning_rate={self.recipe.learning_rate}, or take dtype='float32'"
-            )
 
-    # Resume ------------------------------------------------------------------------------------
-
-    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        for i, branch in enumerate(self.branches):
-            for name, p in branch.trained().items():
-                yield f"{i}.{name}", p
-
-    def _save(self, reached: _Progress) -> None:
-        assert self.checkpoint is not None
-        tensors = {"lowest": reached.lowest, "since": reached.since}
-        for name, p in self._named():
-            tensors[f"now.{name}"] = p
-            for key, value in self.optimiser.state.get(p, {}).items():
-                tensors[f"{key}.{name}"] = value
-        for i, best in enumerate(reached.best):
-            tensors |= {f"best.{i}.{name}": value for name, value in best.items()}
-        save_checkpoint(
-            self.checkpoint, tensors, {"recipe": self.digest, "history": reached.history}
-        )
-
-    @torch.no_grad()
-    def _resume(self, reached: _Progress) -> None:
-        """Fill everything from the checkpoint, where there is one."""
-        stored = load_checkpoint(self.checkpoint, recipe=self.digest) if self.checkpoint else None
-        if stored is None:
-            return
-        tensors, state = stored
-        reached.lowest, reached.since = tensors["lowest"], tensors["since"]
-        reached.history = state["history"]
-        for i, best in enumerate(reached.best):
-            for name in best:
-                best[name] = tensors[f"best.{i}.{name}"]
-        for name, p in self._named():
-            p.copy_(tensors[f"now.{name}"])
-            if f"step.{name}" in tensors:
-                self.optimiser.state[p] = {
-                    "step": tensors[f"step.{name}"],
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(self.device),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device),
-                }
+def _numbers(lanes: torch.Tensor) -> list[int]:
+    """Return the numbers of the members that are marked."""
+    numbers: list[int] = lanes.nonzero().flatten().tolist()
+    return numbers

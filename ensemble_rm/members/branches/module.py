@@ -14,8 +14,8 @@ from torch.func import functional_call
 
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.members.backbone.checkpoint import torch_dtype
-from ensemble_rm.members.backbone.pooling import Pooling
 from ensemble_rm.members.backbone.token_states import TokenStates
+from ensemble_rm.members.backbone.trunk import Pooling
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.heads.weights import HeadWeights
 
@@ -89,10 +89,6 @@ class Branch(torch.nn.Module):
         pooled: torch.Tensor = functional_call(_Run(self.blocks), cast, (run,))
         offset, gain = self.get_buffer("offset"), self.get_buffer("gain")
         return (pooled - offset) * gain @ self.weight + self.bias
-
-    def copied(self) -> dict[str, torch.Tensor]:
-        """Return what is trained as it is now, on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.trained().items()}
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """Return what is trained, by name."""

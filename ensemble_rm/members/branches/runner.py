@@ -16,10 +16,9 @@ import torch
 from transformers.cache_utils import Cache
 
 from ensemble_rm.errors import ModelError, OptionError
-from ensemble_rm.members.backbone.pooling import Pooling, Rule, pool
-from ensemble_rm.members.backbone.trunk import Trunk, View
+from ensemble_rm.members.backbone.trunk import Pooling, Rule, Trunk, View, pool
 from ensemble_rm.members.encoding import Encoded
-from ensemble_rm.members.forward.batching import Batch
+from ensemble_rm.members.forward.batching import Batch, passes
 from ensemble_rm.members.forward.prefix_cache import (
     Prefix,
     keeps_a_cache,
@@ -27,7 +26,6 @@ from ensemble_rm.members.forward.prefix_cache import (
     read_keys,
     splits_attention,
 )
-from ensemble_rm.members.forward.shared_prompts import passes
 
 
 class _StandIn(torch.nn.Module):

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.members.backbone import checkpoint as bb
-from ensemble_rm.members.backbone.pooling import Pooling
 from ensemble_rm.members.backbone.token_states import TokenStates, token_states
-from ensemble_rm.members.backbone.trunk import Trunk, View
+from ensemble_rm.members.backbone.trunk import Pooling, Trunk, View
 from ensemble_rm.members.branches.gradient_training import BranchesResult, BranchTrainer, Penalty
 from ensemble_rm.members.branches.module import Branch, PairStates
 from ensemble_rm.members.branches.recipe import BranchedRecipe, BranchRecipe
@@ -29,9 +28,9 @@ from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.branches.scorer import BranchScorer
 from ensemble_rm.members.encoding import count_truncation
 from ensemble_rm.members.forward.batching import plan
-from ensemble_rm.members.heads.gradient_training import HeadTrainer, PairFeatures
+from ensemble_rm.members.heads.gradient_training import HeadTrainer
 from ensemble_rm.members.heads.recipe import HeadRecipe
-from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.heads.weights import HeadWeights, PairFeatures
 from ensemble_rm.members.learning.dropout import set_dropout
 from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.members.learning.seeds import global_seed

@@ -1,23 +1,40 @@
-"""Encoded samples → padded batches of similar length.
+"""Encoded samples → padded batches of similar length that share their prompts.
 
 Batches are filled to a budget of padded tokens, longest first, so that little is padding and a
-lack of memory shows at once. Padding stands on the right whatever the tokenizer prefers; the
-mask comes from lengths.
+lack of memory shows at once. Where a model can share prompts, each prompt is read once for all its
+completions. Padding is on the right whatever the tokenizer prefers; the mask comes from lengths.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
+from ensemble_rm.errors import OptionError
 from ensemble_rm.members.encoding import Encoded
-from ensemble_rm.members.forward.prefix_cache import Prefix
-from ensemble_rm.members.forward.token_budget import PASS_COST, pass_cost
+from ensemble_rm.members.forward.prefix_cache import Prefix, joined
+
+CPU_BYTES = 6 * 2**20
+"""Of a pass's widest tensor on a CPU; of the bounds measured, the best (benchmarks/LOG.md)."""
+CUDA_SHARE = 1 / 4
+"""Of the memory that is free at loading, for what a batch needs at its peak."""
+CUDA_CAP = 32768
+MPS_TOKENS = 8192
+LEAST = 512
+PASS_COST = 0.1
+"""Of a pass beside its tokens, as a share of the budget: measured with AMX (benchmarks/LOG.md)."""
+_CHEAP = 0.02  # where tokens are dear: a CPU without AMX
+_COPIES = 6  # of a block's widest tensor, which are alive at once
+_CACHED = 5  # tokens with keys and values in every block, to each of a batch's
+MIN_SAVED = 16  # tokens; sharing less than this in a group costs more than it saves
+_SPREAD = 4  # budgets that the expanded caches of one batch may hold
+_HELD = 4  # budgets of prompts that are kept at once, where their caches need not be expanded
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +165,155 @@ def batches(
     lengths = [len(e.ids) for e in encoded]
     for rows in plan(lengths, token_budget=token_budget, cost=pass_cost(device)):
         yield collate(encoded, rows, device=device)
+
+
+# Shared prompts ----------------------------------------------------------------------------------
+
+
+def group(encoded: Sequence[Encoded]) -> tuple[list[list[int]], list[int]]:
+    """Return groups of rows that begin with the same prompt, and the rows that stand alone."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for row, e in enumerate(encoded):
+        found.setdefault(tuple(e.ids[: e.start]), []).append(row)
+    groups, alone = [], []
+    for prompt, rows in found.items():
+        if (len(rows) - 1) * len(prompt) >= MIN_SAVED:
+            groups.append(rows)
+        else:
+            alone += rows
+    return groups, alone
+
+
+def passes(
+    encoded: Sequence[Encoded],
+    *,
+    token_budget: int,
+    device: torch.device,
+    read: Callable[[list[list[int]]], Prefix] | None,
+    splits: bool = False,
+    causal: bool = False,
+) -> Iterator[Batch]:
+    """Yield every sample once, in batches of similar length that share their prompts.
+
+    Parameters
+    ----------
+    encoded : sequence of Encoded
+    token_budget : int
+        Padded tokens in a batch.
+    device : torch.device
+    read : callable, optional
+        Reads prompts; nothing is shared where there is none.
+    splits : bool
+        Whether the model attends to prompts and completions apart.
+    causal : bool
+        Whether it looks at earlier tokens alone.
+    """
+    groups, alone = group(encoded) if read is not None else ([], list(range(len(encoded))))
+    lone = [encoded[row] for row in alone]
+    for batch in batches(lone, token_budget=token_budget, device=device):
+        yield replace(batch, rows=[alone[i] for i in batch.rows], causal=causal)
+    if read is None or not groups:
+        return
+    lengths = [encoded[rows[0]].start for rows in groups]
+    cost = pass_cost(device)
+    planned = plan(lengths, token_budget=token_budget, cost=cost)
+    for held in _held(planned, lengths, _HELD * token_budget) if splits else [[p] for p in planned]:
+        prefix = joined(
+            [read([encoded[groups[i][0]].ids[: lengths[i]] for i in part]) for part in held]
+        )
+        chosen = [i for part in held for i in part]
+        rows = [row for i in chosen for row in groups[i]]
+        owners = [n for n, i in enumerate(chosen) for _ in groups[i]]
+        tails = [_tail(encoded[row]) for row in rows]
+        room = 512 if splits else max(_SPREAD * token_budget // (prefix.ids.shape[1] + 1), 1)
+        sizes = [len(tail.ids) for tail in tails]
+        for part in plan(sizes, token_budget=token_budget, max_rows=min(512, room), cost=cost):
+            part.sort(key=lambda i: owners[i])  # attention reads a prompt once for a run of rows
+            batch = collate(tails, part, device=device)
+            yield batch.renumbered(
+                [rows[i] for i in part],
+                prefix=prefix,
+                owners=torch.tensor([owners[i] for i in part], device=device),
+            )
+
+
+def _held(planned: list[list[int]], lengths: list[int], most: int) -> Iterator[list[list[int]]]:
+    """Yield batches of prompts that are kept at once: of at most so many tokens, or one batch."""
+    found: list[list[int]] = []
+    total = 0
+    for part in planned:
+        size = sum(lengths[i] for i in part)
+        if found and total + size > most:
+            yield found
+            found, total = [], 0
+        found.append(part)
+        total += size
+    if found:
+        yield found
+
+
+def _tail(encoded: Encoded) -> Encoded:
+    """Return the completion alone."""
+    return Encoded(encoded.ids[encoded.start :], 0)
+
+
+# Size of a batch ---------------------------------------------------------------------------------
+
+
+def _matrices(*modules: torch.nn.Module) -> Iterator[torch.Size]:
+    """Yield the shapes of all weights that act on a token's states."""
+    for module in chain.from_iterable(m.modules() for m in modules):
+        if not isinstance(module, torch.nn.Embedding):
+            yield from (p.shape[-2:] for p in module.parameters(recurse=False) if p.ndim >= 2)
+
+
+def pick_token_budget(
+    asked: int | None, *modules: torch.nn.Module, width: int, depth: int, device: torch.device
+) -> int:
+    """Return the padded tokens of a batch.
+
+    On a CPU, the largest power of two at which the widest tensor of a pass stays within
+    `CPU_BYTES`. On cuda, the largest at which what a batch needs at its peak, counted from the
+    model's shape, stays within `CUDA_SHARE` of the memory that is free, at most `CUDA_CAP`. On
+    mps, `MPS_TOKENS`.
+
+    Parameters
+    ----------
+    asked : int, optional
+        What the user says, which holds.
+    *modules : torch.nn.Module
+        That hold the model's blocks.
+    width, depth : int
+        Of the token states, and the number of blocks.
+    device : torch.device
+
+    Raises
+    ------
+    OptionError
+        If less than one token is asked for.
+    """
+    if asked is not None:
+        if asked < 1:
+            raise OptionError(f"token_budget must be at least 1, not {asked}")
+        return asked
+    if device.type not in ("cpu", "cuda"):
+        return MPS_TOKENS
+    size = max((p.element_size() for m in modules for p in m.parameters()), default=4)
+    widest = max((max(shape) for shape in _matrices(*modules)), default=width)
+    row = max(widest * size, width * 4)  # bytes a token; norms run in float32
+    if device.type == "cpu":
+        return _power(CPU_BYTES / row)
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = _CACHED * depth * 2 * width * size  # as if no heads were grouped
+    return min(_power(CUDA_SHARE * free / (_COPIES * row + kept)), CUDA_CAP)
+
+
+def pass_cost(device: torch.device) -> float:
+    """Return what a pass costs beside its tokens, as a share of the budget, by the device."""
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)  # torch 2.4 does not know
+    return _CHEAP if device.type == "cpu" and not has_amx() else PASS_COST
+
+
+def _power(tokens: float) -> int:
+    """Return the largest power of two that is no more than that, or the least budget."""
+    return max(1 << max(int(tokens), 1).bit_length() - 1, LEAST)

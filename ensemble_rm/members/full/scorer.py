@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -22,16 +22,20 @@ from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
-from ensemble_rm.members.backbone.pooling import pool
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
+from ensemble_rm.members.backbone.trunk import pool
 from ensemble_rm.members.digest import member_digest
 from ensemble_rm.members.encoding import Encoded, TextEncoder, count_truncation
-from ensemble_rm.members.forward.batching import Batch
+from ensemble_rm.members.forward.batching import Batch, passes, pick_token_budget
 from ensemble_rm.members.forward.cpu.grouped_attention import group_heads
 from ensemble_rm.members.forward.cpu.kernels import quicken
 from ensemble_rm.members.forward.prefix_cache import keeps_a_cache, read_prefix, splits_attention
-from ensemble_rm.members.forward.shared_prompts import passes
-from ensemble_rm.members.forward.token_budget import pick_token_budget
+from ensemble_rm.members.learning.averaging import (
+    NAME,
+    average_files,
+    require_same,
+    require_two,
+)
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
@@ -302,3 +306,40 @@ class FullScorer(ModelScorer):
         backbone: str | Path | None,  # noqa: ARG003 - others have one, this is its own
     ) -> str | Path:
         return folder / "model" if said["own"] else str(said["backbone"])
+
+    @classmethod
+    def average(cls, scorers: Sequence[Self], folder: Path | None) -> Self:
+        """Write a model whose weights are the mean of these members', and open it.
+
+        Raises
+        ------
+        OptionError
+            If no folder is given.
+        ModelError
+            If there is only one member, one was not trained here, or they started from other
+            weights, are read in other ways, or hold other weights.
+        """
+        first = scorers[0]
+        require_two(len(scorers))
+        for scorer in scorers:
+            if not scorer.own or scorer.start is None:
+                raise ModelError(
+                    f"member {scorer.names[0]!r} does not say which weights its training started "
+                    "from; the mean of unrelated models is no model: merge members of one run of "
+                    "kind 'full'"
+                )
+        require_same("starting checkpoint", [scorer.start for scorer in scorers])
+        require_same("pooling", [scorer.pooling for scorer in scorers])
+        require_same("way to read text", [replace(s.options, device=None) for s in scorers])
+        if folder is None:
+            raise OptionError("the mean of full members is kept on disk: give out=…")
+        sources = [scorer.backbone.folder for scorer in scorers]
+        files = [sorted(file.name for file in source.glob("*.safetensors")) for source in sources]
+        require_same("weight files", files)
+        shutil.copytree(sources[0], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        for file in files[0]:
+            average_files([source / file for source in sources], folder / file)
+        model = bb.Backbone(str(folder), folder, bb.weights_digest(folder))
+        return cls(
+            model, first.options, name=NAME, pooling=first.pooling, own=True, start=first.start
+        )

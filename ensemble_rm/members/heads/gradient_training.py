@@ -7,74 +7,21 @@ member keeps its best lane.
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import silu
 
-from ensemble_rm.errors import TrainingError
 from ensemble_rm.members.heads.recipe import HeadRecipe
-from ensemble_rm.members.heads.weights import HeadWeights
-from ensemble_rm.members.learning.checkpoint import (
-    load_checkpoint,
-    remove_checkpoint,
-    save_checkpoint,
-)
+from ensemble_rm.members.heads.weights import HeadsResult, HeadWeights, PairFeatures
+from ensemble_rm.members.learning.loop import LoopState, TrainingLoop
 from ensemble_rm.members.learning.loss import preference_loss
 from ensemble_rm.members.learning.seeds import resample_counts, subspace_masks
 from ensemble_rm.progress import Progress, silent
 
 _INIT = 0.1  # of 1/√width: members start apart, and the noise does not outlive training
-
-
-@dataclass(frozen=True)
-class PairFeatures:
-    """Features and verdicts of preference pairs.
-
-    Attributes
-    ----------
-    features : ndarray, shape (2·n_pairs, n_views, width)
-        Every chosen sample, then every rejected one.
-    targets, weights, margins : ndarray, shape (n_pairs,)
-    groups : ndarray of int, shape (n_pairs,)
-        Prompt of each pair.
-    """
-
-    features: NDArray[np.float32]
-    targets: NDArray[np.float64]
-    weights: NDArray[np.float64]
-    margins: NDArray[np.float64]
-    groups: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-@dataclass(frozen=True)
-class HeadsResult:
-    """Trained heads.
-
-    Attributes
-    ----------
-    weights : HeadWeights
-    chosen : tuple of float
-        The weight decay, or the prior, that each member chose.
-    validation_nll : tuple of float
-        Each member's, raw.
-    history : list of dict
-        An epoch each, the training loss and validation NLL of every member's chosen lane; or a
-        prior each, the validation NLL of every member.
-    """
-
-    weights: HeadWeights
-    chosen: tuple[float, ...]
-    validation_nll: tuple[float, ...]
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class _Side:
@@ -92,7 +39,7 @@ class _Side:
         )
 
 
-class HeadTrainer:
+class HeadTrainer(TrainingLoop):
     """Trains k heads on pooled features.
 
     Parameters
@@ -110,9 +57,9 @@ class HeadTrainer:
         Folder to resume from and to write to.
     digest : str
         Of all that the run depends on; a checkpoint of another digest is refused.
-    checkpoint_seconds : float
-        Least time between two checkpoints.
     """
+
+    divergence_hint = "look for non-finite features"
 
     def __init__(
         self,
@@ -126,14 +73,17 @@ class HeadTrainer:
         start: HeadWeights | None = None,
         checkpoint: Path | None = None,
         digest: str = "",
-        checkpoint_seconds: float = 5.0,
     ) -> None:
-        self.recipe, self.device = recipe, device
-        self.checkpoint, self.digest = checkpoint, digest
-        self.checkpoint_seconds = checkpoint_seconds
-        self.view_of = view_of
-        self.seeds = seeds
         self.k, self.g, self.n = len(view_of), len(recipe.weight_decay), len(fit)
+        super().__init__(
+            recipe,
+            (self.k, self.g),
+            may_stay=start is not None,
+            checkpoint=checkpoint,
+            digest=digest,
+        )
+        self.recipe, self.device = recipe, device
+        self.view_of, self.seeds = view_of, seeds
         self.width = fit.features.shape[2]
         used = fit.features.astype(np.float64)
         spread = used.std(axis=0)
@@ -151,6 +101,7 @@ class HeadTrainer:
         self.counts = torch.from_numpy(counts).float().to(device)  # (k, n)
         self.decay = torch.tensor(recipe.weight_decay, device=device)
         self.parameters = self._initial()
+        self.optimiser = torch.optim.Adam(list(self.parameters.values()), lr=recipe.learning_rate)
 
     def _take_scaling(self, start: HeadWeights) -> NDArray[np.float64]:
         """Standardise as the heads did that these go on from; return their subspaces."""
@@ -256,43 +207,22 @@ class HeadTrainer:
             If a member's loss is NaN or infinite.
             If the checkpoint belongs to another run.
         """
-        recipe = self.recipe
-        optimiser = torch.optim.Adam(list(self.parameters.values()), lr=recipe.learning_rate)
-        best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        lowest = torch.full((self.k, self.g), float("inf"), device=self.device)
-        if self.start is not None:  # where a member may stay
-            with torch.no_grad():
-                lowest = self._losses(self.validation, None, plain=True)
-        since = torch.zeros(self.k, self.g, dtype=torch.long, device=self.device)
-        history: list[dict[str, Any]] = []
-        start = self._resume(optimiser, best, lowest, since, history)
-        saved = time.monotonic()
-        for epoch in range(start, recipe.epochs):
-            progress("training", epoch, recipe.epochs)
-            train_loss = self._epoch(optimiser, epoch)
-            with torch.no_grad():
-                nll = self._losses(self.validation, None, plain=True)
-            self._refuse_nan(train_loss, nll, epoch)
-            better = (nll < lowest) & (since < recipe.patience)
-            lowest = torch.where(better, nll, lowest)
-            since = torch.where(better, torch.zeros_like(since), since + 1)
-            with torch.no_grad():
-                for name, p in self.parameters.items():
-                    best[name][better] = p[better]
-            history.append(
-                {"epoch": epoch, "train": train_loss.tolist(), "validation": nll.tolist()}
-            )
-            if bool((since >= recipe.patience).all()):
-                break
-            if self.checkpoint and time.monotonic() - saved >= self.checkpoint_seconds:
-                self._save(optimiser, best, lowest, since, history)
-                saved = time.monotonic()
-        progress("training", recipe.epochs, recipe.epochs)
-        if self.checkpoint:
-            remove_checkpoint(self.checkpoint)
-        return self._result(best, lowest, history)
+        state = self.run_epochs(progress)
+        progress("training", self.recipe.epochs, self.recipe.epochs)
+        return self._result(state)
 
-    def _epoch(self, optimiser: torch.optim.Optimizer, epoch: int) -> torch.Tensor:
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Return the heads' parameters, of shape (n_members, n_weight_decays, …)."""
+        return self.parameters
+
+    def train_epoch(
+        self,
+        epoch: int,
+        active: torch.Tensor,  # noqa: ARG002 - stopped lanes cost nothing extra
+        progress: Progress,
+    ) -> torch.Tensor:
+        """Take an epoch's steps in all lanes."""
+        progress("training", epoch, self.recipe.epochs)
         orders = np.stack(
             [np.random.default_rng([s["order"], epoch]).permutation(self.n) for s in self.seeds]
         )
@@ -301,32 +231,35 @@ class HeadTrainer:
         size = self.recipe.batch_size
         for i in range(0, self.n, size):
             rows = order[:, i : i + size]
-            optimiser.zero_grad(set_to_none=True)
+            self.optimiser.zero_grad(set_to_none=True)
             losses = self._losses(self.fit, rows, plain=False)
             losses.sum().backward()  # type: ignore[no-untyped-call]
             self._clip()
             self._shrink()
-            optimiser.step()
+            self.optimiser.step()
             total += losses.detach() * rows.shape[1]
         return total / self.n
 
-    def _refuse_nan(self, train_loss: torch.Tensor, nll: torch.Tensor, epoch: int) -> None:
-        bad = ~(torch.isfinite(train_loss) & torch.isfinite(nll))
-        if bad.any():
-            member, lane = (int(i) for i in bad.nonzero()[0])
-            raise TrainingError(
-                f"the loss of member {member} (weight_decay={self.recipe.weight_decay[lane]}) "
-                f"became NaN or infinite in epoch {epoch}; lower learning_rate="
-                f"{self.recipe.learning_rate}, or look for non-finite features"
-            )
+    @torch.no_grad()
+    def validation_nll(self, active: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - as above
+        """Return every lane's validation NLL."""
+        return self._losses(self.validation, None, plain=True)
 
-    def _result(
-        self, best: dict[str, torch.Tensor], lowest: torch.Tensor, history: list[dict[str, Any]]
-    ) -> HeadsResult:
-        lanes = lowest.argmin(dim=1).tolist()
+    def keep(self, best: dict[str, torch.Tensor], better: torch.Tensor) -> None:
+        """Copy the better lanes' parameters."""
+        for name, p in self.parameters.items():
+            best[name][better] = p.detach().cpu()[better]
+
+    def lane_name(self, lane: tuple[int, ...]) -> str:
+        """Return the member and its weight decay."""
+        return f"member {lane[0]} (weight_decay={self.recipe.weight_decay[lane[1]]})"
+
+    def _result(self, state: LoopState) -> HeadsResult:
+        """Return each member's best lane."""
+        lanes = state.lowest.argmin(dim=1).tolist()
         kept = {
-            name: np.stack([p[i, lane].double().cpu().numpy() for i, lane in enumerate(lanes)])
-            for name, p in best.items()
+            name: np.stack([p[i, lane].double().numpy() for i, lane in enumerate(lanes)])
+            for name, p in state.best.items()
         }
         mask = self.mask.double().cpu().numpy()
         weights = HeadWeights(self.offset[self.view_of], self.gain[self.view_of] * mask, **kept)
@@ -336,55 +269,8 @@ class HeadTrainer:
                 "train": [entry["train"][i][lane] for i, lane in enumerate(lanes)],
                 "validation": [entry["validation"][i][lane] for i, lane in enumerate(lanes)],
             }
-            for entry in history
+            for entry in state.history
         ]
-        nll = tuple(float(lowest[i, lane]) for i, lane in enumerate(lanes))
+        nll = tuple(float(state.lowest[i, lane]) for i, lane in enumerate(lanes))
         decay = tuple(self.recipe.weight_decay[lane] for lane in lanes)
         return HeadsResult(weights, decay, nll, chosen)
-
-    # Resume ------------------------------------------------------------------------------------
-
-    def _save(
-        self,
-        optimiser: torch.optim.Optimizer,
-        best: dict[str, torch.Tensor],
-        lowest: torch.Tensor,
-        since: torch.Tensor,
-        history: list[dict[str, Any]],
-    ) -> None:
-        assert self.checkpoint is not None
-        tensors = {"lowest": lowest, "since": since}
-        for name, p in self.parameters.items():
-            tensors[f"now.{name}"] = p
-            tensors[f"best.{name}"] = best[name]
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                tensors[f"{key}.{name}"] = optimiser.state[p][key]
-        save_checkpoint(self.checkpoint, tensors, {"recipe": self.digest, "history": history})
-
-    def _resume(
-        self,
-        optimiser: torch.optim.Optimizer,
-        best: dict[str, torch.Tensor],
-        lowest: torch.Tensor,
-        since: torch.Tensor,
-        history: list[dict[str, Any]],
-    ) -> int:
-        """Fill everything from the checkpoint; return the epoch to go on with."""
-        stored = load_checkpoint(self.checkpoint, recipe=self.digest) if self.checkpoint else None
-        if stored is None:
-            return 0
-        tensors, state = stored
-        with torch.no_grad():
-            lowest.copy_(tensors["lowest"])
-            since.copy_(tensors["since"])
-            for name, p in self.parameters.items():
-                p.copy_(tensors[f"now.{name}"])
-                best[name].copy_(tensors[f"best.{name}"])
-                optimiser.state[p] = {
-                    key: tensors[f"{key}.{name}"].to(
-                        self.device if key != "step" else torch.device("cpu")
-                    )
-                    for key in ("exp_avg", "exp_avg_sq", "step")
-                }
-        history += state["history"]
-        return len(history)

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
-from ensemble_rm.members.backbone.feature_cache import FeatureCache, features_in_parts
-from ensemble_rm.members.backbone.trunk import Trunk, TrunkOptions, View
+from ensemble_rm.members.backbone.feature_cache import FeatureCache
+from ensemble_rm.members.backbone.options import TrunkOptions
+from ensemble_rm.members.backbone.trunk import Trunk, View, features_in_parts
 from ensemble_rm.members.digest import member_digest
 from ensemble_rm.members.encoding import count_truncation
 from ensemble_rm.members.heads.weights import HeadWeights
-from ensemble_rm.members.model_scorer import ModelScorer, in_turn
+from ensemble_rm.members.model_scorer import ModelScorer
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
 
@@ -75,9 +76,12 @@ class HeadScorer(ModelScorer):
         """The trunk, loaded at first use up to the highest layer that is read."""
         with self._lock:
             if self._trunk is None:
-                top = max(view.layer for view in self.views)
-                self._trunk = Trunk(self.backbone, self.options, top=top).forget_rest()
+                self._trunk = Trunk(self.backbone, self.options, top=self._top, whole=False)
             return self._trunk
+
+    @property
+    def _top(self) -> int:
+        return max(view.layer for view in self.views)
 
     def with_cache(self, cache: FeatureCache | None) -> HeadScorer:
         """Return the same heads over the same trunk, with a cache of features or without."""
@@ -94,25 +98,27 @@ class HeadScorer(ModelScorer):
     def _forget(self) -> None:
         self._trunk = None
 
-    @in_turn
     def score_detailed(
         self, samples: Sequence[Sample], *, features: bool = False, progress: Progress = silent
     ) -> MemberScores:
         """Return the scores, which samples were cut and, if asked, what all views read."""
-        trunk = self.trunk
-        encoded = trunk.encoder.encode(samples)
-        distinct = tuple(dict.fromkeys(self.views))
-        out = np.empty((len(encoded), len(self.views)))
-        kept = None
-        if features:
-            count = len(dict.fromkeys(part for view in self.views for part in view.parts()))
-            kept = np.empty((len(encoded), count * trunk.width))
-        parts = features_in_parts(trunk, encoded, distinct, cache=self.cache, progress=progress)
-        for rows, read in parts:
-            out[rows] = self.apply(read, distinct)
-            if kept is not None:
-                kept[rows] = parts_of(read, distinct)
-        return MemberScores(out, count_truncation(encoded), kept)
+        with self._lock:  # the tokenizer and the trunk's hooks keep state
+            if (trunk := self._trunk) is None:
+                trunk = Trunk(self.backbone, self.options, top=self._top, whole=False)
+                self._trunk = trunk
+            encoded = trunk.encoder.encode(samples)
+            distinct = tuple(dict.fromkeys(self.views))
+            out = np.empty((len(encoded), len(self.views)))
+            kept = None
+            if features:
+                count = len(dict.fromkeys(part for view in self.views for part in view.parts()))
+                kept = np.empty((len(encoded), count * trunk.width))
+            parts = features_in_parts(trunk, encoded, distinct, cache=self.cache, progress=progress)
+            for rows, read in parts:
+                out[rows] = self.apply(read, distinct)
+                if kept is not None:
+                    kept[rows] = parts_of(read, distinct)
+            return MemberScores(out, count_truncation(encoded), kept)
 
     def apply(self, read: NDArray[np.float32], distinct: Sequence[View]) -> Floats:
         """Run the heads on (n, n_views, width) features of `distinct` views: (n, k)."""

@@ -23,9 +23,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from ensemble_rm.errors import OptionError, TrainingError
-from ensemble_rm.members.heads.gradient_training import HeadsResult, PairFeatures
 from ensemble_rm.members.heads.recipe import HeadRecipe
-from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.heads.weights import HeadsResult, HeadWeights, PairFeatures
 from ensemble_rm.members.learning.seeds import resample_counts, subspace_masks
 from ensemble_rm.progress import Progress, silent
 

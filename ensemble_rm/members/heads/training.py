@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Preferences
-from ensemble_rm.members.backbone.feature_cache import FeatureCache, features
-from ensemble_rm.members.backbone.trunk import Trunk, View
+from ensemble_rm.members.backbone.feature_cache import FeatureCache
+from ensemble_rm.members.backbone.trunk import Trunk, View, features
 from ensemble_rm.members.encoding import Truncation, count_truncation
-from ensemble_rm.members.heads.gradient_training import HeadsResult, HeadTrainer, PairFeatures
+from ensemble_rm.members.heads.gradient_training import HeadTrainer
 from ensemble_rm.members.heads.recipe import HeadRecipe
 from ensemble_rm.members.heads.scorer import HeadScorer, parts_of
 from ensemble_rm.members.heads.solver import solve_heads
-from ensemble_rm.members.heads.weights import HeadWeights
+from ensemble_rm.members.heads.weights import HeadsResult, HeadWeights, PairFeatures
 from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.progress import Progress, silent
 

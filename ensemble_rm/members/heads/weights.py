@@ -1,12 +1,13 @@
-"""Small heads on pooled states, as arrays: what heads and branches both end in.
+"""Small heads on pooled states as arrays, and the features and verdicts that they are fitted to.
 
-A matrix product in float64; knows nothing of trunks or text.
+A head is a matrix product in float64; knows nothing of trunks or text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,3 +62,48 @@ class HeadWeights:
     def load(cls, folder: Path) -> HeadWeights:
         """Read what `save` wrote."""
         return cls(**load_file(folder / "heads.safetensors"))
+
+
+@dataclass(frozen=True)
+class PairFeatures:
+    """Features and verdicts of preference pairs.
+
+    Attributes
+    ----------
+    features : ndarray, shape (2·n_pairs, n_views, width)
+        Every chosen sample, then every rejected one.
+    targets, weights, margins : ndarray, shape (n_pairs,)
+    groups : ndarray of int, shape (n_pairs,)
+        Prompt of each pair.
+    """
+
+    features: NDArray[np.float32]
+    targets: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    margins: NDArray[np.float64]
+    groups: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class HeadsResult:
+    """Trained heads.
+
+    Attributes
+    ----------
+    weights : HeadWeights
+    chosen : tuple of float
+        The weight decay, or the prior, that each member chose.
+    validation_nll : tuple of float
+        Each member's, raw.
+    history : list of dict
+        An epoch each, the training loss and validation NLL of every member's chosen lane; or a
+        prior each, the validation NLL of every member.
+    """
+
+    weights: HeadWeights
+    chosen: tuple[float, ...]
+    validation_nll: tuple[float, ...]
+    history: list[dict[str, Any]] = field(default_factory=list)

@@ -10,16 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self, TypeAlias, TypeVar
 
-from ensemble_rm.errors import OptionError, RemoteAnswerError, RemoteUnavailableError
+from ensemble_rm.errors import (
+    OptionError,
+    RemoteAnswerError,
+    RemoteError,
+    RemoteUnavailableError,
+)
 from ensemble_rm.members.judges.usage import Price, Usage, read_usage
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
-from ensemble_rm.members.remote.failures import Reason
 from ensemble_rm.members.remote.loop_thread import LoopThread, Pending, work_through
 
 T = TypeVar("T")
 Messages: TypeAlias = list[dict[str, str]]
-Reply: TypeAlias = "Mapping[str, Any] | str"
+Reply: TypeAlias = Mapping[str, Any] | RemoteError
 """One choice of a chat completion, or why there is none."""
 
 _TOP = 20  # log-probabilities that OpenAI and vLLM name at most, by default
@@ -134,13 +138,13 @@ class Judge:
     async def _all(
         self, questions: Sequence[Messages], max_tokens: int
     ) -> tuple[list[Reply], Usage]:
-        replies: list[Reply] = [""] * len(questions)
+        replies: list[Reply] = [{}] * len(questions)
         usages = [Usage(unreached=1)] * len(questions)
         outages: list[RemoteUnavailableError] = []
 
         async def one(i: int) -> None:
             if outages:  # who waited for the whole deadline waited for all
-                replies[i] = Reason.of(outages[0])
+                replies[i] = outages[0]
                 return
             began = self._clock()
             usages[i] = Usage(failed=1)  # where it is given up under way
@@ -148,10 +152,10 @@ class Judge:
                 answer = await self._post(questions[i], max_tokens)
             except RemoteUnavailableError as error:
                 outages.append(error)
-                replies[i], usages[i] = Reason.of(error), Usage(unreached=1)
+                replies[i], usages[i] = error, Usage(unreached=1)
                 return
             except (RejectedError, RemoteAnswerError) as error:
-                replies[i] = Reason.of(error)
+                replies[i] = error
                 usages[i] = Usage(failed=1, seconds=self._clock() - began)
                 return
             # Whether it can be read or not, it is paid for.
@@ -163,7 +167,7 @@ class Judge:
         finally:
             taken = sum(usages, Usage())
             self.usage += taken
-        if outages and all(isinstance(reply, str) for reply in replies):
+        if outages and all(isinstance(reply, Exception) for reply in replies):
             raise outages[0]
         return replies, taken
 
@@ -200,5 +204,5 @@ def _choice(answer: Mapping[str, Any]) -> Reply:
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
         said = f"the judge's answer holds no single choice: {str(answer)[:120]}"
-        return Reason.of(RemoteAnswerError(said))
+        return RemoteAnswerError(said)
     return choices[0]

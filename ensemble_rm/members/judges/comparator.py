@@ -9,14 +9,14 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Prompt, as_prompt
-from ensemble_rm.errors import OptionError
+from ensemble_rm.errors import OptionError, RemoteError
 from ensemble_rm.members.judges.asking import Reply
 from ensemble_rm.members.judges.base import RubricJudge
 from ensemble_rm.members.judges.replies import Source, Verdict, read_verdict
@@ -39,8 +39,8 @@ class JudgeVerdicts:
         P(first is preferred) where it stood first, and where it stood second.
     sources : tuple of ({"logprobs", "words"} or None)
         What a judgment was read from: words say only 0, ½ or 1.
-    failures : tuple of (str or None)
-        Why there is no judgment.
+    errors : mapping of int to Exception
+        By row, why there is no judgment.
     usage : Usage
         What it took.
     """
@@ -49,7 +49,7 @@ class JudgeVerdicts:
     tie_probability: Floats | None
     orders: Floats
     sources: tuple[Source | None, ...]
-    failures: tuple[str | None, ...]
+    errors: Mapping[int, Exception]
     usage: Usage
 
     @property
@@ -131,29 +131,33 @@ class JudgeComparator(RubricJudge):
         read = [self._read(reply) for reply in said[0]]
         return _verdicts(read[::2], read[1::2], said[1], ties=len(self.rubric.verdicts) == 3)
 
-    def _read(self, reply: Reply) -> Verdict | str:
-        if isinstance(reply, str):
+    def _read(self, reply: Reply) -> Verdict | RemoteError:
+        if isinstance(reply, RemoteError):
             return reply
         return read_verdict(reply, self.rubric.verdicts, self.rubric.after)
 
 
 def _verdicts(
-    forward: Sequence[Verdict | str], backward: Sequence[Verdict | str], usage: Usage, *, ties: bool
+    forward: Sequence[Verdict | RemoteError],
+    backward: Sequence[Verdict | RemoteError],
+    usage: Usage,
+    *,
+    ties: bool,
 ) -> JudgeVerdicts:
     n = len(forward)
     p, tie, orders = np.full(n, np.nan), np.full(n, np.nan), np.full((n, 2), np.nan)
     sources: list[Source | None] = [None] * n
-    failures: list[str | None] = [None] * n
+    errors: dict[int, Exception] = {}
     for i, (there, back) in enumerate(zip(forward, backward, strict=True)):
-        if isinstance(there, str) or isinstance(back, str):
-            failures[i] = there if isinstance(there, str) else str(back)
+        if isinstance(there, Exception) or isinstance(back, Exception):
+            errors[i] = next(side for side in (there, back) if isinstance(side, Exception))
             continue
         sources[i] = "logprobs" if there.source == back.source == "logprobs" else "words"
         both, orders[i] = combine_orders(there, back)
         p[i], tie[i] = both[0] + both[2] / 2, both[2]
-    read = sum(not isinstance(one, str) for one in (*forward, *backward))
+    read = sum(isinstance(one, Verdict) for one in (*forward, *backward))
     usage = usage.with_read(read)
-    return JudgeVerdicts(p, tie if ties else None, orders, tuple(sources), tuple(failures), usage)
+    return JudgeVerdicts(p, tie if ties else None, orders, tuple(sources), errors, usage)
 
 
 def combine_orders(forward: Verdict, backward: Verdict) -> tuple[Floats, Floats]:

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from ensemble_rm.errors import RemoteAnswerError
+
 Source: TypeAlias = Literal["logprobs", "words"]
 
 COVERAGE = 0.5
@@ -74,7 +76,7 @@ class Place:
 
 def read_verdict(
     choice: Mapping[str, Any], words: Sequence[str], after: str | None
-) -> Verdict | str:
+) -> Verdict | RemoteAnswerError:
     """Read a pairwise reply.
 
     Parameters
@@ -88,18 +90,18 @@ def read_verdict(
 
     Returns
     -------
-    Verdict or str
-        Or why there is none.
+    Verdict or RemoteAnswerError
+        The error says why there is none.
     """
     said = _said(choice, after)
     if said is None:
-        return f"no verdict behind {after!r} in {_shown(choice)}"
+        return RemoteAnswerError(f"no verdict behind {after!r} in {_shown(choice)}")
     word, rest = _first_word(said)
     if word not in words:
-        return f"the reply {_shown(choice)} is none of {', '.join(words)}"
+        return RemoteAnswerError(f"the reply {_shown(choice)} is none of {', '.join(words)}")
     other, _ = _first_word(re.sub(r"^\W+", "", rest))
     if other in words and other != word:
-        return f"the reply {_shown(choice)} names both {word} and {other}"
+        return RemoteAnswerError(f"the reply {_shown(choice)} names both {word} and {other}")
     for place in _places(choice, after):
         if _trim(place.text) == word and _of(place, word):
             masses = [_mass(place, one) for one in words]
@@ -112,24 +114,24 @@ def read_verdict(
 
 def read_rating(
     choice: Mapping[str, Any], scale: tuple[int, int], after: str | None
-) -> Rating | str:
+) -> Rating | RemoteAnswerError:
     """Read a pointwise reply: the expectation over the ratings' tokens [1]_, else the number.
 
     Returns
     -------
-    Rating or str
-        Or why there is none.
+    Rating or RemoteAnswerError
+        The error says why there is none.
     """
     said = _said(choice, after)
     if said is None:
-        return f"no rating behind {after!r} in {_shown(choice)}"
+        return RemoteAnswerError(f"no rating behind {after!r} in {_shown(choice)}")
     found = re.match(r"(\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?(?![\w.]*\w)", said.lstrip(_TRIMMED))
     low, high = scale
     if found is None or (found[2] is not None and float(found[2]) != high):
-        return f"the reply {_shown(choice)} is no number from {low} to {high}"
+        return RemoteAnswerError(f"the reply {_shown(choice)} is no number from {low} to {high}")
     value = float(found[1])
     if not low <= value <= high:
-        return f"the rating {value:g} does not lie from {low} to {high}"
+        return RemoteAnswerError(f"the rating {value:g} does not lie from {low} to {high}")
     expected = _expectation(_places(choice, after), scale, found[1])
     return Rating(value, "words") if expected is None else Rating(expected, "logprobs")
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import RemoteFailureWarning
+from ensemble_rm.errors import RemoteError, RemoteFailureWarning
 from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.members.judges.asking import Judge, JudgeOptions, Reply
+from ensemble_rm.members.judges.asking import Judge, JudgeOptions, Messages, Reply
 from ensemble_rm.members.judges.base import RubricJudge
 from ensemble_rm.members.judges.replies import Rating, read_rating
 from ensemble_rm.members.judges.rubric import Rubric
@@ -24,6 +24,7 @@ from ensemble_rm.members.remote.failures import count_failures
 from ensemble_rm.members.remote.loop_thread import Pending
 from ensemble_rm.members.remote.storage import StoredElsewhere
 from ensemble_rm.members.scorer import MemberScores
+from ensemble_rm.progress import Progress, silent
 
 
 class JudgeScorer(RubricJudge, StoredElsewhere):
@@ -119,23 +120,49 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         return self.begin(samples).result().scores
 
     def begin(self, samples: Sequence[Sample]) -> Pending[MemberScores]:
-        """Ask for what `score` returns, and do not wait; what it raises, the result raises."""
-        questions = [self.rubric.ask(s.prompt, completion=s.completion) for s in samples]
-        return self._begin(questions, self._ratings)
+        """Send the questions without waiting; the result raises and warns as `score` does."""
+        return self._begin(self._questions(samples), self._warned)
 
-    def _ratings(self, said: tuple[list[Reply], Usage]) -> MemberScores:
-        read = [self._read(reply) for reply in said[0]]
-        failed = [one for one in read if isinstance(one, str)]
-        self._unread += said[1].calls - (len(read) - len(failed))
-        if failed:
-            where = f"{self.names[0]!r} at {self.judge_options.url}"
+    def score_detailed(
+        self,
+        samples: Sequence[Sample],
+        *,
+        features: bool = False,  # noqa: ARG002 - a judge has none
+        progress: Progress = silent,  # noqa: ARG002
+    ) -> MemberScores:
+        """Rate as `score` does; what failed is in `errors`, by row, and not in a warning."""
+        return self._begin(self._questions(samples), self._detailed).result()
+
+    def _questions(self, samples: Sequence[Sample]) -> list[Messages]:
+        return [self.rubric.ask(s.prompt, completion=s.completion) for s in samples]
+
+    def _detailed(self, answer: tuple[list[Reply], Usage]) -> MemberScores:
+        """Read the replies; those that are no rating are errors."""
+        replies, taken = answer
+        ratings = [self._read(reply) for reply in replies]
+        errors = {
+            row: rating for row, rating in enumerate(ratings) if isinstance(rating, Exception)
+        }
+        self._unread += taken.calls - (len(ratings) - len(errors))
+        scores = [rating.value if isinstance(rating, Rating) else np.nan for rating in ratings]
+        return MemberScores(
+            np.array(scores, dtype=np.float64).reshape(-1, 1),
+            Truncation.none(len(scores)),
+            errors=errors,
+        )
+
+    def _warned(self, answer: tuple[list[Reply], Usage]) -> MemberScores:
+        detailed = self._detailed(answer)
+        if detailed.errors:
             text = count_failures(
-                failed, len(read), what="rating", where=where, else_="a reply that is no rating"
+                detailed.errors.values(),
+                len(detailed.scores),
+                what="rating",
+                where=f"{self.names[0]!r} at {self.judge_options.url}",
+                unreadable="a reply that is no rating",
             )
             warnings.warn(text, RemoteFailureWarning, stacklevel=4)
-        scores = [one.value if isinstance(one, Rating) else np.nan for one in read]
-        ratings = np.array(scores, dtype=np.float64).reshape(len(read), 1)
-        return MemberScores(ratings, Truncation.none(len(read)))
+        return detailed
 
     def with_token(self, token: Token | None) -> Self:
         """Return the same member with another token."""
@@ -144,8 +171,8 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         twin._judge.usage = self._judge.usage
         return twin
 
-    def _read(self, reply: Reply) -> Rating | str:
-        if isinstance(reply, str):
+    def _read(self, reply: Reply) -> Rating | RemoteError:
+        if isinstance(reply, RemoteError):
             return reply
         return read_rating(reply, self.rubric.scale, self.rubric.after)
 

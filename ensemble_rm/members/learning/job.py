@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.checkpoint import Backbone
-from ensemble_rm.members.backbone.trunk import TrunkOptions
+from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.learning.recipe import Recipe
 from ensemble_rm.members.scorer import Scorer

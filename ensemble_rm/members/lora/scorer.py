@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch.nn import ModuleList
 
 from ensemble_rm.members.backbone import checkpoint as bb
-from ensemble_rm.members.backbone.trunk import Trunk, TrunkOptions, View
+from ensemble_rm.members.backbone.options import TrunkOptions
+from ensemble_rm.members.backbone.trunk import Trunk, View
 from ensemble_rm.members.branches.base import SHARED, Branched, Tensors
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.heads.weights import HeadWeights

@@ -12,13 +12,14 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ensemble_rm.errors import (
     MissingExtraError,
     OptionError,
     RemoteAnswerError,
+    RemoteError,
     RemoteRefusalError,
     RemoteUnavailableError,
 )
@@ -30,8 +31,8 @@ _SHOWN = 200  # characters of an error's body that a message shows
 _LEAST = 0.01  # of the deadline: with less left, no further try begins
 
 
-class RejectedError(Exception):
-    """The server rejects this request, and may accept another; the caller decides what it means.
+class RejectedError(RemoteError):
+    """A server rejects a request, and may accept another; the caller decides what it means.
 
     Attributes
     ----------
@@ -42,8 +43,11 @@ class RejectedError(Exception):
     """
 
     def __init__(self, message: str, kind: str, said: str = "") -> None:
-        super().__init__(message)
+        super().__init__(message, kind, said)  # all of them, so that a copy has them
         self.kind, self.said = kind, said
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +81,31 @@ class ClientOptions:
         If a number is out of its range.
     """
 
-    timeout: float = 60.0
-    deadline: float = 300.0
-    attempts: int = 5
-    backoff: float = 0.25
-    max_backoff: float = 10.0
-    concurrency: int = 8
-    open_after: int = 10
-    reset_after: float = 2.0
+    timeout: float = field(default=60.0, metadata={"help": "seconds of one attempt"})
+    deadline: float = field(
+        default=300.0, metadata={"help": "seconds of a request with all its attempts and pauses"}
+    )
+    attempts: int = field(
+        default=5,
+        metadata={
+            "help": "maximum attempts of a request that the server fails or does not answer in time"
+        },
+    )
+    backoff: float = field(
+        default=0.25,
+        metadata={"help": "seconds of the longest first pause between attempts; it doubles"},
+    )
+    max_backoff: float = field(
+        default=10.0, metadata={"help": "seconds of the longest pause between attempts"}
+    )
+    concurrency: int = field(default=8, metadata={"help": "maximum concurrent requests"})
+    open_after: int = field(
+        default=10, metadata={"help": "failures in a row after which requests stop for a while"}
+    )
+    reset_after: float = field(
+        default=2.0,
+        metadata={"help": "seconds after which one request checks whether the server is back"},
+    )
     seed: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,52 +1,45 @@
-"""Why a sample has no score: whole for whom asked, and as a kind for logs.
+"""Counts of failed samples for warnings: by the kind of the first error, never by its text.
 
-A server's error and a judge's reply may quote the sample, so that no warning repeats them. Knows
-words; knows nothing of servers.
+A server's error and a judge's reply may quote a sample, and warnings end up in logs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Iterable
+
+from ensemble_rm.errors import RemoteAnswerError
 
 
-class Reason(str):
-    """Why there is no score.
-
-    Attributes
-    ----------
-    kind : str
-        The same in few words that quote nobody: an error's name, a status.
-    """
-
-    __slots__ = ("kind",)
-    kind: str
-
-    def __new__(cls, text: str, *, kind: str = "") -> Self:  # copies set it afterwards
-        """Make one of its text and kind."""
-        found = super().__new__(cls, text)
-        found.kind = kind
-        return found
-
-    @classmethod
-    def of(cls, error: Exception) -> Self:
-        """Return an error's message, with its kind: its own, or its name."""
-        return cls(str(error), kind=getattr(error, "kind", type(error).__name__))
-
-
-def count_failures(reasons: Sequence[str], n: int, *, what: str, where: str, else_: str) -> str:
-    """Say how many of `n` samples failed, and the first one's kind.
+def failure_kind(error: Exception, unreadable: str) -> str:
+    """Return what a log may say of an error: its status, `unreadable` for an answer, or its name.
 
     Parameters
     ----------
-    reasons : sequence of str
+    error : Exception
+    unreadable : str
+        For an answer that arrived and is not a score.
+    """
+    if isinstance(error, RemoteAnswerError):
+        return unreadable
+    return str(getattr(error, "kind", type(error).__name__))
+
+
+def count_failures(
+    errors: Iterable[Exception], n: int, *, what: str, where: str, unreadable: str
+) -> str:
+    """Return a sentence about the samples of `n` that failed, and the first one's kind.
+
+    Parameters
+    ----------
+    errors : iterable of Exception
         One or more.
     n : int
         Samples in all.
     what, where : str
-        What they lack, and of whom.
-    else_ : str
-        The kind of a reason that has none: an answer that was read, and is no score.
+        What they lack, and of which member.
+    unreadable : str
+        The kind of an answer that arrived and is not a score.
     """
-    kind = reasons[0].kind if isinstance(reasons[0], Reason) else else_
-    return f"{len(reasons)} of {n} samples have no {what} of {where}; the first: {kind}"
+    failed = list(errors)
+    kind = failure_kind(failed[0], unreadable)
+    return f"{len(failed)} of {n} samples have no {what} of {where}; the first: {kind}"

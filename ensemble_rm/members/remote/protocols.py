@@ -18,7 +18,7 @@ from ensemble_rm.errors import OptionError, RemoteAnswerError
 from ensemble_rm.members.remote.request_text import Rendered
 
 Body: TypeAlias = dict[str, Any]
-Scored: TypeAlias = "float | str"
+Scored: TypeAlias = float | RemoteAnswerError
 """A score, or why there is none."""
 
 
@@ -79,20 +79,22 @@ class Wire:
 def read_number(value: object) -> Scored:
     """Return a finite number as it is, and of anything else why it is no score."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"the score is {value!r}, not a number"[:200]
+        return RemoteAnswerError(f"the score is {value!r}, not a number"[:200])
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    return number if math.isfinite(number) else f"the score is {number}"
+    return number if math.isfinite(number) else RemoteAnswerError(f"the score is {number}")
 
 
 def _only(values: object, what: str) -> Scored:
     """Read the one logit of a reward model."""
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        return f"{what} is {type(values).__name__}, not a list of numbers"
+        return RemoteAnswerError(f"{what} is {type(values).__name__}, not a list of numbers")
     if len(values) != 1:
-        return f"{what} holds {len(values)} numbers; a reward model has one output"
+        return RemoteAnswerError(
+            f"{what} holds {len(values)} numbers; a reward model has one output"
+        )
     return read_number(values[0])
 
 
@@ -186,7 +188,8 @@ def _tei_answer(answer: Any, n: int) -> list[Scored]:
     found: list[Scored] = []
     for labels in _listed(answer, n, "whole"):
         if not isinstance(labels, list) or len(labels) != 1:
-            found.append(f"{labels!r} are no scores of one label; a reward model has one"[:200])
+            text = f"{labels!r} are not the scores of one label; a reward model has one"
+            found.append(RemoteAnswerError(text[:200]))
         else:
             found.append(read_number(_field(labels[0], "score")))
     return found
@@ -231,7 +234,9 @@ def _own_answer(answer: Any, n: int) -> list[Scored]:
     rewards = _listed(_field(answer, "rewards"), n, "'rewards'")
     errors = answer.get("errors") or [None] * n
     return [
-        f"the server's own error: {error}"[:200] if value is None and error else read_number(value)
+        RemoteAnswerError(f"the server's own error: {error}"[:200])
+        if value is None and error
+        else read_number(value)
         for value, error in zip(rewards, _listed(errors, n, "'errors'"), strict=True)
     ]
 

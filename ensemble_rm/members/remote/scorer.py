@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
@@ -23,15 +23,16 @@ from ensemble_rm.errors import (
     RemoteActivationError,
     RemoteActivationWarning,
     RemoteAnswerError,
+    RemoteError,
     RemoteFailureWarning,
     RemoteUnavailableError,
 )
 from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
-from ensemble_rm.members.remote.failures import Reason, count_failures
+from ensemble_rm.members.remote.failures import count_failures
 from ensemble_rm.members.remote.loop_thread import LoopThread, Pending, work_through
-from ensemble_rm.members.remote.protocols import Asked, Scored, Wire, find_wire
+from ensemble_rm.members.remote.protocols import Asked, Wire, find_wire
 from ensemble_rm.members.remote.raw_logit_check import (
     PROBES,
     RAW_LOGIT_CHECKS,
@@ -42,29 +43,14 @@ from ensemble_rm.members.remote.raw_logit_check import (
 from ensemble_rm.members.remote.request_text import Rendered, Renderer, TextTemplate
 from ensemble_rm.members.remote.storage import StoredElsewhere
 from ensemble_rm.members.scorer import MemberScores
+from ensemble_rm.progress import Progress, silent
 
 T = TypeVar("T")
 Outage: TypeAlias = Literal["raise", "nan"]
-_Found: TypeAlias = "Scored | RemoteUnavailableError"
-_Orders: TypeAlias = "tuple[list[_Found], list[_Found]]"
+_Found: TypeAlias = float | RemoteError
+_Orders: TypeAlias = tuple[list[_Found], list[_Found]]
 
 _SPLIT_ATTEMPTS = 2  # tries of a part of a batch that failed as a whole
-
-
-@dataclass(frozen=True, eq=False)
-class RemoteScores:
-    """What a server said of samples, in their order.
-
-    Attributes
-    ----------
-    scores : ndarray, shape (n_samples,)
-        Raw logits; NaN where there is none.
-    failures : tuple of (str or None)
-        Why a sample has no score.
-    """
-
-    scores: NDArray[np.float64]
-    failures: tuple[str | None, ...]
 
 
 class RemoteScorer(StoredElsewhere):
@@ -218,7 +204,7 @@ class RemoteScorer(StoredElsewhere):
         """Return (n_samples, 1) raw logits; NaN where the server has no score, with a warning.
 
         The warning counts failures and names the first one's kind, and quotes no server, which may
-        quote a sample; `score_explained` gives the reasons.
+        quote a sample; `score_detailed` returns the errors.
 
         Raises
         ------
@@ -232,12 +218,18 @@ class RemoteScorer(StoredElsewhere):
         return self.begin(samples).result().scores
 
     def begin(self, samples: Sequence[Sample]) -> Pending[MemberScores]:
-        """Ask for what `score` returns, and do not wait; what it raises, the result raises."""
+        """Send the requests without waiting; the result raises and warns as `score` does."""
         return self._begin(samples, self._warned)
 
-    def score_explained(self, samples: Sequence[Sample]) -> RemoteScores:
-        """Score as `score` does, and say why a sample has no score instead of warning."""
-        return self._begin(samples, lambda found: found).result()
+    def score_detailed(
+        self,
+        samples: Sequence[Sample],
+        *,
+        features: bool = False,  # noqa: ARG002 - a server sends none
+        progress: Progress = silent,  # noqa: ARG002
+    ) -> MemberScores:
+        """Score as `score` does; what failed is in `errors`, by row, and not in a warning."""
+        return self._begin(samples, lambda answer: answer).result()
 
     def raw_logit_check(self) -> RawLogitReport:
         """Send the probes; warn or raise where the answers cannot be raw logits.
@@ -250,7 +242,7 @@ class RemoteScorer(StoredElsewhere):
         call, probes = self._call(), self._renderer.render(PROBES)
         return self._thread.begin(call.both_orders(probes, self.batch_size), self._tell).result()
 
-    def _begin(self, samples: Sequence[Sample], read: Callable[[RemoteScores], T]) -> Pending[T]:
+    def _begin(self, samples: Sequence[Sample], read: Callable[[MemberScores], T]) -> Pending[T]:
         """Ask, behind the probes where they were never answered; read what was said."""
         call = self._call()
         tests = not self._tested and len(samples) > 0
@@ -271,28 +263,33 @@ class RemoteScorer(StoredElsewhere):
     def _call(self) -> _Call:
         return _Call(self._client, self._wire, self._asked, self._endpoint)
 
-    def _scores(self, found: Sequence[_Found]) -> RemoteScores:
-        away = [one for one in found if isinstance(one, RemoteUnavailableError)]
-        if self.on_outage == "raise" and found and len(away) == len(found):
+    def _scores(self, answers: Sequence[_Found]) -> MemberScores:
+        away = [answer for answer in answers if isinstance(answer, RemoteUnavailableError)]
+        if self.on_outage == "raise" and answers and len(away) == len(answers):
             raise away[0]
-        scores = [one if isinstance(one, float) else np.nan for one in found]
-        failures = tuple(None if isinstance(one, float) else _reason(one) for one in found)
-        return RemoteScores(np.array(scores, dtype=np.float64), failures)
+        scores = [np.nan if isinstance(answer, Exception) else answer for answer in answers]
+        return MemberScores(
+            np.array(scores, dtype=np.float64).reshape(-1, 1),
+            Truncation.none(len(scores)),
+            errors={row: e for row, e in enumerate(answers) if isinstance(e, Exception)},
+        )
 
-    def _warned(self, found: RemoteScores) -> MemberScores:
-        failed = [reason for reason in found.failures if reason is not None]
-        if failed:
+    def _warned(self, answer: MemberScores) -> MemberScores:
+        if answer.errors:
             where = f"{self.names[0]!r} at {self.url}"
-            n = len(found.scores)
             text = count_failures(
-                failed, n, what="score", where=where, else_="an answer that is no score"
+                answer.errors.values(),
+                len(answer.scores),
+                what="score",
+                where=where,
+                unreadable="an answer that is no score",
             )
             warnings.warn(text, RemoteFailureWarning, stacklevel=4)
-        return MemberScores(found.scores[:, None], Truncation.none(len(found.scores)))
+        return answer
 
     def _tell(self, orders: _Orders) -> RawLogitReport:
         """Say what the probes told, unless nobody answered: then they are sent another time."""
-        report = compare_orders(*(self._scores(found).scores for found in orders))
+        report = compare_orders(*(self._scores(answers).scores[:, 0] for answers in orders))
         if np.isnan(report.scores).all():
             return report
         if report.problems:
@@ -352,10 +349,6 @@ class RemoteScorer(StoredElsewhere):
         return cls(said["url"], **options | {"client": ClientOptions(**said["client"])})
 
 
-def _reason(failure: str | Exception) -> str:
-    return failure if isinstance(failure, str) else Reason.of(failure)
-
-
 class _Call:
     """One call's batches: asked concurrently, each in its own place."""
 
@@ -369,7 +362,7 @@ class _Call:
         return forward, (await self.score(probes[::-1], size))[::-1]
 
     async def score(self, items: Sequence[Rendered], size: int) -> list[_Found]:
-        found: list[_Found] = [""] * len(items)
+        found: list[_Found] = [np.nan] * len(items)
 
         async def ask(start: int) -> None:
             found[start : start + size] = await self._batch(items[start : start + size])
@@ -393,7 +386,7 @@ class _Call:
             return [error] * len(items)
         except (RejectedError, RemoteAnswerError) as error:
             if len(items) == 1:
-                return [Reason.of(error)] * len(items)
+                return [error] * len(items)
             middle = len(items) // 2
             left = await self._batch(items[:middle], attempts=_SPLIT_ATTEMPTS)
             return left + await self._batch(items[middle:], attempts=_SPLIT_ATTEMPTS)

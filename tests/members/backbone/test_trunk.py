@@ -14,14 +14,21 @@ from hypothesis import given, strategies as st
 from ensemble_rm import FunctionScorer, Message, Sample, TrunkOptions, View
 from ensemble_rm.errors import ModelError, NonFiniteScoreError, OptionError, StorageError
 from ensemble_rm.members import HeadScorer
-from ensemble_rm.members.backbone import feature_cache, trunk as trunks
+from ensemble_rm.members.backbone import trunk as trunks
 from ensemble_rm.members.backbone.checkpoint import load_tokenizer, locate, torch_dtype
-from ensemble_rm.members.backbone.feature_cache import FeatureCache, features, features_in_parts
-from ensemble_rm.members.backbone.pooling import Rule, pool
-from ensemble_rm.members.backbone.trunk import Trunk, default_views
+from ensemble_rm.members.backbone.feature_cache import FeatureCache
+from ensemble_rm.members.backbone.trunk import (
+    Rule,
+    Trunk,
+    default_views,
+    features,
+    features_in_parts,
+    pool,
+)
 from ensemble_rm.members.encoding import TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import plan
 from ensemble_rm.members.scorer import check_scores, scorer_features
+from tests.support.pooling import pooled
 
 SENTENCE = "the quick brown fox jumps over a lazy dog and then sleeps near its warm den"
 WORDS = SENTENCE.split()
@@ -118,10 +125,10 @@ def check_batch_invariance(trunk: Trunk, views: list[tuple[int, Rule]]) -> None:
     """Any order, batch size or neighbour gives the same feature."""
     samples = texts(24)
     encoded = trunk.encoder.encode(samples)
-    together = trunk.pooled(encoded, views)
-    alone = np.concatenate([trunk.pooled([e], views) for e in encoded])
+    together = pooled(trunk, encoded, views)
+    alone = np.concatenate([pooled(trunk, [e], views) for e in encoded])
     order = np.random.default_rng(1).permutation(len(encoded))
-    shuffled = trunk.pooled([encoded[i] for i in order], views)
+    shuffled = pooled(trunk, [encoded[i] for i in order], views)
     spread = together.std(axis=0).mean()
     assert np.abs(together - alone).max() < 1e-4 * spread
     assert np.abs(together[order] - shuffled).max() < 1e-4 * spread
@@ -139,7 +146,7 @@ def check_parity(trunk: Trunk, folder: Path) -> None:
     with torch.inference_mode():
         hidden = model(**inputs, output_hidden_states=True).hidden_states
     for layer in (1, trunk.depth // 2, trunk.depth):
-        found = trunk.pooled([e], [(layer, "last"), (layer, "mean")])[0]
+        found = pooled(trunk, [e], [(layer, "last"), (layer, "mean")])[0]
         states = hidden[layer][0].numpy()
         np.testing.assert_allclose(found[0], states[-1], atol=1e-4)
         np.testing.assert_allclose(found[1], states[e.start :].mean(0), atol=1e-4)
@@ -190,7 +197,9 @@ def test_blocks_above_the_highest_view_are_dropped(minilm_folder: Path, minilm: 
     assert (low.depth, len(low.blocks)) == (6, 3)
     encoded = low.encoder.encode(texts(5))
     views: list[tuple[int, Rule]] = [(2, "last"), (3, "mean")]
-    np.testing.assert_allclose(low.pooled(encoded, views), minilm.pooled(encoded, views), atol=1e-6)
+    np.testing.assert_allclose(
+        pooled(low, encoded, views), pooled(minilm, encoded, views), atol=1e-6
+    )
 
 
 def test_no_backbone(tmp_path: Path) -> None:
@@ -225,9 +234,9 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trunk, name)
 
-    def pooled(self, encoded: Any, *args: Any, **options: Any) -> Any:
+    def passes(self, encoded: Any) -> Any:
         self.read += len(encoded)
-        return self._trunk.pooled(encoded, *args, **options)
+        return self._trunk.passes(encoded)
 
 
 def test_each_text_is_read_once(minilm: Trunk, tmp_path: Path) -> None:
@@ -241,13 +250,13 @@ def test_each_text_is_read_once(minilm: Trunk, tmp_path: Path) -> None:
     assert trunk.read == 10
     assert (one == two).all()
     parts: list[tuple[int, Rule]] = [(3, "mean"), (6, "last")]
-    np.testing.assert_allclose(one, minilm.pooled(encoded, parts), atol=1e-5)
+    np.testing.assert_allclose(one, pooled(minilm, encoded, parts), atol=1e-5)
     mixed = features(trunk, encoded, [View(3, "mean"), View(6, "both")], cache=cache)
     assert trunk.read == 20
     assert (mixed[:, 0, :384] == one[:, 0]).all()
     assert not mixed[:, 0, 384:].any()
     assert (mixed[:, 1, :384] == one[:, 1]).all()
-    mean = minilm.pooled(encoded, [(6, "mean")])[:, 0]
+    mean = pooled(minilm, encoded, [(6, "mean")])[:, 0]
     np.testing.assert_allclose(mixed[:, 1, 384:], mean, atol=1e-5)
     assert features(trunk, [], views).shape == (0, 2, 384)
 
@@ -270,7 +279,7 @@ def test_completions_of_a_prompt_are_read_together_and_some_samples_at_a_time(
         return read(model, given, device, **more)
 
     monkeypatch.setattr(trunks, "read_prefix", counted)
-    monkeypatch.setattr(feature_cache, "_CHUNK", 8)
+    monkeypatch.setattr(trunks, "_CHUNK", 8)
     parts = list(features_in_parts(trunk, encoded, views))
     assert sorted(np.concatenate([rows for rows, _ in parts])) == list(range(15))
     assert [len(rows) for rows, _ in parts] == [10, 5]

@@ -151,9 +151,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ensemble_rm.members.branches.gradient_training import BranchTrainer
+    from ensemble_rm.members.learning.loop import TrainingLoop
 
-    monkeypatch.setattr(BranchTrainer, "checkpoint_seconds", 0.0, raising=False)
+    monkeypatch.setattr(TrainingLoop, "checkpoint_seconds", 0.0, raising=False)
     unbroken = run(parts, small_folder, tmp_path).score(SAMPLES).raw
     steps: list[int] = []
 

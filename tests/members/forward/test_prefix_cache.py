@@ -19,9 +19,10 @@ from ensemble_rm.members import BranchScorer, FullScorer
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.trunk import Trunk
 from ensemble_rm.members.encoding import Encoded
+from ensemble_rm.members.forward.batching import MIN_SAVED, group, passes
 from ensemble_rm.members.forward.cpu import grouped_attention as attention
-from ensemble_rm.members.forward.shared_prompts import MIN_SAVED, group, passes
 from ensemble_rm.members.full.scorer import classifier_scores
+from tests.support.pooling import pooled
 
 OPTIONS = TrunkOptions(max_length=96, device="cpu", token_budget=256)
 ALONE = replace(OPTIONS, share_prefix=False)
@@ -63,7 +64,7 @@ def check_parity(folder: Path) -> None:
     encoded = shared.encoder.encode(samples())
     parts: Any = [(1, "mean"), (shared.depth - 1, "last"), (shared.depth, "last")]
     parts.append((shared.depth, "mean"))
-    one, two = (t.pooled(encoded, parts).astype(np.float64) for t in (shared, alone))
+    one, two = (pooled(t, encoded, parts).astype(np.float64) for t in (shared, alone))
     gain = 1 / (two.std(axis=0) + 1e-12)
     weight = np.random.default_rng(1).normal(size=two.shape[1:])
     gaps = np.abs(np.einsum("npw,pw,pw->np", one - two, gain, weight)).max(axis=0)
@@ -165,7 +166,7 @@ def test_each_prompt_is_read_once(decoder: Path) -> None:
     )
     assert trunk.shares and trunk.splits is not None  # the model is asked now, not while it reads
     seen.clear()
-    trunk.pooled(encoded, [(4, "last")])
+    pooled(trunk, encoded, [(4, "last")])
     hook.remove()
     prompt = encoded[0].start
     assert sum(seen) <= prompt + sum(len(e.ids) - prompt for e in encoded) + len(encoded)
@@ -182,7 +183,7 @@ def test_nobody_runs_the_last_block_of_a_prompt_to_its_end(decoder: Path) -> Non
     splits = trunk.splits
     for widths in ended.values():
         widths.clear()
-    trunk.pooled(encoded, [(4, "last")])
+    pooled(trunk, encoded, [(4, "last")])
     prompt = encoded[0].start
     assert prompt in ended[0]
     assert (prompt in ended[3]) != splits
@@ -299,7 +300,7 @@ def test_attention_in_parts_is_taken_where_it_can_be(
         attention, "cascade_attention", lambda *args: calls.append(1) or plain(*args)
     )
     long = [Sample("the quick fox " * 8, w) for w in WORDS]
-    trunk.pooled(trunk.encoder.encode(long), [(4, "last")])
+    pooled(trunk, trunk.encoder.encode(long), [(4, "last")])
     assert bool(calls) == trunk.splits
 
 
@@ -322,6 +323,6 @@ def test_prompts_of_many_passes_are_held_together(decoder: Path, budget: int) ->
         for word in WORDS[:3]
     ]
     found, wanted = (
-        t.pooled(t.encoder.encode(samples), [(3, "last"), (4, "mean")]) for t in (shared, alone)
+        pooled(t, t.encoder.encode(samples), [(3, "last"), (4, "mean")]) for t in (shared, alone)
     )
     np.testing.assert_allclose(found, wanted, atol=1e-5)

@@ -17,7 +17,7 @@ from ensemble_rm.errors import OptionError
 from ensemble_rm.members import HeadScorer
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.trunk import Trunk
-from ensemble_rm.members.forward.token_budget import (
+from ensemble_rm.members.forward.batching import (
     CPU_BYTES,
     CUDA_CAP,
     LEAST,

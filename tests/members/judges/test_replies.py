@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from ensemble_rm.errors import RemoteAnswerError
 from ensemble_rm.members import JudgeComparator, Price
 from ensemble_rm.members.judges.replies import Rating, Verdict, read_rating, read_verdict
 from ensemble_rm.members.judges.usage import read_usage
@@ -56,7 +57,7 @@ def test_any_reply_is_a_verdict_or_a_reason(choice: dict[str, Any], after: str |
         assert all(0 <= p <= 1 for p in found.probabilities)
         assert math.isclose(sum(found.probabilities), 1)
     else:
-        assert isinstance(found, str) and found
+        assert isinstance(found, RemoteAnswerError) and str(found)
 
 
 @given(choices, behind)
@@ -66,7 +67,7 @@ def test_any_reply_is_a_rating_or_a_reason(choice: dict[str, Any], after: str | 
     if isinstance(found, Rating):
         assert SCALE[0] <= found.value <= SCALE[1]
     else:
-        assert isinstance(found, str) and found
+        assert isinstance(found, RemoteAnswerError) and str(found)
 
 
 @given(some({"usage": some({"prompt_tokens": numbers, "completion_tokens": numbers})}))
@@ -113,11 +114,11 @@ def test_an_odd_reply_takes_no_other_judgment_with_it(entry: Any) -> None:
     judge = JudgeComparator("http://j/v1", model="m", transport=httpx.MockTransport(handle))
     found = judge.compare(["q", "q"], ["one", "odd"], ["two", "odd, too"])
     judge.close()
-    assert found.failures == (None, None) and found.sources == ("logprobs", "words")
+    assert not found.errors and found.sources == ("logprobs", "words")
 
 
 def test_a_rating_over_a_number_of_any_length_is_a_reason() -> None:
-    assert isinstance(read_rating(said("8/" + "9" * 5000), SCALE, None), str)
+    assert isinstance(read_rating(said("8/" + "9" * 5000), SCALE, None), RemoteAnswerError)
 
 
 def test_masses_that_are_no_distribution_leave_no_scale() -> None:
@@ -170,8 +171,8 @@ def test_tokens_that_are_not_the_reply_give_no_expectation() -> None:
     [*(("8", "5"), ("1", "0", "0"), ("8", "/", "100"), ("0",), ("8", "th")), ("1", "1")],
 )
 def test_a_rating_off_the_scale_is_none_in_tokens_as_in_words(tokens: tuple[str, ...]) -> None:
-    assert isinstance(read_rating(said("".join(tokens)), SCALE, None), str)
-    assert isinstance(read_rating(spelt(*tokens), SCALE, None), str)
+    assert isinstance(read_rating(said("".join(tokens)), SCALE, None), RemoteAnswerError)
+    assert isinstance(read_rating(spelt(*tokens), SCALE, None), RemoteAnswerError)
 
 
 def test_a_rating_with_a_fraction_is_taken_at_its_word() -> None:
@@ -186,8 +187,8 @@ def test_a_rating_with_a_fraction_is_taken_at_its_word() -> None:
     ],
 )
 def test_a_reply_that_names_two_verdicts_is_none(tokens: tuple[str, ...]) -> None:
-    assert isinstance(read_verdict(said("".join(tokens)), WORDS, None), str)
-    assert isinstance(read_verdict(spelt(*tokens), WORDS, None), str)
+    assert isinstance(read_verdict(said("".join(tokens)), WORDS, None), RemoteAnswerError)
+    assert isinstance(read_verdict(spelt(*tokens), WORDS, None), RemoteAnswerError)
 
 
 @pytest.mark.parametrize("text", ["A, because B is vague", "A. A!", "A\n\nThe other, B, is vague."])

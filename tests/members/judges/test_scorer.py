@@ -17,6 +17,7 @@ from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import (
     OptionError,
+    RemoteAnswerError,
     RemoteFailureWarning,
     RemoteRefusalError,
     RemoteUnavailableError,
@@ -98,8 +99,8 @@ def test_a_judgment_that_fails_is_nan_with_its_reason_and_never_a_half() -> None
     transport = judge(spoil=lambda texts: texts["answer A"] == FIRST[3])
     found = comparator(transport).compare(PROMPTS, FIRST, SECOND)
     assert np.flatnonzero(np.isnan(found.probability)).tolist() == [3]
-    assert "it depends" in (found.failures[3] or "") and found.sources[3] is None
-    assert [f for i, f in enumerate(found.failures) if i != 3] == [None] * (N - 1)
+    assert "it depends" in str(found.errors[3]) and found.sources[3] is None
+    assert list(found.errors) == [3]
     assert (found.usage.calls, found.usage.failed) == (2 * N - 1, 1)
 
 
@@ -248,27 +249,27 @@ def choice(text: str, *tokens: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("text", ["A", " A", "A.", "**A**", "[[A]]", "A\n\nIt is shorter.", "(A)"])
 def test_words_that_are_verdicts(text: str) -> None:
     found = read_verdict(choice(text), ("A", "B"), None)
-    assert not isinstance(found, str) and found.probabilities == (1.0, 0.0)
+    assert not isinstance(found, RemoteAnswerError) and found.probabilities == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
     "text", ["", "A good answer would be B", "a", "AB", "Neither", "C", "The better one is A"]
 )
 def test_words_that_are_none(text: str) -> None:
-    assert isinstance(read_verdict(choice(text), ("A", "B"), None), str)
+    assert isinstance(read_verdict(choice(text), ("A", "B"), None), RemoteAnswerError)
 
 
 @given(p=st.floats(0.01, 0.98), split=st.floats(0, 1))
 def test_the_same_word_in_several_tokens_adds_up(p: float, split: float) -> None:
     options = {"A": p * (1 - split) + 1e-12, " A": p * split + 1e-12, "B": 0.99 - p, "x": 0.005}
     found = read_verdict(choice("A", entry(options, "A")), ("A", "B"), None)
-    assert not isinstance(found, str) and found.source == "logprobs"
+    assert not isinstance(found, RemoteAnswerError) and found.source == "logprobs"
     assert found.probabilities[0] == pytest.approx(p / 0.99, abs=1e-6)
 
 
 def test_a_verdict_that_is_not_named_has_less_than_any_that_is() -> None:
     found = read_verdict(choice("A", entry({"A": 0.98, "The": 0.01}, "A")), ("A", "B"), None)
-    assert not isinstance(found, str)
+    assert not isinstance(found, RemoteAnswerError)
     assert 0 < found.probabilities[1] <= 0.01 / 0.98 + 1e-9
 
 
@@ -278,9 +279,9 @@ def test_a_verdict_behind_a_marker() -> None:
     tokens.append(entry({" B": 0.7, " A": 0.3}, " B"))
     said = choice("A is fine. Verdict: B", *tokens)
     found = read_verdict(said, ("A", "B"), "Verdict:")
-    assert not isinstance(found, str) and found.source == "logprobs"
+    assert not isinstance(found, RemoteAnswerError) and found.source == "logprobs"
     assert found.probabilities == pytest.approx((0.3, 0.7))
-    assert isinstance(read_verdict(choice("A is fine"), ("A", "B"), "Verdict:"), str)
+    assert isinstance(read_verdict(choice("A is fine"), ("A", "B"), "Verdict:"), RemoteAnswerError)
 
 
 @given(weights=st.lists(st.floats(0.01, 1), min_size=10, max_size=10))
@@ -288,7 +289,7 @@ def test_a_rating_is_the_expectation_over_its_tokens(weights: list[float]) -> No
     total = sum(weights) * 1.01
     options = {str(v): w / total for v, w in zip(range(1, 11), weights, strict=True)}
     found = read_rating(choice("7", entry(options, "7")), (1, 10), None)
-    assert not isinstance(found, str) and found.source == "logprobs"
+    assert not isinstance(found, RemoteAnswerError) and found.source == "logprobs"
     expected = sum(v * w for v, w in zip(range(1, 11), weights, strict=True)) / sum(weights)
     assert found.value == pytest.approx(expected)
 
@@ -297,27 +298,30 @@ def test_a_ten_in_two_tokens_is_no_one() -> None:
     """Tokenizers that spell digits: the mass of "1" is that of 1 and of 10."""
     first, second = entry({"1": 0.8, "9": 0.2}, "1"), entry({"0": 0.75, "<end>": 0.25}, "0")
     found = read_rating(choice("10", first, second), (1, 10), None)
-    assert not isinstance(found, str)
+    assert not isinstance(found, RemoteAnswerError)
     assert found.value == pytest.approx(0.6 * 10 + 0.2 * 1 + 0.2 * 9)
 
 
 @pytest.mark.parametrize(("text", "value"), [("7", 7), ("8/10", 8), ("7.5", 7.5), ("**3**", 3)])
 def test_ratings_in_words(text: str, value: float) -> None:
     found = read_rating(choice(text), (1, 10), None)
-    assert not isinstance(found, str) and (found.value, found.source) == (value, "words")
+    assert not isinstance(found, RemoteAnswerError) and (found.value, found.source) == (
+        value,
+        "words",
+    )
 
 
 @pytest.mark.parametrize("text", ["", "0", "11", "85", "seven", "I rate it 7", "8/5", "7x", "-3"])
 def test_replies_that_are_no_rating(text: str) -> None:
-    assert isinstance(read_rating(choice(text), (1, 10), None), str)
+    assert isinstance(read_rating(choice(text), (1, 10), None), RemoteAnswerError)
 
 
 @pytest.mark.parametrize(
     "broken", [{}, {"message": None}, {"message": {"content": None}}, {"logprobs": 3}]
 )
 def test_broken_choices_are_reasons(broken: dict[str, Any]) -> None:
-    assert isinstance(read_verdict(broken, ("A", "B"), None), str)
-    assert isinstance(read_rating(broken, (1, 10), None), str)
+    assert isinstance(read_verdict(broken, ("A", "B"), None), RemoteAnswerError)
+    assert isinstance(read_rating(broken, (1, 10), None), RemoteAnswerError)
 
 
 # The pointwise member ----------------------------------------------------------------------------

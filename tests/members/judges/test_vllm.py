@@ -75,7 +75,7 @@ def judge(url: str, **options: Any) -> JudgeComparator:
 def test_verdicts_are_the_models_own_probabilities(url: str, oracle: Oracle) -> None:
     asking = judge(url, extra=CHOICE)
     found = asking.compare(PROMPTS, GOOD, BAD)
-    assert found.sources == ("logprobs",) * 4 and found.failures == (None,) * 4
+    assert found.sources == ("logprobs",) * 4 and not found.errors
     for i, (prompt, good, bad) in enumerate(zip(PROMPTS, GOOD, BAD, strict=True)):
         sides = ((good, bad), (bad, good))
         asked = [asking.rubric.ask(prompt, first=a, second=b) for a, b in sides]
@@ -107,7 +107,7 @@ def test_without_log_probabilities_the_words_count(url: str) -> None:
 def test_a_model_that_says_something_else_has_no_judgment(url: str) -> None:
     found = judge(url).compare(PROMPTS[:1], GOOD[:1], BAD[:1])
     assert np.isnan(found.probability).all()
-    assert "none of A, B" in str(found.failures[0])
+    assert "none of A, B" in str(found.errors[0])
     rater = JudgeScorer(url, model="judge", name="judge")
     with pytest.warns(RemoteFailureWarning, match="no rating"):
         rated = rater.score([Sample(PROMPTS[0], GOOD[0])])

@@ -210,9 +210,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
     at: int,
 ) -> None:
-    from ensemble_rm.members.branches.gradient_training import BranchTrainer
+    from ensemble_rm.members.learning.loop import TrainingLoop
 
-    monkeypatch.setattr(BranchTrainer, "checkpoint_seconds", 0.0)
+    monkeypatch.setattr(TrainingLoop, "checkpoint_seconds", 0.0)
     given: dict[str, Any] = {"warm_start": True, "blocks": 2, "diversity": 0.1}
     stages: list[str] = []
 
@@ -293,10 +293,10 @@ def test_diversity_makes_adapters_less_alike_and_zero_is_off(
 
     falling = itertools.count(0, -1)
 
-    def last_is_best(self: Any, active: list[int]) -> torch.Tensor:
+    def last_is_best(self: Any, active: torch.Tensor) -> torch.Tensor:
         return torch.full((len(self.branches),), float(next(falling)))
 
-    monkeypatch.setattr(branches.BranchTrainer, "_validate", last_is_best)
+    monkeypatch.setattr(branches.BranchTrainer, "validation_nll", last_is_best)
 
     def cosine(diversity: float) -> float:
         ensemble = run(parts, small_folder, tmp_path, diversity=diversity, members=3, blocks=1)

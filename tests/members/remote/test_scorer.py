@@ -89,11 +89,11 @@ def test_a_sample_that_fails_fails_alone(bad: set[int], size: int) -> None:
         return httpx.Response(200, json={"rewards": [float(query) for query in queries]})
 
     scorer = member(httpx.MockTransport(handle), batch_size=size)
-    found = scorer.score_explained(samples(20))
+    found = scorer.score_detailed(samples(20))
     scorer.close()
-    assert {i for i in range(20) if math.isnan(found.scores[i])} == bad
-    assert {i for i, reason in enumerate(found.failures) if reason is not None} == bad
-    assert all("422" in (found.failures[i] or "") for i in bad)
+    assert {i for i in range(20) if math.isnan(found.scores[i, 0])} == bad
+    assert set(found.errors) == bad
+    assert all("422" in str(error) for error in found.errors.values())
 
 
 @pytest.mark.parametrize("status", [500, 422])
@@ -113,10 +113,9 @@ def test_culprits_of_batches_side_by_side_take_nobody_with_them(
 
     options = ClientOptions(backoff=1e-5, open_after=2, reset_after=1000, deadline=100)
     scorer = member(httpx.MockTransport(handle), batch_size=size, client=options)
-    found = scorer.score_explained(samples(64))
+    found = scorer.score_detailed(samples(64))
     scorer.close()
-    lost = {i for i in range(64) if found.failures[i] is not None}
-    assert lost == bad | set(range(0, 64, size))
+    assert set(found.errors) == bad | set(range(0, 64, size))
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, "2", True])
@@ -178,7 +177,7 @@ def test_an_outage_costs_one_deadline_and_not_one_a_batch() -> None:
 def test_of_no_sample_nobody_is_asked() -> None:
     """Nor probed: a server that is away fails nothing that it was not needed for."""
     away = unreachable(raw_logit_check="error")
-    assert away.score([]).shape == (0, 1) and away.score_explained([]).failures == ()
+    assert away.score([]).shape == (0, 1) and not away.score_detailed([]).errors
     assert ensemble(unreachable(raw_logit_check="warn")).score([]).reward.shape == (0,)
     with pytest.raises(RemoteUnavailableError):
         away.score(samples(1))  # the probes are still to come

@@ -245,7 +245,7 @@ def test_a_sample_that_is_too_long(url: str, reference: Reference) -> None:
     member = scorer(url, "vllm-classify")
     with pytest.warns(RemoteFailureWarning, match=r"1 of 4.*status 400"):  # and no word of the text
         found = member.score(samples)[:, 0]
-    reason = member.score_explained(samples).failures[1]
+    reason = str(member.score_detailed(samples).errors.get(1))
     assert reason is not None and "maximum context length is 512" in reason
     assert np.isnan(found).tolist() == [False, True, False, False]
     np.testing.assert_allclose(found[[0, 2, 3]], expected[[0, 2, 3]], **NEAR)

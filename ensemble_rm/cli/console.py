@@ -1,0 +1,149 @@
+"""What a command prints: progress, its result, and where the result went."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+
+
+class Progress:
+    """Shows how far a stage is: a bar on a terminal, elsewhere a line every 30 s.
+
+    Parameters
+    ----------
+    command : str
+        Named in each line.
+    bars : bool
+        Whether to draw bars.
+    """
+
+    def __init__(self, command: str, *, bars: bool) -> None:
+        self._command, self._bars = command, bars
+        self._stage, self._task = "", None
+        self._display: Any = None
+        self._started = self._logged = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` are done; a total of 0 is not known."""
+        if stage != self._stage:
+            self._stage, self._task = stage, None
+            self._started = time.monotonic()
+        if self._bars:
+            self._draw(stage, done, total)
+        elif time.monotonic() - self._logged >= EVERY:
+            self._logged = time.monotonic()
+            print(f"ensemble-rm {self._command}: {self._line(done, total)}", file=sys.stderr)
+
+    def _line(self, done: int, total: int) -> str:
+        rate = done / max(time.monotonic() - self._started, 1e-9)
+        text = f"{self._stage}: {done}" + (f" of {total}" if total else "") + f", {rate:.3g}/s"
+        if total and rate > 0:
+            text += f", {(total - done) / rate:.0f} s left"
+        return text
+
+    def _draw(self, stage: str, done: int, total: int) -> None:
+        if self._display is None:
+            from rich.console import Console as Terminal
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress as Display,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            self._display = Display(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=Terminal(stderr=True),
+                transient=True,
+            )
+            self._display.start()
+        if self._task is None:
+            for task in self._display.task_ids:
+                self._display.remove_task(task)
+            self._task = self._display.add_task(stage, total=total or None, rate="")
+        rate = done / max(time.monotonic() - self._started, 1e-9)
+        self._display.update(self._task, completed=done, total=total or None, rate=f"{rate:.3g}/s")
+
+
+class Console:
+    """Prints a command's result on standard output, and all else on standard error.
+
+    Parameters
+    ----------
+    command : str
+        As it was typed, such as ``versions list``.
+    json : bool
+        Whether the result is one JSON object, and nothing follows it.
+    """
+
+    def __init__(self, command: str, *, json: bool) -> None:
+        self.command, self.json = command, json
+        self.saved: Path | None = None
+        self._lines: list[tuple[str, str]] = []
+
+    def progress(self) -> Progress:
+        """Return what long work reports its progress to, as a context."""
+        return Progress(self.command, bars=sys.stderr.isatty() and not self.json)
+
+    def note(self, text: str) -> None:
+        """Print a remark."""
+        print(text, file=sys.stderr)
+
+    def result(self, data: Mapping[str, Any], text: str) -> None:
+        """Print the result: one JSON object with --json, else the text."""
+        print(json.dumps(data, ensure_ascii=False) if self.json else text)
+
+    def read(self, what: str) -> None:
+        """Say at the end what was read, cut or left out."""
+        self._lines.append(("read", what))
+
+    def cut(self, what: str) -> None:
+        """Say at the end what was truncated."""
+        self._lines.append(("cut", what))
+
+    def left_out(self, what: str) -> None:
+        """Say at the end what was not used."""
+        self._lines.append(("left out", what))
+
+    def save(self, path: Path) -> None:
+        """Say at the end where the result lies."""
+        self.saved = path
+        self._lines.append(("saved", str(path)))
+
+    def next(self, command: str) -> None:
+        """Suggest the next command at the end."""
+        self._lines.append(("next", command))
+
+    def finish(self, config: Path | None) -> None:
+        """Print what the command collected."""
+        if self.json:
+            return
+        order = ("read", "cut", "left out", "saved", "config", "next")
+        lines = [*self._lines, *([] if config is None else [("config", str(config))])]
+        for label, text in sorted(lines, key=lambda line: order.index(line[0])):
+            print(f"{label + ':':9s} {text}", file=sys.stderr)

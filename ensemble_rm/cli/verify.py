@@ -1,0 +1,64 @@
+"""``ensemble-rm verify``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ensemble_rm.cli.command import Command
+from ensemble_rm.cli.common import RUN, Loading
+from ensemble_rm.cli.options import argument, nested
+from ensemble_rm.errors import EnsembleRMError, StorageError
+
+if TYPE_CHECKING:
+    from ensemble_rm.cli.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Command):
+    """Check saved files against the digests that were recorded when they were saved.
+
+    Of every version, the members' files and the normaliser, against the version's digest; of the
+    current one, the backbone's weights, too, by loading it. A plain ensemble has no version to
+    compare with, and is loaded. Exit code 4 where something differs.
+    """
+
+    run_folder: Path = argument(RUN, metavar="RUN")
+    loading: Loading = nested(Loading, panel="Loading")
+
+    example: ClassVar[str] = "  ensemble-rm verify runs/hh"
+
+    def run(self, console: Console) -> None:
+        """Check the files."""
+        from ensemble_rm.versions.adopt import digest_members
+        from ensemble_rm.versions.repository import Versions
+
+        versions = Versions(self.run_folder)
+        versions.incumbent()  # a named error where there is no ensemble at all
+        checked: list[dict[str, Any]] = []
+        for version in versions.all():
+            # A calibration has the members of its ensemble; its digest is that of those members.
+            digest, problem = "", None
+            try:
+                digest = digest_members(versions.ensemble_folder(version))
+            except EnsembleRMError as error:
+                problem = str(error)
+            if problem is None and digest != version.members:
+                problem = f"members have digest {digest[:12]}, not {version.members[:12]}"
+            checked.append({"version": version.number, "problem": problem})
+        try:
+            self.loading.open(self.run_folder)
+            checked.append({"version": "current, loaded", "problem": None})
+        except EnsembleRMError as error:
+            checked.append({"version": "current, loaded", "problem": str(error)})
+        bad = [entry for entry in checked if entry["problem"] is not None]
+        if bad:
+            problems = "; ".join(f"{entry['version']}: {entry['problem']}" for entry in bad)
+            raise StorageError(
+                f"{len(bad)} of {len(checked)} checks failed: {problems}. Restore the files from a "
+                f"backup, or go back with ensemble-rm versions rollback {self.run_folder}"
+            )
+        console.result(
+            {"checked": checked}, f"{len(checked)} checks passed: {self.run_folder} is intact"
+        )

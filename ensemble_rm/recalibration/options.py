@@ -1,0 +1,83 @@
+"""Options of a recalibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ensemble_rm.calibration.limits import MIN_JUDGMENTS
+from ensemble_rm.drift.options import DriftOptions
+from ensemble_rm.evidence.window import WindowOptions
+from ensemble_rm.versions.options import RunOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecisionOptions:
+    """How a candidate calibration is fitted and judged.
+
+    Attributes
+    ----------
+    half_life : float, optional
+        Days after which a judgment has half its weight; None for equal weights.
+    gate_share : float
+        Share of the judgments, the newest ones, that the gate uses; in (0, 1).
+    delta : float
+        Rise of the NLL that the gate must exclude, nats per judgment; > 0.
+    level : float
+        Confidence of the gate's one-sided bound.
+    min_judgments : int
+        Fewest effective judgments to fit on, and to gate on.
+    slices : bool
+        Fit one temperature per subset as well.
+    confirm : bool
+        Require the next batch to confirm a sudden change, and leave out older judgments that
+        contradict the newest; see `compare_newest` and `changed_since`.
+    """
+
+    half_life: float | None = field(
+        default=None, metadata={"help": "days after which a judgment has half its weight"}
+    )
+    gate_share: float = field(
+        default=1 / 6, metadata={"help": "share of the judgments, the newest, that the gate uses"}
+    )
+    delta: float = field(
+        default=0.005, metadata={"help": "rise of the NLL that the gate must exclude, in nats"}
+    )
+    level: float = field(
+        default=0.95, metadata={"help": "confidence of the gate's one-sided bound"}
+    )
+    min_judgments: int = field(
+        default=MIN_JUDGMENTS,
+        metadata={"help": "fewest effective judgments to fit on, and to gate on"},
+    )
+    slices: bool = field(default=False, metadata={"help": "fit one temperature per subset as well"})
+    confirm: bool = field(
+        default=True, metadata={"help": "wait for the next batch to confirm a sudden change"}
+    )
+
+    def decision_json(self) -> dict[str, Any]:
+        """Return the options of this class by name, without those of a subclass."""
+        return {option.name: getattr(self, option.name) for option in fields(DecisionOptions)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecalibrationOptions(WindowOptions, DecisionOptions, DriftOptions, RunOptions):
+    """Options of `recalibrate`.
+
+    Attributes
+    ----------
+    watch : bool
+        Run the sequential drift test on the incumbent.
+    since, until, window
+        Which judgments; see `WindowOptions`.
+    half_life, gate_share, delta, level, min_judgments, slices, confirm
+        How a candidate is fitted and judged; see `DecisionOptions`.
+    alpha, tolerance
+        Of the drift test; see `DriftOptions`.
+    dry_run, wait
+        See `RunOptions`.
+    """
+
+    watch: bool = field(
+        default=True, metadata={"help": "test the published temperature for drift on every run"}
+    )
