@@ -14,3 +14,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """Report no progress."""
+
+
+def named(progress: Progress, part: str) -> Progress:
+    """Return a progress callback whose stages end in the name of a part of the work."""
+    return lambda stage, done, total: progress(f"{stage} {part}", done, total)

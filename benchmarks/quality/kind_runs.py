@@ -29,14 +29,14 @@ from ensemble_rm.members.backbone.trunk import Trunk, View, default_views, featu
 from ensemble_rm.members.branches.gradient_training import branch_scores
 from ensemble_rm.members.branches.module import PairStates
 from ensemble_rm.members.branches.runner import Branching
-from ensemble_rm.members.branches.training import Ground, grow_branches
+from ensemble_rm.members.branches.training import BranchedRun, train_copies
 from ensemble_rm.members.forward.batching import batches
 from ensemble_rm.members.heads.training import fit_heads
 from ensemble_rm.members.heads.weights import HeadWeights, PairFeatures
 from ensemble_rm.members.learning.dropout import set_dropout
 from ensemble_rm.members.learning.job import Job
 from ensemble_rm.members.learning.seeds import member_seeds
-from ensemble_rm.members.lora.training import grow_adapters
+from ensemble_rm.members.lora.training import train_adapters
 
 BLOCKS = {"minilm": (1, 2, 4), "smollm2": (1, 2, 4, 8)}
 PARTS = ("validation", "calibration", "test", "unlike")
@@ -263,11 +263,11 @@ class Study:
         def side(part: str) -> PairStates:
             return PairStates(states.take(self.sides(rows[part])), self.data(rows[part]))
 
-        found = Ground(job, Branching(trunk), side("fit"), side("validation"))
+        found = BranchedRun(job, Branching(trunk), side("fit"), side("validation"))
         if way.kind == "branch":
-            _, result = grow_branches(found)
+            _, result = train_copies(found)
         else:
-            _, result, _ = grow_adapters(found)
+            _, result, _ = train_adapters(found)
         scores = {
             part: np.stack(
                 [branch_scores(found.branching, b, side(part).states) for b in result.branches],

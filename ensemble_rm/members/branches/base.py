@@ -1,7 +1,7 @@
 """What `branch` and `lora` members have in common: one trunk, k versions of its top blocks.
 
-The trunk runs once a sample up to the blocks that differ; each member runs its own from there, and
-a head reads what they return. How the versions are made from the trunk's own blocks is each kind's.
+The trunk runs once per sample, up to the blocks that differ. Each member runs its own blocks from
+there, and its head reads their last states. How a kind makes its blocks is in `_build_blocks`.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
 
 Tensors = dict[str, torch.Tensor]
-SHARED = "shared"  # before the names of weights that are no single member's
+SHARED = "shared"  # prefix of the names of weights that all members use
 
 
 class Branched(ModelScorer):
-    """k versions of a trunk's top blocks, a head on each; a kind adds `_grow`.
+    """k versions of a trunk's top blocks, with a head on each; a kind adds `_build_blocks`.
 
     Parameters
     ----------
     backbone : Backbone
     options : TrunkOptions
-        How the trunk reads text: the same at training and at scoring.
+        How the trunk reads text; the same in training and in scoring.
     views : sequence of View
         How each member's last states are pooled; the layer is the deepest.
     heads : HeadWeights
     tensors : sequence of dict
-        What each member has of its own, by name, ``"0.…"`` its lowest block's.
+        Each member's own weights by name; names of the lowest block start with ``"0."``.
     blocks : int
-        How many blocks each has.
+        Number of blocks that each member has.
     names : sequence of str, optional
-        One a member; numbered where not given.
+        One per member; numbered by default.
     branching : Branching, optional
-        Over an open trunk, instead of one loaded at the first score.
+        Over an open trunk; by default one is loaded at the first score.
     """
 
     file: str
@@ -83,12 +83,12 @@ class Branched(ModelScorer):
         self._members: list[ModuleList] = []
 
     def _kept(self, own: Tensors) -> Tensors:
-        """Return a member's weights as they are kept and saved."""
+        """Return a member's weights in the dtype in which they are saved."""
         return own
 
     @abstractmethod
-    def _grow(self, trunk: Trunk) -> list[ModuleList]:
-        """Make every member's blocks from the trunk's; a RuntimeError where they do not fit."""
+    def _build_blocks(self, trunk: Trunk) -> list[ModuleList]:
+        """Return every member's blocks; RuntimeError if the weights do not fit the trunk's."""
 
     def _open(self) -> tuple[Branching, list[ModuleList]]:
         """Load the trunk and make the members' blocks at first use."""
@@ -98,7 +98,7 @@ class Branched(ModelScorer):
                 self._branching = Branching(Trunk(self.backbone, self.options, top=top))
             if not self._members:
                 try:
-                    self._members = self._grow(self._branching.trunk)
+                    self._members = self._build_blocks(self._branching.trunk)
                 except RuntimeError as error:
                     raise StorageError(
                         f"the {self.kind} members do not fit the backbone: {error}"
@@ -123,7 +123,10 @@ class Branched(ModelScorer):
         encoded = trunk.encoder.encode(samples)
         out = np.empty((len(encoded), len(members)))
         done, width = 0, self.heads.offset.shape[1]
-        prompts: tuple[Prefix | None, list[Prefix]] = (None, [])  # the trunk's, and each member's
+        prompts: tuple[Prefix | None, list[Prefix]] = (
+            None,
+            [],
+        )  # the last prefix: the trunk's, and as each member reads it
         for batch in branching.passes(encoded, members[0]):
             states = branching.states(batch)
             if batch.prefix is not None and batch.prefix is not prompts[0]:
@@ -161,7 +164,7 @@ class Branched(ModelScorer):
         }
 
     def _weights(self) -> Tensors:
-        """Return all weights that are the members' own, by name."""
+        """Return all weights of the members, by name."""
         return {f"{i}.{k}": v for i, own in enumerate(self.tensors) for k, v in own.items()}
 
     def _write(self, folder: Path) -> dict[str, Any]:

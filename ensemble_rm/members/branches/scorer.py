@@ -1,4 +1,4 @@
-"""`branch` members: one trunk, k trained copies of its top blocks, a head on each."""
+"""`branch` members: one trunk, k trained copies of its top blocks, with a head on each."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class BranchScorer(Branched):
     ----------
     backbone : Backbone
     options : TrunkOptions
-        How the trunk reads text: the same at training and at scoring.
+        How the trunk reads text; the same in training and in scoring.
     views : sequence of View
         How each branch's last states are pooled; the layer is the deepest.
     heads : HeadWeights
     tensors : sequence of dict
-        Each branch's weights by name, ``"0.…"`` its lowest block's.
+        Each branch's weights by name; names of its lowest block start with ``"0."``.
     blocks : int
-        How many blocks each has.
+        Number of blocks of each branch.
     names : sequence of str, optional
-        One a branch.
+        One per branch.
     branching : Branching, optional
-        Over an open trunk, instead of one loaded at the first score.
+        Over an open trunk; by default one is loaded at the first score.
     """
 
     kind = "branch"
@@ -52,15 +52,15 @@ class BranchScorer(Branched):
         dtype = bb.torch_dtype(self.options.dtype)
         return {name: tensor.to(dtype) for name, tensor in own.items()}
 
-    def _grow(self, trunk: Trunk) -> list[ModuleList]:
-        """Pour the weights into copies of the trunk's upper blocks, and let those go."""
-        found = []
+    def _build_blocks(self, trunk: Trunk) -> list[ModuleList]:
+        """Load the weights into copies of the trunk's upper blocks, and free those."""
+        members = []
         for tensors in self.tensors:
             branch = copy.deepcopy(trunk.rest)
             branch.load_state_dict(tensors)
-            found.append(branch.eval().requires_grad_(requires_grad=False).to(trunk.device))
+            members.append(branch.eval().requires_grad_(requires_grad=False).to(trunk.device))
         trunk.forget_rest()
-        return found
+        return members
 
     @classmethod
     def average(cls, scorers: Sequence[Self], folder: Path | None) -> Self:  # noqa: ARG003

@@ -1,6 +1,6 @@
-"""`branch` members: token states, heads to start from, branches, a scorer.
+"""Training of `branch` members: token states, first heads, copies of the top blocks, a scorer.
 
-`lora` members take the same way; what they share stands here too.
+`lora` members are trained in the same steps: what both share is here, too.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from ensemble_rm.members.learning.dropout import set_dropout
 from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.members.learning.seeds import global_seed
 from ensemble_rm.members.scorer import Scorer
+from ensemble_rm.progress import named
 
 R = TypeVar("R", bound=BranchedRecipe)
 
 
 @dataclass(frozen=True)
-class Ground(Generic[R]):
-    """What branches and adapters grow from.
+class BranchedRun(Generic[R]):
+    """The trunk and the token states that branches or adapters are trained on.
 
     Attributes
     ----------
@@ -62,46 +63,46 @@ class Ground(Generic[R]):
 
     @property
     def blocks(self) -> int:
-        """How many top blocks each member has of its own."""
+        """Number of top blocks that each member has of its own."""
         assert self.job.recipe.blocks is not None  # the recipe is resolved
         return self.job.recipe.blocks
 
 
 def train_branches(job: Job[BranchRecipe]) -> Trained:
     """Train k copies of the top blocks, each with a head, over one trunk."""
-    with ground(job) as found:
-        heads, result = grow_branches(found)
+    with open_run(job) as run:
+        heads, result = train_copies(run)
         scorer = BranchScorer(
             job.backbone,
             job.options,
-            found.views,
+            run.views,
             trained_heads(heads, result),
             [
                 {name: tensor.cpu() for name, tensor in branch.blocks.state_dict().items()}
                 for branch in result.branches
             ],
-            blocks=found.blocks,
-            branching=found.branching,
+            blocks=run.blocks,
+            branching=run.branching,
         )
-        return finish(found, scorer, result)
+        return finish(run, scorer, result)
 
 
-def grow_branches(found: Ground[BranchRecipe]) -> tuple[HeadWeights, BranchesResult]:
-    """Train the members on token states: where their heads started, and what became of them."""
-    job = found.job
-    start = job.only_start(BranchScorer)
-    if start is not None:
-        own = [_continued(found, tensors) for tensors in start.tensors]
-        return start.heads, fit_branches(found, start.heads, own, checkpoint=job.checkpoint)
-    blocks = [_trainable(found, seeds["init"]) for seeds in job.seeds]
-    alike = [found.branching.trunk.rest]
-    heads = first_heads(found, blocks if job.recipe.reinitialise else alike)
-    return heads, fit_branches(found, heads, blocks, checkpoint=job.checkpoint)
+def train_copies(run: BranchedRun[BranchRecipe]) -> tuple[HeadWeights, BranchesResult]:
+    """Train copies of the blocks on token states; return the first heads and the result."""
+    job = run.job
+    if job.start:
+        start = job.only_start(BranchScorer)
+        own = [_continued(run, tensors) for tensors in start.tensors]
+        return start.heads, fit_members(run, start.heads, own, checkpoint=job.checkpoint)
+    blocks = [_trainable(run, seeds["init"]) for seeds in job.seeds]
+    alike = [run.branching.trunk.rest]
+    heads = first_heads(run, blocks if job.recipe.reinitialise else alike)
+    return heads, fit_members(run, heads, blocks, checkpoint=job.checkpoint)
 
 
-def _trainable(found: Ground[BranchRecipe], seed: int) -> torch.nn.ModuleList:
-    """Copy the upper blocks as float32, the topmost of them with fresh weights where asked."""
-    trunk, fresh = found.branching.trunk, found.job.recipe.reinitialise
+def _trainable(run: BranchedRun[BranchRecipe], seed: int) -> torch.nn.ModuleList:
+    """Copy the upper blocks as float32, the topmost with fresh weights if the recipe says so."""
+    trunk, fresh = run.branching.trunk, run.job.recipe.reinitialise
     own = copy.deepcopy(trunk.rest).float().requires_grad_(requires_grad=True)
     if fresh:
         with global_seed(seed):
@@ -110,25 +111,25 @@ def _trainable(found: Ground[BranchRecipe], seed: int) -> torch.nn.ModuleList:
 
 
 def _continued(
-    found: Ground[BranchRecipe], tensors: Mapping[str, torch.Tensor]
+    run: BranchedRun[BranchRecipe], tensors: Mapping[str, torch.Tensor]
 ) -> torch.nn.ModuleList:
-    """Copy the upper blocks as float32, with the weights that a member goes on from."""
-    own = copy.deepcopy(found.branching.trunk.rest).float()
+    """Copy the upper blocks as float32, with the weights that a member continues from."""
+    own = copy.deepcopy(run.branching.trunk.rest).float()
     own.load_state_dict(dict(tensors))
     return own.requires_grad_(requires_grad=True)
 
 
 def initialise(model: Any, blocks: Sequence[torch.nn.Module]) -> None:
-    """Give blocks the weights that their architecture starts from, by torch's global generator."""
+    """Draw a block's weights as its architecture initialises them, by torch's global generator."""
     for block in blocks:
         for tensor in [*block.parameters(), *block.buffers()]:
-            vars(tensor)["_is_hf_initialized"] = False  # transformers initialises none twice
+            vars(tensor)["_is_hf_initialized"] = False  # else transformers skips it
         for module in block.modules():
             model._init_weights(module)
 
 
 @contextmanager
-def ground(job: Job[R]) -> Iterator[Ground[R]]:
+def open_run(job: Job[R]) -> Iterator[BranchedRun[R]]:
     """Open the trunk, and run it over all pairs up to the blocks that differ."""
     depth, _ = bb.read_shape(job.backbone)
     assert job.recipe.blocks is not None  # the recipe is resolved
@@ -140,38 +141,38 @@ def ground(job: Job[R]) -> Iterator[Ground[R]]:
             for pairs, part in ((job.fit, "fit"), (job.validation, "validation"))
         )
         set_dropout(trunk.rest, job.recipe.dropout)
-        yield Ground(job, branching, fit, validation)
+        yield BranchedRun(job, branching, fit, validation)
 
 
-def fit_branches(
-    found: Ground[Any],
+def fit_members(
+    run: BranchedRun[Any],
     heads: HeadWeights,
     blocks: Sequence[torch.nn.ModuleList],
     *,
     checkpoint: Path | None,
     penalty: Penalty | None = None,
 ) -> BranchesResult:
-    """Train what of the blocks requires a gradient, and the heads.
+    """Train the heads, and the parameters of the blocks that require a gradient.
 
     Parameters
     ----------
-    found : Ground
+    run : BranchedRun
     heads : HeadWeights
-        Where they start.
+        The heads to start from.
     blocks : sequence of ModuleList
-        Each member's.
+        One list per member.
     checkpoint : Path, optional
     penalty : callable, optional
         A term that each step minimises with the loss.
     """
-    job = found.job
+    job = run.job
     trainer = BranchTrainer(
-        found.branching,
-        found.fit,
-        found.validation,
+        run.branching,
+        run.fit,
+        run.validation,
         branches=[
             Branch(own, heads, i, view.pooling)
-            for i, (own, view) in enumerate(zip(blocks, found.views, strict=False))
+            for i, (own, view) in enumerate(zip(blocks, run.views, strict=False))
         ],
         recipe=job.recipe,
         seeds=job.seeds,
@@ -184,7 +185,7 @@ def fit_branches(
 
 
 def trained_heads(heads: HeadWeights, result: BranchesResult) -> HeadWeights:
-    """Return the heads as training left them."""
+    """Return the heads with their trained weights."""
     return replace(
         heads,
         weight=np.stack([b.weight.detach().double().cpu().numpy() for b in result.branches]),
@@ -192,20 +193,20 @@ def trained_heads(heads: HeadWeights, result: BranchesResult) -> HeadWeights:
     )
 
 
-def finish(found: Ground[Any], scorer: Scorer, result: BranchesResult) -> Trained:
-    """Score the validation samples with the new members, and say how the run went."""
+def finish(run: BranchedRun[Any], scorer: Scorer, result: BranchesResult) -> Trained:
+    """Score the validation samples with the new members, and record how the run went."""
     record = {
         "validation_nll": list(result.validation_nll),
         "history": result.history,
-        "token_states_bytes": found.fit.states.bytes,
+        "token_states_bytes": run.fit.states.bytes,
     }
-    reference = scorer.score(found.job.validation.samples())
-    return Trained((scorer,), reference, count_truncation(found.fit.states.encoded), record)
+    reference = scorer.score(run.job.validation.samples())
+    return Trained((scorer,), reference, count_truncation(run.fit.states.encoded), record)
 
 
 @contextmanager
 def _folder(job: Job[Any]) -> Iterator[Path]:
-    """Keep token states in the cache, or in a folder of their own that goes with the run."""
+    """Return the cache folder, or a temporary one that is deleted after the run."""
     if job.cache_folder is not None:
         yield job.cache_folder
         return
@@ -216,25 +217,36 @@ def _folder(job: Job[Any]) -> Iterator[Path]:
 def _read(job: Job[Any], trunk: Trunk, pairs: Preferences, folder: Path, part: str) -> PairStates:
     encoded = trunk.encoder.encode(pairs.samples())
     states = token_states(
-        trunk, encoded, folder, max_bytes=job.recipe.states_limit, progress=job.named(part)
+        trunk,
+        encoded,
+        folder,
+        max_bytes=job.recipe.states_limit,
+        progress=named(job.progress, part),
     )
     return PairStates(states, pairs)
 
 
-def first_heads(found: Ground[Any], blocks: Sequence[torch.nn.ModuleList]) -> HeadWeights:
-    """Make each member's head for blocks as they are: its own, or those that all share."""
-    job = found.job
-    sources = [(i % len(blocks), view.pooling) for i, view in enumerate(found.views)]
+def first_heads(run: BranchedRun[Any], blocks: Sequence[torch.nn.ModuleList]) -> HeadWeights:
+    """Return each member's head to start from, for the blocks before training.
+
+    Parameters
+    ----------
+    run : BranchedRun
+    blocks : sequence of ModuleList
+        One per member, or a single one that all members share.
+    """
+    job = run.job
+    sources = [(i % len(blocks), view.pooling) for i, view in enumerate(run.views)]
     distinct = list(dict.fromkeys(sources))
     features = [
         PairFeatures(
-            _pooled(found, blocks, side.states, distinct),
+            _pooled(run, blocks, side.states, distinct),
             side.pairs.targets,
             side.pairs.weights,
             side.pairs.margins,
             side.pairs.groups,
         )
-        for side in (found.fit, found.validation)
+        for side in (run.fit, run.validation)
     ]
     recipe = job.recipe
     trainer = HeadTrainer(
@@ -249,26 +261,26 @@ def first_heads(found: Ground[Any], blocks: Sequence[torch.nn.ModuleList]) -> He
             subspace=recipe.subspace,
         ),
         seeds=job.seeds,
-        device=found.branching.trunk.device,
+        device=run.branching.trunk.device,
     )
     if recipe.first_head == "fitted":
-        return trainer.run(progress=job.named("heads")).weights
+        return trainer.run(progress=named(job.progress, "heads")).weights
     return trainer.untrained()
 
 
 @torch.inference_mode()
 def _pooled(
-    found: Ground[Any],
+    run: BranchedRun[Any],
     blocks: Sequence[torch.nn.ModuleList],
     states: TokenStates,
     sources: Sequence[tuple[int, Pooling]],
 ) -> NDArray[np.float32]:
     """Run blocks on token states, and pool: (n_samples, n_sources, width or 2·width)."""
-    job, branching = found.job, found.branching
+    job, branching = run.job, run.branching
     dtype = bb.torch_dtype(job.options.dtype)
     own = [
-        each if next(each.parameters()).dtype == dtype else copy.deepcopy(each).to(dtype).eval()
-        for each in blocks
+        b if next(b.parameters()).dtype == dtype else copy.deepcopy(b).to(dtype).eval()
+        for b in blocks
     ]
     width = branching.trunk.width * (1 + any(pooling == "both" for _, pooling in sources))
     out = np.zeros((len(states), len(sources), width), dtype=np.float32)

@@ -20,7 +20,7 @@ from ensemble_rm.members.heads.scorer import HeadScorer, parts_of
 from ensemble_rm.members.heads.solver import solve_heads
 from ensemble_rm.members.heads.weights import HeadsResult, HeadWeights, PairFeatures
 from ensemble_rm.members.learning.job import Job, Trained
-from ensemble_rm.progress import Progress, silent
+from ensemble_rm.progress import Progress, named, silent
 
 SPACE_SAMPLES = 1024  # that say where the training inputs lie
 
@@ -31,9 +31,9 @@ def train_heads(job: Job[HeadRecipe]) -> Trained:
     trunk = Trunk(job.backbone, job.options, top=max(v.layer for v in views)).forget_rest()
     cache = None if job.cache_folder is None else FeatureCache(job.cache_folder)
     distinct = tuple(dict.fromkeys(views))
-    fit, cut = _read(trunk, job.fit, distinct, cache, job.named("fit"))
-    validation, _ = _read(trunk, job.validation, distinct, cache, job.named("validation"))
-    start = job.only_start(HeadScorer)
+    fit, cut = _read(trunk, job.fit, distinct, cache, named(job.progress, "fit"))
+    validation, _ = _read(trunk, job.validation, distinct, cache, named(job.progress, "validation"))
+    start = job.only_start(HeadScorer).weights if job.start else None
     result = fit_heads(
         fit,
         validation,
@@ -43,7 +43,7 @@ def train_heads(job: Job[HeadRecipe]) -> Trained:
         device=trunk.device,
         checkpoint=job.checkpoint,
         digest=job.digest,
-        start=None if start is None else start.weights,
+        start=start,
         progress=job.progress,
     )
     scorer = HeadScorer(job.backbone, job.options, views, result.weights, trunk=trunk)

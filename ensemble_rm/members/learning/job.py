@@ -59,20 +59,14 @@ class Job(Generic[R]):
     start: tuple[Scorer, ...] = ()
     progress: Progress = silent
 
-    def named(self, part: str) -> Progress:
-        """Return a progress callback whose stages name a part of the data."""
-        return lambda stage, done, total: self.progress(f"{stage} {part}", done, total)
-
-    def only_start(self, kind: type[S]) -> S | None:
-        """Return the one scorer that the members of a trunk continue from; None if fresh.
+    def only_start(self, kind: type[S]) -> S:
+        """Return the scorer that training continues from, of members that share one trunk.
 
         Raises
         ------
         OptionError
-            If there are several scorers: their trunks are not one.
+            If there is not exactly one scorer: then there is not one trunk.
         """
-        if not self.start:
-            return None
         if len(self.start) != 1 or not isinstance(self.start[0], kind):
             names = [type(scorer).__name__ for scorer in self.start]
             raise OptionError(f"start: expected a single {kind.__name__}, not {names}")

@@ -1,8 +1,8 @@
 """LoRA adapters on a trunk's top blocks: every member has its own, all share the blocks' weights.
 
 A member's blocks are a copy of the modules, not of their weights; peft puts one adapter into each
-copy. No member is ever switched on or off, so nothing that one does reaches another. Knows nothing
-of heads, losses or files.
+copy. Adapters are never switched on and off, so that members cannot affect each other.
+Knows nothing of heads, losses or files.
 
 References
 ----------
@@ -42,21 +42,21 @@ def linear_layers(blocks: ModuleList, targets: tuple[str, ...] = ()) -> list[str
     """
     from transformers.pytorch_utils import Conv1D
 
-    found = [
+    names = [
         name
         for name, module in blocks.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
     ]
     ends = {
-        name: {name.split(".", depth)[-1] for depth in range(name.count(".") + 1)} for name in found
+        name: {name.split(".", depth)[-1] for depth in range(name.count(".") + 1)} for name in names
     }
     for target in targets:
         if not any(target in its for its in ends.values()):
-            last = sorted({name.rpartition(".")[2] for name in found})
+            last = sorted({name.rpartition(".")[2] for name in names})
             raise OptionError(f"no linear layer of the blocks is called {target!r}: {last}")
-    if not found:
+    if not names:
         raise OptionError("the blocks hold no linear layer that LoRA could adapt")
-    return [name for name in found if not targets or ends[name] & set(targets)]
+    return [name for name in names if not targets or ends[name] & set(targets)]
 
 
 def adapt(blocks: ModuleList, options: LoraOptions) -> ModuleList:
@@ -107,12 +107,14 @@ def own_tensors(blocks: ModuleList) -> dict[str, torch.Tensor]:
 
 
 def own_parameters(blocks: ModuleList) -> list[torch.nn.Parameter]:
-    """Return what an adapter alone has to train."""
+    """Return the parameters of the adapter."""
     return [p for name, p in blocks.named_parameters() if f".{_ADAPTER}." in name]
 
 
-def pour(blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tensor]) -> ModuleList:
-    """Return the blocks with an adapter of these weights, frozen; no generator moves on.
+def with_adapter(
+    blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tensor]
+) -> ModuleList:
+    """Return the blocks with an adapter of these weights, frozen; no generator is changed.
 
     The adapter takes the blocks' dtype: in float32 over bfloat16 blocks, its casts would cost as
     much as the blocks.
@@ -130,8 +132,8 @@ def pour(blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tens
     if shapes[0] != shapes[1]:
         odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:2]
         raise RuntimeError(f"adapters of other names or shapes: {odd}")
-    for name, place in there.items():
-        place.copy_(tensors[name])
+    for name, own_tensor in there.items():
+        own_tensor.copy_(tensors[name])
     dtype = next(blocks.parameters()).dtype
     for name, p in own.named_parameters():
         if f".{_ADAPTER}." in name:
@@ -139,7 +141,7 @@ def pour(blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tens
     return own.eval().requires_grad_(requires_grad=False)
 
 
-def merged(
+def merge_adapter(
     blocks: ModuleList, options: LoraOptions, tensors: dict[str, torch.Tensor]
 ) -> ModuleList:
     """Return the blocks with an adapter's update added to their weights; all else is shared.

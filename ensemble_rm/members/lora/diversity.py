@@ -1,4 +1,4 @@
-"""How alike the members' adapters are: the term that a training run may lower beside its loss.
+"""How alike the members' adapters are: a term that training can minimise next to its loss.
 
 References
 ----------
@@ -15,7 +15,7 @@ import torch
 Factors = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Each adapted layer's A, (rank, in), and B, (out, rank)."""
 
-_TINY = 1e-12  # beside squared norms: B is zero at the start
+_TINY = 1e-12  # added to squared norms: B is zero at the start
 
 
 def cosines(members: Sequence[Factors]) -> torch.Tensor:
@@ -31,8 +31,8 @@ def cosines(members: Sequence[Factors]) -> torch.Tensor:
         outer = torch.einsum("iop,joq->ijpq", b, b) * torch.einsum("ipn,jqn->ijpq", a, a)
         total = total.to(outer.device) + outer.sum((2, 3))
     norms = (total.diagonal() + _TINY).sqrt()
-    found: torch.Tensor = total / norms / norms[:, None]
-    return found
+    cosine: torch.Tensor = total / norms / norms[:, None]
+    return cosine
 
 
 def alikeness(members: Sequence[Factors]) -> torch.Tensor:

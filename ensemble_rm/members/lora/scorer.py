@@ -1,6 +1,6 @@
-"""`lora` members: one trunk, k LoRA adapters on its top blocks or on all of them, a head on each.
+"""`lora` members: one trunk, k LoRA adapters on some or all of its blocks, with a head on each.
 
-The backbone's weights are in memory once, whatever k is; a saved member is its adapter and head.
+The backbone's weights are in memory once for all k members; a saved member is its adapter and head.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ensemble_rm.members.backbone.trunk import Trunk, View
 from ensemble_rm.members.branches.base import SHARED, Branched, Tensors
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.heads.weights import HeadWeights
-from ensemble_rm.members.lora.adapters import merged, pour, require_peft
+from ensemble_rm.members.lora.adapters import merge_adapter, require_peft, with_adapter
 from ensemble_rm.members.lora.recipe import LoraOptions
 
 
@@ -30,22 +30,22 @@ class LoraScorer(Branched):
     ----------
     backbone : Backbone
     options : TrunkOptions
-        How the trunk reads text: the same at training and at scoring.
+        How the trunk reads text; the same in training and in scoring.
     views : sequence of View
         How each member's last states are pooled; the layer is the deepest.
     heads : HeadWeights
     tensors : sequence of dict
-        Each adapter's weights by name, ``"0.…"`` those on the lowest block that is adapted.
+        Each adapter's weights by name; names on the lowest adapted block start with ``"0."``.
     blocks : int
-        How many top blocks are adapted; what lies below runs once for all members.
+        Number of top blocks that are adapted; the blocks below run once for all members.
     lora : LoraOptions
-        What the adapters are.
+        Shape of the adapters.
     shared : dict, optional
-        Weights of an adapter that is merged into the blocks below all others: the warm start.
+        Weights of the adapter that is merged into the blocks before all others: the warm start.
     names : sequence of str, optional
-        One an adapter.
+        One per adapter.
     branching : Branching, optional
-        Over an open trunk, instead of one loaded at the first score.
+        Over an open trunk; by default one is loaded at the first score.
     """
 
     kind = "lora"
@@ -77,14 +77,14 @@ class LoraScorer(Branched):
         )
         self.lora, self.shared = lora, shared
 
-    def _grow(self, trunk: Trunk) -> list[ModuleList]:
+    def _build_blocks(self, trunk: Trunk) -> list[ModuleList]:
         """Put each adapter around the trunk's upper blocks, whose weights all share."""
         base = trunk.rest
         if self.shared is not None:
-            base = merged(base, self.lora, self.shared)
-        found = [pour(base, self.lora, tensors) for tensors in self.tensors]
+            base = merge_adapter(base, self.lora, self.shared)
+        members = [with_adapter(base, self.lora, tensors) for tensors in self.tensors]
         trunk.forget_rest()
-        return found
+        return members
 
     def _parts(self) -> dict[str, Any]:
         return super()._parts() | {"lora": self.lora, "shared": self.shared}

@@ -1,4 +1,4 @@
-"""`lora` members: k adapters over one backbone, trained as branches whose blocks stand still.
+"""Training of `lora` members: k adapters over one backbone, as branches with frozen blocks.
 
 With a warm start, one adapter is fitted first and merged into the blocks, and the members' adapters
 start from there [1]_.
@@ -22,11 +22,11 @@ from ensemble_rm.members.branches.base import Tensors
 from ensemble_rm.members.branches.gradient_training import BranchesResult, Penalty
 from ensemble_rm.members.branches.module import Branch
 from ensemble_rm.members.branches.training import (
-    Ground,
+    BranchedRun,
     finish,
     first_heads,
-    fit_branches,
-    ground,
+    fit_members,
+    open_run,
     trained_heads,
 )
 from ensemble_rm.members.heads.weights import HeadWeights
@@ -36,15 +36,16 @@ from ensemble_rm.members.learning.seeds import global_seed, member_seeds
 from ensemble_rm.members.lora.adapters import (
     adapt,
     factors,
-    merged,
+    merge_adapter,
     own_parameters,
     own_tensors,
-    pour,
     require_peft,
+    with_adapter,
 )
 from ensemble_rm.members.lora.diversity import alikeness
 from ensemble_rm.members.lora.recipe import LoraOptions, LoraRecipe
 from ensemble_rm.members.lora.scorer import LoraScorer
+from ensemble_rm.progress import named
 
 
 def train_lora(job: Job[LoraRecipe]) -> Trained:
@@ -55,7 +56,7 @@ def train_lora(job: Job[LoraRecipe]) -> Trained:
     MissingExtraError
         If peft is not installed.
     OptionError
-        If a target names no linear layer, or a single member shall be kept apart from others.
+        If a target names no linear layer, or `diversity` is set for a single member.
     """
     if job.recipe.diversity > 0 and len(job.seeds) == 1:
         raise OptionError(
@@ -63,46 +64,46 @@ def train_lora(job: Job[LoraRecipe]) -> Trained:
             "more members, or leave it 0"
         )
     require_peft()
-    with ground(job) as found:
-        heads, result, shared = grow_adapters(found)
+    with open_run(job) as run:
+        heads, result, shared = train_adapters(run)
         scorer = LoraScorer(
             job.backbone,
             job.options,
-            found.views,
+            run.views,
             trained_heads(heads, result),
             [_on_cpu(own_tensors(branch.blocks)) for branch in result.branches],
-            blocks=found.blocks,
+            blocks=run.blocks,
             lora=job.recipe.adapter,
             shared=shared,
-            branching=found.branching,
+            branching=run.branching,
         )
-        return finish(found, scorer, result)
+        return finish(run, scorer, result)
 
 
-def grow_adapters(found: Ground[LoraRecipe]) -> tuple[HeadWeights, BranchesResult, Tensors | None]:
-    """Train the members on token states: first heads, members, and the adapter all start from."""
-    job, blocks = found.job, found.branching.trunk.rest
+def train_adapters(
+    run: BranchedRun[LoraRecipe],
+) -> tuple[HeadWeights, BranchesResult, Tensors | None]:
+    """Train adapters on token states; return the first heads, the result and the shared adapter."""
+    job, blocks = run.job, run.branching.trunk.rest
     lora, diversity = job.recipe.adapter, _diversity(job.recipe.diversity)
-    start = job.only_start(LoraScorer)
-    if start is not None:
+    if job.start:
+        start = job.only_start(LoraScorer)
         if start.shared is not None:
-            blocks = merged(blocks, lora, start.shared)
-        grown = [_continued(blocks, lora, tensors) for tensors in start.tensors]
-        result = fit_branches(
-            found, start.heads, grown, checkpoint=job.checkpoint, penalty=diversity
-        )
+            blocks = merge_adapter(blocks, lora, start.shared)
+        own = [_continued(blocks, lora, tensors) for tensors in start.tensors]
+        result = fit_members(run, start.heads, own, checkpoint=job.checkpoint, penalty=diversity)
         return start.heads, result, start.shared
-    shared = _shared(found) if job.recipe.warm_start else None
+    shared = _shared(run) if job.recipe.warm_start else None
     if shared is not None:
-        blocks = merged(blocks, lora, shared)
-    heads = first_heads(found, [blocks])
+        blocks = merge_adapter(blocks, lora, shared)
+    heads = first_heads(run, [blocks])
     own = [_adapted(blocks, lora, seeds["init"]) for seeds in job.seeds]
-    result = fit_branches(found, heads, own, checkpoint=job.checkpoint, penalty=diversity)
+    result = fit_members(run, heads, own, checkpoint=job.checkpoint, penalty=diversity)
     return heads, result, shared
 
 
 def _diversity(coefficient: float) -> Penalty | None:
-    """Return the term that keeps adapters apart; those of members that stopped are constants."""
+    """Return the term that keeps adapters apart; adapters of stopped members are constants."""
     if coefficient == 0:
         return None
 
@@ -121,8 +122,8 @@ def _adapted(blocks: ModuleList, lora: LoraOptions, seed: int) -> ModuleList:
 
 
 def _continued(blocks: ModuleList, lora: LoraOptions, tensors: Tensors) -> ModuleList:
-    """Put an adapter around the blocks that has a member's weights, and can be trained."""
-    own = pour(blocks, lora, tensors).train()
+    """Return the blocks with a trainable adapter that has a member's weights."""
+    own = with_adapter(blocks, lora, tensors).train()
     for p in own_parameters(own):
         p.requires_grad = True
     return own
@@ -132,29 +133,29 @@ def _on_cpu(tensors: Tensors) -> Tensors:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
-def _shared(found: Ground[LoraRecipe]) -> Tensors:
-    """Fit the adapter that all members start from, or read it where it is fitted already."""
-    job, blocks = found.job, found.branching.trunk.rest
-    place = None if job.checkpoint is None else job.checkpoint / "shared"
-    done = None if place is None else place / "done"
+def _shared(run: BranchedRun[LoraRecipe]) -> Tensors:
+    """Fit the adapter that all members start from, or read it if a killed run has fitted it."""
+    job, blocks = run.job, run.branching.trunk.rest
+    folder = None if job.checkpoint is None else job.checkpoint / "shared"
+    done = None if folder is None else folder / "done"
     stored = None if done is None else load_checkpoint(done, recipe=job.digest)
     if stored is not None:
         return stored[0]
     seeds = member_seeds(job.seeds[0]["init"], 1)  # a stream of its own
     alone = replace(
-        found,
+        run,
         job=replace(
             job,
             seeds=seeds,
             recipe=replace(job.recipe, views=(job.recipe.views or ())[:1]),
-            progress=job.named("shared adapter"),
+            progress=named(job.progress, "shared adapter"),
         ),
     )
-    result = fit_branches(
+    result = fit_members(
         alone,
         first_heads(alone, [blocks]),
         [_adapted(blocks, job.recipe.adapter, seeds[0]["init"])],
-        checkpoint=place,
+        checkpoint=folder,
     )
     tensors = _on_cpu(own_tensors(result.branches[0].blocks))
     if done is not None:

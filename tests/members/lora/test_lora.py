@@ -32,7 +32,13 @@ from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.trunk import Trunk
 from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.forward.batching import batches
-from ensemble_rm.members.lora.adapters import adapt, factors, merged, own_tensors, pour
+from ensemble_rm.members.lora.adapters import (
+    adapt,
+    factors,
+    merge_adapter,
+    own_tensors,
+    with_adapter,
+)
 from ensemble_rm.members.lora.diversity import alikeness, cosines
 from ensemble_rm.training import TrainingRequest, plan
 from tests.support.small_runs import OPTIONS, SAMPLES, Killed, check_untouched, few_pairs
@@ -84,7 +90,7 @@ def test_adapters_share_the_blocks_and_merging_one_is_running_it(
     lora = LoraOptions(rank=2, alpha=4, targets=tuple(t for t in targets if t in layers))
     own = filled(trunk, lora)
     before = torch.get_rng_state()
-    twin = pour(trunk.rest, lora, own_tensors(own))
+    twin = with_adapter(trunk.rest, lora, own_tensors(own))
     assert torch.equal(torch.get_rng_state(), before)
     base = {p.data_ptr() for p in trunk.rest.parameters()}
     for blocks in (own, twin):
@@ -98,7 +104,7 @@ def test_adapters_share_the_blocks_and_merging_one_is_running_it(
     with torch.inference_mode():
         scores = [
             branching.pooled(blocks, states, batch, "mean", width=trunk.width)
-            for blocks in (own, twin, merged(trunk.rest, lora, own_tensors(own)), trunk.rest)
+            for blocks in (own, twin, merge_adapter(trunk.rest, lora, own_tensors(own)), trunk.rest)
         ]
     assert torch.equal(scores[0], scores[1])
     torch.testing.assert_close(scores[0], scores[2], rtol=1e-4, atol=1e-5)
@@ -116,7 +122,7 @@ def test_layers_that_store_their_weights_the_other_way_round_are_adapted() -> No
     for tensor in own_tensors(own).values():
         tensor.copy_(torch.linspace(-0.3, 0.2, tensor.numel()).view_as(tensor))
     ids, found = torch.arange(6)[None], []
-    for blocks in (model.h, own, merged(model.h, SMALL, own_tensors(own))):
+    for blocks in (model.h, own, merge_adapter(model.h, SMALL, own_tensors(own))):
         model.h = blocks
         with torch.inference_mode():
             found.append(model(input_ids=ids).last_hidden_state)
