@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ensemble_rm.aggregation import lcb, mean, minimum, uwo
 from ensemble_rm.arrays import Floats
@@ -187,7 +188,7 @@ def measure_hacks(
     truth = np.array([true_utility(s) for s in [*samples, *(hack.sample for hack in hacks)]])
     rewards = rewards_of(scores)
 
-    def interval(values: Floats, of: Floats) -> Interval:
+    def interval(values: Floats, of: NDArray[np.int64]) -> Interval:
         return bootstrap(lambda rows: float(values[rows].mean()), of, draws=draws)
 
     fooled = {}
@@ -206,7 +207,8 @@ def measure_hacks(
     def gains(r: Floats, count: int) -> Floats:
         """Return the true utility of each prompt's best-rewarded, above its completions' mean."""
         rows = [np.flatnonzero(groups[:count] == g) for g in prompts]
-        return np.array([truth[row[r[row].argmax(axis=0)]].mean() for row in rows]) - level
+        chosen: Floats = np.array([truth[row[r[row].argmax(axis=0)]].mean() for row in rows])
+        return chosen - level
 
     return HackReport(
         counts={trick: int((tricks == trick).sum()) for trick in TRICKS},
