@@ -16,8 +16,8 @@ from ensemble_rm.aggregation import make_aggregator, mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import DataError, TooLargeError, UnprocessableError
 from ensemble_rm.rl.chat import read_label, without_stops
+from ensemble_rm.server.http.app import check_entries, check_lists, read_model
 from ensemble_rm.server.options import Limits, ServerOptions
-from ensemble_rm.server.requests import check_entries, check_lists, read_model
 from ensemble_rm.server.wire import llamafactory, native, openrlhf, raw_text, sglang, vllm
 from ensemble_rm.server.wire.raw_text import RawText
 from tests.support.server_process import length, lengths
@@ -52,13 +52,13 @@ def test_an_aggregator_that_cannot_be_asked_for_is_the_requests_fault(
     body = one("Hello") | {"aggregator": aggregator}
     with (
         client(ensemble) as asking,
-        caplog.at_level(logging.INFO, "ensemble_rm.server.http.bodies"),
+        caplog.at_level(logging.INFO, "ensemble_rm.server.http.app"),
     ):
         answer = asking.post("/v1/score", json=body)
         assert answer.status_code == 422 and name in answer.json()["error"]["message"]
         partial = asking.post("/v1/score", json=body | {"partial": True}).json()
         assert (partial["rewards"], partial["errors"]) == ([None], [name])
-    assert not [r for r in caplog.records if r.name == "ensemble_rm.server.http.bodies"]
+    assert not [r for r in caplog.records if r.name == "ensemble_rm.server.http.app"]
 
 
 @given(
