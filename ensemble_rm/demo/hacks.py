@@ -208,7 +208,8 @@ def measure_hacks(
         """Return the true utility of each prompt's best-rewarded, above its completions' mean."""
         rows = [np.flatnonzero(groups[:count] == g) for g in prompts]
         chosen: Floats = np.array([truth[row[r[row].argmax(axis=0)]].mean() for row in rows])
-        return chosen - level
+        above: Floats = chosen - level
+        return above
 
     return HackReport(
         counts={trick: int((tricks == trick).sum()) for trick in TRICKS},
