@@ -13,7 +13,7 @@ from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.ties import TIE
-from ensemble_rm.members.encoding import Truncation
+from ensemble_rm.members.scorer import Truncation
 from ensemble_rm.scoring.pipeline import Errors, RawScores
 from ensemble_rm.uncertainty.disagreement import PairUncertainty, member_std, split_uncertainty
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import RemoteError, RemoteFailureWarning
-from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.judges.asking import Judge, JudgeOptions, Messages, Reply
 from ensemble_rm.members.judges.base import RubricJudge
 from ensemble_rm.members.judges.replies import Rating, read_rating
@@ -23,7 +22,7 @@ from ensemble_rm.members.remote.address import Token
 from ensemble_rm.members.remote.failures import count_failures
 from ensemble_rm.members.remote.loop_thread import Pending
 from ensemble_rm.members.remote.storage import StoredElsewhere
-from ensemble_rm.members.scorer import MemberScores
+from ensemble_rm.members.scorer import MemberScores, Truncation
 from ensemble_rm.progress import Progress, silent
 
 

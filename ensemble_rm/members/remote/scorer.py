@@ -27,7 +27,6 @@ from ensemble_rm.errors import (
     RemoteFailureWarning,
     RemoteUnavailableError,
 )
-from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
 from ensemble_rm.members.remote.failures import count_failures
@@ -42,7 +41,7 @@ from ensemble_rm.members.remote.raw_logit_check import (
 )
 from ensemble_rm.members.remote.request_text import Rendered, Renderer, TextTemplate
 from ensemble_rm.members.remote.storage import StoredElsewhere
-from ensemble_rm.members.scorer import MemberScores
+from ensemble_rm.members.scorer import MemberScores, Truncation
 from ensemble_rm.progress import Progress, silent
 
 T = TypeVar("T")
