@@ -15,7 +15,7 @@ from ensemble_rm.cli.options import argument, nested, option
 from ensemble_rm.cli.signatures import default_of
 from ensemble_rm.errors import OptionError
 from ensemble_rm.judgments.filter import JudgmentFilter
-from ensemble_rm.judgments.imports.formats import ImportOptions
+from ensemble_rm.judgments.imports.formats import FORMATS, ImportOptions
 
 if TYPE_CHECKING:
     from ensemble_rm.cli.console import Console
@@ -40,7 +40,7 @@ class Import(Command):
     format: str = option(
         "format of the file",
         default=default_of(*_IMPORT, "format"),
-        choices=("jsonl", "label-studio", "label-studio-min", "argilla"),
+        choices=tuple(FORMATS),
     )
     reading: ImportOptions = nested(
         ImportOptions, panel="Reading", labels={"flag": "label", "metavar": "LABEL=OUTCOME"}
@@ -149,7 +149,7 @@ class Export(Command):
             data |= {"store": name, "out": str(self.out), "as": self.kind}
             text = f"{data['judgments']} judgments in {self.out}, digest {data['digest']}"
             console.result(data, text)
-            console.save(self.out)
+            console.save(self.out, config=False)
         console.read(f"{data['judgments']} judgments from {name}")
 
 
@@ -199,7 +199,7 @@ class Backup(Command):
         count, digest = backup_store(self.store, self.out)
         data = {"judgments": count, "digest": digest, "out": str(self.out)}
         console.result(data, f"{count} judgments in {self.out}, digest {digest}")
-        console.save(self.out)
+        console.save(self.out, config=False)
         console.next(f"ensemble-rm judgments report {self.out}")
 
 

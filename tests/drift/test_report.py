@@ -22,7 +22,7 @@ from ensemble_rm.drift import (
     unlabelled_drift,
 )
 from ensemble_rm.errors import DataError, StorageError
-from ensemble_rm.members.encoding import Truncation
+from ensemble_rm.members.scorer import Truncation
 
 FIT = TemperatureFit(1.0, 0.82, 1.22, 0.1, 0.5, 300, 300)
 

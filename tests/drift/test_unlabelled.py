@@ -23,7 +23,7 @@ from ensemble_rm.errors import (
     OptionError,
     StorageError,
 )
-from ensemble_rm.members.encoding import Truncation
+from ensemble_rm.members.scorer import Truncation
 from ensemble_rm.uncertainty import fit_feature_space
 from ensemble_rm.uncertainty.distance import FeatureSpace
 
