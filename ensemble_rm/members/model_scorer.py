@@ -1,6 +1,6 @@
-"""What members over a model in this process have in common: loaded late, used in turn, let go.
+"""What members with a model in this process share: lazy loading, locking, unloading, storage.
 
-Knows no kind of member, and not what the model is.
+Knows no kind of member.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ S = TypeVar("S", bound="ModelScorer")
 
 
 def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-    """Let one thread at a time into a scorer's methods: its model and tokenizer keep state."""
+    """Run one thread at a time in a scorer's methods: its model and tokenizer keep state."""
 
     @wraps(method)
     def alone(self: S, /, *args: P.args, **options: P.kwargs) -> T:
@@ -45,14 +45,14 @@ def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P
 class ModelScorer(Scorer):
     """A scorer that loads a model at its first score, and is saved as JSON and safetensors.
 
-    A kind adds `score_detailed`, and what it is made of beside the model and how that is read.
+    A kind adds `score_detailed`, and what it is made of next to the model and how that is read.
 
     Parameters
     ----------
     backbone : Backbone
     options : TrunkOptions
     names : sequence of str
-        One a column.
+        One per column.
     """
 
     options: TrunkOptions
@@ -79,13 +79,13 @@ class ModelScorer(Scorer):
 
     @in_turn
     def unload(self) -> None:
-        """Let the model go until the next score."""
+        """Free the model's memory until the next score."""
         self._forget()
         bb.empty_cache(bb.pick_device(self.options.device))
 
     @abstractmethod
     def _forget(self) -> None:
-        """Keep no reference to the model."""
+        """Drop every reference to the model."""
 
     def unloaded(self) -> Self:
         """Return the same members with no model in memory yet."""
@@ -97,30 +97,30 @@ class ModelScorer(Scorer):
 
     @abstractmethod
     def _parts(self) -> dict[str, Any]:
-        """Return what it is made of: the constructor's arguments after backbone and options."""
+        """Return the constructor's arguments after backbone and options."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it."""
+        """Return what provenance and reports record, as JSON values."""
         return {
             "kind": self.kind,
             "backbone": self.backbone.name,
             "digest": self.backbone.digest,
             "options": asdict(self.options),
-        } | self._said()
+        } | self._settings()
 
     @abstractmethod
-    def _said(self) -> dict[str, Any]:
-        """Return what a kind says of itself beside that."""
+    def _settings(self) -> dict[str, Any]:
+        """Return what `describe` adds for this kind, as JSON values."""
 
     def save(self, folder: Path) -> None:
-        """Write ``member.json`` and the weights that are the members' own."""
+        """Write ``member.json`` and the members' own weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        said = self.describe() | self._write(folder)
-        (folder / "member.json").write_text(json.dumps(said, indent=1) + "\n")
+        saved = self.describe() | self._write(folder)
+        (folder / "member.json").write_text(json.dumps(saved, indent=1) + "\n")
 
     @abstractmethod
     def _write(self, folder: Path) -> dict[str, Any]:
-        """Write the weights; return what ``member.json`` says otherwise than `describe`."""
+        """Write the weights; return what ``member.json`` says differently from `describe`."""
 
     @classmethod
     def average(cls, scorers: Sequence[Self], folder: Path | None) -> Self:  # noqa: ARG003
@@ -158,10 +158,10 @@ class ModelScorer(Scorer):
         ----------
         folder : Path
         backbone : str or Path, optional
-            Where the backbone lies now, if not where training found it; a model that is a member
-            as it stands has none.
+            The backbone's folder, if it has moved since training. Ignored by members that are whole
+            models.
         device : str, optional
-            The best available where none is named.
+            The best available by default.
         cache_dir : Path, optional
             For converted GGUF weights.
 
@@ -175,25 +175,25 @@ class ModelScorer(Scorer):
             If the folder is incomplete.
         """
         try:
-            said = json.loads((folder / "member.json").read_text())
-            options = replace(TrunkOptions(**said["options"]), device=device)
-            parts = cls._read(folder, said)
-            place, digest = cls._place(folder, said, backbone), said["digest"]
+            saved = json.loads((folder / "member.json").read_text())
+            options = replace(TrunkOptions(**saved["options"]), device=device)
+            parts = cls._read(folder, saved)
+            place, digest = cls._place(folder, saved, backbone), saved["digest"]
         except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
             raise StorageError(f"{folder} holds no saved {cls.kind} member: {error!r}") from error
         return cls(bb.locate_same(place, digest, cache_dir=cache_dir), options, **parts)
 
     @classmethod
     @abstractmethod
-    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the `_parts` of what was saved, ``member.json`` among it."""
+    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the `_parts` of a saved member."""
 
     @classmethod
     def _place(
         cls,
-        folder: Path,  # noqa: ARG003 - where a kind keeps the model itself
-        said: Mapping[str, Any],
+        folder: Path,  # noqa: ARG003 - for kinds that save the model itself
+        saved: Mapping[str, Any],
         backbone: str | Path | None,
     ) -> str | Path:
-        """Return where the model lies."""
-        return backbone or str(said["backbone"])
+        """Return the model's folder or name."""
+        return backbone or str(saved["backbone"])
