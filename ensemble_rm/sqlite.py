@@ -1,18 +1,20 @@
-"""SQLite files that several processes open at once."""
+"""What the library's SQLite files share: write-ahead logging, and reads of many keys."""
 
 from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Iterator, Sequence
 
-BUSY_SECONDS = 120.0  # how long to wait for another process's lock
+BUSY_SECONDS = 120.0  # to wait for a lock of another process
+KEYS_PER_QUERY = 500  # SQLite limits the number of variables in a statement
 
 
 def set_wal(connection: sqlite3.Connection) -> None:
-    """Switch to write-ahead logging, so that readers and one writer work at the same time.
+    """Turn on write-ahead logging, so that readers and one writer work at the same time.
 
-    Another process may be switching too, and SQLite's own timeout does not cover this statement,
-    so it is retried here.
+    Another process may be turning it on, too, and SQLite's own timeout does not cover this
+    statement; so it is retried.
 
     Parameters
     ----------
@@ -33,3 +35,22 @@ def set_wal(connection: sqlite3.Connection) -> None:
             if "locked" not in str(error) or time.monotonic() > give_up:
                 raise
             time.sleep(0.01)
+
+
+def read_blobs(
+    db: sqlite3.Connection, table: str, keys: Sequence[bytes], *, key: str, value: str
+) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (key, value) of the keys that a table contains, in no particular order.
+
+    Parameters
+    ----------
+    db : sqlite3.Connection
+    table, key, value : str
+        Names of the table and its columns; never from user input.
+    keys : sequence of bytes
+        Any number.
+    """
+    for start in range(0, len(keys), KEYS_PER_QUERY):
+        part = list(keys[start : start + KEYS_PER_QUERY])
+        marks = ",".join("?" * len(part))
+        yield from db.execute(f"SELECT {key}, {value} FROM {table} WHERE {key} IN ({marks})", part)

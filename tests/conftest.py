@@ -89,9 +89,9 @@ def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "judgments.db")
     socket_folder = request.getfixturevalue("postgresql_socket")
-    from tests.support.postgresql_server import new_database
+    from tests.support.postgresql_server import new_store_url
 
-    return new_database(socket_folder)
+    return new_store_url(socket_folder)
 
 
 def _package_folder(name: str) -> Path:

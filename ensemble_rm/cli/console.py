@@ -130,9 +130,17 @@ class Console:
         """Say at the end what was not used."""
         self._lines.append(("left out", what))
 
-    def save(self, path: Path) -> None:
-        """Say at the end where the result lies."""
-        self.saved = path
+    def save(self, path: Path, *, config: bool = True) -> None:
+        """Say at the end where the result is.
+
+        Parameters
+        ----------
+        path : Path
+        config : bool
+            Whether the options are worth a file next to it.
+        """
+        if config:
+            self.saved = path
         self._lines.append(("saved", str(path)))
 
     def next(self, command: str) -> None:

@@ -52,7 +52,7 @@ class Drift(Job):
         if self.plot is not None:
             past = past_checks(self.run_folder)
             draw_drift([*past, report] if self.options.dry_run else past, self.plot)
-            console.save(self.plot)
+            console.save(self.plot, config=False)
         verdict = "drift alarm" if report.alarms else "kept"
         code = CODES[verdict] if report.alarms else 0
         data = report.to_json() | {"alarms": list(report.alarms), "exit_code": code}

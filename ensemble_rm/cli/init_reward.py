@@ -65,4 +65,4 @@ class InitReward(Command):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
         console.result(data, f"{out}: the reward of version {digest[:12]} for {self.loop}")
-        console.save(out)
+        console.save(out, config=False)

@@ -149,7 +149,7 @@ class Export(Command):
             data |= {"store": name, "out": str(self.out), "as": self.kind}
             text = f"{data['judgments']} judgments in {self.out}, digest {data['digest']}"
             console.result(data, text)
-            console.save(self.out)
+            console.save(self.out, config=False)
         console.read(f"{data['judgments']} judgments from {name}")
 
 
@@ -199,7 +199,7 @@ class Backup(Command):
         count, digest = backup_store(self.store, self.out)
         data = {"judgments": count, "digest": digest, "out": str(self.out)}
         console.result(data, f"{count} judgments in {self.out}, digest {digest}")
-        console.save(self.out)
+        console.save(self.out, config=False)
         console.next(f"ensemble-rm judgments report {self.out}")
 
 

@@ -31,8 +31,7 @@ class Verify(Command):
 
     def run(self, console: Console) -> None:
         """Check the files."""
-        from ensemble_rm.versions.adopt import digest_members
-        from ensemble_rm.versions.repository import Versions
+        from ensemble_rm.versions.repository import Versions, digest_members
 
         versions = Versions(self.run_folder)
         versions.incumbent()  # a named error where there is no ensemble at all

@@ -31,18 +31,16 @@ from ensemble_rm.drift.state import (
 )
 from ensemble_rm.drift.unlabelled import UnlabelledDrift, unlabelled_drift
 from ensemble_rm.errors import DataError, NotCalibratedError
-from ensemble_rm.evidence.pair_margins import load_members, window_margins
-from ensemble_rm.evidence.score_table import PairMargins, ScoreTable
+from ensemble_rm.evidence.dated_margins import DatedMargins, date_margins, load_members
+from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.window import Window, choose, read_window
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
-from ensemble_rm.versions import locate as reading
-from ensemble_rm.versions.adopt import describe_ensemble
 from ensemble_rm.versions.atomic_files import storage_errors
 from ensemble_rm.versions.audit_log import AuditLog
-from ensemble_rm.versions.repository import Versions, now_utc
-from ensemble_rm.versions.version import Version
+from ensemble_rm.versions.repository import Versions, describe_ensemble, now_utc
+from ensemble_rm.versions.version import EVIDENCE, Version, read_evidence, version_folder
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
@@ -128,13 +126,12 @@ class _Check:
         where, future = choose(self.store, self.options, latest=now)
         window = read_window(self.store, where, future=future, progress=self.progress)
         table = ScoreTable(folder, version.members, read_only=self.options.dry_run)
-        margins = self._margins(version, calibration, window, table)
-        window = window.rewarded(margins)
+        window, data = self._margins(version, calibration, window, table)
         state = watch(
             folder,
             version,
             calibration,
-            window.with_margins(margins),
+            data,
             inclusion=window.inclusion,
             options=self.options,
             at=at,
@@ -160,10 +157,10 @@ class _Check:
 
     def _margins(
         self, version: Version, calibration: Calibration, window: Window, table: ScoreTable
-    ) -> PairMargins:
+    ) -> tuple[Window, DatedMargins]:
         ensemble = describe_ensemble(self.versions.ensemble_folder(version))
         require_calibration(calibration, Aggregator.from_json(ensemble["aggregator"]))
-        return window_margins(
+        return date_margins(
             window,
             self.store,
             table,
@@ -219,9 +216,9 @@ def _whole(members: Any, groups: Any, distance: Any) -> tuple[Any, Any, Any]:
 def _evidence(versions: Versions, version: Version) -> ScoredPairs | None:
     path = versions.ensemble_folder(version)
     if version.kind == "calibration":
-        path = reading.version_folder(versions.folder, version.number)
+        path = version_folder(versions.folder, version.number)
     names = () if version.calibration is None else version.calibration.get("subset_names", ())
-    return reading.read_evidence(path / reading.EVIDENCE, names)
+    return read_evidence(path / EVIDENCE, names)
 
 
 def _sides(window: Window, table: ScoreTable, rows: Any) -> tuple[Any, Any, Any]:

@@ -40,7 +40,7 @@ from ensemble_rm.scoring.model_pool import ModelPool
 from ensemble_rm.scoring.pipeline import OnError, feature_distance, score_members
 from ensemble_rm.scoring.score_cache import ScoreCache
 from ensemble_rm.uncertainty.distance import FeatureSpace
-from ensemble_rm.versions.locate import Located, locate
+from ensemble_rm.versions.version import Located, locate
 
 
 @dataclass(frozen=True, slots=True)

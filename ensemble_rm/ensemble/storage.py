@@ -23,7 +23,7 @@ from ensemble_rm.errors import OptionError, StorageError, VersionError
 from ensemble_rm.members.registry import member_kind
 from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.uncertainty.distance import FeatureSpace
-from ensemble_rm.versions.locate import EVIDENCE, FEATURES, is_versioned, read_evidence
+from ensemble_rm.versions.version import EVIDENCE, FEATURES, is_versioned, read_evidence
 
 FORMAT = 1
 FILE = "ensemble.json"

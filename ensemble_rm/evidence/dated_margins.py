@@ -1,45 +1,62 @@
-"""Dated judgments as recalibration sees them: margins, verdicts, prompts and times, in arrays.
+"""Margins of dated judgments: the arrays, and how a window of judgments gets them.
 
-Knows numbers; knows nothing of texts, databases, models or files.
+Margins come from stored scores; pairs without stored scores are scored, a chunk at a time, and
+stored. Texts are read only for those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.arrays import Floats
-from ensemble_rm.errors import OptionError
+from ensemble_rm.calibration.scored_pairs import ScoredPairs
+from ensemble_rm.data.samples import Preference, Preferences
+from ensemble_rm.errors import DataError, OptionError, RemoteUnavailableError, StorageError
+from ensemble_rm.evidence.score_table import KEY, Keys, ScoreTable
+from ensemble_rm.evidence.window import Ints, Window
+from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.judgments.store import JudgmentStore
+from ensemble_rm.progress import Progress
+from ensemble_rm.versions.repository import Versions
+from ensemble_rm.versions.version import Version
+
+if TYPE_CHECKING:
+    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 DAY = 86400.0
+CHUNK = 2048  # pairs that are scored at a time
+EVIDENCE_LIMIT = 50_000  # judgments whose scores are stored with a version; the table has them all
 
-Ints = NDArray[np.int64]
+
+# Arrays --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class DatedMargins:
-    """Judgments, one a row, with the margin of the pair that was judged.
+    """Judgments, one per row, with the margin of the judged pair.
 
     Attributes
     ----------
     margins : ndarray, shape (n_judgments,)
         Aggregated reward of the first side minus that of the second, in normalised units.
     member_margins : ndarray, shape (n_judgments, n_members)
-        The same of each member.
+        The same per member.
     targets : ndarray, shape (n_judgments,)
-        1 where the first side was preferred, 0 where the second, ½ for a tie.
+        1 where the first side was preferred, 0 where the second was, ½ for a tie.
     weights : ndarray, shape (n_judgments,)
-        How much each counts, > 0.
+        > 0.
     groups : ndarray of int, shape (n_judgments,)
-        A name of the prompt.
+        Digest of the prompt.
     times : ndarray, shape (n_judgments,)
-        When it was judged, seconds.
+        Time of the judgment, seconds since 1970.
     subsets : ndarray of int, shape (n_judgments,)
-        Place in `subset_names`; −1 where none is named.
+        Index into `subset_names`; −1 without a subset.
     subset_names : tuple of str
         Sorted.
     """
@@ -55,52 +72,302 @@ class DatedMargins:
 
     def __post_init__(self) -> None:
         n = len(self.margins)
-        for field in fields(self):
-            if field.name != "subset_names" and len(getattr(self, field.name)) != n:
-                found = len(getattr(self, field.name))
-                raise OptionError(f"{found} {field.name} for {n} margins")
+        for name in _COLUMNS:
+            if len(getattr(self, name)) != n:
+                raise OptionError(f"{len(getattr(self, name))} {name} for {n} margins")
 
     def __len__(self) -> int:
         return len(self.margins)
 
     def take(self, rows: NDArray[Any]) -> DatedMargins:
-        """Return some of the judgments."""
-        chosen = {
-            f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "subset_names"
-        }
-        return DatedMargins(**chosen, subset_names=self.subset_names)
+        """Return the judgments of some rows."""
+        columns = {name: getattr(self, name)[rows] for name in _COLUMNS}
+        return DatedMargins(**columns, subset_names=self.subset_names)
 
     @property
     def prompts(self) -> int:
-        """How many prompts there are."""
+        """Number of prompts."""
         return len(np.unique(self.groups))
 
 
+_COLUMNS = tuple(column.name for column in fields(DatedMargins) if column.name != "subset_names")
+
+
 def joined(parts: Sequence[DatedMargins]) -> DatedMargins:
-    """Return the judgments of all parts, whose subsets have the same names."""
-    names = [f.name for f in fields(DatedMargins) if f.name != "subset_names"]
-    found = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return DatedMargins(**found, subset_names=parts[0].subset_names)
+    """Concatenate judgments whose subsets have the same names."""
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
+    return DatedMargins(**columns, subset_names=parts[0].subset_names)
 
 
 def forgetting(times: Floats, *, half_life: float | None) -> Floats:
-    """Return 2^(−age/half_life), age counted back from the newest judgment, in seconds.
+    """Return 2^(−age/half_life), with the age counted from the newest judgment.
 
-    The newest judgment and not the clock: the same judgments weigh the same whenever the job runs.
+    From the newest judgment and not from the clock, so that the same judgments have the same
+    weights whenever the job runs.
 
     Parameters
     ----------
     times : ndarray, shape (n_judgments,)
         Seconds.
     half_life : float, optional
-        Seconds, > 0; where there is none, nothing is forgotten.
+        Seconds, > 0; None for equal weights.
 
     Returns
     -------
     ndarray, shape (n_judgments,)
+
+    Raises
+    ------
+    OptionError
+        If `half_life` is not > 0.
     """
     if half_life is None or not len(times):
         return np.ones(len(times))
     if not half_life > 0:
         raise OptionError(f"half_life must be > 0, not {half_life}")
     return np.asarray(np.exp2(np.maximum((times - times.max()) / half_life, -500.0)))
+
+
+# Scores to margins ---------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class PairMargins:
+    """Margins of pairs, as far as they are known.
+
+    Attributes
+    ----------
+    margins : ndarray, shape (n_pairs,)
+        Aggregated reward of the first side minus that of the second; NaN where unknown, or where
+        too few members scored a side.
+    members : ndarray of float32, shape (n_pairs, n_members)
+        The same per member, in the precision that T_mix needs. NaN where a member failed and the
+        aggregator leaves it out.
+    stored : ndarray of bool, shape (n_pairs,)
+        Whether the pair was scored at all.
+    """
+
+    margins: Floats
+    members: NDArray[np.float32]
+    stored: NDArray[np.bool_]
+
+    @classmethod
+    def unknown(cls, n: int, members: int) -> PairMargins:
+        """Return `n` pairs without margins."""
+        return cls(np.full(n, np.nan), np.zeros((n, members), np.float32), np.zeros(n, np.bool_))
+
+    @property
+    def failed(self) -> NDArray[np.bool_]:
+        """Pairs without a score of every member; a failure, e.g. of a server, is retried."""
+        return np.asarray(np.isnan(self.members).any(axis=1))
+
+    def fill(self, rows: NDArray[Any], sides: Floats, aggregator: Aggregator) -> None:
+        """Enter the margins of pairs from their scores, (n_rows, 2, n_members)."""
+        first, second = (aggregator.where_enough(sides[:, i]) for i in (0, 1))
+        self.margins[rows] = first - second
+        self.stored[rows] = True
+        self.members[rows] = sides[:, 0] - sides[:, 1]
+
+
+def date_margins(
+    window: Window,
+    store: JudgmentStore,
+    table: ScoreTable,
+    aggregator: Aggregator,
+    members: int,
+    load: Callable[[], RewardEnsemble],
+    *,
+    progress: Progress,
+) -> tuple[Window, DatedMargins]:
+    """Return a window's judgments with their margins; score pairs that have no stored scores.
+
+    Parameters
+    ----------
+    window : Window
+    store : JudgmentStore
+        Contains the texts.
+    table : ScoreTable
+        Stored scores; new ones are added unless it is read-only.
+    aggregator : Aggregator
+    members : int
+        Number of members.
+    load : callable
+        Loads the ensemble; called only if something has to be scored.
+    progress : callable
+        Called with (stage, done, total).
+
+    Returns
+    -------
+    window : Window
+        Without judgments on pairs of which too few members scored a side; `unscored` counts them.
+    data : DatedMargins
+        Its judgments.
+
+    Raises
+    ------
+    DataError
+        If a pair's texts are not in the store any more.
+    StorageError
+        If the table belongs to another number of members.
+    """
+    pairs = _read_stored(table, window.keys, aggregator, members, progress=progress)
+    if not pairs.stored.all():
+        _score_missing(pairs, window, store, table, aggregator, load(), progress)
+    if not pairs.stored.all():
+        raise DataError(
+            f"{int((~pairs.stored).sum())} pairs of the window have no texts in {store.name} any "
+            "more; restore it from a backup"
+        )
+    window = window.select(~np.isnan(pairs.margins[window.pairs]))
+    data = DatedMargins(
+        pairs.margins[window.pairs],
+        pairs.members[window.pairs],
+        window.targets,
+        window.weights,
+        window.groups,
+        window.times,
+        window.subsets,
+        window.subset_names,
+    )
+    return window, data
+
+
+def _read_stored(
+    table: ScoreTable,
+    keys: Keys,
+    aggregator: Aggregator,
+    members: int,
+    *,
+    progress: Progress,
+) -> PairMargins:
+    """Aggregate stored scores block by block, so that never all of them are in memory."""
+    pairs = PairMargins.unknown(len(keys), members)
+    done = 0
+    for rows, sides in table.blocks(keys):
+        if sides.shape[2] != members:
+            raise StorageError(
+                f"{table.path} has scores of {sides.shape[2]} members, and the ensemble has "
+                f"{members}; delete the file, and it is computed again"
+            )
+        pairs.fill(rows, sides, aggregator)
+        done += len(rows)
+        progress("reading scores", done, len(keys))
+    return pairs
+
+
+def _score_missing(
+    pairs: PairMargins,
+    window: Window,
+    store: JudgmentStore,
+    table: ScoreTable,
+    aggregator: Aggregator,
+    ensemble: RewardEnsemble,
+    progress: Progress,
+) -> None:
+    unknown = ~pairs.stored
+    # The ensemble is loaded now, so members that failed before, e.g. on a server, are retried.
+    failed = pairs.failed & pairs.stored
+    done, total = 0, int((unknown | failed).sum())
+    for missing in (unknown, failed):
+        for chunk in _unscored(window, store, missing):
+            digests = list(chunk)
+            rows = np.searchsorted(window.keys, np.frombuffer(b"".join(digests), f"S{KEY}"))
+            try:
+                sides, distances = _score(ensemble, list(chunk.values()))
+            except RemoteUnavailableError:
+                if missing is unknown:
+                    raise
+                break  # the stored scores of the other members suffice
+            if missing is failed:
+                sides = _keep_stored(table, window.keys[rows], sides)
+            pairs.fill(rows, sides, aggregator)
+            if not table.read_only:
+                table.put(digests, sides, distances)
+            done += len(digests)
+            progress("scoring pairs", done, total)
+
+
+def _keep_stored(table: ScoreTable, keys: Keys, sides: Floats) -> Floats:
+    """Return new scores, with the stored one where a member failed only this time."""
+    order = np.argsort(keys)
+    kept = sides.copy()
+    for block, old in table.blocks(keys[order]):
+        rows = order[block]
+        kept[rows] = np.where(np.isnan(sides[rows]), old, sides[rows])
+    return kept
+
+
+def _unscored(
+    window: Window, store: JudgmentStore, missing: NDArray[np.bool_]
+) -> Iterator[dict[bytes, Judgment]]:
+    """Yield a judgment of each missing pair, for its texts, in chunks by the pair's digest."""
+    raw = window.keys[missing].tobytes()
+    remaining = {raw[i : i + KEY] for i in range(0, len(raw), KEY)}
+    chunk: dict[bytes, Judgment] = {}
+    for judgment in store.read(window.where):
+        pair = judgment.pair_digest
+        if pair in remaining:
+            remaining.discard(pair)
+            chunk[pair] = judgment
+            if len(chunk) == CHUNK:
+                yield chunk
+                chunk = {}
+    if chunk:
+        yield chunk
+
+
+def _score(
+    ensemble: RewardEnsemble, judgments: list[Judgment]
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """Return (n_pairs, 2, n_members) normalised scores, the side with the lower digest first.
+
+    And the (n_pairs, 2) distances to the training features, if the ensemble has a feature space.
+    """
+    pairs = []
+    for judgment in judgments:
+        _, first, second = judgment.text_digests
+        sides = (judgment.first, judgment.second)
+        pairs.append(Preference(judgment.prompt, *(sides if first <= second else sides[::-1])))
+    scored = ensemble.judge(Preferences(tuple(pairs)))
+    distances = scored.distances if scored.distances.shape[1] else None
+    return np.stack([scored.first, scored.second], axis=1), distances
+
+
+def evidence_of(window: Window, table: ScoreTable) -> ScoredPairs | None:
+    """Return the window's judgments with both sides' scores, to store with a version.
+
+    None for more than `EVIDENCE_LIMIT` judgments, or if no scores are stored.
+    """
+    if len(window) > EVIDENCE_LIMIT:
+        return None
+    scores: NDArray[np.float64] | None = None
+    for rows, sides in table.blocks(window.keys):
+        if scores is None:
+            scores = np.zeros((len(window.keys), *sides.shape[1:]))
+        scores[rows] = sides
+    if scores is None:
+        return None
+    distances = table.distances(window.keys)[window.pairs]
+    names = [None if code < 0 else window.subset_names[code] for code in window.subsets]
+    return ScoredPairs(
+        scores[window.pairs, 0],
+        scores[window.pairs, 1],
+        window.targets,
+        window.weights,
+        np.unique(window.groups, return_inverse=True)[1],
+        tuple(names),
+        distances=distances if np.isfinite(distances).all() else distances[:, :0],
+    )
+
+
+def load_members(
+    versions: Versions, version: Version, load: Callable[..., RewardEnsemble] | None
+) -> RewardEnsemble:
+    """Load the ensemble of a version's members; by default with `from_pretrained`."""
+    if load is None:
+        from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
+
+        load = RewardEnsemble.from_pretrained
+    if versions.versioned:
+        return load(versions.folder, version=version.ensemble)
+    return load(versions.folder)

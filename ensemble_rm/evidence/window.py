@@ -1,6 +1,6 @@
-"""The judgments of a window, streamed from the store into compact arrays; no text is held.
+"""The judgments of a time window, streamed from the store into arrays, without texts.
 
-About 60 bytes a judgment. Knows the store; knows nothing of models, fits or versions.
+About 60 bytes per judgment. Knows nothing of models, fits or versions.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from ensemble_rm.arrays import Floats
 from ensemble_rm.data.weights import inclusion_weights
 from ensemble_rm.errors import OptionError
-from ensemble_rm.evidence.dated_margins import DatedMargins, Ints
-from ensemble_rm.evidence.score_table import KEY, Keys, PairMargins
+from ensemble_rm.evidence.score_table import KEY, Keys
 from ensemble_rm.judgments.filter import JudgmentFilter, TimeRange
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress
 
-AHEAD = timedelta(days=1)  # a judgment may be dated this much after the clock: time zones, skew
-FIRST_NAMES = 8  # bytes of a prompt's name that tell it apart: one in 10⁷ clashes among a million
+AHEAD = timedelta(days=1)  # tolerated lead of a judgment over the clock: time zones, skew
+PROMPT_BYTES = 8  # of a prompt's digest; among a million prompts, P(any clash) is below 10⁻⁷
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,27 +53,27 @@ class Window:
     Attributes
     ----------
     digest : str
-        SHA-256 of the sorted ids, as `JudgmentStore.digest` gives it.
+        SHA-256 of the sorted ids, equal to `JudgmentStore.digest`.
     keys : ndarray of S16, shape (n_pairs,)
-        Names of the pairs, sorted, each once.
+        Digests of the pairs, sorted, each once.
     pairs : ndarray of int32, shape (n_judgments,)
-        Place of each judgment's pair in `keys`.
+        Index of each judgment's pair in `keys`.
     targets, inclusion, weights : ndarray, shape (n_judgments,)
-        Vote for the pair's own first side; π, 1 for random draws; 1/π within its batch.
+        Vote for the pair's side with the lower digest; π, 1 for random draws; 1/π within its batch.
     groups : ndarray of int, shape (n_judgments,)
-        Name of the prompt.
+        Digest of the prompt.
     times : ndarray, shape (n_judgments,)
         Seconds since 1970.
     subsets : ndarray of int32, shape (n_judgments,)
-        Place in `subset_names`; −1 where none is named.
+        Index into `subset_names`; −1 without a subset.
     subset_names : tuple of str
         Sorted.
     where : JudgmentFilter
-        What was asked of the store.
+        The selection.
     future : int
-        Judgments that were left out because they are dated after the clock.
+        Judgments left out because they are dated after the clock.
     unscored : int
-        Judgments that were left out because too few members scored a side of their pair.
+        Judgments left out because too few members scored a side of their pair.
     """
 
     digest: str
@@ -92,38 +93,23 @@ class Window:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def with_margins(self, found: PairMargins) -> DatedMargins:
-        """Return the judgments with the margins of their pairs."""
-        return DatedMargins(
-            found.margins[self.pairs],
-            found.members[self.pairs],
-            self.targets,
-            self.weights,
-            self.groups,
-            self.times,
-            self.subsets,
-            self.subset_names,
-        )
-
-    def rewarded(self, found: PairMargins) -> Window:
-        """Return the judgments of the pairs that have a margin."""
-        there = ~np.isnan(found.margins[self.pairs])
-        if there.all():
+    def select(self, scored: NDArray[np.bool_]) -> Window:
+        """Return the window without judgments on pairs that could not be scored."""
+        if scored.all():
             return self
-        rows = ("pairs", "targets", "inclusion", "weights", "groups", "times", "subsets")
-        kept = {name: getattr(self, name)[there] for name in rows}
-        return replace(self, **kept, unscored=int((~there).sum()))
+        columns = ("pairs", "targets", "inclusion", "weights", "groups", "times", "subsets")
+        kept = {name: getattr(self, name)[scored] for name in columns}
+        return replace(self, **kept, unscored=int((~scored).sum()))
 
     def describe(self) -> dict[str, Any]:
-        """Return what provenance says of the judgments."""
-        said: dict[str, Any] = {"digest": self.digest, "count": len(self), "future": self.future}
-        said["pairs"] = len(self.keys)
+        """Return digest, counts and dates of the judgments, for provenance."""
+        row: dict[str, Any] = {"digest": self.digest, "count": len(self), "future": self.future}
+        row["pairs"] = len(self.keys)
         if self.unscored:
-            said["unscored"] = self.unscored
+            row["unscored"] = self.unscored
         if len(self):
-            ends = (float(self.times.min()), float(self.times.max()))
-            said |= dict(zip(("first", "last"), map(iso, ends), strict=True))
-        return said
+            row |= {"first": iso(self.times.min()), "last": iso(self.times.max())}
+        return row
 
 
 def iso(seconds: float) -> str:
@@ -183,7 +169,7 @@ def read_window(
     store : JudgmentStore
     where : JudgmentFilter
     future : int
-        What `choose` found.
+        As `choose` returns it.
     progress : callable
         Called with (stage, done, total).
 
@@ -196,29 +182,29 @@ def read_window(
     subsets, batches = array("i"), array("i")
     subset_of: dict[str | None, int] = {None: -1}
     batch_of: dict[str | None, int] = {}
-    for one in store.observations(where):
-        ids += one.id
-        pairs += one.pair
-        prompts += one.prompt[:FIRST_NAMES]
-        targets.append(one.share)
-        inclusion.append(1.0 if one.inclusion is None else one.inclusion)
-        times.append(one.judged_at.timestamp())
-        subsets.append(subset_of.setdefault(one.subset, len(subset_of) - 1))
-        batches.append(batch_of.setdefault(one.batch, len(batch_of)))
+    for row in store.observations(where):
+        ids += row.id
+        pairs += row.pair
+        prompts += row.prompt[:PROMPT_BYTES]
+        targets.append(row.share)
+        inclusion.append(1.0 if row.inclusion is None else row.inclusion)
+        times.append(row.judged_at.timestamp())
+        subsets.append(subset_of.setdefault(row.subset, len(subset_of) - 1))
+        batches.append(batch_of.setdefault(row.batch, len(batch_of)))
         if len(targets) % 10_000 == 0:
             progress("reading judgments", len(targets), 0)
-    keys, places = np.unique(np.frombuffer(bytes(pairs), f"S{KEY}"), return_inverse=True)
-    chances = np.frombuffer(inclusion).copy()
+    keys, pair_of = np.unique(np.frombuffer(bytes(pairs), f"S{KEY}"), return_inverse=True)
+    probabilities = np.frombuffer(inclusion).copy()
     names = sorted(name for name in subset_of if name is not None)
     order = np.array([names.index(n) if n is not None else -1 for n in subset_of], np.int32)
     codes = np.frombuffer(subsets, np.int32)
     return Window(
         _digest(bytes(ids)),
         keys,
-        places.astype(np.int32),
+        pair_of.astype(np.int32),
         np.frombuffer(targets, np.float32).astype(np.float64),
-        chances,
-        _weights(chances, np.frombuffer(batches, np.int32)),
+        probabilities,
+        inclusion_weights(probabilities, np.frombuffer(batches, np.int32)).weights,
         np.frombuffer(bytes(prompts), ">i8").astype(np.int64),
         np.frombuffer(times).copy(),
         order[codes + 1],
@@ -228,11 +214,5 @@ def read_window(
     )
 
 
-def _weights(inclusion: Floats, batches: NDArray[np.int32]) -> Floats:
-    return inclusion_weights(inclusion, batches).weights
-
-
 def _digest(ids: bytes) -> str:
-    found = hashlib.sha256()
-    found.update(np.sort(np.frombuffer(ids, f"S{KEY}")).tobytes())
-    return found.hexdigest()
+    return hashlib.sha256(np.sort(np.frombuffer(ids, f"S{KEY}")).tobytes()).hexdigest()

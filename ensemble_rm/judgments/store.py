@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Select
 
     from ensemble_rm.judgments.database.engine import Database
-    from ensemble_rm.judgments.database.queries import Held
-    from ensemble_rm.judgments.database.writing import Writer
-    from ensemble_rm.judgments.observations import Observation
+    from ensemble_rm.judgments.database.queries import Observation
+    from ensemble_rm.judgments.database.writing import Held, Writer
 
 T = TypeVar("T")
 BATCH = 5000
@@ -211,7 +210,7 @@ class JudgmentStore:
 
         with self._streaming(queries.whole(where)) as rows:
             for row in rows:
-                yield queries.read_row(row, self.name)
+                yield queries.read_judgment(row, self.name)
 
     def count(self, where: JudgmentFilter = ALL_JUDGMENTS) -> int:
         """Return how many judgments are selected."""
@@ -226,7 +225,7 @@ class JudgmentStore:
         from ensemble_rm.judgments.database import queries
 
         found = hashlib.sha256()
-        with self._streaming(queries.names(where)) as rows:
+        with self._streaming(queries.ids(where)) as rows:
             for row in rows:
                 found.update(row.id)
         return found.hexdigest()
@@ -242,29 +241,29 @@ class JudgmentStore:
         """Stream judgments without their texts, by time and id."""
         from ensemble_rm.judgments.database import queries
 
-        with self._streaming(queries.bare(where)) as rows:
+        with self._streaming(queries.verdicts(where)) as rows:
             yield from map(queries.read_verdict, rows)
 
     def observations(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Iterator[Observation]:
         """Stream judgments as recalibration reads them: dated, and without their texts."""
-        from ensemble_rm.judgments import observations
+        from ensemble_rm.judgments.database import queries
 
-        with self._streaming(observations.dated(where)) as rows:
-            yield from map(observations.read_observation, rows)
+        with self._streaming(queries.observations(where)) as rows:
+            yield from map(queries.read_observation, rows)
 
     def newest(self, where: JudgmentFilter = ALL_JUDGMENTS) -> datetime | None:
         """Return when the last selected judgment was given; None where none is selected."""
-        from ensemble_rm.judgments import observations
+        from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection:
-            found: datetime | None = connection.execute(observations.latest(where)).scalar()
-            return found
+            newest: datetime | None = connection.execute(queries.newest(where)).scalar()
+            return newest
 
     def verdicts_by_pair(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Iterator[Verdict]:
         """Stream judgments without their texts, by prompt and pair, in these by time and id."""
         from ensemble_rm.judgments.database import queries
 
-        with self._streaming(queries.bare(where, by_pair=True)) as rows:
+        with self._streaming(queries.verdicts(where, by_pair=True)) as rows:
             yield from map(queries.read_verdict, rows)
 
     def preferences(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Preferences:
@@ -291,31 +290,31 @@ class JudgmentStore:
 
     def known(self, judgments: Iterable[Judgment]) -> dict[tuple[str, str], str]:
         """Return the id that holds each judgment's source and external id, where one does."""
-        from ensemble_rm.judgments.database import queries
+        from ensemble_rm.judgments.database import writing
 
         with self._database.reading() as connection:
-            return queries.holders(connection, list(judgments))
+            return writing.holders(connection, list(judgments))
 
     def held(self, judgments: Iterable[Judgment]) -> dict[tuple[str, str], Held]:
         """Return what holds each judgment's source and external id now, corrections followed."""
-        from ensemble_rm.judgments.database import queries
+        from ensemble_rm.judgments.database import writing
 
         with self._database.reading() as connection:
-            return queries.held(connection, list(judgments))
+            return writing.held(connection, list(judgments))
 
     def existing(self, ids: Collection[str]) -> set[str]:
         """Return those of the ids that are stored."""
-        from ensemble_rm.judgments.database import queries
+        from ensemble_rm.judgments.database import writing
 
         with self._database.reading() as connection:
-            return queries.existing(connection, ids)
+            return writing.existing(connection, ids)
 
     def corrections(self, ids: Collection[str]) -> dict[str, str]:
         """Return the id of the judgment that corrects each of the ids, where one does."""
-        from ensemble_rm.judgments.database import queries
+        from ensemble_rm.judgments.database import writing
 
         with self._database.reading() as connection:
-            return queries.corrections(connection, ids)
+            return writing.corrections(connection, ids)
 
 
 def in_batches(rows: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:

@@ -18,7 +18,7 @@ from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.methods.temperature import margin_losses
 from ensemble_rm.data.weights import effective_sample_size
 from ensemble_rm.errors import OptionError
-from ensemble_rm.evidence.dated_margins import Ints
+from ensemble_rm.evidence.window import Ints
 
 
 @dataclass(frozen=True, slots=True)

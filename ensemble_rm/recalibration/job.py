@@ -18,22 +18,25 @@ from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.drift.state import summarise, watch, write_state
-from ensemble_rm.evidence.dated_margins import DatedMargins
-from ensemble_rm.evidence.pair_margins import evidence_of, load_members, window_margins
+from ensemble_rm.evidence.dated_margins import (
+    DatedMargins,
+    date_margins,
+    evidence_of,
+    load_members,
+)
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.window import Window, choose, read_window
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.recalibration.decision import FLATTENED, Decision, decide
 from ensemble_rm.recalibration.options import RecalibrationOptions
-from ensemble_rm.versions.adopt import describe_ensemble
 from ensemble_rm.versions.job_run import (
     Job,
     JobOutcome,
     Verdict,
     digest_inputs,
 )
-from ensemble_rm.versions.repository import Versions, now_utc
+from ensemble_rm.versions.repository import Versions, describe_ensemble, now_utc
 from ensemble_rm.versions.version import Version
 
 if TYPE_CHECKING:
@@ -164,12 +167,10 @@ class _RecalibrationJob(Job):
         table = ScoreTable(self.versions.folder, incumbent.members, read_only=self.options.dry_run)
         members = len(ensemble["normaliser"]["offset"])
         loaded = partial(load_members, self.versions, incumbent, self.load)
-        margins = window_margins(
+        window, data = date_margins(
             window, self.store, table, aggregator, members, loaded, progress=self.progress
         )
-        window = window.rewarded(margins)
         case.details["judgments"] |= window.describe()
-        data = window.with_margins(margins)
         case = replace(case, alarm=self._watch(case, data, window))
         decision = decide(
             data,

@@ -33,7 +33,8 @@ from scipy.stats import norm
 
 from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
-from ensemble_rm.evidence.dated_margins import DatedMargins, Ints, joined
+from ensemble_rm.evidence.dated_margins import DatedMargins, joined
+from ensemble_rm.evidence.window import Ints
 from ensemble_rm.recalibration.fitting import fit_signed
 
 LEVEL = 0.99

@@ -1,7 +1,4 @@
-"""Files that are there as a whole or not at all, also after a power cut.
-
-Knows bytes and folders; knows nothing of versions.
-"""
+"""Files that are written whole or not at all, even in a power cut."""
 
 from __future__ import annotations
 
@@ -27,9 +24,9 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put a file in place of another in one step: a reader sees the old one or the new one.
+    """Replace a file atomically: a reader sees the old one or the new one.
 
-    The new one is written beside it, brought to the disk, and renamed over it.
+    The new one is written next to it, synced to the disk, and renamed over it.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
@@ -43,9 +40,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where the system can."""
+    """Sync a folder's entries to the disk, if the system can."""
     if os.name == "nt":
-        return  # no folder can be opened there
+        return  # Windows cannot open folders
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -54,7 +51,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring every file below a folder, and the folders themselves, to the disk."""
+    """Sync every file below a folder, and the folders themselves, to the disk."""
     for parent, _, names in os.walk(folder):
         for name in names:
             with (Path(parent) / name).open("rb") as stream:
@@ -62,9 +59,9 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(parent))
 
 
-def json_bytes(said: Any) -> bytes:
-    """Return a JSON object as the bytes of a readable file."""
-    return (json.dumps(said, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def json_bytes(value: Any) -> bytes:
+    """Return a JSON value as the bytes of a readable file."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -73,7 +70,7 @@ def read_json(path: Path) -> Any:
     Raises
     ------
     StorageError
-        If it is not there, or is no JSON.
+        If it does not exist, or is not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -82,21 +79,21 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def storage_errors(doing: str) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what was being done, and that all stays.
+def storage_errors(action: str) -> Iterator[None]:
+    """Turn an OSError into a StorageError that names the action.
 
     Parameters
     ----------
-    doing : str
-        Such as ``"publishing in runs/hh"``.
+    action : str
+        For example ``"publishing in runs/hh"``.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        said = str(error)
+        cause = str(error)
         if isinstance(error, OSError) and error.strerror:
-            said = error.strerror + ("" if error.filename is None else f" ({error.filename})")
+            cause = error.strerror + ("" if error.filename is None else f" ({error.filename})")
         raise StorageError(
-            f"{doing}: {said}; what was current still is. Make room, or make the folder writable, "
-            "and run it again"
+            f"{action}: {cause}; the current version is unchanged. Free disk space or make the "
+            "folder writable, and retry"
         ) from error

@@ -1,4 +1,4 @@
-"""The audit log: one JSON line an event, appended and never changed."""
+"""The audit log: one JSON line per event, appended and never changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILE = "audit.jsonl"
 
 
 class AuditLog:
-    """Lines of JSON in ``audit.jsonl``; a reader passes over a line that was cut short.
+    """Lines of JSON in ``audit.jsonl``; a reader skips a line that was cut short.
 
     Parameters
     ----------
@@ -26,14 +26,14 @@ class AuditLog:
         self.path = folder / name
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Write one line at the end, in one call, and wait until it is on the disk."""
+        """Append one line, in one call, and wait until it is on the disk."""
         line = (json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n").encode()
         opened = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             if os.lseek(opened, 0, os.SEEK_END) > 0:
                 os.lseek(opened, -1, os.SEEK_END)
                 if os.read(opened, 1) != b"\n":
-                    line = b"\n" + line  # the last writer was stopped in its line
+                    line = b"\n" + line  # the last writer was killed in the middle of its line
             if os.write(opened, line) < len(line):
                 raise OSError(f"{self.path}: the line was cut short; the disk may be full")
             os.fsync(opened)
@@ -55,8 +55,8 @@ class AuditLog:
 
     def last(self, **fields: Any) -> dict[str, Any] | None:
         """Return the last event whose fields have the given values."""
-        found = None
+        last = None
         for event in self.read():
             if all(event.get(name) == value for name, value in fields.items()):
-                found = event
-        return found
+                last = event
+        return last

@@ -5,11 +5,14 @@ Knows files and descriptions; knows nothing of fits, gates or judgments.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,10 @@ from filelock import FileLock, Timeout
 from safetensors.numpy import save
 
 from ensemble_rm.calibration.calibration import Calibration
-from ensemble_rm.errors import LockedError, VersionError
-from ensemble_rm.versions import locate as reading
-from ensemble_rm.versions.adopt import copy_ensemble, ensemble_version
+from ensemble_rm.errors import LockedError, StorageError, VersionError
 from ensemble_rm.versions.atomic_files import (
     json_bytes,
+    read_json,
     replace_file,
     storage_errors,
     sync_folder,
@@ -31,22 +33,37 @@ from ensemble_rm.versions.atomic_files import (
     write_file,
 )
 from ensemble_rm.versions.audit_log import AuditLog
-from ensemble_rm.versions.version import Pointer, Version, library_versions
+from ensemble_rm.versions.version import (
+    CURRENT,
+    DESCRIPTION,
+    ENSEMBLE,
+    EVIDENCE,
+    FEATURES,
+    Pointer,
+    Version,
+    is_versioned,
+    library_versions,
+    read_pointer,
+    read_version,
+    version_folder,
+)
 
 LOCK = ".lock"
 SCRATCH = ".new-"
+ENSEMBLE_FILE = "ensemble.json"
+MEMBERS = "members"
 
 
 def now_utc() -> datetime:
-    """Return the clock's time."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
 class Versions:
     """The versions of a folder.
 
-    Reading takes no lock. Each change takes the folder's lock, which dies with its process; numbers
-    are given under it, from the folder itself and never from a clock.
+    Reading takes no lock. Every change takes the folder's lock, which ends with its process.
+    Numbers are assigned under the lock, from the folder and never from a clock.
 
     Parameters
     ----------
@@ -67,12 +84,12 @@ class Versions:
     @property
     def versioned(self) -> bool:
         """Whether there are versions, and not only a plain ensemble."""
-        return reading.is_versioned(self.folder)
+        return is_versioned(self.folder)
 
     @property
     def pointer(self) -> Pointer:
         """Which version is current, and whether it is pinned."""
-        return reading.read_pointer(self.folder)
+        return read_pointer(self.folder)
 
     @property
     def pinned(self) -> bool:
@@ -80,41 +97,41 @@ class Versions:
         return self.versioned and self.pointer.pinned
 
     def current(self) -> Version:
-        """Return the current version; `VersionError` where there are none."""
-        return reading.read_version(self.folder)
+        """Return the current version; `VersionError` if there are no versions."""
+        return read_version(self.folder)
 
     def incumbent(self) -> Version:
-        """Return the current version; of a plain ensemble, the one that it would become."""
+        """Return the current version; for a plain ensemble, the one that it would become."""
         if self.versioned:
             return self.current()
         return self._first()
 
     def show(self, number: int) -> Version:
-        """Return a version; `VersionError` where it is not there."""
-        return reading.read_version(self.folder, number)
+        """Return a version; `VersionError` if there is no such number."""
+        return read_version(self.folder, number)
 
     def all(self) -> list[Version]:
-        """Return every published version, oldest first; none of a plain ensemble."""
+        """Return all published versions, oldest first; none for a plain ensemble."""
         if not self.versioned:
             return []
         return [self.show(number) for number in range(1, self.pointer.newest + 1)]
 
     def ensemble_folder(self, version: Version) -> Path:
-        """Return where a version's members lie."""
+        """Return the folder of a version's members."""
         if not self.versioned:
             return self.folder
-        return reading.version_folder(self.folder, version.ensemble) / reading.ENSEMBLE
+        return version_folder(self.folder, version.ensemble) / ENSEMBLE
 
     # Writing -----------------------------------------------------------------------------------
 
     @contextmanager
     def lock(self, *, wait: bool = True) -> Iterator[None]:
-        """Hold the folder's lock; one holder may take it again.
+        """Hold the folder's lock; its holder may take it again.
 
         Parameters
         ----------
         wait : bool
-            For another process to finish; else it is an error that there is one.
+            Wait for another process to finish, instead of raising.
 
         Raises
         ------
@@ -124,22 +141,23 @@ class Versions:
             If the folder cannot be written.
         """
         if not self.folder.is_dir():
-            raise VersionError(f"there is no folder {self.folder}")
+            raise VersionError(f"no such folder: {self.folder}")
         with storage_errors(f"locking {self.folder}"):
             try:
                 taken = self._lock.acquire(timeout=-1 if wait else 0)
             except Timeout:
                 raise LockedError(
-                    f"another process works on {self.folder}; wait for it (--wait), or try again"
+                    f"another process is working on {self.folder}; wait for it (--wait), or "
+                    "retry later"
                 ) from None
         with taken:
             yield
 
     def adopt(self) -> Version:
-        """Make a plain ensemble version 1, and current; where versions are, change nothing.
+        """Turn a plain ensemble into version 1; with existing versions, change nothing.
 
-        Its files get a second name, or are copied where the file system has no hard links; the
-        plain ones stay for processes that read them.
+        Its files are hard-linked, or copied if the file system has no hard links. The plain files
+        stay for processes that read them.
 
         Returns
         -------
@@ -149,15 +167,15 @@ class Versions:
         Raises
         ------
         VersionError
-            If the folder holds no ensemble.
+            If the folder contains no ensemble.
         """
         with self.lock():
             if self.versioned:
                 return self.current()
             first = self._first()
             self.clean()
-            self._write(first, lambda place: copy_ensemble(self.folder, place / reading.ENSEMBLE))
-            self._say("adopted", version=first.number)
+            self._write(first, lambda target: copy_ensemble(self.folder, target / ENSEMBLE))
+            self._log("adopted", version=first.number)
         return first
 
     def publish_calibration(
@@ -177,7 +195,7 @@ class Versions:
         provenance : mapping
             JSON values: judgments, options, gate, metrics.
         run : str
-            Name of the run.
+            Identifier of the run.
         keep_evidence : bool
             Store the judgments' scores, so that another aggregator can be calibrated on them.
 
@@ -190,14 +208,14 @@ class Versions:
         VersionError
             If the current version is pinned.
         StorageError
-            If it cannot be written; then the current version is what it was.
+            If it cannot be written; the current version is then unchanged.
         """
 
-        def write(place: Path) -> None:
+        def write(target: Path) -> None:
             if keep_evidence and calibration.evidence is not None:
                 arrays = calibration.evidence.arrays()
                 contiguous = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
-                write_file(place / reading.EVIDENCE, save(contiguous))
+                write_file(target / EVIDENCE, save(contiguous))
 
         names = () if calibration.evidence is None else calibration.evidence.subset_names
         with self.lock():
@@ -220,16 +238,16 @@ class Versions:
     def publish_ensemble(
         self, save: Callable[[Path], Any], *, provenance: Mapping[str, Any], run: str = ""
     ) -> Version:
-        """Publish an ensemble with members of its own, and make it current.
+        """Publish an ensemble with its own members, and make it current.
 
         Parameters
         ----------
         save : callable
-            Writes the ensemble into the folder that it is given: `RewardEnsemble.save_pretrained`.
+            Writes the ensemble into a given folder: `RewardEnsemble.save_pretrained`.
         provenance : mapping
             JSON values.
         run : str
-            Name of the run.
+            Identifier of the run.
 
         Returns
         -------
@@ -238,16 +256,16 @@ class Versions:
         Raises
         ------
         VersionError, StorageError
-            As `publish_calibration` does.
+            See `publish_calibration`.
         """
         with self.lock():
             parent, number = self._next()
             scratch = self._scratch()
             try:
                 with storage_errors(f"publishing in {self.folder}"):
-                    save(scratch / reading.ENSEMBLE)
+                    save(scratch / ENSEMBLE)
                 version = ensemble_version(
-                    scratch / reading.ENSEMBLE,
+                    scratch / ENSEMBLE,
                     number=number,
                     parent=parent.number,
                     created_at=self._time(),
@@ -260,12 +278,12 @@ class Versions:
         return version
 
     def rollback(self, to: int | None = None) -> Version:
-        """Make an earlier version current; the ones after it stay.
+        """Make an earlier version current; later ones are kept.
 
         Parameters
         ----------
         to : int, optional
-            The parent of the current one where not given.
+            Default: the parent of the current version.
 
         Returns
         -------
@@ -275,7 +293,7 @@ class Versions:
         Raises
         ------
         VersionError
-            If there is none to go back to, or the current one is pinned.
+            If there is no earlier version, or the current one is pinned.
         """
         with self.lock():
             pointer, now = self.pointer, self.current()
@@ -283,19 +301,19 @@ class Versions:
                 raise VersionError(f"version {now.number} is pinned; unpin it first")
             target = now.parent if to is None else to
             if target is None:
-                raise VersionError(f"version {now.number} is the first; there is nothing before it")
-            found = self.show(target)
-            self._point(Pointer(found.number, pointer.newest))
-            self._say("rolled back", version=found.number, before=now.number)
-        return found
+                raise VersionError(f"version {now.number} is the first; there is none before it")
+            version = self.show(target)
+            self._point(Pointer(version.number, pointer.newest))
+            self._log("rolled back", version=version.number, before=now.number)
+        return version
 
     def pin(self, number: int | None = None) -> Version:
-        """Make a version current and let no job move it.
+        """Make a version current, and stop jobs from publishing others.
 
         Parameters
         ----------
         number : int, optional
-            The current one where not given.
+            Default: the current version.
 
         Returns
         -------
@@ -305,42 +323,42 @@ class Versions:
         Raises
         ------
         VersionError
-            If there is none of that number.
+            If there is no version with that number.
         """
         with self.lock():
-            found = self.current() if number is None else self.show(number)
-            self._point(Pointer(found.number, self.pointer.newest, pinned=True))
-            self._say("pinned", version=found.number)
-        return found
+            version = self.current() if number is None else self.show(number)
+            self._point(Pointer(version.number, self.pointer.newest, pinned=True))
+            self._log("pinned", version=version.number)
+        return version
 
     def unpin(self) -> Version:
-        """Let jobs publish again; the current version stays current until one does."""
+        """Allow jobs to publish again; until then, the current version stays current."""
         with self.lock():
             pointer = self.pointer
             self._point(Pointer(pointer.version, pointer.newest))
-            self._say("unpinned", version=pointer.version)
+            self._log("unpinned", version=pointer.version)
         return self.current()
 
     def clean(self) -> list[str]:
-        """Remove what killed processes left: half-written versions, and whole ones never published.
+        """Remove leftovers of killed processes: versions that were never published.
 
         Returns
         -------
         list of str
-            Names of what was removed.
+            Names of the removed files and folders.
         """
         with self.lock(), storage_errors(f"cleaning {self.folder}"):
             newest = self.pointer.newest if self.versioned else 0
-            places = [*self.folder.glob(f".{reading.CURRENT}.*")]
-            for place in (self.folder / "versions").glob("*"):
-                numbered = place.name.isdigit() and int(place.name) > newest
-                if numbered or place.name.startswith(SCRATCH):
-                    places.append(place)
-            for place in places:
-                shutil.rmtree(place) if place.is_dir() else place.unlink()
-            return [place.name for place in places]
+            leftovers = [*self.folder.glob(f".{CURRENT}.*")]
+            for path in (self.folder / "versions").glob("*"):
+                unpublished = path.name.isdigit() and int(path.name) > newest
+                if unpublished or path.name.startswith(SCRATCH):
+                    leftovers.append(path)
+            for path in leftovers:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return [path.name for path in leftovers]
 
-    # Inside ------------------------------------------------------------------------------------
+    # Internals ---------------------------------------------------------------------------------
 
     def _first(self) -> Version:
         return ensemble_version(
@@ -360,10 +378,10 @@ class Versions:
         return self.current(), pointer.newest + 1
 
     def _scratch(self) -> Path:
-        place = self.folder / "versions" / f"{SCRATCH}{os.getpid()}-{secrets.token_hex(4)}"
+        scratch = self.folder / "versions" / f"{SCRATCH}{os.getpid()}-{secrets.token_hex(4)}"
         with storage_errors(f"publishing in {self.folder}"):
-            place.mkdir(parents=True)
-        return place
+            scratch.mkdir(parents=True)
+        return scratch
 
     def _write(self, version: Version, write: Callable[[Path], None]) -> None:
         scratch = self._scratch()
@@ -376,18 +394,90 @@ class Versions:
 
     def _finish(self, version: Version, scratch: Path) -> None:
         with storage_errors(f"publishing in {self.folder}"):
-            write_file(scratch / reading.DESCRIPTION, json_bytes(version.to_json()))
+            write_file(scratch / DESCRIPTION, json_bytes(version.to_json()))
             sync_tree(scratch)
-            place = reading.version_folder(self.folder, version.number)
-            scratch.rename(place)
-            sync_folder(place.parent)
+            target = version_folder(self.folder, version.number)
+            scratch.rename(target)
+            sync_folder(target.parent)
+        # Last: a reader finds the new version only once all of it is on the disk.
         self._point(Pointer(version.number, version.number))
 
     def _point(self, pointer: Pointer) -> None:
-        said = {"version": pointer.version, "newest": pointer.newest, "pinned": pointer.pinned}
-        with storage_errors(f"moving what is current in {self.folder}"):
-            replace_file(self.folder / reading.CURRENT, json_bytes(said))
+        with storage_errors(f"changing the current version of {self.folder}"):
+            replace_file(self.folder / CURRENT, json_bytes(asdict(pointer)))
 
-    def _say(self, event: str, **fields: Any) -> None:
+    def _log(self, event: str, **fields: Any) -> None:
         with storage_errors(f"writing the audit log of {self.folder}"):
             self.audit.append({"event": event, "at": self._time()} | fields)
+
+
+# Plain ensembles ------------------------------------------------------------------------------
+
+
+def describe_ensemble(folder: Path) -> dict[str, Any]:
+    """Read an ensemble's ``ensemble.json``.
+
+    Raises
+    ------
+    VersionError
+        If the folder contains no ensemble.
+    StorageError
+        If the file is damaged.
+    """
+    if not (folder / ENSEMBLE_FILE).exists():
+        raise VersionError(f"{folder} contains neither versions nor an ensemble")
+    row = read_json(folder / ENSEMBLE_FILE)
+    if not isinstance(row, dict) or not {"members", "normaliser", "aggregator"} <= set(row):
+        raise StorageError(f"{folder / ENSEMBLE_FILE} is damaged: members are missing in it")
+    return row
+
+
+def digest_members(folder: Path) -> str:
+    """Return the SHA-256 of the files that an ensemble's normalised scores depend on.
+
+    It does not depend on the device: scores of a CPU and of a GPU count as equal.
+    """
+    row = describe_ensemble(folder)
+    digest = hashlib.sha256()
+    digest.update(json.dumps([row["members"], row["normaliser"]], sort_keys=True).encode())
+    for path in sorted((folder / MEMBERS).rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(folder).as_posix().encode())
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def ensemble_version(
+    folder: Path, *, number: int, parent: int | None, created_at: str, run: str, **provenance: Any
+) -> Version:
+    """Describe an ensemble's folder as a version."""
+    row = describe_ensemble(folder)
+    return Version(
+        number,
+        "ensemble",
+        number,
+        parent,
+        created_at,
+        digest_members(folder),
+        row.get("calibration"),
+        run,
+        {"training": row.get("provenance", {})} | provenance,
+        library_versions(),
+    )
+
+
+def copy_ensemble(source: Path, target: Path) -> None:
+    """Hard-link an ensemble's files into `target`; copy them if the file system has no hard links.
+
+    The plain files stay, because a process that loaded the ensemble may still read them.
+    """
+    own = [source / name for name in (ENSEMBLE_FILE, EVIDENCE, FEATURES)]
+    for path in [*own, *sorted((source / MEMBERS).rglob("*"))]:
+        if path.is_file():
+            link = target / path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path.resolve(), link)
+            except OSError:
+                shutil.copyfile(path, link)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ensemble_rm import RewardEnsemble
 from ensemble_rm.cli.main import exit_code, main
 from ensemble_rm.cli.options import leaves
 from ensemble_rm.cli.train import Train
@@ -20,6 +22,7 @@ from ensemble_rm.data.loading import load_preferences
 from ensemble_rm.demo.data import FILE
 from ensemble_rm.errors import EnsembleRMError, LockedError, RemoteError
 from ensemble_rm.members import member_kind, trained_kinds
+from ensemble_rm.versions import Versions
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,114 @@ def test_calibrate_evaluate_compare_score(
     for row in found:
         a, b = row["members"].values()
         assert row["reward"] == pytest.approx((a + b) / 2 - 0.5 * abs(a - b) / 2)
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    texts = {"Hi": ["Hello!", "x", "Good day to you."], "Bye": ["See you.", "y"]}
+    rows = [{"prompt": p, "completion": c} for p, group in texts.items() for c in group]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[::2] + rows[1::2]))
+    return path
+
+
+def test_rank_is_the_order_of_the_scores(
+    run_folder: Path, samples: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = str(run_folder / "run")
+    assert main(["score", run, f"--data={samples}"]) == 0
+    rewards = [json.loads(line)["reward"] for line in capsys.readouterr().out.splitlines()]
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert main(["rank", run, f"--data={samples}"]) == 0
+    ranked = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in ranked] == ["Hi", "Bye"]
+    for line in ranked:
+        group = [
+            (row["completion"], reward)
+            for row, reward in zip(rows, rewards, strict=True)
+            if row["prompt"] == line["prompt"]
+        ]
+        best_first = sorted(group, key=lambda entry: -entry[1])
+        assert line["completions"] == [completion for completion, _ in best_first]
+        assert line["rewards"] == pytest.approx([reward for _, reward in best_first], abs=1e-6)
+        assert [group[i][0] for i in line["positions"]] == line["completions"]
+    out = tmp_path / "best.jsonl"
+    assert main(["rank", run, f"--data={samples}", "--top=1", f"--out={out}", "--json"]) == 0
+    assert said(capsys)["prompts"] == 2
+    best = [json.loads(line)["completions"] for line in out.read_text().splitlines()]
+    assert best == [line["completions"][:1] for line in ranked]
+    assert main(["rank", run, f"--data={samples}", "--top=0"]) == 2
+
+
+def test_members_have_weights_by_name(
+    run_folder: Path, samples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(run_folder / "run")
+    names = RewardEnsemble.from_pretrained(run, device="cpu").names
+    words = ["score", run, f"--data={samples}", "--aggregator=mean"]
+    weights = [f"--weight={names[0]}=3", f"--weight={names[1]}=1"]
+    assert main([*words, *weights]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        row = json.loads(line)
+        first, second = (row["members"][name] for name in names)
+        assert row["reward"] == pytest.approx(0.75 * first + 0.25 * second)
+    assert main([*words, weights[0]]) == 2
+    assert f"no weight for {names[1]!r}" in capsys.readouterr().err
+    assert main([*words[:-1], *weights]) == 2
+    assert "--weight needs --aggregator" in capsys.readouterr().err
+
+
+def test_a_run_writes_its_configuration_and_repeats_from_it(
+    run_folder: Path, samples: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.jsonl"
+    words = ["score", str(run_folder / "run"), f"--data={samples}", f"--out={out}"]
+    assert main([*words, "--aggregator=lcb", "--kappa=0.5"]) == 0
+    heard = capsys.readouterr()
+    config = tmp_path / "scores.jsonl.score.yaml"
+    for line in ("read:     5 samples", f"saved:    {out}", f"config:   {config}", "next:     "):
+        assert line in heard.err
+    scores = out.read_text()
+    out.unlink()
+    assert main(["score", f"--config={config}"]) == 0
+    assert out.read_text() == scores
+    assert main(["score", f"--config={config}", "--kappa=0.6"]) == 0
+    assert out.read_text() != scores
+
+
+def test_verify_finds_a_changed_file(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_folder / "run", run)
+    words = ["verify", str(run), "--device=cpu"]
+    assert main([*words, "--json"]) == 0
+    assert len(said(capsys)["checked"]) == 1
+    Versions(run).adopt()
+    assert main([*words, "--json"]) == 0
+    assert [entry["version"] for entry in said(capsys)["checked"]] == [1, "current, loaded"]
+    file = next((run / "versions" / "0001").rglob("members/**/*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert main(words) == 4
+    assert "1: members have digest" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "none")]) == 4
+
+
+def test_repair_removes_what_a_killed_job_left(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_folder / "run", run)
+    Versions(run).adopt()
+    (run / "versions" / "0002").mkdir()  # whole, perhaps, but never published
+    assert main(["versions", "repair", str(run), "--json"]) == 0
+    assert said(capsys) == {"removed": ["0002"]}
+    assert main(["versions", "repair", str(run)]) == 0
+    assert "nothing to remove" in capsys.readouterr().out
+    assert Versions(run).current().number == 1
+    assert main(["versions", "repair", str(tmp_path / "none")]) == 4
 
 
 def test_methods_slices_and_subsets(

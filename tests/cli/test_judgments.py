@@ -153,3 +153,38 @@ def test_what_goes_wrong_has_its_code(
     write(tmp_path / "rows.jsonl", [record])
     assert main(["judgments", *words]) == code
     assert said in capsys.readouterr().err
+
+
+def test_a_backup_is_the_store_while_it_is_written_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, out = tmp_path / "store.db", tmp_path / "backups" / "copy.db"
+    with JudgmentStore.create(place) as store:
+        store.add(many(30))
+        digest = store.digest()
+        with store.writer():  # another process is in the middle of an import
+            code, said = told(capsys, "backup", place, "--out", out)
+    assert (code, said["judgments"], said["digest"]) == (0, 30, digest)
+    assert [path.name for path in out.parent.iterdir()] == ["copy.db"]  # one file, no log
+    with JudgmentStore.open(out, read_only=True) as copy:
+        assert list(copy.read()) == many(30)
+    code, said = told(capsys, "backup", place, "--out", out)
+    assert (code, said["error"]) == (2, "OptionError")
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "said"),
+    [("none.db", 4, "no judgment store at"), ("postgresql://u@h/d", 2, "pg_dump")],
+)
+def test_what_cannot_be_backed_up_is_named(
+    place: str,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["judgments", "backup", place, "--out", "copy.db"]) == code
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "copy.db").exists()

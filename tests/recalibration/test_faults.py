@@ -78,7 +78,7 @@ def test_a_full_disk_is_a_named_error(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written_is_a_named_error(open_folder: Path) -> None:
     found, said = drive("no_rights", open_folder)
     assert found["codes"] == [4]
-    assert "Permission denied" in said and "what was current still is" in said
+    assert "Permission denied" in said and "the current version is unchanged" in said
 
 
 def command(run: Path, place: Path, *more: str) -> list[str]:

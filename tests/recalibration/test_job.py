@@ -217,7 +217,7 @@ def test_a_clock_that_goes_back_leaves_no_judgment_out(run: Path, store: Judgmen
 
 def test_another_job_is_said_or_waited_for(run: Path, store: JudgmentStore) -> None:
     with Versions(run).lock():
-        with pytest.raises(LockedError, match="another process works"):
+        with pytest.raises(LockedError, match="another process is working"):
             job(run, store)
         assert job(run, store, dry_run=True).verdict == "published"
     assert job(run, store, wait=True).verdict == "published"
@@ -316,7 +316,7 @@ def test_the_commands_of_versions(
     assert main(["versions", "rollback", str(run)]) == 4
     assert main(["versions", "unpin", str(run)]) == 0
     assert main(["versions", "rollback", str(run), "--to", "9"]) == 4
-    assert "versions 1 to 2, and no 9" in capsys.readouterr().err
+    assert "versions 1 to 2, but not 9" in capsys.readouterr().err
 
 
 def test_drift_that_the_gate_cannot_answer_is_an_alarm_until_something_better_is_published(

@@ -13,7 +13,7 @@ import numpy as np
 from ensemble_rm import FunctionScorer, RewardEnsemble, Sample
 from ensemble_rm.aggregation import make_aggregator
 from ensemble_rm.drift import DriftCheckOptions, check_drift
-from ensemble_rm.evidence.pair_margins import evidence_of
+from ensemble_rm.evidence.dated_margins import evidence_of
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.window import read_window
 from ensemble_rm.judgments.filter import JudgmentFilter

@@ -1,4 +1,4 @@
-"""A throw-away PostgreSQL server: a cluster of its own in a temporary folder, on a Unix socket."""
+"""A temporary PostgreSQL server: its own cluster in a temporary folder, on a Unix socket."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ WAIT = ("-w", "-t", "600")  # seconds
 
 
 class NoServerError(Exception):
-    """Why there is none."""
+    """No server can be started; the message says why."""
 
 
 def find_binaries() -> Path:
-    """The folder of initdb, which Debian keeps off the path."""
-    found = shutil.which("initdb")
-    if found is not None:
-        return Path(found).resolve().parent
+    """Return the folder of initdb, which is not on the path on Debian."""
+    initdb = shutil.which("initdb")
+    if initdb is not None:
+        return Path(initdb).resolve().parent
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not folders:
         raise NoServerError("PostgreSQL's initdb is not installed")
     return folders[-1].parent
 
 
-def servant() -> dict[str, Any]:
-    """Whom the server runs as: it refuses root."""
+def server_user() -> dict[str, Any]:
+    """Return the user to run the server as, since it refuses root."""
     if os.getuid() != 0:
         return {}
     for name in ("postgres", "nobody"):
@@ -50,22 +50,27 @@ def servant() -> dict[str, Any]:
 
 @contextmanager
 def server() -> Iterator[Path]:
-    """Run a server; give the folder of its socket."""
-    binaries, who = find_binaries(), servant()
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # short: a socket's path holds 107 bytes
+    """Run a server; yield the folder of its socket."""
+    binaries, who = find_binaries(), server_user()
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # short: a socket's path has at most 107 bytes
     if who:
         os.chown(folder, who["user"], who["group"])
     data = folder / "data"
 
     def run(*command: str | Path) -> None:
         # The output goes to a file: the server would hold a pipe open.
-        with (folder / "said").open("w+") as said:
+        with (folder / "output").open("w+") as output:
             done = subprocess.run(
-                list(map(str, command)), stdout=said, stderr=said, cwd=folder, check=False, **who
+                list(map(str, command)),
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+                check=False,
+                **who,
             )
-            said.seek(0)
+            output.seek(0)
             if done.returncode != 0:
-                raise NoServerError(f"{Path(command[0]).name}: {said.read()[-500:]}")
+                raise NoServerError(f"{Path(command[0]).name}: {output.read()[-500:]}")
 
     try:
         run(binaries / "initdb", "-D", data, "-U", OWNER, "-A", "trust", "-E", "UTF8", "-N")
@@ -79,13 +84,16 @@ def server() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def new_database(socket: Path) -> str:
-    """Make an empty database; return its URL."""
+def new_store_url(socket: Path) -> str:
+    """Create an empty schema; return a URL whose tables are in it.
+
+    A schema and not a database: a database is a copy of 300 files.
+    """
     import psycopg
 
-    name = f"db_{uuid4().hex}"
+    name = f"store_{uuid4().hex}"
     with psycopg.connect(
         host=str(socket), user=OWNER, dbname="postgres", autocommit=True
     ) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"postgresql://{OWNER}@/{name}?host={socket}"
+        connection.execute(f"CREATE SCHEMA {name}")
+    return f"postgresql://{OWNER}@/postgres?host={socket}&options=-csearch_path%3D{name}"

@@ -24,7 +24,7 @@ from ensemble_rm import Versions, recalibrate
 from ensemble_rm.errors import StorageError
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.recalibration import RecalibrationOptions
-from ensemble_rm.versions.locate import locate
+from ensemble_rm.versions.version import locate
 from tests.support.recalibration_runs import Loader, judged, stored, write_run
 
 OPTIONS = RecalibrationOptions(gate_share=0.3, delta=0.05, wait=True)

@@ -1,99 +1,66 @@
-"""What is asked of the tables, as SQL; rows to judgments and back."""
+"""Read judgments: the selections as SQL, and rows as judgments, verdicts or observations."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Select, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 
 from ensemble_rm.data.samples import as_prompt
 from ensemble_rm.errors import StorageError
 from ensemble_rm.judgments.database.tables import judgments, texts
 from ensemble_rm.judgments.filter import JudgmentFilter
-from ensemble_rm.judgments.judgment import Judgment, Verdict, digest, text_body
+from ensemble_rm.judgments.judgment import SHARES, Judgment, Verdict
 
-PLAIN: tuple[str, ...] = (
+COLUMNS: tuple[str, ...] = (
     *("outcome", "annotator", "judged_at", "source", "external_id"),
     *("batch", "policy", "subset", "strategy", "inclusion"),
 )
-SAID = ("outcome", "annotator", "batch", "policy", "subset", "strategy", "inclusion")
-AT_ONCE = 1000  # values in one IN, rows in one fetch
-
-
-class Held(NamedTuple):
-    """What is stored under an external id.
-
-    Attributes
-    ----------
-    first, latest : str
-        Id of the judgment that holds the external id, and of the end of its corrections.
-    content : bytes
-        What `content_of` says of the latest.
-    judged_at : datetime
-        Its time.
-    """
-
-    first: str
-    latest: str
-    content: bytes
-    judged_at: datetime
-
-
-def content_of(one: Judgment) -> bytes:
-    """Name what a judgment says but for its time, its external id and what it corrects."""
-    return _content(one.text_digests, [getattr(one, name) for name in SAID])
-
-
-def _content(sides: Sequence[bytes], said: Sequence[object]) -> bytes:
-    return digest([part.hex() for part in sides], list(said))
-
-
-# Reading -------------------------------------------------------------------------------------
+ROWS_AT_ONCE = 1000  # values in one IN, rows in one fetch
 
 
 def conditions(where: JudgmentFilter) -> list[ColumnElement[bool]]:
-    """Return what a selected judgment fulfils."""
-    found: list[ColumnElement[bool]] = []
+    """Return the SQL conditions of a filter."""
+    clauses: list[ColumnElement[bool]] = []
     if where.since is not None:
-        found.append(judgments.c.judged_at >= where.since)
+        clauses.append(judgments.c.judged_at >= where.since)
     if where.until is not None:
-        found.append(judgments.c.judged_at < where.until)
-    found += [judgments.c[name].in_(values) for name, values in where.names.items()]
+        clauses.append(judgments.c.judged_at < where.until)
+    clauses += [judgments.c[name].in_(values) for name, values in where.names.items()]
     if not where.with_corrected:
         newer = judgments.alias("newer")
-        found.append(~select(newer.c.id).where(newer.c.corrects == judgments.c.id).exists())
-    return found
+        clauses.append(~select(newer.c.id).where(newer.c.corrects == judgments.c.id).exists())
+    return clauses
 
 
 def counting(where: JudgmentFilter) -> Select[Any]:
-    """How many."""
+    """Count the selected judgments."""
     return select(func.count()).select_from(judgments).where(*conditions(where))
 
 
 def conversations(where: JudgmentFilter) -> Select[Any]:
-    """One whose prompt is no text but a list."""
+    """Select one judgment whose prompt is a list of messages."""
     query = select(judgments.c.id).join(texts, texts.c.digest == judgments.c.prompt)
     return query.where(texts.c.body.startswith("["), *conditions(where)).limit(1)
 
 
-def names(where: JudgmentFilter) -> Select[Any]:
-    """Their ids, sorted."""
+def ids(where: JudgmentFilter) -> Select[Any]:
+    """Select the ids, sorted."""
     return select(judgments.c.id).where(*conditions(where)).order_by(judgments.c.id)
 
 
 def whole(where: JudgmentFilter) -> Select[Any]:
-    """All of each, by time and id."""
+    """Select whole judgments, by time and id."""
     prompt, first, second = (texts.alias(name) for name in ("prompts", "firsts", "seconds"))
     return (
         select(
             judgments.c.id,
             judgments.c.corrects,
-            *(judgments.c[name] for name in PLAIN),
+            *(judgments.c[name] for name in COLUMNS),
             prompt.c.body.label("prompt_body"),
             first.c.body.label("first_body"),
             second.c.body.label("second_body"),
@@ -106,8 +73,8 @@ def whole(where: JudgmentFilter) -> Select[Any]:
     )
 
 
-def bare(where: JudgmentFilter, *, by_pair: bool = False) -> Select[Any]:
-    """Their verdicts alone: by time and id, or by prompt and pair first."""
+def verdicts(where: JudgmentFilter, *, by_pair: bool = False) -> Select[Any]:
+    """Select verdicts without texts, by time and id, or by prompt and pair first."""
     c = judgments.c
     groups = (c.prompt_key, c.pair_key) if by_pair else ()
     return (
@@ -118,135 +85,94 @@ def bare(where: JudgmentFilter, *, by_pair: bool = False) -> Select[Any]:
 
 
 def read_verdict(row: Any) -> Verdict:
-    """Return the verdict of a row of `bare`."""
+    """Return the verdict of a row of `verdicts`."""
     pair, prompt, annotator, outcome, first, second = row
     return Verdict(pair, prompt, annotator, outcome, first > second, first == second)
 
 
 @contextmanager
 def stream(connection: Connection, query: Select[Any]) -> Iterator[Iterator[Any]]:
-    """Fetch rows some at a time, by a cursor on the server where there is one."""
-    with connection.execute(query, execution_options={"yield_per": AT_ONCE}) as rows:
+    """Fetch rows in batches; on PostgreSQL with a server-side cursor."""
+    with connection.execute(query, execution_options={"yield_per": ROWS_AT_ONCE}) as rows:
         yield iter(rows)
 
 
-def read_row(row: Any, place: str) -> Judgment:
+def read_judgment(row: Any, store: str) -> Judgment:
     """Return the judgment of a row of `whole`.
 
     Raises
     ------
     StorageError
-        If the row is not what was written.
+        If the row was changed after it was written.
     """
     corrects = None if row.corrects is None else row.corrects.hex()
-    found = Judgment(
+    judgment = Judgment(
         as_prompt(json.loads(row.prompt_body)),
         json.loads(row.first_body),
         json.loads(row.second_body),
         corrects=corrects,
-        **{name: getattr(row, name) for name in PLAIN},
+        **{name: getattr(row, name) for name in COLUMNS},
     )
-    if found.id != row.id.hex():
+    if judgment.id != row.id.hex():
         raise StorageError(
-            f"{place}: judgment {row.id.hex()} was changed by hand (it now reads as {found.id}); "
-            "restore the store from a copy"
+            f"{store}: judgment {row.id.hex()} was changed by hand (its content now has the id "
+            f"{judgment.id}); restore the store from a backup"
         )
-    return found
+    return judgment
 
 
-# Writing -------------------------------------------------------------------------------------
+# Observations -----------------------------------------------------------------------------------
 
 
-def insert(connection: Connection, rows: Collection[Judgment]) -> int:
-    """Insert judgments and their texts, what is there already left alone; return how many are new.
+class Observation(NamedTuple):
+    """A judgment without its texts, for fits.
 
-    Rows go in one order, the same for every writer, so that two writers wait for one another
-    instead of blocking each other.
+    Attributes
+    ----------
+    id, pair, prompt : bytes
+        Digests of the judgment, of its pair whichever side was first, and of its prompt; 16 bytes.
+    judged_at : datetime
+        In UTC.
+    share : float
+        Share of the vote for the side with the lower digest: 1, 0, or ½ for a tie.
+    inclusion : float, optional
+        The pair's selection probability.
+    subset, batch : str, optional
+        As in the judgment.
     """
-    if not rows:
-        return 0
-    upsert: Any = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    bodies: dict[bytes, Any] = {}
-    for one in rows:
-        sides = (one.prompt, one.first, one.second)
-        bodies.update(zip(one.text_digests, sides, strict=True))
-    connection.execute(
-        upsert(texts).on_conflict_do_nothing(),
-        [{"digest": key, "body": text_body(bodies[key])} for key in sorted(bodies)],
+
+    id: bytes
+    pair: bytes
+    prompt: bytes
+    judged_at: datetime
+    share: float
+    inclusion: float | None
+    subset: str | None
+    batch: str | None
+
+
+def observations(where: JudgmentFilter) -> Select[Any]:
+    """Select the columns of observations, by time and id."""
+    c = judgments.c
+    return (
+        select(
+            *(c.id, c.pair_key, c.prompt_key, c.judged_at, c.outcome, c.first, c.second),
+            *(c.inclusion, c.subset, c.batch),
+        )
+        .where(*conditions(where))
+        .order_by(c.judged_at, c.id)
     )
-    ordered = sorted(rows, key=lambda one: (one.source, one.external_id))
-    # The ids that come back, since drivers do not count the rows of many inserts alike.
-    new = upsert(judgments).on_conflict_do_nothing().returning(judgments.c.id)
-    return len(connection.execute(new, [_written(one) for one in ordered]).all())
 
 
-def _written(one: Judgment) -> dict[str, Any]:
-    prompt, first, second = one.text_digests
-    row = {name: getattr(one, name) for name in PLAIN}
-    row |= {"id": bytes.fromhex(one.id), "prompt": prompt, "first": first, "second": second}
-    row |= {"prompt_key": one.prompt_digest, "pair_key": one.pair_digest}
-    return row | {"corrects": one.corrects and bytes.fromhex(one.corrects)}
+def read_observation(row: Any) -> Observation:
+    """Return the observation of a row of `observations`."""
+    id_, pair, prompt, judged_at, outcome, first, second, inclusion, subset, batch = row
+    share = SHARES[outcome]
+    if first > second:
+        share = 1.0 - share
+    return Observation(id_, pair, prompt, judged_at, share, inclusion, subset, batch)
 
 
-def existing(connection: Connection, ids: Collection[str]) -> set[str]:
-    """Return those of `ids` that are stored."""
-    found: set[str] = set()
-    for some in _parts(ids):
-        query = select(judgments.c.id).where(judgments.c.id.in_([bytes.fromhex(i) for i in some]))
-        found |= {row.id.hex() for row in connection.execute(query)}
-    return found
-
-
-def holders(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[str, str], str]:
-    """Return the id that holds each judgment's source and external id, where one does."""
-    found: dict[tuple[str, str], str] = {}
-    by_source: dict[str, set[str]] = {}
-    for one in rows:
-        by_source.setdefault(one.source, set()).add(one.external_id)
-    for source, external in by_source.items():
-        for some in _parts(external):
-            query = select(judgments.c.external_id, judgments.c.id).where(
-                judgments.c.source == source, judgments.c.external_id.in_(some)
-            )
-            for row in connection.execute(query):
-                found[source, row.external_id] = row.id.hex()
-    return found
-
-
-def corrections(connection: Connection, ids: Collection[str]) -> dict[str, str]:
-    """Return the id of the judgment that corrects each of `ids`, where one does."""
-    found: dict[str, str] = {}
-    c = judgments.c
-    for some in _parts(ids):
-        query = select(c.corrects, c.id).where(c.corrects.in_([bytes.fromhex(i) for i in some]))
-        for row in connection.execute(query):
-            found[row.corrects.hex()] = row.id.hex()
-    return found
-
-
-def latest(connection: Connection, ids: Collection[str]) -> dict[str, str]:
-    """Return the end of each judgment's chain of corrections: itself where there is none."""
-    found = {one: one for one in ids}
-    open_ = set(ids)
-    while newer := corrections(connection, open_):
-        found = {one: newer.get(end, end) for one, end in found.items()}
-        open_ = set(newer.values())
-    return found
-
-
-def held(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[str, str], Held]:
-    """Return what holds each judgment's source and external id, where something does."""
-    holding = holders(connection, rows)
-    ends = latest(connection, set(holding.values()))
-    found: dict[str, tuple[bytes, datetime]] = {}
-    c = judgments.c
-    for some in _parts(set(ends.values())):
-        query = select(c.id, c.judged_at, c.prompt, c.first, c.second, *(c[name] for name in SAID))
-        for row in connection.execute(query.where(c.id.in_([bytes.fromhex(i) for i in some]))):
-            found[row.id.hex()] = (_content(row[2:5], row[5:]), row.judged_at)
-    return {key: Held(first, ends[first], *found[ends[first]]) for key, first in holding.items()}
-
-
-def _parts(values: Collection[str]) -> Iterator[list[str]]:
-    ordered = sorted(values)
-    return (ordered[i : i + AT_ONCE] for i in range(0, len(ordered), AT_ONCE))
+def newest(where: JudgmentFilter) -> Select[Any]:
+    """Select the time of the newest selected judgment."""
+    return select(func.max(judgments.c.judged_at)).where(*conditions(where))

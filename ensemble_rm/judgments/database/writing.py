@@ -1,34 +1,39 @@
-"""Judgments into the tables: a transaction a batch, corrections after what they correct."""
+"""Write judgments: one transaction per batch, corrections after the judgments they correct."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
 from ensemble_rm.errors import DataError, JudgmentConflictError
-from ensemble_rm.judgments.database import queries
-from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.judgments.database.queries import COLUMNS, ROWS_AT_ONCE
+from ensemble_rm.judgments.database.tables import judgments, texts
+from ensemble_rm.judgments.judgment import Judgment, digest, text_body
 
 TRIES = 20
 DEADLOCKS = {"40P01", "40001"}
+CONTENT = ("outcome", "annotator", "batch", "policy", "subset", "strategy", "inclusion")
 
 
 @dataclass
 class Written:
-    """What became of a batch.
+    """The result of writing a batch.
 
     Attributes
     ----------
     added, already : int
-        Judgments that are new, and that were there.
+        Numbers of new judgments, and of those stored already.
     waiting : list of Judgment
-        Corrections of what is not there, at least not yet.
+        Corrections of judgments that are not stored, at least not yet.
     refused : list of (Judgment, DataError)
-        Judgments that contradict a stored one.
+        Judgments that conflict with a stored one.
     """
 
     added: int = 0
@@ -50,15 +55,15 @@ class Writer:
         self._connection = connection
 
     def put(self, batch: Sequence[Judgment], *, strict: bool, last: bool) -> Written:
-        """Insert a batch in a transaction of its own.
+        """Insert a batch in its own transaction.
 
         Parameters
         ----------
         batch : sequence of Judgment
         strict : bool
-            Write nothing of the batch where one of it is refused.
+            Write nothing of the batch if a judgment is refused.
         last : bool
-            Refuse corrections of what is not there, instead of handing them back.
+            Refuse corrections of judgments that are not stored, instead of returning them.
 
         Raises
         ------
@@ -68,74 +73,76 @@ class Writer:
         for left in reversed(range(TRIES)):
             try:
                 with self._connection.begin():
-                    found = self._insert_all(batch)
+                    written = self._insert_all(batch)
                     if last:
-                        found.refused += [(one, unknown(one)) for one in found.waiting]
-                        found.waiting = []
-                    if strict and found.refused:
-                        raise found.refused[0][1]
-                    return found
+                        written.refused += [(one, unknown(one)) for one in written.waiting]
+                        written.waiting = []
+                    if strict and written.refused:
+                        raise written.refused[0][1]
+                    return written
             except OperationalError as error:
                 if getattr(error.orig, "sqlstate", None) not in DEADLOCKS or not left:
                     raise
-                time.sleep(0.01)
+                time.sleep(0.01)  # another writer had the rows; deadlocks resolve on a retry
         raise AssertionError("unreachable")
 
     def _insert_all(self, batch: Sequence[Judgment]) -> Written:
-        found = Written(waiting=list(batch))
-        while found.waiting:
-            targets = {one.corrects for one in found.waiting if one.corrects is not None}
-            there: set[str | None] = {None, *queries.existing(self._connection, targets)}
-            ready, rest = _next_round(found.waiting, there)
+        written = Written(waiting=list(batch))
+        while written.waiting:
+            targets = {one.corrects for one in written.waiting if one.corrects is not None}
+            stored: set[str | None] = {None, *existing(self._connection, targets)}
+            ready, rest = _next_round(written.waiting, stored)
             if not ready:
                 break
-            self._insert(ready, found)
-            found.waiting = rest
-        return found
+            self._insert(ready, written)
+            written.waiting = rest
+        return written
 
-    def _insert(self, ready: Sequence[Judgment], found: Written) -> None:
-        distinct = {one.id: one for one in ready}
-        added = queries.insert(self._connection, distinct.values())
-        found.added += added
+    def _insert(self, ready: Sequence[Judgment], written: Written) -> None:
+        distinct = {judgment.id: judgment for judgment in ready}
+        added = insert(self._connection, distinct.values())
+        written.added += added
         refused: list[Judgment] = []
         if added < len(distinct):
-            stored = queries.existing(self._connection, distinct)
+            stored = existing(self._connection, distinct)
             refused = [one for one in ready if one.id not in stored]
-            found.refused += zip(refused, self._reasons(refused), strict=True)
-        found.already += len(ready) - added - len(refused)
+            written.refused += zip(refused, self._reasons(refused), strict=True)
+        written.already += len(ready) - added - len(refused)
 
     def _reasons(self, refused: Sequence[Judgment]) -> Iterator[DataError]:
-        held = queries.holders(self._connection, refused)
-        for one in refused:
-            holder = held.get((one.source, one.external_id), one.id)
-            if holder != one.id:
-                yield holds_another(one, holder)
+        by_key = holders(self._connection, refused)
+        for judgment in refused:
+            holder = by_key.get((judgment.source, judgment.external_id), judgment.id)
+            if holder != judgment.id:
+                yield holds_another(judgment, holder)
             else:
-                by = queries.corrections(self._connection, {one.corrects or ""})
-                yield corrected_twice(one, by.get(one.corrects or "", "another"))
+                old = judgment.corrects or ""
+                by = corrections(self._connection, {old}).get(old, "another")
+                yield corrected_twice(judgment, by)
 
 
 def _next_round(
-    waiting: Sequence[Judgment], there: set[str | None]
+    waiting: Sequence[Judgment], stored: set[str | None]
 ) -> tuple[list[Judgment], list[Judgment]]:
-    """Split off those whose target is there; of rivals for one target the first alone."""
+    """Split off those whose target is stored; of several for one target, only the first."""
     ready: list[Judgment] = []
     rest: list[Judgment] = []
     taken: set[str] = set()
-    for one in waiting:
-        free = one.corrects is None or one.corrects not in taken
-        (ready if free and one.corrects in there else rest).append(one)
-        if one.corrects is not None:
-            taken.add(one.corrects)
+    for judgment in waiting:
+        target = judgment.corrects
+        free = target is None or target not in taken
+        (ready if free and target in stored else rest).append(judgment)
+        if target is not None:
+            taken.add(target)
     return ready, rest
 
 
 def holds_another(one: Judgment, holder: str) -> JudgmentConflictError:
-    """Return the error of a judgment whose external id another one holds."""
+    """Return the error of a judgment whose external id belongs to another one."""
     return JudgmentConflictError(
         f"`external_id` {one.external_id!r} of source {one.source!r} is stored with other content "
-        f"(id {holder}); if the verdict changed, add a correction with `corrects` and an external "
-        "id of its own, else name another source"
+        f"(id {holder}); if the verdict changed, add a correction with `corrects` and another "
+        "external id, otherwise use another source"
     )
 
 
@@ -147,7 +154,135 @@ def corrected_twice(one: Judgment, by: str) -> JudgmentConflictError:
 
 
 def unknown(one: Judgment) -> DataError:
-    """Return the error of a correction whose target is nowhere."""
+    """Return the error of a correction whose target does not exist."""
     return DataError(
-        f"`corrects` {one.corrects}: no such judgment is stored; add it first, or mend the id"
+        f"`corrects` {one.corrects}: no such judgment is stored; add it first, or fix the id"
     )
+
+
+# Statements -------------------------------------------------------------------------------------
+
+
+class Held(NamedTuple):
+    """The judgment stored under an external id.
+
+    Attributes
+    ----------
+    first, latest : str
+        Id of the judgment with the external id, and of its latest correction.
+    content : bytes
+        `content_of` the latest.
+    judged_at : datetime
+        Its time.
+    """
+
+    first: str
+    latest: str
+    content: bytes
+    judged_at: datetime
+
+
+def content_of(judgment: Judgment) -> bytes:
+    """Return a digest of a judgment without its time, its external id and what it corrects."""
+    return _content(judgment.text_digests, [getattr(judgment, name) for name in CONTENT])
+
+
+def _content(texts_: Sequence[bytes], values: Sequence[object]) -> bytes:
+    return digest([part.hex() for part in texts_], list(values))
+
+
+def insert(connection: Connection, rows: Collection[Judgment]) -> int:
+    """Insert judgments and their texts, except those already stored; return how many are new.
+
+    All writers insert rows in the same order, so that two of them wait for one another instead of
+    running into a deadlock.
+    """
+    if not rows:
+        return 0
+    upsert: Any = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    bodies: dict[bytes, Any] = {}
+    for row in rows:
+        bodies.update(zip(row.text_digests, (row.prompt, row.first, row.second), strict=True))
+    connection.execute(
+        upsert(texts).on_conflict_do_nothing(),
+        [{"digest": key, "body": text_body(bodies[key])} for key in sorted(bodies)],
+    )
+    ordered = sorted(rows, key=lambda one: (one.source, one.external_id))
+    # Count the returned ids: drivers disagree about the row count of a multi-row insert.
+    new = upsert(judgments).on_conflict_do_nothing().returning(judgments.c.id)
+    return len(connection.execute(new, [_columns(one) for one in ordered]).all())
+
+
+def _columns(judgment: Judgment) -> dict[str, Any]:
+    prompt, first, second = judgment.text_digests
+    row = {name: getattr(judgment, name) for name in COLUMNS}
+    row |= {"id": bytes.fromhex(judgment.id), "prompt": prompt, "first": first, "second": second}
+    row |= {"prompt_key": judgment.prompt_digest, "pair_key": judgment.pair_digest}
+    return row | {"corrects": judgment.corrects and bytes.fromhex(judgment.corrects)}
+
+
+def existing(connection: Connection, ids: Collection[str]) -> set[str]:
+    """Return those of `ids` that are stored."""
+    stored: set[str] = set()
+    for part in _parts(ids):
+        query = select(judgments.c.id).where(judgments.c.id.in_([bytes.fromhex(i) for i in part]))
+        stored |= {row.id.hex() for row in connection.execute(query)}
+    return stored
+
+
+def holders(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[str, str], str]:
+    """Return the stored id of each judgment's source and external id, where there is one."""
+    stored: dict[tuple[str, str], str] = {}
+    by_source: dict[str, set[str]] = {}
+    for judgment in rows:
+        by_source.setdefault(judgment.source, set()).add(judgment.external_id)
+    for source, external_ids in by_source.items():
+        for part in _parts(external_ids):
+            query = select(judgments.c.external_id, judgments.c.id).where(
+                judgments.c.source == source, judgments.c.external_id.in_(part)
+            )
+            for row in connection.execute(query):
+                stored[source, row.external_id] = row.id.hex()
+    return stored
+
+
+def corrections(connection: Connection, ids: Collection[str]) -> dict[str, str]:
+    """Return the id of the correction of each of `ids`, where there is one."""
+    correction_of: dict[str, str] = {}
+    c = judgments.c
+    for part in _parts(ids):
+        query = select(c.corrects, c.id).where(c.corrects.in_([bytes.fromhex(i) for i in part]))
+        for row in connection.execute(query):
+            correction_of[row.corrects.hex()] = row.id.hex()
+    return correction_of
+
+
+def latest(connection: Connection, ids: Collection[str]) -> dict[str, str]:
+    """Return the end of each judgment's chain of corrections; itself without corrections."""
+    end_of = {id_: id_ for id_ in ids}
+    ends = set(ids)
+    while newer := corrections(connection, ends):
+        end_of = {id_: newer.get(end, end) for id_, end in end_of.items()}
+        ends = set(newer.values())
+    return end_of
+
+
+def held(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[str, str], Held]:
+    """Return the stored judgment of each source and external id, where there is one."""
+    first_of = holders(connection, rows)
+    end_of = latest(connection, set(first_of.values()))
+    contents: dict[str, tuple[bytes, datetime]] = {}
+    c = judgments.c
+    columns = (c.id, c.judged_at, c.prompt, c.first, c.second, *(c[name] for name in CONTENT))
+    for part in _parts(set(end_of.values())):
+        query = select(*columns).where(c.id.in_([bytes.fromhex(i) for i in part]))
+        for row in connection.execute(query):
+            contents[row.id.hex()] = (_content(row[2:5], row[5:]), row.judged_at)
+    return {
+        key: Held(first, end_of[first], *contents[end_of[first]]) for key, first in first_of.items()
+    }
+
+
+def _parts(values: Collection[str]) -> Iterator[list[str]]:
+    ordered = sorted(values)
+    return (ordered[i : i + ROWS_AT_ONCE] for i in range(0, len(ordered), ROWS_AT_ONCE))

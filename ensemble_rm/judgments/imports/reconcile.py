@@ -14,8 +14,14 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TypeAlias
 
 from ensemble_rm.errors import DataError, RowProblem
-from ensemble_rm.judgments.database.queries import Held, content_of
-from ensemble_rm.judgments.database.writing import Writer, corrected_twice, holds_another, unknown
+from ensemble_rm.judgments.database.writing import (
+    Held,
+    Writer,
+    content_of,
+    corrected_twice,
+    holds_another,
+    unknown,
+)
 from ensemble_rm.judgments.imports.formats import Imported
 from ensemble_rm.judgments.judgment import Judgment
 

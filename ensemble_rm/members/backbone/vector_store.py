@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.errors import OptionError, StorageError
-from ensemble_rm.sqlite import BUSY_SECONDS, set_wal
-
-_QUERY = 500  # keys a statement
+from ensemble_rm.sqlite import BUSY_SECONDS, read_blobs, set_wal
 
 
 class VectorStore:
@@ -76,15 +74,9 @@ class VectorStore:
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[Any]]:
         """Return the vectors that are there."""
-        found: dict[bytes, NDArray[Any]] = {}
         with self._open() as db:
-            for i in range(0, len(keys), _QUERY):
-                part = list(keys[i : i + _QUERY])
-                marks = ",".join("?" * len(part))
-                query = f"SELECT key, vector FROM {self._table} WHERE key IN ({marks})"
-                rows = db.execute(query, part)
-                found.update((key, np.frombuffer(blob, dtype=self._dtype)) for key, blob in rows)
-        return found
+            rows = read_blobs(db, self._table, keys, key="key", value="vector")
+            return {key: np.frombuffer(blob, dtype=self._dtype) for key, blob in rows}
 
     def put(self, keys: Sequence[bytes], vectors: NDArray[Any]) -> None:
         """Store one vector a key; a key that is there keeps its own."""
