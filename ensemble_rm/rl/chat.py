@@ -44,7 +44,7 @@ def read_completion(prompt: object, completion: object) -> tuple[Prompt, str]:
     return (*before, *turns), content
 
 
-def read_samples(
+def to_samples(
     prompts: Sequence[object],
     completions: Sequence[object],
     references: Sequence[object] | None = None,
