@@ -27,171 +27,336 @@ KINDS = {
 }
 HEADER = ("trunk", "pairs", "reward", "accuracy", "NLL", "ECE (chance)")
 HEADER += ("accuracy gain", "NLL gain, nats", "pooling gain, nats")
-# What is claimed, the script, its figure, and how the figure is shown.
-CLAIMS = (
-    (
-        "five branches, 16 completions a prompt, against a loop of five models: times as fast",
-        *("scoring", "group16_branch5_vs_loop", "{:.1f}"),
+# What is claimed, by topic: the claim, the result that holds it, its figure, how it is shown.
+CLAIMS = {
+    "Scoring": (
+        (
+            "five branches, 16 completions per prompt: speed over a loop of five models",
+            "scoring",
+            "group16_branch5_vs_loop",
+            "{:.1f}×",
+        ),
+        ("five branches: speed over **one** model", "scoring", "group16_branch5_vs_one", "{:.1f}×"),
+        (
+            "five heads with a view each (the default): speed over a loop of five models",
+            "scoring",
+            "group16_default_vs_loop",
+            "{:.1f}×",
+        ),
+        (
+            "five heads with a view each: speed over **one** model",
+            "scoring",
+            "group16_views5_vs_one",
+            "{:.1f}×",
+        ),
+        (
+            "five LoRA members: speed over switching peft's adapters",
+            "scoring",
+            "group16_lora5_vs_switch",
+            "{:.1f}×",
+        ),
+        (
+            "one member on pairs: speed over transformers' pipeline",
+            "scoring",
+            "pairs_vs_pipeline",
+            "{:.1f}×",
+        ),
+        (
+            "real tokens per second without shared prompts, relative to dense forward passes",
+            "scoring",
+            "pairs_vs_limit",
+            "{:.2f}",
+        ),
+        (
+            "memory of five branches' weights, relative to the theoretical minimum 1 + (k − 1)·m·block/total",
+            "scoring",
+            "weights_branch5_vs_bound",
+            "{:.2f}",
+        ),
+        (
+            "peak memory with five branches, relative to the pipeline with one model",
+            "scoring",
+            "peak_branch5_vs_one",
+            "{:.2f}",
+        ),
+        (
+            "five heads, 1,000 to 100,000 short samples: slope of log time over log samples",
+            "growth",
+            "growth_exponent",
+            "{:.2f}",
+        ),
+        (
+            "peak memory above the imports, 100,000 samples relative to 1,000",
+            "growth",
+            "peak_ratio",
+            "{:.2f}",
+        ),
     ),
-    ("the same against **one** model", "scoring", "group16_branch5_vs_one", "{:.1f}"),
-    (
-        "five heads with a view each, the default, against the loop",
-        *("scoring", "group16_default_vs_loop", "{:.1f}"),
+    "Against RewardUQ": (
+        (
+            "calibrated NLL, five heads on MiniLM-L6: ensemble_rm",
+            "vs_rewarduq",
+            "nll_ours",
+            "{:.3f}",
+        ),
+        ("calibrated NLL: RewardUQ", "vs_rewarduq", "nll_rewarduq", "{:.3f}"),
+        ("accuracy: ensemble_rm", "vs_rewarduq", "accuracy_ours", "{:.3f}"),
+        ("accuracy: RewardUQ", "vs_rewarduq", "accuracy_rewarduq", "{:.3f}"),
+        (
+            "from texts to an evaluated ensemble: speed over RewardUQ",
+            "vs_rewarduq",
+            "wall_ratio",
+            "{:.1f}×",
+        ),
+        ("scoring new texts: speed over RewardUQ", "vs_rewarduq", "score_ratio", "{:.2f}×"),
     ),
-    ("the same against **one** model", "scoring", "group16_views5_vs_one", "{:.1f}"),
+    "Calibration and judgments": (
+        (
+            "temperature fit of 100,000 judgments: speed over netcal",
+            "calibration_fit",
+            "netcal_ratio",
+            "{:.1f}×",
+        ),
+        ("its NLL minus netcal's, nats", "calibration_fit", "nll_gap", "{:.0e}"),
+        (
+            "a million judgments checked and imported into SQLite, CPU seconds",
+            "judgments",
+            "import_cpu_seconds_1000000",
+            "{:.0f}",
+        ),
+        (
+            "peak memory of that import above the imports of packages, MiB",
+            "judgments",
+            "import_peak_mib_1000000",
+            "{:.0f}",
+        ),
+        (
+            "simulated years of recalibration: ECE against the truth, gated relative to refitting blindly",
+            "recalibration",
+            "gated_over_blind",
+            "{:.2f}",
+        ),
+        (
+            "the same with a month of corrupted votes",
+            "recalibration",
+            "gated_over_blind_corrupted",
+            "{:.2f}",
+        ),
+        (
+            "share of healthy years with a drift alarm, upper bound (promised: 0.05)",
+            "recalibration",
+            "healthy_years_alarmed_upper",
+            "{:.4f}",
+        ),
+        ("months until an alarm after T doubles", "recalibration", "delay_months", "{:.0f}"),
+        (
+            "real votes that contradict the margins: gain of the gated job over a frozen T, nats",
+            "real_votes",
+            "gain_gated_contradicted",
+            "{:.3f}",
+        ),
+        (
+            "gold reward after four rounds of best-of-n, members frozen",
+            "retraining",
+            "gold_frozen",
+            "{:.2f}",
+        ),
+        (
+            "gold reward after four rounds, members retrained on the policy's judgments",
+            "retraining",
+            "gold_retrained",
+            "{:.2f}",
+        ),
+        (
+            "judgments chosen by disagreement for the same NLL, relative to random draws",
+            "selection",
+            "ratio_disagreement_all",
+            "{:.2f}",
+        ),
+        (
+            "20 % of the comparisons sent to a judge by epistemic uncertainty: share of the judge's gain",
+            "routing",
+            "recovered_epistemic_at_20_harmless",
+            "{:.2f}",
+        ),
+    ),
+    "Over-optimisation": (
+        (
+            "synthetic gold, 25 % of labels flipped: over-optimisation removed by five MLPs, UWO with λ = ½",
+            "overoptimisation",
+            "removed_noise_uwo_paper",
+            "{:.2f}",
+        ),
+        ("by five MLPs, λ tuned on other seeds", "overoptimisation", "removed_noise_uwo", "{:.2f}"),
+        ("by the mean of five MLPs", "overoptimisation", "removed_noise_mean", "{:.2f}"),
+        (
+            "by five heads on one layer of a shared network, UWO with λ = ½",
+            "overoptimisation",
+            "heads_removed_noise_uwo_paper",
+            "{:.2f}",
+        ),
+        (
+            "by five heads with a view each, UWO with λ = ½",
+            "overoptimisation",
+            "views_removed_noise_uwo_paper",
+            "{:.2f}",
+        ),
+        (
+            "real samples, 25 % of labels flipped: gold at best of 1,024 by one head on the last layer",
+            "overoptimisation_lm",
+            "gold_at_1024_single",
+            "{:.2f}",
+        ),
+        (
+            "gold at best of 1,024 by five such heads, UWO with λ = ½",
+            "overoptimisation_lm",
+            "gold_at_1024_heads_uwo",
+            "{:.2f}",
+        ),
+        (
+            "gold at best of 1,024 by five heads with a view each, UWO with λ = ½",
+            "overoptimisation_lm",
+            "gold_at_1024_views_uwo",
+            "{:.2f}",
+        ),
+        (
+            "gold at best of 1,024 by one head on their middle view",
+            "overoptimisation_lm",
+            "gold_at_1024_middle_one",
+            "{:.2f}",
+        ),
+        (
+            "gold at best of 1,024 by five branches, UWO with λ = ½",
+            "overoptimisation_lm",
+            "gold_at_1024_branch_uwo",
+            "{:.2f}",
+        ),
+        (
+            "gold at best of 1,024 by views of two backbones, UWO with λ = ½ (gold was trained from one of them)",
+            "overoptimisation_lm",
+            "gold_at_1024_mixed_uwo",
+            "{:.2f}",
+        ),
+        (
+            "GRPO with a KL penalty (β = .05, 40 steps, two seeds): final gold with one head",
+            "grpo",
+            "gold_final_single_beta0.05",
+            "{:.2f}",
+        ),
+        (
+            "GRPO with the penalty: final gold with the mean of five views",
+            "grpo",
+            "gold_final_views_mean_beta0.05",
+            "{:.2f}",
+        ),
+        (
+            "GRPO with the penalty: final gold with five views, UWO with λ = ½",
+            "grpo",
+            "gold_final_views_uwo_beta0.05",
+            "{:.2f}",
+        ),
+        (
+            "GRPO without a penalty: final gold with one head",
+            "grpo",
+            "gold_final_single_beta0",
+            "{:.2f}",
+        ),
+        (
+            "GRPO without a penalty: final gold with the mean of five views",
+            "grpo",
+            "gold_final_views_mean_beta0",
+            "{:.2f}",
+        ),
+        (
+            "GRPO without a penalty: final gold with five views, UWO with λ = ½",
+            "grpo",
+            "gold_final_views_uwo_beta0",
+            "{:.2f}",
+        ),
+        (
+            "best-of-n estimator, 12,600 samples and 1,000 prompts: speed over the plain loop",
+            "bestofn",
+            "loop_ratio",
+            "{:.1f}×",
+        ),
+    ),
+    "Serving": (
+        (
+            "64 clients, five branches: requests per second over **one** plain model",
+            "serving",
+            "throughput_vs_one",
+            "{:.1f}×",
+        ),
+        (
+            "requests per second over a loop of five models",
+            "serving",
+            "throughput_vs_loop",
+            "{:.1f}×",
+        ),
+        (
+            "p99 latency of the endpoint with one model, relative to ours",
+            "serving",
+            "p99_vs_one",
+            "{:.1f}",
+        ),
+        (
+            "share of the wall time at full load that is not scoring",
+            "serving",
+            "overhead_share",
+            "{:.3f}",
+        ),
+        (
+            "fifteen minutes with three kills, slow and leaving clients: answers lost",
+            "serving",
+            "soak_lost",
+            "{:.0f}",
+        ),
+        ("the same: answers doubled or mixed up", "serving", "soak_doubled_or_mixed_up", "{:.0f}"),
+        (
+            "memory of its last minutes relative to the minutes before",
+            "serving",
+            "soak_memory_growth",
+            "{:.2f}",
+        ),
+        (
+            "five members on servers that take half a second: one after the other, relative to concurrently",
+            "remote_members",
+            "remote5_vs_turns",
+            "{:.1f}×",
+        ),
+        (
+            "the five concurrently, relative to one of them",
+            "remote_members",
+            "remote5_vs_one",
+            "{:.2f}",
+        ),
+    ),
+}
+# The figures that README.md shows, good and bad; a claim may need two of them.
+HEADLINES = (
     (
-        "five LoRA members against peft's adapters, switched",
-        *("scoring", "group16_lora5_vs_switch", "{:.1f}"),
+        "HH-RLHF harmless-base, SmolLM2-135M: NLL gain of five heads with a view each over a logistic regression on the last layer, nats",
+        *("human_preferences", ("nll_gain_views_harmless",), "{:.3f}"),
     ),
     (
-        "one member on pairs against transformers' pipeline",
-        *("scoring", "pairs_vs_pipeline", "{:.1f}"),
+        "five such heads, 16 completions per prompt: scoring speed over **one** model",
+        *("scoring", ("group16_views5_vs_one",), "{:.1f}×"),
     ),
     (
-        "real tokens a second over those of dense forward passes, prompts not shared",
-        *("scoring", "pairs_vs_limit", "{:.2f}"),
+        "reward server, 64 clients, five branches: requests per second over **one** plain model",
+        *("serving", ("throughput_vs_one",), "{:.1f}×"),
     ),
     (
-        "weights of five branches, of the bound 1 + (k − 1)·m·block/total",
-        *("scoring", "weights_branch5_vs_bound", "{:.2f}"),
+        "simulated healthy years with a drift alarm, upper bound of the share (promised: 0.05)",
+        *("recalibration", ("healthy_years_alarmed_upper",), "{:.4f}"),
     ),
     (
-        "peak memory of scoring with five branches, of the pipeline's with one model",
-        *("scoring", "peak_branch5_vs_one", "{:.2f}"),
+        "GRPO with a small KL penalty, noisy labels: final gold reward with the mean of five views; with one head",
+        *("grpo", ("gold_final_views_mean_beta0.05", "gold_final_single_beta0.05"), "{:.2f}"),
     ),
     (
-        "five heads, 1,000 to 100,000 short samples: slope of log time on log samples",
-        *("growth", "growth_exponent", "{:.2f}"),
-    ),
-    (
-        "peak memory above the imports at 100,000 samples, of that at 1,000",
-        *("growth", "peak_ratio", "{:.2f}"),
-    ),
-    (
-        "five heads and RewardUQ's on MiniLM-L6: calibrated NLL of ours",
-        *("vs_rewarduq", "nll_ours", "{:.3f}"),
-    ),
-    ("of theirs", "vs_rewarduq", "nll_rewarduq", "{:.3f}"),
-    ("accuracy of ours", "vs_rewarduq", "accuracy_ours", "{:.3f}"),
-    ("of theirs", "vs_rewarduq", "accuracy_rewarduq", "{:.3f}"),
-    ("texts to evaluated ensemble, their time over ours", "vs_rewarduq", "wall_ratio", "{:.1f}"),
-    ("new texts scored, their time over ours", "vs_rewarduq", "score_ratio", "{:.2f}"),
-    (
-        "temperature fit of 100,000 judgments, netcal's time over ours",
-        *("calibration_fit", "netcal_ratio", "{:.1f}"),
-    ),
-    ("its NLL less netcal's, nats", "calibration_fit", "nll_gap", "{:.0e}"),
-    (
-        "a million judgments checked and imported into SQLite, processor seconds",
-        *("judgments", "import_cpu_seconds_1000000", "{:.0f}"),
-    ),
-    (
-        "peak memory above the imports, MiB",
-        *("judgments", "import_peak_mib_1000000", "{:.0f}"),
-    ),
-    (
-        "simulated years of recalibration: ECE against the truth, gated over blind refits",
-        *("recalibration", "gated_over_blind", "{:.2f}"),
-    ),
-    ("with a month of corrupted votes", "recalibration", "gated_over_blind_corrupted", "{:.2f}"),
-    (
-        "healthy years with a drift alarm, upper bound; 0.05 is promised",
-        *("recalibration", "healthy_years_alarmed_upper", "{:.4f}"),
-    ),
-    ("months until a doubled T is alarmed", "recalibration", "delay_months", "{:.0f}"),
-    (
-        "gold after four rounds of best-of-n against the reward: frozen",
-        *("retraining", "gold_frozen", "{:.2f}"),
-    ),
-    ("retrained on the policy's judgments", "retraining", "gold_retrained", "{:.2f}"),
-    (
-        "judgments that disagreement needs, of random draws', to the same NLL",
-        *("selection", "ratio_disagreement_all", "{:.2f}"),
-    ),
-    (
-        "real votes that contradict the margins: gain of the gated job over a frozen T, nats",
-        *("real_votes", "gain_gated_contradicted", "{:.3f}"),
-    ),
-    (
-        "synthetic gold, 25 % of labels flipped: over-optimisation removed by five MLPs, UWO at ½",
-        *("overoptimisation", "removed_noise_uwo_paper", "{:.2f}"),
-    ),
-    ("by the MLPs, λ tuned on other seeds", "overoptimisation", "removed_noise_uwo", "{:.2f}"),
-    ("by the MLPs' mean", "overoptimisation", "removed_noise_mean", "{:.2f}"),
-    (
-        "by five heads on one layer of a shared network, UWO at ½",
-        *("overoptimisation", "heads_removed_noise_uwo_paper", "{:.2f}"),
-    ),
-    (
-        "by five heads with a view each, UWO at ½",
-        *("overoptimisation", "views_removed_noise_uwo_paper", "{:.2f}"),
-    ),
-    (
-        "real samples, 25 % of labels flipped: gold at n = 1,024 by one head on the last layer",
-        *("overoptimisation_lm", "gold_at_1024_single", "{:.2f}"),
-    ),
-    (
-        "by five such heads, UWO at ½",
-        *("overoptimisation_lm", "gold_at_1024_heads_uwo", "{:.2f}"),
-    ),
-    (
-        "by five heads with a view each, UWO at ½",
-        *("overoptimisation_lm", "gold_at_1024_views_uwo", "{:.2f}"),
-    ),
-    (
-        "by one head on their middle view",
-        "overoptimisation_lm",
-        "gold_at_1024_middle_one",
-        "{:.2f}",
-    ),
-    ("by five branches, UWO at ½", "overoptimisation_lm", "gold_at_1024_branch_uwo", "{:.2f}"),
-    (
-        "by views of two backbones, UWO at ½; gold began from one of them",
-        *("overoptimisation_lm", "gold_at_1024_mixed_uwo", "{:.2f}"),
-    ),
-    (
-        "GRPO on a real policy, β = .05, 40 steps, two seeds: gold at the end with one head",
-        *("grpo", "gold_final_single_beta0.05", "{:.2f}"),
-    ),
-    ("with the mean of five views", "grpo", "gold_final_views_mean_beta0.05", "{:.2f}"),
-    ("with five views, UWO at ½", "grpo", "gold_final_views_uwo_beta0.05", "{:.2f}"),
-    (
-        "the same without a penalty: with one head",
-        *("grpo", "gold_final_single_beta0", "{:.2f}"),
-    ),
-    ("with the mean of five views", "grpo", "gold_final_views_mean_beta0", "{:.2f}"),
-    ("with five views, UWO at ½", "grpo", "gold_final_views_uwo_beta0", "{:.2f}"),
-    (
-        "comparisons sent to a judge: 20 % of them by epistemic uncertainty, share of its gain had",
-        *("routing", "recovered_epistemic_at_20_harmless", "{:.2f}"),
-    ),
-    (
-        "served to 64 clients: five branches, times the requests a second of **one** plain model",
-        *("serving", "throughput_vs_one", "{:.1f}"),
-    ),
-    ("of a loop of five", "serving", "throughput_vs_loop", "{:.1f}"),
-    ("p99 latency of the endpoint with one model, over ours", "serving", "p99_vs_one", "{:.1f}"),
-    (
-        "server and wire, of the wall time at full load",
-        *("serving", "overhead_share", "{:.3f}"),
-    ),
-    (
-        "fifteen minutes with three kills, slow clients and some that leave: answers lost",
-        *("serving", "soak_lost", "{:.0f}"),
-    ),
-    ("doubled or mixed up", "serving", "soak_doubled_or_mixed_up", "{:.0f}"),
-    (
-        "memory of its last minutes over that of those before",
-        *("serving", "soak_memory_growth", "{:.2f}"),
-    ),
-    (
-        "five members on servers that take half a second: one after the other, over all at once",
-        *("remote_members", "remote5_vs_turns", "{:.1f}"),
-    ),
-    ("all at once, over one of them alone", "remote_members", "remote5_vs_one", "{:.2f}"),
-    (
-        "best-of-n estimator, 12,600 samples and 1,000 prompts: the plain loop's time over ours",
-        *("bestofn", "loop_ratio", "{:.1f}"),
+        "**negative**: GRPO without a penalty: with five views under UWO; with one head",
+        *("grpo", ("gold_final_views_uwo_beta0", "gold_final_single_beta0"), "{:.2f}"),
     ),
 )
 
@@ -248,11 +413,8 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def preferences(kinds: Collection[str] = tuple(KINDS)) -> str:
-    """Return the table of human preferences; the kind stands in it where there are several."""
-    lines = [list(HEADER), *rows(figures_of("human_preferences"), kinds)]
-    if len(kinds) == 1:
-        lines = [line[:2] + line[3:] for line in lines]
-    return markdown(lines)
+    """Return the table of human preferences."""
+    return markdown([list(HEADER), *rows(figures_of("human_preferences"), kinds)])
 
 
 def kinds() -> str:
@@ -287,18 +449,34 @@ def kinds() -> str:
     return markdown(lines)
 
 
+def with_spread(figure: dict[str, Any], form: str) -> str:
+    """Return a figure with its spread, if it has one."""
+    middle, low, high = (form.format(figure[part]) for part in ("median", "low", "high"))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
 def claims() -> str:
-    """Return the table of claims, each with its figure and its spread."""
-    lines, before = [["claim", "measured", "command"]], ""
-    for claim, script, name, shown in CLAIMS:
-        f = figures_of(script)[name]
-        middle, low, high = (shown.format(f[part]) for part in ("median", "low", "high"))
-        spread = "" if low == high else f" ({low} to {high})"
-        command = f"`python {script_of(script)}`" if script != before else "the same"
-        lines.append([claim, middle + spread, command])
-        before = script
+    """Return the tables of claims, one per topic, each figure with its spread."""
+    tables = []
+    for topic, rows_ in CLAIMS.items():
+        lines = [["what", "measured", "command"]]
+        for claim, script, name, form in rows_:
+            figure = with_spread(figures_of(script)[name], form)
+            lines.append([claim, figure, f"`python {script_of(script)}`"])
+        tables.append(f"### {topic}\n\n{markdown(lines)}")
+    return "\n\n".join(tables)
+
+
+def headlines() -> str:
+    """Return the few figures of README.md."""
+    lines = [["what", "measured", "script"]]
+    for claim, script, names, form in HEADLINES:
+        figures = figures_of(script)
+        measured = "; ".join(with_spread(figures[name], form) for name in names)
+        path = script_of(script)
+        lines.append([claim, measured, f"[{path.name}]({path})"])
     return markdown(lines)
 
 
 if __name__ == "__main__":
-    print(preferences(["views"]), preferences(), claims(), kinds(), sep="\n\n")
+    print(headlines(), claims(), preferences(), kinds(), sep="\n\n")

@@ -115,6 +115,8 @@ def find_by_last_part(
     return found
 
 
+# |x| is an absolute value here, never a substitution; what backticks enclose stays as it is.
+LITERAL_OR_BARS = re.compile(r"(`+[^`]*`+)|\|(\S+?)\|")
 REFERENCES = re.compile(r"\n\s*References\n\s*-{3,}\n(.*)\Z", re.DOTALL)
 
 
@@ -125,7 +127,8 @@ def add_cited_references(*event: Any) -> None:
     own list. `event` is that of autodoc-process-docstring.
     """
     _app, what, _name, thing, _options, lines = event
-    text = "\n".join(lines)
+    text = LITERAL_OR_BARS.sub(lambda m: m[1] or rf"\|{m[2]}\|", "\n".join(lines))
+    lines[:] = text.split("\n")
     if what == "module":
         lines[:] = [*REFERENCES.sub("", text).split("\n"), ""]
         return

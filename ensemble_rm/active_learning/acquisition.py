@@ -1,4 +1,4 @@
-"""What a judgment of each pair is worth, by the ensemble's own scores.
+"""Acquisition functions: what a judgment of each pair is worth, by the ensemble's scores.
 
 References
 ----------
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ensemble_rm.arrays import Floats
 from ensemble_rm.data.samples import Preferences, Sample
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.ensemble.streaming import DEFAULT_CHUNK, stream_scores
@@ -24,21 +24,20 @@ from ensemble_rm.uncertainty.disagreement import member_std, split_uncertainty
 
 Strategy: TypeAlias = Literal["bald", "margin", "disagreement", "random"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class PoolMargins:
-    """Margins of a pool's pairs: first less second, normalised units.
+    """Margins of a pool's pairs, first minus second, in normalised units.
 
     Attributes
     ----------
     margin : ndarray, shape (n_pairs,)
-        Of the aggregated reward.
+        Margin of the aggregated reward.
     member_margins : ndarray, shape (n_pairs, n_members)
-        Of each member.
+        Margin of each member.
     mixture_temperature : float, optional
-        T_mix of the calibration; None where there is none.
+        T_mix of the calibration; None without a calibration.
     """
 
     margin: Floats
@@ -53,15 +52,15 @@ def score_pool(
     chunk: int = DEFAULT_CHUNK,
     progress: Progress = silent,
 ) -> PoolMargins:
-    """Score both sides of every pair, `chunk` samples at a time.
+    """Score both sides of every pair, at most `chunk` samples at a time.
 
     Parameters
     ----------
     ensemble : RewardEnsemble
     pool : Preferences
-        As `read_comparisons` gives it: chosen is the first, rejected the second.
+        Pairs from `read_comparisons`: chosen is the first side, rejected the second.
     chunk : int
-        Most samples scored at once.
+        Maximum number of samples per call.
     progress : callable
         Called with (stage, done, total).
     """
@@ -87,16 +86,16 @@ def score_pool(
 
 
 def utility(margins: PoolMargins, strategy: str) -> Floats | None:
-    """Return what each pair's judgment is worth; None where all are worth the same.
+    """Return what a judgment of each pair is worth; None where all are worth the same.
 
     Parameters
     ----------
     margins : PoolMargins
     strategy : {"bald", "margin", "disagreement", "random"}
-        The mutual information of verdict and member [1]_, in nats; less |margin|, whose order is
-        that of the predictive entropy under one temperature [2]_; the std of the members' margins
-        [3]_; nothing. A pair that fewer than two members scored comes last in the first and the
-        third, and has the floor's probability.
+        ``"bald"``: mutual information of verdict and member in nats [1]_. ``"margin"``: −|margin|,
+        which orders pairs as their predictive entropy under one temperature does [2]_.
+        ``"disagreement"``: standard deviation of the members' margins [3]_. ``"random"``: None.
+        With fewer than two scores a pair ranks last under bald and disagreement.
 
     Returns
     -------
@@ -107,30 +106,30 @@ def utility(margins: PoolMargins, strategy: str) -> Floats | None:
     OptionError
         If the strategy is unknown.
     NotCalibratedError
-        If BALD is asked of an ensemble without calibration.
+        If the strategy is ``"bald"`` and the ensemble has no calibration.
     OneMemberError
-        If BALD or disagreement is asked of one member.
+        If the strategy is ``"bald"`` or ``"disagreement"`` and there is one member.
     """
     if strategy == "random":
         return None
     if strategy == "margin":
         return -np.abs(margins.margin)
     if strategy == "disagreement":
-        return _known(member_std(margins.member_margins, nan="omit"))
+        return _unknown_last(member_std(margins.member_margins, nan="omit"))
     if strategy == "bald":
         if margins.mixture_temperature is None:
             raise NotCalibratedError(
-                "BALD weighs probabilities, and this ensemble has no calibration: run "
-                "`ensemble-rm calibrate` first, or take strategy 'disagreement' or 'margin'"
+                "strategy 'bald' needs probabilities, and this ensemble has no calibration; run "
+                "`ensemble-rm calibrate` first, or use strategy 'disagreement' or 'margin'"
             )
         split = split_uncertainty(
             margins.member_margins,
             mixture_temperature=margins.mixture_temperature,
             nan="omit",
         )
-        return _known(split.epistemic)
+        return _unknown_last(split.epistemic)
     raise OptionError(f"strategy must be one of {STRATEGIES}, not {strategy!r}")
 
 
-def _known(values: Floats) -> Floats:
+def _unknown_last(values: Floats) -> Floats:
     return np.where(np.isnan(values), -1.0, values)

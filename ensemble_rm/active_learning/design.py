@@ -1,11 +1,9 @@
-"""A draw of pairs with unequal probabilities, each of them known exactly.
+"""Sampling design: draw pairs with unequal inclusion probabilities that are known exactly.
 
-The draw is systematic sampling [1]_ over prompts in random order, a prompt's pairs side by side: it
-has a fixed size, and takes of a prompt at most the next whole number above the sum of its
-probabilities, which is why a most per prompt leaves every π as it is. Probabilities are whole
-multiples of 2⁻⁴⁰ that add up to the budget without rounding.
-
-Knows utilities and prompt numbers; knows nothing of ensembles, text or files.
+The draw is systematic sampling [1]_ over prompts in random order, with the pairs of a prompt next
+to each other. It has a fixed size, and draws from a prompt at most the sum of its probabilities,
+rounded up, so a maximum per prompt changes no probability. Probabilities are whole multiples of
+2⁻⁴⁰ that sum to the budget without rounding.
 
 References
 ----------
@@ -24,27 +22,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
+from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import OptionError
 
-UNIT = 1 << 40  # probabilities are counted in 1/UNIT
-Floats = NDArray[np.float64]
+UNIT = 1 << 40  # probabilities are whole multiples of 1/UNIT
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Design:
-    """How a draw is made; the same design draws again under another seed.
+    """Inclusion probabilities and strata of a draw; each seed gives another draw.
 
     Attributes
     ----------
     parts : ndarray of int, shape (n_pairs,)
-        Inclusion probabilities in 2⁻⁴⁰; all > 0.
+        Inclusion probabilities in units of 2⁻⁴⁰; all > 0.
     groups : ndarray of int, shape (n_pairs,)
         Prompt of each pair, numbered from 0.
     strata : ndarray of int, shape (n_pairs,)
-        Prompts of one stratum lie side by side: a draw takes of each its share, to within one.
+        Stratum of each pair. A draw takes from each stratum its share, to within one pair.
     budget : int
-        How many pairs a draw has.
+        Number of pairs per draw.
     """
 
     parts: Ints
@@ -54,19 +52,19 @@ class Design:
 
     @property
     def inclusion(self) -> Floats:
-        """Probability of each pair to be drawn, shape (n_pairs,); they sum to the budget."""
+        """Inclusion probability of each pair, shape (n_pairs,); they sum to the budget."""
         return self.parts / UNIT
 
     @property
     def floor(self) -> float:
-        """The smallest of the probabilities, which `thin_to_equal` makes that of all."""
+        """The smallest inclusion probability, which `thin_to_equal` gives to all pairs."""
         return float(self.parts.min()) / UNIT
 
     def draw(self, *, seed: int) -> Ints:
-        """Draw; return the pairs' positions, ascending, shape (budget,)."""
+        """Draw pairs; return their positions in ascending order, shape (budget,)."""
         rng = np.random.default_rng(seed)
-        places = rng.permutation(int(self.groups.max()) + 1)  # each prompt's
-        order = np.lexsort((rng.random(len(self.parts)), places[self.groups], self.strata))
+        positions = rng.permutation(int(self.groups.max()) + 1)  # of the prompts
+        order = np.lexsort((rng.random(len(self.parts)), positions[self.groups], self.strata))
         ends = np.cumsum(self.parts[order])
         points = int(rng.integers(UNIT)) + UNIT * np.arange(self.budget)
         return np.sort(order[np.searchsorted(ends, points, side="right")])
@@ -82,29 +80,29 @@ def plan_draw(
     sharpness: float = 1.0,
     strata: ArrayLike | None = None,
 ) -> Design:
-    """Find every pair's probability: mostly by its utility, and a share of it for all alike.
+    """Compute inclusion probabilities from utilities, mixed with a uniform share.
 
-    π = (1 − s)·π_u + s·π_r [3]_. π_u grows with rank⁻ˢʰᵃʳᵖⁿᵉˢˢ, rank 1 the highest utility [2]_:
-    no unit of the utility matters, and equals share their ranks. π_r is the same for all. Each
-    adds up to the budget, is at most 1 a pair, and at most `max_per_prompt` a prompt; what a limit
-    takes from some goes to the others in proportion.
+    π = (1 − s)·π_u + s·π_r [3]_. π_u is proportional to rank⁻ˢʰᵃʳᵖⁿᵉˢˢ, rank 1 the highest utility
+    [2]_, so the unit of the utility does not matter; equal utilities share their rank. π_r is the
+    same for all. Both sum to the budget, with at most 1 per pair and `max_per_prompt` per prompt;
+    what exceeds a limit goes to the other pairs in proportion.
 
     Parameters
     ----------
     utility : array_like, shape (n_pairs,), optional
-        Finite; higher is asked sooner. All alike where not given.
+        Finite; pairs of higher utility are drawn more often (default: all equal).
     groups : array_like of int, shape (n_pairs,)
         Prompt of each pair.
     budget : int
-        How many pairs to draw.
+        Number of pairs to draw.
     random_share : float
-        s in [0, 1]: the expected share of draws that no utility decides.
+        s in [0, 1], the expected share of draws that do not depend on the utility.
     max_per_prompt : int, optional
-        Most pairs of one prompt; no limit where not given.
+        Maximum number of pairs per prompt (None: no limit).
     sharpness : float
-        ≥ 0; 0 is random, and beyond about 3 nearly the highest are taken.
+        ≥ 0; 0 draws uniformly, and above about 3 nearly only the highest utilities are drawn.
     strata : array_like of int, shape (n_pairs,), optional
-        One number a prompt, such as its subset's: drawn in proportion.
+        Stratum of each pair, the same for all pairs of a prompt; strata are drawn in proportion.
 
     Returns
     -------
@@ -113,7 +111,7 @@ def plan_draw(
     Raises
     ------
     OptionError
-        If an option cannot be used, or the pool does not hold the budget.
+        If an option is out of range, or the budget exceeds the pool.
     """
     labels = np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
     n = len(labels)
@@ -121,14 +119,14 @@ def plan_draw(
     sizes = np.bincount(labels) if n else np.zeros(0, dtype=np.int64)
     most = sizes if max_per_prompt is None else np.minimum(sizes, max_per_prompt)
     if budget > most.sum():
-        limit = "" if max_per_prompt is None else f" at {max_per_prompt} a prompt at most"
+        limit = "" if max_per_prompt is None else f", at most {max_per_prompt} per prompt,"
         raise OptionError(
-            f"the pool has {n} pairs of {len(sizes)} prompts, of which {most.sum()} can be drawn"
-            f"{limit}; a budget of {budget} is more: lower it, raise the limit or add pairs"
+            f"budget {budget} exceeds the {most.sum()} pairs that can be drawn{limit} from the "
+            f"pool's {n} pairs of {len(sizes)} prompts; lower it, raise the limit or add pairs"
         )
     level = np.zeros(n, dtype=np.int64) if strata is None else np.asarray(strata, dtype=np.int64)
     if level.shape != (n,) or (level != level[_firsts(labels)][labels]).any():
-        raise OptionError("strata must be one number a pair, the same for all pairs of a prompt")
+        raise OptionError("strata must be one number per pair, the same for all pairs of a prompt")
     pi = _spread(np.ones(n), labels, most, budget)
     if utility is not None:
         useful = _spread(_tempered(utility, n, sharpness), labels, most, budget)
@@ -150,30 +148,30 @@ def _check(
 
 
 def _firsts(labels: Ints) -> Ints:
-    """Where each prompt stands first."""
+    """Return the first row of each prompt."""
     return np.asarray(np.unique(labels, return_index=True)[1], dtype=np.int64)
 
 
 def _tempered(utility: ArrayLike, n: int, sharpness: float) -> Floats:
     u = np.asarray(utility, dtype=np.float64)
     if u.shape != (n,) or not np.isfinite(u).all():
-        raise OptionError(f"the utility must be {n} finite numbers, not an array of {u.shape}")
+        raise OptionError(f"utility must be {n} finite numbers, not an array of shape {u.shape}")
     return np.asarray(rankdata(-u) ** -sharpness, dtype=np.float64)
 
 
 def _spread(mass: Floats, labels: Ints, most: Ints, budget: int) -> Floats:
-    """Return probabilities in proportion to `mass` as far as 1 a pair and the prompts allow."""
+    """Return probabilities proportional to `mass`, up to 1 per pair and `most` per prompt."""
     sums = np.asarray(np.bincount(labels, mass), dtype=np.float64)
     shares = fill(sums, most.astype(np.float64), float(budget))
     pi = (shares / sums)[labels] * mass
-    # Pairs beyond 1 hand what they have too much to their prompt's others.
+    # What exceeds 1 goes to the other pairs of the prompt.
     for group, rows in _members(labels, np.unique(labels[pi > 1 + 1e-12])):
         pi[rows] = fill(mass[rows], np.ones(len(rows)), float(shares[group]))
     return np.minimum(pi, 1.0)
 
 
 def _members(labels: Ints, groups: Ints) -> Iterator[tuple[int, Ints]]:
-    """Give the rows of each of the groups."""
+    """Yield each of the groups with its rows."""
     order = np.argsort(labels, kind="stable")
     ends = np.cumsum(np.bincount(labels))
     for group in groups.tolist():
@@ -187,7 +185,7 @@ def fill(mass: Floats, caps: Floats, total: float) -> Floats:
         return caps.copy()
     ratio = caps / mass
     order = np.argsort(ratio, kind="stable")
-    full = np.concatenate([[0.0], np.cumsum(caps[order])[:-1]])  # of those before each
+    full = np.concatenate([[0.0], np.cumsum(caps[order])[:-1]])  # caps of those before each
     rest = np.cumsum(mass[order][::-1])[::-1]
     level = (total - full) / rest
     first = int(np.argmax(level <= ratio[order]))
@@ -195,7 +193,7 @@ def fill(mass: Floats, caps: Floats, total: float) -> Floats:
 
 
 def _whole(pi: Floats, labels: Ints, most: Ints, budget: int) -> Ints:
-    """Round probabilities to whole parts of `UNIT` that keep every sum and limit exactly."""
+    """Round probabilities to multiples of 1/UNIT that keep every sum and limit exactly."""
     sizes = np.bincount(labels)
     sums = np.asarray(np.bincount(labels, pi) * UNIT, dtype=np.float64)
     totals = apportion(sums, budget * UNIT, sizes, most * UNIT)
@@ -207,11 +205,11 @@ def _whole(pi: Floats, labels: Ints, most: Ints, budget: int) -> Ints:
 
 
 def apportion(shares: Floats, total: int, least: Ints, most: Ints) -> Ints:
-    """Round shares to whole numbers within bounds that sum to `total`, by largest remainders."""
-    found = np.clip(np.floor(shares).astype(np.int64), least, most)
-    while (short := total - int(found.sum())) != 0:
+    """Round shares to whole numbers within bounds that sum to `total` (largest remainders)."""
+    counts = np.clip(np.floor(shares).astype(np.int64), least, most)
+    while (short := total - int(counts.sum())) != 0:
         sign = 1 if short > 0 else -1
-        free = np.flatnonzero(found < most if short > 0 else found > least)
-        wanting = np.argsort(-sign * (shares[free] - found[free]), kind="stable")
-        found[free[wanting[: abs(short)]]] += sign
-    return found
+        free = np.flatnonzero(counts < most if short > 0 else counts > least)
+        ranked = np.argsort(-sign * (shares[free] - counts[free]), kind="stable")
+        counts[free[ranked[: abs(short)]]] += sign
+    return counts

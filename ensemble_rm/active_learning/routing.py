@@ -1,13 +1,12 @@
-"""Which comparisons are worth a judge: those of which the ensemble is not sure.
+"""Route uncertain comparisons to a judge.
 
-The ensemble compares every pair; pairs whose calibrated uncertainty reaches a threshold go to a
-judge [1]_, and those that it cannot answer, or that a budget leaves over, to the human pool. Knows
-comparators and selected pairs; knows nothing of servers or of files.
+The ensemble compares every pair. Pairs whose calibrated uncertainty reaches a threshold go to a
+judge [1]_; those that it cannot judge, or that exceed a budget, go to the human pool.
 
 References
 ----------
-.. [1] Xu et al. 2025, arXiv 2510.20369: ask a strong judge when the reward model is uncertain; by
-   what the model does not know, since a judge does not help where answers are equally good.
+.. [1] Xu et al. 2025, arXiv 2510.20369: ask a strong judge when the reward model is uncertain. Use
+   epistemic uncertainty: a judge does not help where both completions are equally good.
 .. [2] Genest & Zidek 1986: the logarithmic opinion pool.
 """
 
@@ -37,19 +36,19 @@ Route: TypeAlias = Literal["ensemble", "judge"]
 UNCERTAINTIES = ("epistemic", "total", "aleatoric", "predictive")
 FINALS = ("judge", "pooled")
 
-_NEAR = 1e-3  # a judge's certainty is not taken at its word in a pool of two
+_NEAR = 1e-3  # clip before pooling, so that a judge's 0 or 1 does not decide alone
 
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """What routing asked of the judge, beside what asking it for every pair would have taken.
+    """Use of the judge, compared with an estimate for judging every pair.
 
     Attributes
     ----------
     pairs, judged : int
-        All pairs, and those that went to the judge.
+        Number of all pairs, and of those that went to the judge.
     usage : Usage
-        What those took.
+        Calls, tokens, seconds and cost of the judged pairs.
     """
 
     pairs: int
@@ -63,18 +62,17 @@ class Saving:
 
     @property
     def without(self) -> Usage | None:
-        """What all pairs would have taken, at the mean of what was asked; None where nothing was.
+        """Estimated usage for all pairs, at the mean of the judged ones; None if none was judged.
 
-        A pair takes as many questions as those judged did, those among them that the judge was out
-        of reach for.
+        Calls that did not reach the judge count as well, since each pair needs as many.
         """
         u = self.usage
-        asked = u.calls + u.failed
-        if asked == 0:
+        calls = u.calls + u.failed
+        if calls == 0:
             return None
-        by = self.pairs / self.judged * (asked + u.unreached) / asked
+        by = self.pairs / self.judged * (calls + u.unreached) / calls
         return Usage(
-            round(asked * by),
+            round(calls * by),
             0,
             round(u.prompt_tokens * by),
             round(u.completion_tokens * by),
@@ -101,22 +99,22 @@ class Routed:
     Attributes
     ----------
     probability : ndarray, shape (n_pairs,)
-        P(first is preferred), by whoever it was routed to.
+        P(first is preferred) by the ensemble or the judge, see `routes`.
     routes : tuple of {"ensemble", "judge"}
-        Whose it is; a judgment that failed leaves the ensemble's.
+        Source of each probability; where the judge failed it is the ensemble.
     uncertainty : ndarray, shape (n_pairs,)
-        The ensemble's, in nats; see `pair_uncertainty`.
+        Uncertainty of the ensemble in nats, see `pair_uncertainty`.
     threshold : float
-        The least uncertainty that was routed.
+        Pairs with at least this uncertainty were routed.
     comparison : Comparison
-        What the ensemble says of all pairs.
+        The ensemble's comparison of all pairs.
     judge_probability : ndarray, shape (n_pairs,)
-        What the judge says; NaN where it was not asked, or failed.
+        P(first is preferred) by the judge; NaN where it was not asked or failed.
     failures : tuple of (str or None)
-        Why a pair that the judge was asked about has no judgment.
+        Why the judge has no judgment of a pair that it was asked about.
     pool : SelectedPairs
-        For humans: the uncertain pairs without a judgment, π = 1, and of the others a random
-        share. Their sides stand in random order; rows of one name are one pair.
+        Pairs for humans: the uncertain pairs without a judgment, with π = 1, and a random share of
+        the others. Their sides are in random order; rows of one name are one pair.
     saving : Saving
     """
 
@@ -132,55 +130,55 @@ class Routed:
 
 
 def pair_uncertainty(comparison: Comparison, uncertainty: str) -> Floats:
-    """Return how unsure an ensemble is of each pair, in nats.
+    """Return an ensemble's uncertainty of each pair in nats.
 
     Parameters
     ----------
     comparison : Comparison
     uncertainty : {"epistemic", "total", "aleatoric", "predictive"}
-        The members' mutual information, the entropy of their mixture, the mean of their entropies;
-        or H[p] of the calibrated probability, which one member has, too.
+        Mutual information of the members, entropy of their mixture, mean of their entropies, or
+        H[p] of the calibrated probability, which a single member has, too.
 
     Returns
     -------
     ndarray, shape (n_pairs,)
-        ln 2, the most there is, for a pair that fewer than two members scored.
+        ln 2, the maximum, for pairs that fewer than two members scored.
 
     Raises
     ------
     OptionError
-        If there is none of that name.
+        If the name is unknown.
     OneMemberError
-        If one member has none.
+        If there is one member, which has only a predictive uncertainty.
     """
     if uncertainty not in UNCERTAINTIES:
         raise OptionError(f"uncertainty must be one of {UNCERTAINTIES}, not {uncertainty!r}")
     if uncertainty == "predictive":
         p = comparison.probability
         return np.asarray(entr(p) + entr(1.0 - p), dtype=np.float64)
-    found: Floats = getattr(comparison.uncertainty, uncertainty)
-    return unknown_as_most(found)
+    nats: Floats = getattr(comparison.uncertainty, uncertainty)
+    return unknown_as_most(nats)
 
 
 def threshold_for_share(uncertainty: ArrayLike, share: float) -> float:
-    """Return the threshold that at most a share of such pairs reaches, and as many as can.
+    """Return the lowest threshold that at most a share of such pairs reaches.
 
     Parameters
     ----------
     uncertainty : array_like, shape (n_pairs,)
-        Of pairs like those to come, in nats.
+        Uncertainty in nats of pairs like those to be routed.
     share : float
-        In [0, 1]: of the pairs that may go to the judge.
+        Maximum share of pairs for the judge, in [0, 1].
 
     Returns
     -------
     float
-        In nats. Pairs of equal uncertainty stay together.
+        In nats. Pairs of equal uncertainty are routed together or not at all.
 
     Raises
     ------
     OptionError
-        If the share is out of its range.
+        If the share is out of range.
     DataError
         If there is no pair.
     """
@@ -188,13 +186,15 @@ def threshold_for_share(uncertainty: ArrayLike, share: float) -> float:
     if not 0 <= share <= 1:
         raise OptionError(f"share must lie in [0, 1], not {share!r}")
     if len(values) == 0:
-        raise DataError("a threshold needs the uncertainty of at least one pair; there is none")
+        raise DataError("a threshold needs the uncertainty of at least one pair")
     if not np.isfinite(values).all():
-        raise NonFiniteScoreError("a threshold needs finite uncertainties; some are not")
+        raise NonFiniteScoreError(
+            "a threshold needs finite uncertainties; some are NaN or infinite"
+        )
     k = int(share * len(values) + 1e-9)
     if k == len(values):
         return float(values[-1])
-    # What is above the first that may not pass.
+    # The lowest value above the first one that exceeds the share.
     above = values[values > values[k]]
     return float(above[-1]) if len(above) else float(np.nextafter(values[0], np.inf))
 
@@ -207,14 +207,14 @@ def choose_threshold(
     uncertainty: str = "epistemic",
     progress: Progress = silent,
 ) -> float:
-    """Return the threshold for a budget: at most a share of such pairs goes to the judge.
+    """Return the threshold at which at most a share of such pairs goes to the judge.
 
     Parameters
     ----------
     ensemble : RewardEnsemble
         Calibrated.
     pairs : Preferences
-        Like those to come; their verdicts do not count.
+        Pairs like those to be routed; their verdicts are ignored.
     share : float
         In [0, 1].
     uncertainty : str
@@ -227,8 +227,8 @@ def choose_threshold(
     float
         In nats.
     """
-    found = _compare(ensemble, pairs, progress)
-    return threshold_for_share(pair_uncertainty(found, uncertainty), share)
+    comparison = _compare(ensemble, pairs, progress)
+    return threshold_for_share(pair_uncertainty(comparison, uncertainty), share)
 
 
 def route(
@@ -245,32 +245,32 @@ def route(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Routed:
-    """Compare pairs, and ask a judge about those of which the ensemble is not sure.
+    """Compare pairs, and ask a judge about those where the ensemble is uncertain.
 
     Parameters
     ----------
     ensemble : RewardEnsemble
         Calibrated.
     pairs : Preferences
-        As `read_comparisons` reads them; their verdicts do not count.
+        Pairs from `read_comparisons`; their verdicts are ignored.
     threshold : float, optional
-        In nats: pairs of at least this uncertainty are routed; see `choose_threshold`.
+        In nats; pairs of at least this uncertainty are routed, see `choose_threshold`.
     share : float, optional
-        In its place: at most this share of these very pairs is.
+        Instead of a threshold: route at most this share of these pairs.
     judge : Comparator, optional
-        Such as a `JudgeComparator`, or a larger ensemble; where there is none, all pairs that are
-        routed go to the human pool.
+        Such as a `JudgeComparator` or a larger ensemble. Without one, all routed pairs go to the
+        human pool.
     uncertainty : {"epistemic", "total", "aleatoric", "predictive"}
         See `pair_uncertainty`.
     budget : int, optional
-        Most pairs that the judge is asked about: the most uncertain.
+        Maximum number of pairs for the judge; the most uncertain ones are chosen.
     final : {"judge", "pooled"}
-        Whose probability a judged pair has: the judge's, or that of the mean of both logits [2]_.
+        Probability of a judged pair: the judge's, or that of the mean of both logits [2]_.
     audit_share : float
-        In [0, 1]: the probability with which any other pair joins the pool, so that what humans
-        say of it can be weighted to say something of all pairs, and of the judge.
+        In [0, 1], the probability with which any other pair joins the pool, so that weighted human
+        judgments estimate the quality on all pairs, and that of the judge.
     seed : int
-        Of the audit and of the pool's sides.
+        Seed of the audit and of the order of the pool's sides.
     progress : callable
         Called with (stage, done, total).
 
@@ -281,48 +281,48 @@ def route(
     Raises
     ------
     OptionError
-        If an option cannot be used.
+        If an option is out of range.
     DataError
-        If there is no pair, or two different ones bear one id.
+        If there is no pair, or two different pairs have the same id.
     NotCalibratedError
         If the ensemble is not calibrated.
     RemoteUnavailableError, RemoteRefusalError
-        If the judge cannot be asked at all.
+        If the judge cannot be reached at all.
     """
     _check(threshold, share, budget, final, audit_share)
     if len(pairs) == 0:
-        raise DataError(f"{pairs.source} holds no pair to route")
-    names = pair_names(pairs)  # refused before anything is asked
-    found = _compare(ensemble, pairs, progress)
-    value = pair_uncertainty(found, uncertainty)
+        raise DataError(f"{pairs.source} has no pair to route")
+    names = pair_names(pairs)  # bad ids raise before the judge is asked
+    comparison = _compare(ensemble, pairs, progress)
+    value = pair_uncertainty(comparison, uncertainty)
     if threshold is None:
         threshold = threshold_for_share(value, 0.0 if share is None else share)
-    unsure = np.flatnonzero(value >= threshold)
-    asked = np.empty(0, dtype=np.int64)
+    uncertain = np.flatnonzero(value >= threshold)
+    rows = np.empty(0, dtype=np.int64)
     if judge is not None:
-        ranked = unsure[np.argsort(-value[unsure], kind="stable")]
-        asked = np.sort(ranked[: len(ranked) if budget is None else budget])
-    said, failures, usage = _ask(judge, pairs, asked)
-    judged = np.isfinite(said)
-    p = found.probability.copy()
+        ranked = uncertain[np.argsort(-value[uncertain], kind="stable")]
+        rows = np.sort(ranked[: len(ranked) if budget is None else budget])
+    by_judge, failures, usage = _ask(judge, pairs, rows)
+    judged = np.isfinite(by_judge)
+    p = comparison.probability.copy()
     if final == "judge":
-        p[judged] = said[judged]
+        p[judged] = by_judge[judged]
     else:
-        both = (p[judged], said[judged])
-        p[judged] = expit(sum(logit(np.clip(one, _NEAR, 1 - _NEAR)) for one in both) / 2)
-    waiting = np.zeros(len(pairs), dtype=np.bool_)
-    waiting[unsure] = True
+        sides = (np.clip(q[judged], _NEAR, 1 - _NEAR) for q in (p, by_judge))
+        p[judged] = expit(sum(map(logit, sides)) / 2)
+    pending = np.zeros(len(pairs), dtype=np.bool_)
+    pending[uncertain] = True
     pool = pairs_for_humans(
         pairs,
         names,
-        waiting & ~judged,
+        pending & ~judged,
         audit_share=audit_share,
         seed=seed,
         strategy=f"route-{uncertainty}",
     )
-    routes: tuple[Route, ...] = tuple("judge" if one else "ensemble" for one in judged)
-    saving = Saving(len(pairs), len(asked), usage)
-    return Routed(p, routes, value, threshold, found, said, failures, pool, saving)
+    routes: tuple[Route, ...] = tuple("judge" if by else "ensemble" for by in judged)
+    saving = Saving(len(pairs), len(rows), usage)
+    return Routed(p, routes, value, threshold, comparison, by_judge, failures, pool, saving)
 
 
 def _check(
@@ -333,7 +333,7 @@ def _check(
     audit_share: float,
 ) -> None:
     if (threshold is None) == (share is None):
-        raise OptionError("name a threshold or a share, one of the two")
+        raise OptionError("pass either threshold or share")
     if threshold is not None and not threshold >= 0:
         raise OptionError(f"threshold must be a number of nats ≥ 0, not {threshold!r}")
     if budget is not None and budget < 0:
@@ -358,27 +358,27 @@ def _compare(ensemble: RewardEnsemble, pairs: Preferences, progress: Progress) -
 def _ask(
     judge: Comparator | None, pairs: Preferences, rows: NDArray[np.int64]
 ) -> tuple[Floats, tuple[str | None, ...], Usage]:
-    """Return what the judge says of these rows, NaN elsewhere; why it failed; what it took."""
-    said = np.full(len(pairs), np.nan)
+    """Return the judge's probabilities of these rows, NaN elsewhere, failures and usage."""
+    by_judge = np.full(len(pairs), np.nan)
     failures: list[str | None] = [None] * len(pairs)
     if judge is None or len(rows) == 0:
-        return said, tuple(failures), Usage()
+        return by_judge, tuple(failures), Usage()
     chosen = pairs.take(rows)
-    found: Compared
+    verdicts: Compared
     if isinstance(judge, RewardEnsemble):
-        found = _compare(judge, chosen, silent)
+        verdicts = _compare(judge, chosen, silent)
     else:
-        found = judge.compare(
+        verdicts = judge.compare(
             [pair.prompt for pair in chosen],
             [pair.chosen for pair in chosen],
             [pair.rejected for pair in chosen],
         )
-    said[rows] = found.probability
+    by_judge[rows] = verdicts.probability
     errors: Mapping[int, Exception] = {}
     usage = Usage(calls=len(rows))
-    if isinstance(found, JudgeVerdicts):
-        errors, usage = found.errors, found.usage
+    if isinstance(verdicts, JudgeVerdicts):
+        errors, usage = verdicts.errors, verdicts.usage
     for i, row in enumerate(rows.tolist()):
-        if np.isnan(said[row]):
+        if np.isnan(by_judge[row]):
             failures[row] = str(errors[i]) if i in errors else "the judge has no judgment"
-    return said, tuple(failures), usage
+    return by_judge, tuple(failures), usage

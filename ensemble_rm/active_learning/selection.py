@@ -1,4 +1,4 @@
-"""`select_pairs`: a pool of unjudged pairs → those to ask a human about, sides at random."""
+"""Select unjudged pairs for humans, with their sides in random order."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from ensemble_rm.progress import Progress, silent
 
 @dataclass(frozen=True, slots=True)
 class SelectedPair:
-    """A pair that a human is asked about.
+    """A pair for a human to judge.
 
     Attributes
     ----------
     prompt : str or tuple of Message
     first, second : str
-        The completions, in the order in which they are shown.
+        The completions in the order in which they are shown.
     external_id : str
-        The pool's own name of the pair; made of its texts where it has none.
+        Id of the pair in the pool; a digest of its texts where it has none.
     strategy : str
-        How it was selected.
+        Strategy by which it was selected.
     inclusion : float
-        Probability π in (0, 1] with which it was.
+        Inclusion probability π in (0, 1].
     subset : str, optional
-        The slice that the pair belongs to.
+        Slice of the pair.
     """
 
     prompt: Prompt
@@ -48,22 +48,23 @@ class SelectedPair:
 
 @dataclass(frozen=True)
 class SelectedPairs:
-    """What was selected, and from what.
+    """Selected pairs, and the pool that they were drawn from.
 
     Attributes
     ----------
     pairs : tuple of SelectedPair
         In the order of the pool.
     pool : int
-        Pairs that could be drawn.
+        Number of pairs that could be drawn.
     prompts : int
-        Prompts among them.
+        Number of their prompts.
     repeated, equal_sides : int
-        Pairs of the file that were left out: those that repeat an earlier one, whichever side
-        stands first, and those whose completions are the same text.
+        Number of pairs left out because they repeat an earlier one, in either order, and because
+        both completions are the same text.
     floor : float
-        The smallest π of the pool: what `thin_to_equal` needs.
+        Smallest π in the pool, which `thin_to_equal` needs.
     seed : int
+        Seed of the draw and of the sides.
     """
 
     pairs: tuple[SelectedPair, ...]
@@ -79,24 +80,24 @@ class SelectedPairs:
 
     @property
     def weights(self) -> SampleWeights:
-        """1/π of each pair, of mean 1, and what the pairs are worth together."""
+        """Weight of each pair, 1/π scaled to mean 1, with their effective sample size."""
         return inclusion_weights([pair.inclusion for pair in self.pairs])
 
 
 def pair_name(pair: Preference) -> str:
-    """Return a name of a pair's texts, whichever side stands first: 32 hexadecimal digits."""
+    """Return a digest of a pair's texts, the same in either order: 32 hexadecimal digits."""
     texts = (prompt_key(pair.prompt), *sorted((pair.chosen, pair.rejected)))
     digests = (hashlib.sha256(text.encode()).digest() for text in texts)
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 def pair_names(pairs: Preferences) -> list[str]:
-    """Return the pairs' names: their ids, or what their texts make.
+    """Return the pairs' names: their ids, or digests of their texts.
 
     Raises
     ------
     DataError
-        If two different pairs bear one id.
+        If two different pairs have the same id.
     """
     names, owners = [], dict[str, str]()
     for pair in pairs:
@@ -124,29 +125,29 @@ def select_pairs(
     chunk: int = DEFAULT_CHUNK,
     progress: Progress = silent,
 ) -> SelectedPairs:
-    """Select the pairs that are worth a human's time, each with a known probability.
+    """Select the pairs that are worth a human's time, each with a known inclusion probability.
 
     Parameters
     ----------
     ensemble : RewardEnsemble, optional
-        Scores the pool; the strategy ``"random"`` needs none.
+        Scores the pool; not needed for the strategy ``"random"``.
     pool : Preferences
-        Unjudged pairs, as `read_comparisons` reads them; verdicts do not count.
+        Unjudged pairs from `read_comparisons`; verdicts are ignored.
     budget : int
-        How many to select: exactly so many are.
+        Number of pairs to select.
     strategy : {"bald", "margin", "disagreement", "random"}
         See `utility`.
     random_share : float
-        In [0, 1]: the expected share of draws that the strategy does not decide. It bounds the
+        In [0, 1], the expected share of draws that do not depend on the strategy. It bounds the
         weights 1/π.
     max_per_prompt : int, optional
-        Most pairs of one prompt; no limit where not given.
+        Maximum number of pairs per prompt (None: no limit).
     sharpness : float
-        How steeply π rises with the rank of the utility, see `plan_draw`.
+        How steeply π depends on the rank of the utility, see `plan_draw`.
     seed : int
-        Of the draw and of the sides.
+        Seed of the draw and of the sides.
     chunk : int
-        Most samples scored at once.
+        Maximum number of samples per call.
     progress : callable
         Called with (stage, done, total).
 
@@ -157,21 +158,21 @@ def select_pairs(
     Raises
     ------
     OptionError
-        If an option cannot be used, or the pool does not hold the budget.
+        If an option is out of range, or the budget exceeds the pool.
     DataError
-        If two different pairs bear one id.
-        If there is no pair to choose from.
+        If two different pairs have the same id.
+        If there is no pair to select from.
     NotCalibratedError, OneMemberError
-        If the strategy asks of the ensemble what it does not have.
+        If the strategy needs a calibration or several members.
     """
     if strategy not in STRATEGIES:
         raise OptionError(f"strategy must be one of {STRATEGIES}, not {strategy!r}")
     if ensemble is None and strategy != "random":
-        raise OptionError(f"strategy {strategy!r} needs an ensemble; only 'random' needs none")
+        raise OptionError(f"strategy {strategy!r} needs an ensemble; only 'random' does not")
     kept, names, repeated, equal = _distinct(pool)
     groups, subsets = kept.groups, sorted({s or "" for s in kept.subsets})
     value = None
-    # Options are refused before anything is scored.
+    # Bad options raise before anything is scored.
     limits = {"budget": budget, "max_per_prompt": max_per_prompt, "sharpness": sharpness}
     options = limits | {"random_share": random_share, "strata": _strata(kept, subsets)}
     design = plan_draw(None, groups, **options)  # type: ignore[arg-type]
@@ -181,55 +182,54 @@ def select_pairs(
     drawn = design.draw(seed=seed)
     inclusion = design.inclusion
     coins = np.random.default_rng([seed, 1]).random(len(drawn)) < 0.5
-    found = [
+    selected = [
         _selected(kept[int(i)], names[int(i)], strategy, float(inclusion[i]), swapped=bool(coin))
         for i, coin in zip(drawn, coins, strict=True)
     ]
     prompts = int(groups.max()) + 1
-    return SelectedPairs(tuple(found), len(kept), prompts, repeated, equal, design.floor, seed)
+    return SelectedPairs(tuple(selected), len(kept), prompts, repeated, equal, design.floor, seed)
 
 
 def pairs_for_humans(
     pairs: Preferences,
     names: list[str],
-    waiting: NDArray[np.bool_],
+    pending: NDArray[np.bool_],
     *,
     audit_share: float,
     seed: int,
     strategy: str,
 ) -> SelectedPairs:
-    """Return the pairs for humans, each name once, with its probability of being among them.
+    """Return pending pairs and a random share of the others, with inclusion probabilities.
 
     Parameters
     ----------
     pairs : Preferences
     names : list of str
-        Of `pair_names`; rows of one name are one pair, which is drawn once and waits where any of
-        them does.
-    waiting : ndarray of bool, shape (n_pairs,)
-        Rows that are among them for certain, π = 1.
+        From `pair_names`. Rows of one name are one pair, which is pending if any of them is.
+    pending : ndarray of bool, shape (n_pairs,)
+        Rows that are always included, π = 1.
     audit_share : float
-        In [0, 1]: π of the others.
+        π of the other pairs, in [0, 1].
     seed : int
-        Of the draws, and of the sides, which stand in random order.
+        Seed of the draws and of the random order of the sides.
     strategy : str
-        The name that they bear.
+        Name of the strategy in the result.
     """
     audit, sides = np.random.default_rng(seed).random((2, len(pairs)))
-    _, first, of = np.unique(names, return_index=True, return_inverse=True)
-    waits = np.zeros(len(first), dtype=np.bool_)
-    np.logical_or.at(waits, of, waiting)
-    found = []
-    for one in np.argsort(first).tolist():  # in the order of the pairs
-        row = int(first[one])
-        if waits[one] or audit[row] < audit_share:
-            inclusion = 1.0 if waits[one] else audit_share
+    _, first, name_of = np.unique(names, return_index=True, return_inverse=True)
+    pending_names = np.zeros(len(first), dtype=np.bool_)
+    np.logical_or.at(pending_names, name_of, pending)
+    selected = []
+    for index in np.argsort(first).tolist():  # in the order of the pairs
+        row = int(first[index])
+        if pending_names[index] or audit[row] < audit_share:
+            inclusion = 1.0 if pending_names[index] else audit_share
             swap = bool(sides[row] < 0.5)
-            found.append(_selected(pairs[row], names[row], strategy, inclusion, swapped=swap))
-    floor = audit_share if audit_share > 0 and not waits.all() else 1.0
+            selected.append(_selected(pairs[row], names[row], strategy, inclusion, swapped=swap))
+    floor = audit_share if audit_share > 0 and not pending_names.all() else 1.0
     repeated = len(pairs) - len(first)
     prompts = len(pairs.prompt_keys)
-    return SelectedPairs(tuple(found), len(first), prompts, repeated, 0, floor, seed)
+    return SelectedPairs(tuple(selected), len(first), prompts, repeated, 0, floor, seed)
 
 
 def _selected(
@@ -240,17 +240,17 @@ def _selected(
 
 
 def _strata(pool: Preferences, names: list[str]) -> list[int]:
-    """Return the number of each pair's stratum: the subset of its prompt's first pair."""
-    place = {name: i for i, name in enumerate(names)}
+    """Return each pair's stratum: the index of the subset of its prompt's first pair."""
+    index_of = {name: i for i, name in enumerate(names)}
     first: dict[int, int] = {}
-    numbers = (place[subset or ""] for subset in pool.subsets)
+    numbers = (index_of[subset or ""] for subset in pool.subsets)
     return [
         first.setdefault(g, number) for g, number in zip(pool.groups.tolist(), numbers, strict=True)
     ]
 
 
 def _distinct(pool: Preferences) -> tuple[Preferences, list[str], int, int]:
-    """Leave out pairs that need no judgment of their own; name the others."""
+    """Leave out repeated pairs and equal completions; return the others and their names."""
     seen: set[str] = set()
     rows, equal = [], 0
     for i, pair in enumerate(pool):
@@ -262,6 +262,6 @@ def _distinct(pool: Preferences) -> tuple[Preferences, list[str], int, int]:
             seen.add(texts)
             rows.append(i)
     if not rows:
-        raise DataError(f"{pool.source} holds no pair to choose from ({len(pool)} read)")
+        raise DataError(f"{pool.source} has no pair to select from ({len(pool)} read)")
     kept = pool.take(rows)
     return kept, pair_names(kept), len(pool) - equal - len(rows), equal

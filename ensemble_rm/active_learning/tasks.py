@@ -1,7 +1,7 @@
-"""Selected pairs → what annotation tools read: Label Studio tasks, Argilla records, JSONL rows.
+"""Selected pairs as tasks for annotation tools: Label Studio, Argilla, JSONL.
 
-Field names are those that the store's importers look for, so that what annotators answer comes back
-with each pair's strategy and inclusion probability. Knows nothing of selection or of files.
+Field names are those that the store's importers look for, so that annotations return with each
+pair's strategy and inclusion probability.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _TURNS = (
 
 
 def label_studio_config(*, messages: bool) -> str:
-    """Return the labelling interface of the tasks.
+    """Return the labelling configuration of a Label Studio project.
 
     Parameters
     ----------
     messages : bool
-        Whether prompts are conversations; else they are text. A project has one of the two.
+        Whether prompts are messages or text; a project has one of the two.
     """
     return _CONFIG.format(prompt=_TURNS if messages else _TEXT)
 
@@ -48,17 +48,17 @@ def label_studio_config(*, messages: bool) -> str:
 def to_tasks(
     selected: SelectedPairs, form: str, *, batch: str | None = None, policy: str | None = None
 ) -> list[Row]:
-    """Return one JSON object a pair.
+    """Return one JSON object per pair.
 
     Parameters
     ----------
     selected : SelectedPairs
     form : {"label-studio", "argilla", "jsonl"}
-        Tasks whose ``data`` holds ``prompt``, ``answer1`` and ``answer2``; records with the fields
-        ``prompt``, ``first`` and ``second``; or rows of a judgment that lack ``outcome``,
+        Tasks with ``prompt``, ``answer1`` and ``answer2`` in ``data``; records with the fields
+        ``prompt``, ``first`` and ``second``; or judgment rows without ``outcome``,
         ``annotator``, ``judged_at`` and ``source``.
     batch, policy : str, optional
-        Names of the batch of annotation and of the policy that wrote the completions.
+        Names of the annotation batch and of the policy that wrote the completions.
 
     Returns
     -------
@@ -72,35 +72,35 @@ def to_tasks(
     if form not in FORMATS:
         raise OptionError(f"format must be one of {FORMATS}, not {form!r}")
     make = _FORMS[form]
-    return [make(pair, _said(pair, batch, policy)) for pair in selected.pairs]
+    return [make(pair, _metadata(pair, batch, policy)) for pair in selected.pairs]
 
 
-def _said(pair: SelectedPair, batch: str | None, policy: str | None) -> Row:
-    """Return what a judgment of the pair keeps beside its texts."""
-    found = {
+def _metadata(pair: SelectedPair, batch: str | None, policy: str | None) -> Row:
+    """Return the fields that a judgment of the pair keeps next to its texts."""
+    metadata = {
         "strategy": pair.strategy,
         "inclusion": pair.inclusion,
         "batch": batch,
         "policy": policy,
         "subset": pair.subset,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in metadata.items() if value is not None}
 
 
-def _task(pair: SelectedPair, said: Mapping[str, Any]) -> Row:
+def _task(pair: SelectedPair, metadata: Mapping[str, Any]) -> Row:
     texts = {"prompt": prompt_json(pair.prompt), "answer1": pair.first, "answer2": pair.second}
-    return {"data": texts | {"external_id": pair.external_id} | dict(said)}
+    return {"data": texts | {"external_id": pair.external_id} | dict(metadata)}
 
 
-def _record(pair: SelectedPair, said: Mapping[str, Any]) -> Row:
+def _record(pair: SelectedPair, metadata: Mapping[str, Any]) -> Row:
     fields = {"prompt": prompt_json(pair.prompt), "first": pair.first, "second": pair.second}
-    return {"id": pair.external_id, "fields": fields, "metadata": dict(said)}
+    return {"id": pair.external_id, "fields": fields, "metadata": dict(metadata)}
 
 
-def _row(pair: SelectedPair, said: Mapping[str, Any]) -> Row:
+def _row(pair: SelectedPair, metadata: Mapping[str, Any]) -> Row:
     texts = {"prompt": prompt_json(pair.prompt), "first": pair.first, "second": pair.second}
-    # No external id: several annotators may answer a row, and each answer's name is derived.
-    return texts | dict(said)
+    # No external id: several annotators may judge a row, and each judgment needs its own id.
+    return texts | dict(metadata)
 
 
 _FORMS: dict[str, Callable[[SelectedPair, Mapping[str, Any]], Row]] = {

@@ -1,7 +1,6 @@
-"""Best of n: what gold it yields on average, how far it strays, and Gao's curves of it.
+"""Best-of-n curves: unbiased mean gold, KL from the policy, and fits of Gao et al.'s curves.
 
-Knows arrays of proxy and gold scores; knows nothing of text, members or aggregators: a proxy is one
-number a sample, whatever made it.
+Works on arrays of proxy and gold scores; a proxy is one number per sample from any source.
 
 References
 ----------
@@ -20,9 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit
 
+from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
 
-Floats: TypeAlias = NDArray[np.float64]
 CurveForm: TypeAlias = Literal["best_of_n", "rl"]
 
 _BLOCK = 1 << 21  # scores sorted at once: 16 MiB an array
@@ -46,13 +45,13 @@ def _sizes(n: ArrayLike, samples: int | None = None) -> NDArray[np.int64]:
 def best_of_n_kl(n: ArrayLike) -> Floats:
     """KL(best-of-n ‖ policy) = log n − (n − 1)/n, in nats [1]_.
 
-    Exact where no two samples are equal with positive probability; an upper bound for discrete
-    samples, which language models draw, and under ties of the proxy.
+    Exact where two samples are never equal; an upper bound for discrete samples, such as those of
+    language models, and where the proxy has ties.
 
     Parameters
     ----------
     n : int or array_like of int
-        Samples that the best is chosen of, ≥ 1.
+        Number of samples that the best is chosen from, ≥ 1.
 
     Returns
     -------
@@ -71,8 +70,8 @@ def best_of_n_kl(n: ArrayLike) -> Floats:
 def best_of_n_weights(samples: int, n: ArrayLike) -> Floats:
     """P(the i-th of N samples, ascending, is the best of a random n): C(i−1, n−1)/C(N, n) [1]_.
 
-    Neighbouring weights differ by the factor (i − n + 1)/i, the last one is n/N: a running sum of
-    logarithms reaches every weight without a binomial.
+    The last weight is n/N, and neighbours differ by the factor (i − n + 1)/i, so a running sum of
+    logarithms gives all weights without binomials, which would overflow.
 
     Parameters
     ----------
@@ -103,19 +102,18 @@ def best_of_n_weights(samples: int, n: ArrayLike) -> Floats:
 
 
 def best_of_n_curve(proxy: ArrayLike, gold: ArrayLike, n: ArrayLike) -> Floats:
-    """Estimate the gold of the best of n by the proxy, without bias, from N ≥ n samples a prompt.
+    """Estimate the mean gold of the best of n by the proxy, from N ≥ n samples per prompt.
 
-    The mean over all C(N, n) subsets, not over some [1]_. Samples that tie in the proxy share
-    credit: among equal maxima each is chosen with the same probability, so that the estimate is
-    that of a fair coin, whatever their order. Each of a tied group then has the same weight, the
-    mean of the group's; its golds count by their mean.
+    Unbiased: the mean over all C(N, n) subsets [1]_. Samples that tie in the proxy count with the
+    mean of their golds: among equal maxima each is chosen with the same probability, whatever their
+    order.
 
     Parameters
     ----------
     proxy : array_like, shape (N,) or (n_prompts, N)
-        What the best is chosen by.
+        Score that the best is chosen by.
     gold : array_like
-        What it is worth, in the shape of `proxy`.
+        Gold score of each sample, in the shape of `proxy`.
     n : int or array_like of int, shape (n_sizes,)
         From 1 to N.
 
@@ -131,33 +129,33 @@ def best_of_n_curve(proxy: ArrayLike, gold: ArrayLike, n: ArrayLike) -> Floats:
     NonFiniteScoreError
         If a score is NaN or infinite.
     """
-    chooses, worth = (np.asarray(x, dtype=np.float64) for x in (proxy, gold))
-    if chooses.shape != worth.shape or chooses.ndim not in (1, 2) or chooses.shape[-1] == 0:
+    proxies, golds = (np.asarray(x, dtype=np.float64) for x in (proxy, gold))
+    if proxies.shape != golds.shape or proxies.ndim not in (1, 2) or proxies.shape[-1] == 0:
         raise OptionError(
-            f"proxy and gold must have one shape, (N,) or (n_prompts, N) with N ≥ 1, not "
-            f"{chooses.shape} and {worth.shape}"
+            f"proxy and gold must have the same shape, (N,) or (n_prompts, N) with N ≥ 1, not "
+            f"{proxies.shape} and {golds.shape}"
         )
-    for name, scores in (("proxy", chooses), ("gold", worth)):
+    for name, scores in (("proxy", proxies), ("gold", golds)):
         if (bad := ~np.isfinite(scores)).any():
-            place = tuple(int(i) for i in np.argwhere(bad)[0])
+            position = tuple(int(i) for i in np.argwhere(bad)[0])
             raise NonFiniteScoreError(
-                f"{int(bad.sum())} {name} scores are NaN or infinite, the first at {place}; leave "
-                "such samples out of both"
+                f"{int(bad.sum())} {name} scores are NaN or infinite, the first at {position}; "
+                "leave such samples out of both"
             )
-    samples = chooses.shape[-1]
+    samples = proxies.shape[-1]
     weights = best_of_n_weights(samples, n)
-    rows, golds = chooses.reshape(-1, samples), worth.reshape(-1, samples)
-    found = np.empty((len(rows), len(weights)))
+    rows, golds = proxies.reshape(-1, samples), golds.reshape(-1, samples)
+    gold_of_best = np.empty((len(rows), len(weights)))
     step = max(1, _BLOCK // samples)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        found[part] = _ascending(rows[part], golds[part]) @ weights.T
-    return found.reshape((*chooses.shape[:-1], *np.shape(n)))
+        gold_of_best[part] = _ascending(rows[part], golds[part]) @ weights.T
+    return gold_of_best.reshape((*proxies.shape[:-1], *np.shape(n)))
 
 
 def _ascending(proxy: Floats, gold: Floats) -> Floats:
     """Return each row's golds by ascending proxy, tied ones replaced by their mean."""
-    order = np.argsort(proxy, axis=1)  # ties are shared below: their order is free
+    order = np.argsort(proxy, axis=1)  # ties get their mean below, so their order does not matter
     keys = np.take_along_axis(proxy, order, axis=1)
     worth = np.take_along_axis(gold, order, axis=1)
     first = np.ones(keys.shape, dtype=np.bool_)
@@ -167,7 +165,7 @@ def _ascending(proxy: Floats, gold: Floats) -> Floats:
     group = np.cumsum(first.ravel()) - 1
     counts = np.bincount(group)
     means = np.bincount(group, weights=worth.ravel()) / counts
-    # A group of one keeps its gold to the last digit.
+    # Without a tie gold stays exact to the last digit.
     shared = np.where(counts[group] > 1, means[group], worth.ravel())
     return shared.reshape(worth.shape)
 
@@ -181,17 +179,17 @@ class CurveFit:
     form : {"best_of_n", "rl"}
         R(d) = d(α − βd), or R(d) = d(α − β log d).
     alpha, beta : float
-        Gold a unit of d (d², for β of best-of-n).
+        Gold per unit of d (of d², for β of best-of-n).
     alpha_interval, beta_interval : tuple of float
         By Student's t.
     peak : float
         d of the highest gold: α/2β, or exp(α/β − 1); infinite where β ≤ 0, 0 where α ≤ 0 < β
         in the first form.
     peak_interval : tuple of float
-        By Fieller [2]_; its end is infinite where β cannot be told from 0.
+        By Fieller [2]_; its end is infinite where β does not differ from 0 significantly.
     curves : int
-        How many curves the intervals stand on; with 1, on the residuals of that one, as if they
-        were independent.
+        Number of curves that the intervals are based on; with 1 they are based on its residuals, as
+        if these were independent.
     """
 
     form: CurveForm
@@ -204,14 +202,14 @@ class CurveFit:
     curves: int
 
     def __call__(self, d: ArrayLike) -> Floats:
-        """Return R(d), gold above that of the policy itself."""
+        """Return R(d), the gain in gold over the policy."""
         straight, bent = np.moveaxis(_terms(np.asarray(d, dtype=np.float64), self.form), -1, 0)
         curve: Floats = self.alpha * straight + self.beta * bent
         return curve
 
 
 def _terms(d: Floats, form: CurveForm) -> Floats:
-    """Return what α and β are multiplied with, shape (…, 2)."""
+    """Return the factors of α and β, shape (…, 2)."""
     if form == "best_of_n":
         return np.stack([d, -(d**2)], axis=-1)
     positive = np.where(d > 0, d, 1.0)
@@ -224,13 +222,13 @@ def fit_curve(d: ArrayLike, gold: ArrayLike, *, form: CurveForm = "best_of_n") -
     Parameters
     ----------
     d : array_like, shape (n_points,)
-        √KL from the policy that the run began with, ≥ 0.
+        √KL from the initial policy, ≥ 0.
     gold : array_like, shape (n_points,) or (n_curves, n_points)
-        Above the gold at d = 0. With several curves, of repeats or seeds, the intervals stand on
-        the spread among them; points of one best-of-n curve share their samples, so that those of
-        a single curve are too narrow.
+        Gain in gold over d = 0. With several curves, from repeats or seeds, the intervals are based
+        on the spread among them. Points of one best-of-n curve share samples, so the intervals of a
+        single curve are too narrow.
     form : {"best_of_n", "rl"}
-        Which curve.
+        Form of the curve.
 
     Returns
     -------
@@ -250,7 +248,9 @@ def fit_curve(d: ArrayLike, gold: ArrayLike, *, form: CurveForm = "best_of_n") -
     if x.ndim != 1 or y.ndim not in (1, 2) or y.shape[-1] != len(x) or y.size == 0:
         raise OptionError(f"d of shape {x.shape} and gold of shape {y.shape} do not fit")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise NonFiniteScoreError("d or gold hold NaN or infinity; leave such points out")
+        raise NonFiniteScoreError(
+            "some values of d or gold are NaN or infinite; leave such points out"
+        )
     curves = y.reshape(-1, len(x))
     distinct, needed = len(np.unique(x[x > 0])), 3 if len(curves) == 1 else 2
     if x.min() < 0 or distinct < needed:
@@ -297,18 +297,18 @@ def _peak(ratio: float, form: CurveForm) -> float:
 
 
 def _fieller(a: float, b: float, covariance: Floats, t: float) -> tuple[float, float]:
-    """Return the ρ for which a − ρb is not told from 0; (…, ∞) where b itself is not, or b ≤ 0."""
+    """Return the interval of a/b: every ρ for which a − ρb may be 0; (…, ∞) where b may be ≤ 0."""
     v, t2 = covariance, t * t
     square = b * b - t2 * v[1, 1]
     cross = a * b - t2 * v[0, 1]
     rest = a * a - t2 * v[0, 0]
     inside = cross * cross - square * rest
     if square > 0:
-        if b < 0:  # the curve bends upwards beyond doubt: no peak
+        if b < 0:  # the curve bends upwards significantly: no peak
             return math.inf, math.inf
         root = math.sqrt(max(inside, 0.0))
         return (cross - root) / square, (cross + root) / square
-    if a <= 0 or rest <= 0 or square == 0:  # a itself is not told from 0, or is below
+    if a <= 0 or rest <= 0 or square == 0:  # a may be 0, or is below it
         return -math.inf, math.inf
-    # Only what lies between a negative and a positive root is left out: rest/square < 0.
+    # Only values between the negative and the positive root are excluded: rest/square < 0.
     return (cross - math.sqrt(inside)) / square, math.inf

@@ -1,7 +1,4 @@
-"""What an ensemble makes of n samples a prompt: the best of them, and pairs for DPO.
-
-Knows ensembles and text; the estimators of best-of-n, which know neither, are in `bestofn`.
-"""
+"""Best of n samples per prompt by an ensemble, and preference pairs for DPO."""
 
 from __future__ import annotations
 
@@ -29,13 +26,13 @@ class Best:
     Attributes
     ----------
     completion : str
-        The one with the highest reward; of equals, the first.
+        The completion with the highest reward; the first of equals.
     index : int
         Its position among the prompt's completions.
     reward : float
-        Its reward, in normalised units.
+        Its reward in normalised units.
     ranking : Ranking
-        Of all the prompt's completions.
+        Ranking of all the prompt's completions.
     """
 
     completion: str
@@ -58,21 +55,21 @@ def best_of_n(
     Parameters
     ----------
     ensemble : RewardEnsemble
-        Needs no calibration: an order is the same at every temperature.
+        A calibration is not needed: the order is the same at every temperature.
     prompts : sequence of str or of messages
     completions : sequence of sequence of str
-        Those of each prompt, at least one; their numbers may differ.
+        Completions of each prompt, at least one; their numbers may differ.
     aggregator : Aggregator, optional
-        Of the reward; the ensemble's own where not given.
+        Aggregator of the reward (default: the ensemble's).
     references : sequence of (str or None), optional
-        Reference completion of each prompt; a normaliser with a baseline needs them.
+        Reference completion of each prompt, which a normaliser with a baseline needs.
     progress : callable
         Called with (stage, done, total).
 
     Returns
     -------
     list of Best
-        One a prompt.
+        One per prompt.
 
     Raises
     ------
@@ -81,19 +78,19 @@ def best_of_n(
     """
     for row, texts in enumerate(completions):
         if len(texts) == 0:
-            raise DataError(f"prompt {row} has no completion to choose; leave it out")
+            raise DataError(f"prompt {row} has no completion to choose from; leave it out")
     chosen = ensemble if aggregator is None else ensemble.with_aggregator(aggregator)
     rankings = chosen.rank(prompts, completions, references=references, progress=progress)
-    found = []
+    best = []
     for texts, ranking in zip(completions, rankings, strict=True):
         index = int(ranking.order[0])
-        found.append(Best(texts[index], index, float(ranking.reward[index]), ranking))
-    return found
+        best.append(Best(texts[index], index, float(ranking.reward[index]), ranking))
+    return best
 
 
 @dataclass(frozen=True)
 class MadePair:
-    """A pair of completions that the ensemble is sure enough of.
+    """A pair of completions with a probability above the threshold.
 
     Attributes
     ----------
@@ -113,13 +110,13 @@ class MadePair:
     reward_rejected: float
 
     def to_json(self, *, soft: bool = False) -> dict[str, Any]:
-        """Return the row as TRL's DPOTrainer reads it: text, or messages where the prompt is so.
+        """Return a row for TRL's DPOTrainer: text, or messages where the prompt has messages.
 
         Parameters
         ----------
         soft : bool
-            Whether the row carries ``votes`` of p and 1 − p, which this library trains on as a soft
-            label. TRL has none of a row: its ``label_smoothing`` is one number for all.
+            Whether to add ``votes`` of p and 1 − p, which this library trains on as a soft label.
+            TRL has no soft label per row; its ``label_smoothing`` is one number for all rows.
         """
         chat = not isinstance(self.prompt, str)
 
@@ -145,37 +142,37 @@ def make_pairs(
     per_prompt: int = 1,
     progress: Progress = silent,
 ) -> list[MadePair]:
-    """Make DPO pairs of n samples a prompt: those whose calibrated probability is high enough.
+    """Make DPO pairs from n samples per prompt, where the calibrated probability is high enough.
 
-    Each prompt gives its `per_prompt` pairs of the largest margin, the best against the worst
-    first, as far as they pass. Equal completions count once. Taking the extremes of n selects for
-    the ensemble's errors, too: the probability is that of a pair drawn as the judgments were, and
-    the more samples, the more it flatters. A conservative aggregator takes some of that back.
+    Each prompt contributes up to `per_prompt` pairs of the largest margin, starting with best
+    against worst. Equal completions count once. Picking the extremes of n samples also selects for
+    the ensemble's errors: the probability is calibrated for pairs drawn as the judgments were, and
+    becomes more optimistic as n grows. A conservative aggregator reduces that.
 
     Parameters
     ----------
     ensemble : RewardEnsemble
         Calibrated for its own aggregator.
     samples : iterable of Sample
-        In any order; those of a prompt are found by it.
+        In any order; samples are grouped by prompt.
     threshold : float
-        In [½, 1): the lowest P(chosen is preferred).
+        Minimum P(chosen is preferred), in [½, 1).
     per_prompt : int
-        The most pairs of a prompt, ≥ 1.
+        Maximum number of pairs per prompt, ≥ 1.
     progress : callable
         Called with (stage, done, total).
 
     Returns
     -------
     list of MadePair
-        Prompt by prompt, in the order of their first samples.
+        By prompt, in the order of the prompts' first samples.
 
     Raises
     ------
     NotCalibratedError, AggregatorMismatchError
-        If the ensemble's margin has no probability.
+        If the ensemble has no calibration for its aggregator.
     OptionError
-        If the threshold or the number of pairs cannot be used.
+        If `threshold` or `per_prompt` is out of range.
     """
     if not 0.5 <= threshold < 1:
         raise OptionError(f"threshold must lie in [0.5, 1), not {threshold!r}")
@@ -185,18 +182,18 @@ def make_pairs(
     prompts: dict[str, dict[str, Sample]] = {}
     for sample in samples:
         prompts.setdefault(prompt_key(sample.prompt), {}).setdefault(sample.completion, sample)
-    several = [list(found.values()) for found in prompts.values() if len(found) > 1]
-    asked = [sample for group in several for sample in group]
-    reward = ensemble.score(asked, progress=progress).reward if asked else np.zeros(0)
+    groups = [[*by_text.values()] for by_text in prompts.values() if len(by_text) > 1]
+    scored = [sample for group in groups for sample in group]
+    reward = ensemble.score(scored, progress=progress).reward if scored else np.zeros(0)
     pairs, start = [], 0
-    for group in several:
+    for group in groups:
         part = reward[start : start + len(group)]
-        pairs += _surest(group, part, calibration, threshold, per_prompt)
+        pairs += _most_probable(group, part, calibration, threshold, per_prompt)
         start += len(group)
     return pairs
 
 
-def _surest(
+def _most_probable(
     group: Sequence[Sample],
     reward: np.ndarray[Any, np.dtype[np.float64]],
     calibration: Calibration,
@@ -208,12 +205,12 @@ def _surest(
     margins = reward[order[i]] - reward[order[j]]
     largest = np.argsort(-margins, kind="stable")[:per_prompt]
     p = calibration.probability(margins[largest])
-    found = []
-    for place, probability in zip(largest, p, strict=True):
-        first, second = int(order[i[place]]), int(order[j[place]])
+    pairs = []
+    for row, probability in zip(largest, p, strict=True):
+        first, second = int(order[i[row]]), int(order[j[row]])
         # A tie prefers neither, whatever the threshold.
-        if probability >= threshold and margins[place] > 0:
-            found.append(
+        if probability >= threshold and margins[row] > 0:
+            pairs.append(
                 MadePair(
                     group[first].prompt,
                     group[first].completion,
@@ -223,4 +220,4 @@ def _surest(
                     float(reward[second]),
                 )
             )
-    return found
+    return pairs

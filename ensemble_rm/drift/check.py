@@ -180,7 +180,7 @@ def _unlabelled(
     options: DriftCheckOptions,
 ) -> UnlabelledDrift:
     from ensemble_rm.ensemble.results import Scores
-    from ensemble_rm.members.encoding import Truncation
+    from ensemble_rm.members.scorer import Truncation
 
     evidence = _evidence(versions, version)
     if evidence is None:

@@ -1,8 +1,11 @@
-"""How good an ensemble is on judged pairs: single members, their mean, every aggregator.
+"""Evaluate an ensemble on judged pairs: every member and several aggregators.
 
-Before calibration a probability is σ(Δ) of normalised margins; after, σ(Δ/T) with each row's own T,
-fitted on the calibration's judgments and never on the pairs that are evaluated. The ensemble's own
-row has what its calibration says: a curve, or each subset's temperature, where it has them.
+Before calibration a probability is σ(Δ) of normalised margins; after it σ(Δ/T) with each row's own
+T, fitted on the calibration's judgments and never on the evaluated pairs. The row of the ensemble's
+own aggregator uses its calibration, including a curve or the temperatures of subsets.
+
+Accuracy, NLL and Brier score are weighted by the pairs' weights. The calibration errors count each
+pair once, since a weighted ECE has no null distribution to compare with.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ def default_aggregators(like: Aggregator | None = None) -> tuple[Aggregator, ...
 
 @dataclass(frozen=True)
 class Row:
-    """One way to a reward, measured.
+    """Metrics of one member or one aggregator.
 
     Attributes
     ----------
@@ -74,15 +77,15 @@ class Row:
         A member's name, or an aggregator with its coefficients.
     kind : {"member", "aggregator"}
     before, after : dict of str to Interval
-        Metrics by name; `after` is empty where no temperature could be fitted, both where a member
-        scored nothing.
+        Metrics by name. `after` is empty where no temperature could be fitted; both are empty where
+        a member scored no pair.
     null_before, null_after : EceNull, optional
-        What chance alone makes of the ECE.
+        The ECE that chance alone gives.
     temperature : TemperatureFit, optional
     refusal : str
-        Why there is no temperature, where there is none.
+        Why there is no temperature; empty where there is one.
     missing : int
-        Pairs that a member did not score on both sides; it is measured on the others.
+        Number of pairs that a member did not score on both sides; its metrics are of the others.
     """
 
     name: str
@@ -97,37 +100,37 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON."""
-        found: dict[str, Any] = {"name": self.name, "kind": self.kind}
+        row: dict[str, Any] = {"name": self.name, "kind": self.kind}
         for stage, metrics, null in (
             ("before", self.before, self.null_before),
             ("after", self.after, self.null_after),
         ):
-            found[stage] = {k: vars(interval) for k, interval in metrics.items()}
+            row[stage] = {k: vars(interval) for k, interval in metrics.items()}
             if null is not None:
-                found[stage]["ece_null"] = vars(null)
-        found["temperature"] = self.temperature and vars(self.temperature)
+                row[stage]["ece_null"] = vars(null)
+        row["temperature"] = self.temperature and vars(self.temperature)
         if self.refusal:
-            found["refusal"] = self.refusal
+            row["refusal"] = self.refusal
         if self.missing:
-            found["missing"] = self.missing
-        return found
+            row["missing"] = self.missing
+        return row
 
 
 @dataclass(frozen=True)
 class SubsetRow:
-    """The ensemble's own aggregator on one subset of the pairs.
+    """Metrics of the ensemble's own aggregator on one subset of the pairs.
 
     Attributes
     ----------
     name : str
     pairs, prompts : int
-        How many there are.
+        Number of pairs, and of their prompts.
     metrics : dict of str to Interval
-        By name, calibrated where the ensemble is.
+        Metrics by name, calibrated where the ensemble is.
     null : EceNull
-        What chance alone makes of the ECE.
+        The ECE that chance alone gives.
     temperature : float, optional
-        T that the subset's probabilities have; none without a calibration, or under a curve.
+        T of the subset's probabilities; None without a calibration, or under a curve.
     """
 
     name: str
@@ -160,28 +163,28 @@ class Evaluation:
     chosen : str
         Name of the row of the ensemble's own aggregator.
     pairs, prompts : int
-        How many were evaluated.
+        Number of evaluated pairs, and of their prompts.
     probability : ndarray, shape (n_pairs,)
-        Of the ensemble's own aggregator; calibrated where it is.
+        P(first is preferred) by the ensemble's own aggregator; calibrated where it is.
     targets : ndarray, shape (n_pairs,)
     groups : ndarray of int, shape (n_pairs,)
         Prompt of each pair.
     uncertainty : dict of str to ndarray
-        What can rank pairs by doubt: ``entropy`` of the probability and, of two members or more,
-        ``epistemic``; higher is less sure.
+        Uncertainty of each pair: ``entropy`` of the probability and, with two members or more,
+        ``epistemic``; higher is less certain.
     error_auroc : dict of str to Interval
-        How well each of these finds the wrong verdicts.
+        AUROC of each of these as a detector of wrong pairs.
     margin_correlation : float, optional
-        Mean correlation of the members' margins: near 1 they move as a herd.
+        Mean correlation of the members' margins; near 1 the members hardly differ.
     longer_first_auroc : float, optional
-        How well the longer completion alone predicts the verdict.
+        AUROC of the completions' length alone as a predictor of the verdict.
     subsets : tuple of SubsetRow
-        The ensemble's own aggregator on each subset that the pairs name.
+        The ensemble's own aggregator on each subset of the pairs.
     unrewarded : int
-        Pairs beside these, left out since too few members scored a side.
+        Number of further pairs that were left out, since too few members scored a side.
     pooling_gain : Interval, optional
-        Mean member NLL − NLL of the own aggregator's margin in nats, each at its own temperature:
-        what the ensemble buys. None where one of them has no temperature.
+        Mean member NLL − NLL of the own aggregator's margin in nats, each at its own temperature.
+        None where one of them has no temperature.
     """
 
     rows: tuple[Row, ...]
@@ -200,11 +203,11 @@ class Evaluation:
     unrewarded: int = 0
 
     def row(self, name: str) -> Row:
-        """Return the row of that name."""
+        """Return the row of a name."""
         return next(row for row in self.rows if row.name == name)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all but the pairs themselves as JSON."""
+        """Return everything but the arrays of pairs as JSON."""
         return {
             "pairs": self.pairs,
             "prompts": self.prompts,
@@ -228,36 +231,35 @@ def evaluate(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure single members, their mean and every aggregator on judged pairs.
+    """Evaluate every member and several aggregators on judged pairs.
 
     Parameters
     ----------
     ensemble : RewardEnsemble
-        Without a calibration there is nothing after calibration, and the rest is measured.
+        Without a calibration only the metrics before calibration are computed.
     test : Preferences
-        Pairs that neither training nor calibration saw. Their sides are exchanged at random
-        first, so that their order tells nothing. Their weights count in accuracy, NLL and Brier.
+        Pairs that neither training nor calibration saw. Their sides are swapped at random first, so
+        that the order of the sides says nothing. Weights count in accuracy, NLL and Brier score.
     aggregators : sequence of Aggregator, optional
-        Beside the ensemble's own; a usual set, with its policy for missing members, where not
-        given.
+        Aggregators to compare with the ensemble's own (default: `default_aggregators`).
     draws : int
-        Bootstrap samples, over prompts, of each interval.
+        Bootstrap draws over prompts per interval.
     seed : int
-        Of the sides, the bootstrap and the redrawn labels.
+        Seed of the sides, the bootstrap and the redrawn labels.
     progress : callable
         Called with (stage, done, total).
 
     Returns
     -------
     Evaluation
-        With intervals at 95 %.
+        With 95 % intervals.
 
     Raises
     ------
     DataError
         If there is no pair.
     NonFiniteScoreError
-        If none has a reward, or a score is NaN against the aggregator's policy.
+        If no pair has a reward, or a score is NaN against the aggregator's policy.
     """
     require_pairs(test, "an evaluation")
     test = test.shuffled_sides(seed=seed)
@@ -318,21 +320,21 @@ def evaluate(
 def _rewarded(
     ensemble: RewardEnsemble, test: Preferences, progress: Progress
 ) -> tuple[Preferences, ScoredPairs, int]:
-    """Return the pairs that have a reward, scored, and how many have none."""
+    """Return the pairs that have a reward, their scores, and how many pairs have none."""
     scored = ensemble.judge(test, progress=progress)
-    there = np.flatnonzero(~np.isnan(scored.margins(ensemble.aggregator)))
-    if len(there) == 0:
+    rows = np.flatnonzero(~np.isnan(scored.margins(ensemble.aggregator)))
+    if len(rows) == 0:
         raise NonFiniteScoreError(
             f"none of the {len(test)} pairs has a reward: {ensemble.aggregator} needs "
             f"{ensemble.aggregator.fewest} members that score both sides"
         )
-    if len(there) == len(test):
+    if len(rows) == len(test):
         return test, scored, 0
-    return test.take(there), scored.take(there), len(test) - len(there)
+    return test.take(rows), scored.take(rows), len(test) - len(rows)
 
 
 def _calibrated(ensemble: RewardEnsemble, scored: ScoredPairs) -> Floats | None:
-    """Return what the ensemble's own calibration says; None where it has none that applies."""
+    """Return the probabilities of the ensemble's calibration; None without one that applies."""
     calibration = ensemble.calibration
     if calibration is None or calibration.aggregator != ensemble.aggregator:
         return None
@@ -372,7 +374,7 @@ def _pooling_gain(
 
 
 def _doubts(scored: ScoredPairs, p: Floats, ensemble: RewardEnsemble) -> dict[str, Floats]:
-    found = {"entropy": -np.abs(p - 0.5)}
+    doubts = {"entropy": -np.abs(p - 0.5)}
     if ensemble.calibration is not None:
         try:
             split = split_uncertainty(
@@ -381,15 +383,15 @@ def _doubts(scored: ScoredPairs, p: Floats, ensemble: RewardEnsemble) -> dict[st
                 nan="omit",
             )
         except OneMemberError:
-            return found
-        found["epistemic"] = unknown_as_most(split.epistemic)
-    return found
+            return doubts
+        doubts["epistemic"] = unknown_as_most(split.epistemic)
+    return doubts
 
 
 def _correlation(scored: ScoredPairs) -> float | None:
     margins = scored.member_margins
-    there = ~np.isnan(margins)
-    if not (there.T.astype(np.int64) @ there).all():
+    present = ~np.isnan(margins)
+    if not (present.T.astype(np.int64) @ present).all():
         return None  # two members scored no pair together
     return mean_correlation(margin_correlation(margins, nan="omit"))
 
@@ -413,30 +415,30 @@ def measure_row(
     draws: int,
     seed: int,
 ) -> Row:
-    """Measure one way to a reward, before and after calibration.
+    """Compute the metrics of one member or aggregator, before and after calibration.
 
     Parameters
     ----------
     name, kind : str
-        Of the row.
+        As in `Row`.
     margins_of : callable
-        Pairs to margins, shape (n_pairs,).
+        Maps pairs to margins, shape (n_pairs,).
     scored : ScoredPairs
-        The pairs to measure on.
+        The evaluated pairs.
     evidence : ScoredPairs, optional
         The calibration's judgments, which the row's temperature is fitted on.
     calibrated : ndarray, shape (n_pairs,), optional
-        Probabilities after calibration where they are known; σ(Δ/T) where not given.
+        Probabilities after calibration (default: σ(Δ/T)).
     draws, seed : int
-        Of the bootstrap.
+        Draws and seed of the bootstrap.
     """
     margins = margins_of(scored)
-    there = ~np.isnan(margins)
-    missing = int((~there).sum())
+    present = ~np.isnan(margins)
+    missing = int((~present).sum())
     if missing == len(margins):
         return Row(name, kind, {}, {}, None, None, None, f"{name} scored no pair", missing)
-    if missing:  # a member is measured on what it scored
-        scored, margins = scored.take(np.flatnonzero(there)), margins[there]
+    if missing:  # a member counts on the pairs that it scored
+        scored, margins = scored.take(np.flatnonzero(present)), margins[present]
     before = np.asarray(expit(margins))
     fit, refusal = None, "the ensemble has no calibration"
     if evidence is not None:
@@ -477,13 +479,13 @@ def measure_subsets(
     draws: int,
     seed: int,
 ) -> tuple[SubsetRow, ...]:
-    """Measure probabilities on every subset that the pairs name, by name."""
+    """Compute the metrics of each subset of the pairs, sorted by name."""
     subsets = np.array(scored.subsets, dtype=object)
-    found = []
+    subset_rows = []
     for name in scored.subset_names:
         rows = np.flatnonzero(subsets == name)
         part = scored.take(rows)
-        found.append(
+        subset_rows.append(
             SubsetRow(
                 name,
                 len(part),
@@ -493,7 +495,7 @@ def measure_subsets(
                 temperature_of(name),
             )
         )
-    return tuple(found)
+    return tuple(subset_rows)
 
 
 def measure_gain(
@@ -505,22 +507,22 @@ def measure_gain(
     draws: int,
     seed: int,
 ) -> Interval:
-    """Say what pooling buys: mean member NLL − pooled NLL in nats, each at its own held-out T.
+    """Return the pooling gain: mean member NLL − pooled NLL in nats, each at its own held-out T.
 
-    On the pairs that every member scored.
+    Only pairs that every member scored count.
 
     Parameters
     ----------
     scored : ScoredPairs
-        The pairs to measure on.
+        The evaluated pairs.
     members : list of TemperatureFit
-        One a member.
+        One per member.
     pooled : TemperatureFit
         Of the aggregated margin.
     margins : ndarray, shape (n_pairs,)
         The aggregated margin.
     draws, seed : int
-        Of the bootstrap.
+        Draws and seed of the bootstrap.
     """
     whole = np.flatnonzero(~np.isnan(scored.member_margins).any(axis=1))
     scored, margins = scored.take(whole), margins[whole]
@@ -547,13 +549,13 @@ def _measure(p: Floats, scored: ScoredPairs, draws: int, seed: int) -> dict[str,
     """Return every metric with its interval over prompts."""
     y = scored.targets
     per_pair = {"accuracy": agreement(p, y), "nll": pair_nll(p, y), "brier": (p - y) ** 2}
-    found = {k: _mean_interval(v, scored, draws, seed) for k, v in per_pair.items()}
+    metrics = {k: _mean_interval(v, scored, draws, seed) for k, v in per_pair.items()}
     for name, metric in (("ece", ece), ("smooth_ece", smooth_ece)):
         few = min(draws, 100) if name == "smooth_ece" else draws
-        found[name] = bootstrap(
+        metrics[name] = bootstrap(
             lambda i, m=metric: m(p[i], y[i]),  # type: ignore[misc]
             scored.groups,
             draws=few,
             seed=seed,
         )
-    return found
+    return metrics

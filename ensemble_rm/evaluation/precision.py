@@ -1,6 +1,6 @@
-"""What a lower precision does to an ensemble's scores, on samples of the user's own.
+"""How a lower precision changes an ensemble's scores.
 
-The same samples, scored by the same members in float32 and in another dtype.
+The same samples are scored by the same members in float32 and in another dtype.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ REFERENCE = "float32"
 
 @dataclass(frozen=True, slots=True)
 class ScoreDrift:
-    """How far one column of scores is from itself in float32.
+    """Difference between one column of scores and the same in float32.
 
     Attributes
     ----------
     name : str
-        A member's, or the aggregator's for the reward.
+        Name of the member, or of the aggregator for the reward.
     rms, maximum : float
-        Of the difference, in standard deviations (ddof 1) of the float32 scores.
+        RMS and maximum of the difference, in standard deviations (ddof 1) of the float32 scores.
     spearman : float
-        Rank correlation with the float32 scores; NaN where all became equal.
+        Rank correlation with the float32 scores; NaN where all scores became equal.
     flips, ties : float
-        Shares of the pairs within a prompt that float32 tells apart, whose order is now the other,
-        and which are now equal; NaN where there is no such pair.
+        Among the pairs within a prompt with different float32 scores: the shares whose order is
+        reversed, and whose scores are now equal; NaN without such pairs.
     """
 
     name: str
@@ -56,20 +56,20 @@ class ScoreDrift:
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """An ensemble in another dtype beside itself in float32.
+    """Comparison of an ensemble in another dtype with itself in float32.
 
     Attributes
     ----------
     dtype : str
-        The other.
+        The other dtype.
     samples, prompts, pairs : int
-        Samples scored, their prompts, and pairs of samples of one prompt.
+        Number of samples, of their prompts, and of pairs of samples within a prompt.
     members : tuple of ScoreDrift
-        One a member.
+        One per member.
     reward : ScoreDrift
-        Of the aggregated reward.
+        Drift of the aggregated reward.
     unchanged : tuple of str
-        Members that have no dtype, and were scored the same way twice.
+        Members without a dtype, which were scored the same way twice.
     """
 
     dtype: str
@@ -98,11 +98,11 @@ def precision_report(
     Parameters
     ----------
     ensemble : RewardEnsemble
-        Whatever its own dtype; it stays as it is.
+        Of any dtype; it is not changed.
     samples : sequence of Sample
-        Several a prompt, so that the order within a prompt is measured.
+        Several per prompt, so that the order within prompts can be compared.
     dtype : {"bfloat16", "float16", "float32"}
-        The other.
+        The other dtype.
     progress : callable
         Called with (stage, done, total).
 
@@ -117,12 +117,12 @@ def precision_report(
     """
     torch_dtype(dtype)
     if len(samples) < 2:
-        raise OptionError(f"drift needs at least 2 samples, not {len(samples)}")
+        raise OptionError(f"a precision report needs at least 2 samples, not {len(samples)}")
     unchanged = [n for s in ensemble.scorers if s.options is None for n in s.names]
     if len(unchanged) == len(ensemble.names):
         raise OptionError(
             f"none of the members {ensemble.names} has a dtype; "
-            "head, branch, full and published members have one"
+            "head, branch, LoRA and full members have one"
         )
     exact = _scores_in(ensemble, REFERENCE, samples, progress)
     other = _scores_in(ensemble, dtype, samples, progress)
@@ -144,14 +144,14 @@ def precision_report(
 def _scores_in(
     ensemble: RewardEnsemble, dtype: str, samples: Sequence[Sample], progress: Progress
 ) -> Scores:
-    """Score with every member in a dtype; those that have it already are used as they are."""
+    """Score with every member in a dtype; members that have it already are used unchanged."""
 
-    def turned(scorer: Scorer) -> Scorer:
+    def converted(scorer: Scorer) -> Scorer:
         if scorer.options is None or scorer.options.dtype == dtype:
             return scorer
         return scorer.with_options(replace(scorer.options, dtype=dtype))
 
-    return replace(ensemble, scorers=tuple(map(turned, ensemble.scorers))).score(
+    return replace(ensemble, scorers=tuple(map(converted, ensemble.scorers))).score(
         samples, progress=progress
     )
 
@@ -173,21 +173,21 @@ def measure_drift(
     ----------
     name : str
     exact, other : ndarray, shape (n_samples,)
-        In float32, and in the other dtype.
+        Scores in float32 and in the other dtype.
     groups : sequence of ndarray of int
-        The rows of each prompt.
+        Rows of each prompt.
     """
-    there = ~np.isnan(exact + other)  # a member on a server may have failed
-    if there.sum() < 2:
-        raise OptionError(f"{name} scores {int(there.sum())} of {len(exact)} samples; give others")
-    unit = float(exact[there].std(ddof=1))
+    present = ~np.isnan(exact + other)  # a remote member may have failed
+    if present.sum() < 2:
+        raise OptionError(f"{name} scores {int(present.sum())} of {len(exact)} samples; it needs 2")
+    unit = float(exact[present].std(ddof=1))
     if not unit > 0:
-        raise OptionError(f"{name} scores all {len(exact)} samples alike; give others")
-    gap = (other - exact)[there] / unit
-    groups = [rows[there[rows]] for rows in groups]
+        raise OptionError(f"{name} gives all {len(exact)} samples the same score; use others")
+    gap = (other - exact)[present] / unit
+    groups = [rows[present[rows]] for rows in groups]
     apart, flipped, tied = 0, 0, 0
     for rows in groups:
-        for i, row in enumerate(rows[:-1]):  # one against all that follow: memory stays linear
+        for i, row in enumerate(rows[:-1]):  # row by row keeps memory linear
             before = np.sign(exact[row] - exact[rows[i + 1 :]])
             after = np.sign(other[row] - other[rows[i + 1 :]])
             apart += int((before != 0).sum())
@@ -197,7 +197,7 @@ def measure_drift(
         name,
         rms=float(np.sqrt((gap**2).mean())),
         maximum=float(np.abs(gap).max()),
-        spearman=_spearman(exact[there], other[there]),
+        spearman=_spearman(exact[present], other[present]),
         flips=flipped / apart if apart else float("nan"),
         ties=tied / apart if apart else float("nan"),
     )
@@ -212,12 +212,12 @@ def _spearman(a: Floats, b: Floats) -> float:
 
 
 def precision_text(report: PrecisionReport) -> str:
-    """Return the report as a table, with what its columns mean below.
+    """Return the report as a table, followed by notes on its columns.
 
     Parameters
     ----------
     report : PrecisionReport
-        To be shown.
+        Report to show.
 
     Returns
     -------
@@ -241,9 +241,9 @@ def precision_text(report: PrecisionReport) -> str:
     notes = [
         f"{report.samples} samples of {report.prompts} prompts; {report.pairs} pairs within one.",
         f"RMS and max: of the difference, in standard deviations of the {REFERENCE} scores.",
-        f"flips, ties: of the pairs within a prompt that {REFERENCE} tells apart, those whose",
-        "order turned, and those that became equal. ▸ is the aggregated reward.",
+        f"flips, ties: of the pairs within a prompt with different {REFERENCE} scores, those whose",
+        "order reversed, and those that became equal. ▸ is the aggregated reward.",
     ]
     if report.unchanged:
-        notes.append(f"without a dtype, scored alike twice: {', '.join(report.unchanged)}")
+        notes.append(f"without a dtype, scored the same way twice: {', '.join(report.unchanged)}")
     return "\n".join([table(header, rows), "", *notes])

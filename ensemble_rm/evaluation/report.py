@@ -13,15 +13,15 @@ from ensemble_rm.plotting import INK, MUTED, PALE, new_figure, write_figure
 from ensemble_rm.text_table import table
 
 
-def _figure(found: dict[str, Interval], name: str) -> str:
-    if name not in found:
+def _figure(metrics: dict[str, Interval], name: str) -> str:
+    if name not in metrics:
         return "—"
-    i = found[name]
+    i = metrics[name]
     return f"{i.estimate:.3f} [{i.low:.3f}, {i.high:.3f}]"
 
 
-def _short(found: dict[str, Interval], name: str) -> str:
-    return f"{found[name].estimate:.3f}" if name in found else "—"
+def _short(metrics: dict[str, Interval], name: str) -> str:
+    return f"{metrics[name].estimate:.3f}" if name in metrics else "—"
 
 
 def _line(row: Row, chosen: str) -> list[str]:
@@ -51,12 +51,12 @@ def _subset_line(row: SubsetRow) -> list[str]:
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
-    """Return the evaluation as a table, with what its columns mean below.
+    """Return the evaluation as a table, followed by notes on its columns.
 
     Parameters
     ----------
     evaluation : Evaluation
-        To be shown.
+        Evaluation to show.
 
     Returns
     -------
@@ -71,9 +71,9 @@ def evaluation_text(evaluation: Evaluation) -> str:
     notes = [
         f"{evaluation.pairs} pairs of {evaluation.prompts} prompts; brackets: 95 % over prompts.",
         "raw: σ(Δ) of normalised scores; others: σ(Δ/T), T fitted on the calibration's judgments.",
-        "by chance: 95 % of perfectly calibrated models of these probabilities stay below.",
-        "▸ is the ensemble's own aggregator, with all that its calibration says.",
-        "accuracy, NLL and Brier count the pairs' weights; the ECE counts each pair once.",
+        "by chance: 95 % of perfectly calibrated models with these probabilities stay below.",
+        "▸ is the ensemble's own aggregator, under its own calibration.",
+        "accuracy, NLL and Brier use the pairs' weights; the ECE counts each pair once.",
     ]
     if evaluation.pooling_gain is not None:
         gain = evaluation.pooling_gain
@@ -90,9 +90,11 @@ def evaluation_text(evaluation: Evaluation) -> str:
     if evaluation.longer_first_auroc is not None:
         notes.append(f"AUROC of length alone: {evaluation.longer_first_auroc:.3f}")
     if evaluation.unrewarded:
-        notes.append(f"{evaluation.unrewarded} pairs more have no reward: too few members scored")
+        notes.append(
+            f"{evaluation.unrewarded} further pairs have no reward: too few members scored them"
+        )
     notes += [
-        f"{row.name} scored {evaluation.pairs - row.missing} of the pairs, and is measured on those"
+        f"{row.name} scored {evaluation.pairs - row.missing} of the pairs; its metrics are of those"
         for row in evaluation.rows
         if row.missing
     ]
@@ -104,18 +106,18 @@ def evaluation_text(evaluation: Evaluation) -> str:
 def draw_reliability(
     p: ArrayLike, y: ArrayLike, path: Path, *, bins: int = 10, title: str = "Reliability"
 ) -> Path:
-    """Draw how often the first side won against how probable it was said to be.
+    """Plot the observed share of wins against the predicted probability.
 
     Parameters
     ----------
     p, y : array_like, shape (n_pairs,)
         Probabilities and verdicts; each pair counts in both orientations.
     path : Path
-        Of the PNG.
+        PNG file to write.
     bins : int
-        Of equal mass.
+        Number of bins of equal mass.
     title : str
-        Above the picture.
+        Title of the plot.
 
     Returns
     -------
@@ -126,16 +128,18 @@ def draw_reliability(
     q, t = np.concatenate([q, 1 - q]), np.concatenate([t, 1 - t])
     order = np.argsort(q, kind="stable")
     parts = np.array_split(order, bins)
-    said = np.array([q[i].mean() for i in parts])
-    seen = np.array([t[i].mean() for i in parts])
+    predicted = np.array([q[i].mean() for i in parts])
+    observed = np.array([t[i].mean() for i in parts])
     # A pair's orientations fall into mirrored bins, so that each bin counts a pair once.
     counts = np.array([len(i) for i in parts])
-    error = 1.96 * np.sqrt(np.maximum(said * (1 - said), 1e-9) / counts)
-    figure, axes = new_figure(title, "probability said", "share of wins seen", size=(5, 5))
+    error = 1.96 * np.sqrt(np.maximum(predicted * (1 - predicted), 1e-9) / counts)
+    figure, axes = new_figure(title, "predicted probability", "observed share of wins", size=(5, 5))
     grid = np.linspace(0, 1, 101)
     axes.plot(grid, grid, color=MUTED, lw=1, ls="--", label="perfect")
-    axes.fill_between(said, said - error, said + error, color=PALE, label="95 % of perfect models")
-    axes.plot(said, seen, "o-", color=INK, ms=5, lw=1.5, label="seen")
+    axes.fill_between(
+        predicted, predicted - error, predicted + error, color=PALE, label="95 % of perfect models"
+    )
+    axes.plot(predicted, observed, "o-", color=INK, ms=5, lw=1.5, label="observed")
     axes.hist(q, bins=40, range=(0, 1), weights=np.full(len(q), 0.5 / len(q)), color=PALE)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
@@ -144,14 +148,14 @@ def draw_reliability(
 
 
 def draw_risk_coverage(evaluation: Evaluation, path: Path) -> Path:
-    """Draw the share of errors among the surest pairs, for each measure of doubt.
+    """Plot the error rate among the most certain pairs, for each uncertainty.
 
     Parameters
     ----------
     evaluation : Evaluation
-        To be shown.
+        Evaluation to show.
     path : Path
-        Of the PNG.
+        PNG file to write.
 
     Returns
     -------
@@ -159,7 +163,7 @@ def draw_risk_coverage(evaluation: Evaluation, path: Path) -> Path:
         As given.
     """
     figure, axes = new_figure(
-        "Risk and coverage", "share of pairs kept, the surest first", "errors", size=(6, 4)
+        "Risk and coverage", "share of pairs kept, most certain first", "errors", size=(6, 4)
     )
     for colour, (name, doubt) in zip(
         (INK, MUTED, "#7f8c8d"), evaluation.uncertainty.items(), strict=False
@@ -176,14 +180,14 @@ def draw_risk_coverage(evaluation: Evaluation, path: Path) -> Path:
 
 
 def draw_evaluation(evaluation: Evaluation, folder: Path) -> tuple[Path, ...]:
-    """Draw every picture of an evaluation.
+    """Write every plot of an evaluation.
 
     Parameters
     ----------
     evaluation : Evaluation
-        To be shown.
+        Evaluation to show.
     folder : Path
-        Made where missing.
+        Created where missing.
 
     Returns
     -------

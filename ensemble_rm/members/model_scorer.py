@@ -1,7 +1,4 @@
-"""What members with a model in this process share: lazy loading, locking, unloading, storage.
-
-Knows no kind of member.
-"""
+"""Members with a model in this process: loaded at the first score, used by one thread at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ S = TypeVar("S", bound="ModelScorer")
 
 
 def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-    """Run one thread at a time in a scorer's methods: its model and tokenizer keep state."""
+    """Run a scorer's method in one thread at a time: its model and tokenizer keep state."""
 
     @wraps(method)
     def alone(self: S, /, *args: P.args, **options: P.kwargs) -> T:
@@ -45,7 +42,7 @@ def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P
 class ModelScorer(Scorer):
     """A scorer that loads a model at its first score, and is saved as JSON and safetensors.
 
-    A kind adds `score_detailed`, and what it is made of next to the model and how that is read.
+    A kind implements `score_detailed`, its constructor's other arguments, and how they are saved.
 
     Parameters
     ----------
@@ -79,7 +76,7 @@ class ModelScorer(Scorer):
 
     @in_turn
     def unload(self) -> None:
-        """Free the model's memory until the next score."""
+        """Free the model until the next score."""
         self._forget()
         bb.empty_cache(bb.pick_device(self.options.device))
 
@@ -92,7 +89,7 @@ class ModelScorer(Scorer):
         return self.with_options(self.options)
 
     def with_options(self, options: TrunkOptions) -> Self:
-        """Return the same members under other options; the model is loaded at their first score."""
+        """Return the same members under other options; the model is loaded at the first score."""
         return type(self)(self.backbone, options, **self._parts())
 
     @abstractmethod
@@ -110,7 +107,7 @@ class ModelScorer(Scorer):
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """Return what `describe` adds for this kind, as JSON values."""
+        """Return what a kind adds to `describe`."""
 
     def save(self, folder: Path) -> None:
         """Write ``member.json`` and the members' own weights."""
@@ -120,7 +117,7 @@ class ModelScorer(Scorer):
 
     @abstractmethod
     def _write(self, folder: Path) -> dict[str, Any]:
-        """Write the weights; return what ``member.json`` says differently from `describe`."""
+        """Write the weights; return the fields in which ``member.json`` differs from `describe`."""
 
     @classmethod
     def average(cls, scorers: Sequence[Self], folder: Path | None) -> Self:  # noqa: ARG003
@@ -158,10 +155,10 @@ class ModelScorer(Scorer):
         ----------
         folder : Path
         backbone : str or Path, optional
-            The backbone's folder, if it has moved since training. Ignored by members that are whole
-            models.
+            Where the backbone is now, if it has moved since training; a whole model as a member
+            has none.
         device : str, optional
-            The best available by default.
+            Device of the model (default: the best available).
         cache_dir : Path, optional
             For converted GGUF weights.
 
@@ -180,7 +177,9 @@ class ModelScorer(Scorer):
             parts = cls._read(folder, saved)
             place, digest = cls._place(folder, saved, backbone), saved["digest"]
         except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
-            raise StorageError(f"{folder} holds no saved {cls.kind} member: {error!r}") from error
+            raise StorageError(
+                f"{folder} contains no saved {cls.kind} member: {error!r}"
+            ) from error
         return cls(bb.locate_same(place, digest, cache_dir=cache_dir), options, **parts)
 
     @classmethod
@@ -195,5 +194,5 @@ class ModelScorer(Scorer):
         saved: Mapping[str, Any],
         backbone: str | Path | None,
     ) -> str | Path:
-        """Return the model's folder or name."""
+        """Return the model's folder or Hub id."""
         return backbone or str(saved["backbone"])

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import NonFiniteScoreError, OptionError, StorageError
-from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -23,6 +22,64 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Token: TypeAlias = str | Callable[[], str]
 """A bearer token, or a function that returns the current one."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Truncation:
+    """Which samples truncation cut in a call, and how many.
+
+    Attributes
+    ----------
+    prompts, completions : ndarray of bool, shape (n_samples,)
+        Whether each lost tokens at the beginning of the prompt, at the end of the completion.
+    """
+
+    prompts: NDArray[np.bool_]
+    completions: NDArray[np.bool_]
+
+    @classmethod
+    def none(cls, n: int) -> Truncation:
+        """Return that of `n` samples of which none was cut."""
+        return cls(np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_))
+
+    @classmethod
+    def join(cls, parts: Sequence[Truncation]) -> Truncation:
+        """Return that of the samples of all parts, in their order."""
+        return cls(
+            np.concatenate([part.prompts for part in parts]),
+            np.concatenate([part.completions for part in parts]),
+        )
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Truncation:
+        """Return that of some of the samples."""
+        return Truncation(self.prompts[rows], self.completions[rows])
+
+    def __or__(self, other: Truncation) -> Truncation:
+        """Return which of the same samples one or the other cut."""
+        return Truncation(self.prompts | other.prompts, self.completions | other.completions)
+
+    @property
+    def samples(self) -> int:
+        """Samples encoded."""
+        return len(self.prompts)
+
+    @property
+    def prompts_cut(self) -> int:
+        """Samples that lost tokens at the beginning of the prompt."""
+        return int(self.prompts.sum())
+
+    @property
+    def completions_cut(self) -> int:
+        """Samples that lost tokens at the end of the completion."""
+        return int(self.completions.sum())
+
+    def to_json(self) -> dict[str, int]:
+        """Return the counts."""
+        return {
+            "samples": self.samples,
+            "prompts_cut": self.prompts_cut,
+            "completions_cut": self.completions_cut,
+        }
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,6 @@
-"""The KL penalty of loops that have none of their own: estimates, shaping, controllers.
+"""A KL penalty for training loops that have none: estimates, reward shaping, controllers.
 
-Knows arrays of log-probabilities; knows nothing of models. Where a loop has a penalty, such as
-TRL's `beta`, use that one, and not this beside it.
+If the trainer has a penalty, such as TRL's `beta`, use that one instead.
 
 References
 ----------
@@ -34,10 +33,10 @@ def sequence_kl(
     policy, reference : array_like, shape (n_samples, n_tokens)
         Log-probability of each sampled token.
     mask : array_like, shape (n_samples, n_tokens)
-        Nonzero at the completion's tokens; what stands elsewhere is not read.
+        Nonzero at the completion's tokens; other positions are ignored.
     estimator : {"k1", "k3"}
-        Σ log(π/π_ref), unbiased, of either sign; or Σ (π_ref/π − 1 − log(π_ref/π)), never
-        negative and of lower variance, unbiased for each token given those before it.
+        "k1": Σ log(π/π_ref), unbiased, of either sign. "k3": Σ (π_ref/π − 1 − log(π_ref/π)), never
+        negative, with lower variance, unbiased for each token given those before it.
 
     Returns
     -------
@@ -47,9 +46,9 @@ def sequence_kl(
     Raises
     ------
     OptionError
-        If shapes differ or there is no such estimator.
+        If shapes differ, or `estimator` is neither of the two.
     NonFiniteScoreError
-        If a completion's token has no finite log-probability.
+        If a log-probability of a completion's token is not finite.
     """
     if estimator not in ("k1", "k3"):
         raise OptionError(f"estimator must be 'k1' or 'k3', not {estimator!r}")
@@ -63,7 +62,7 @@ def sequence_kl(
     log_ratio = np.where(kept, p, 0.0) - np.where(kept, q, 0.0)
     if not np.isfinite(log_ratio).all():
         row = int(np.argwhere(~np.isfinite(log_ratio))[0, 0])
-        raise NonFiniteScoreError(f"sample {row} has a token without a finite log-probability")
+        raise NonFiniteScoreError(f"sample {row} has a log-probability that is NaN or infinite")
     terms = log_ratio if estimator == "k1" else np.expm1(-log_ratio) + log_ratio
     return np.asarray(terms.sum(axis=1), dtype=np.float64)
 
@@ -74,11 +73,11 @@ def shape_rewards(rewards: ArrayLike, kl: ArrayLike, *, beta: float) -> Floats:
     Parameters
     ----------
     rewards : array_like, shape (n_samples,)
-        In normalised units; NaN, a failed sample, stays NaN.
+        In normalised units; NaN (a failed sample) stays NaN.
     kl : array_like, shape (n_samples,)
-        As `sequence_kl` estimates it, nats.
+        Nats, as `sequence_kl` returns it.
     beta : float
-        ≥ 0, normalised units a nat.
+        ≥ 0, normalised units per nat.
 
     Returns
     -------
@@ -92,32 +91,32 @@ def shape_rewards(rewards: ArrayLike, kl: ArrayLike, *, beta: float) -> Floats:
     """
     r, d = np.asarray(rewards, dtype=np.float64), np.asarray(kl, dtype=np.float64)
     if r.shape != d.shape:
-        raise OptionError(f"rewards of shape {r.shape} and KL of shape {d.shape}")
+        raise OptionError(f"rewards and KL must have one shape, not {r.shape} and {d.shape}")
     _check("beta", beta, beta >= 0, "≥ 0")
     return np.asarray(r - beta * d, dtype=np.float64)
 
 
 class KLController(Protocol):
-    """Says how much a nat costs, and what the next one will cost."""
+    """The coefficient of the penalty, and how it changes from step to step."""
 
     @property
     def beta(self) -> float:
-        """Normalised units a nat."""
+        """Normalised units per nat."""
         ...
 
     def update(self, kl: float) -> KLController:
-        """Return the controller of the next step, after one of mean KL `kl`."""
+        """Return the controller for the next step, after a step with mean KL `kl`."""
         ...
 
 
 @dataclass(frozen=True)
 class FixedKL:
-    """A penalty that stays as it is.
+    """A constant penalty.
 
     Attributes
     ----------
     beta : float
-        ≥ 0, normalised units a nat.
+        ≥ 0, normalised units per nat.
     """
 
     beta: float
@@ -131,7 +130,7 @@ class FixedKL:
         Parameters
         ----------
         kl : float
-            Mean of the step, nats.
+            Mean KL of the step, nats.
         """
         _check("kl", kl, math.isfinite(kl), "finite")
         return self
@@ -139,18 +138,18 @@ class FixedKL:
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """A penalty that holds the KL near a target, by proportional control in log β [1]_.
+    """A penalty that keeps the KL near a target, by proportional control in log β [1]_.
 
     β ← β·(1 + gain·e), e = (KL − target)/target, clipped to [−0.2, 0.2].
 
     Attributes
     ----------
     beta : float
-        > 0, normalised units a nat; of the next step.
+        > 0, normalised units per nat, for the next step.
     target : float
         > 0, nats.
     gain : float
-        In (0, 5): 0.1 in the paper. Above, one step could make β negative.
+        In (0, 5); 0.1 in the paper. At 5 or more, one step could make β negative.
     """
 
     beta: float
@@ -158,23 +157,23 @@ class AdaptiveKL:
     gain: float = 0.1
 
     def __post_init__(self) -> None:
-        _check("beta", self.beta, self.beta > 0, "> 0: from 0 no factor leads away")
+        _check("beta", self.beta, self.beta > 0, "> 0 (a factor cannot change 0)")
         _check("target", self.target, self.target > 0, "> 0")
         _check("gain", self.gain, 0 < self.gain < 5, "in (0, 5)")
 
     def update(self, kl: float) -> AdaptiveKL:
-        """Return the controller of the next step.
+        """Return the controller for the next step.
 
         Parameters
         ----------
         kl : float
-            Mean of the step, nats.
+            Mean KL of the step, nats.
         """
         _check("kl", kl, math.isfinite(kl), "finite")
         error = min(max((kl - self.target) / self.target, -0.2), 0.2)
         return replace(self, beta=self.beta * (1 + self.gain * error))
 
 
-def _check(name: str, value: float, holds: bool, wanted: str) -> None:
-    if not holds or not math.isfinite(value):
-        raise OptionError(f"{name} must be {wanted}, not {value!r}")
+def _check(name: str, value: float, valid: bool, expected: str) -> None:
+    if not valid or not math.isfinite(value):
+        raise OptionError(f"{name} must be {expected}, not {value!r}")

@@ -86,9 +86,8 @@ def openrlhf_reward(
             for query, prompt, label in zip(queries, prompts, labels, strict=True)
         ]
         rewards = batcher(samples)
-        for error in rewards.errors:
-            if error is not None:
-                raise error
+        for error in rewards.failed.values():
+            raise error
         return answer(rewards, spread=logs_spread(batcher.pinned.ensemble))
 
     return reward_func

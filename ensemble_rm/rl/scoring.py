@@ -1,13 +1,12 @@
-"""Samples → rewards for a loop, with a stated policy for those that fail.
+"""Samples → rewards for a training loop, with a policy for those that fail.
 
-A failed sample has no reward: None, never 0.0, on which a policy would be trained. Knows ensembles
-and samples; knows nothing of any trainer.
+A failed sample has no reward: None, never 0.0, on which a policy would be trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 FailurePolicy: TypeAlias = Literal["none", "raise"]
 FAILURES = (ScoringError, DataError, TemplateError)
-"""What makes one sample fail; anything else is a broken loop and passes through."""
+"""Errors of one sample; any other means that the reward is broken, and is raised."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,49 +34,55 @@ class LoopRewards:
     members : ndarray, shape (n_samples, n_members)
         Normalised scores; NaN where a sample failed.
     reference_reward : ndarray, shape (n_samples,)
-        Of the prompt's reference completion; NaN where there is none or it failed.
-    errors : tuple of (Exception or None)
-        Why a sample has no reward.
+        Reward of the prompt's reference completion; NaN where there is none or it failed.
+    failed : mapping of int to Exception
+        By row, why a sample has no reward.
     """
 
     reward: Floats
     members: Floats
     reference_reward: Floats
-    errors: tuple[Exception | None, ...]
+    failed: Mapping[int, Exception] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.reward)
 
     def __getitem__(self, rows: slice) -> LoopRewards:
+        start, stop, _ = rows.indices(len(self))
+        failed = {row - start: e for row, e in self.failed.items() if start <= row < stop}
         return LoopRewards(
-            self.reward[rows], self.members[rows], self.reference_reward[rows], self.errors[rows]
+            self.reward[rows], self.members[rows], self.reference_reward[rows], failed
         )
 
     @classmethod
     def join(cls, parts: Sequence[LoopRewards]) -> LoopRewards:
         """Return the rewards of several calls, in their order."""
+        starts = np.cumsum([0, *map(len, parts)]).tolist()
         return cls(
             np.concatenate([part.reward for part in parts]),
             np.concatenate([part.members for part in parts]),
             np.concatenate([part.reference_reward for part in parts]),
-            tuple(error for part in parts for error in part.errors),
+            {
+                start + row: error
+                for start, part in zip(starts, parts, strict=False)
+                for row, error in part.failed.items()
+            },
         )
 
     @property
     def failures(self) -> tuple[str | None, ...]:
-        """The errors in words; None where a sample has a reward."""
-        return tuple(None if e is None else f"{type(e).__name__}: {e}" for e in self.errors)
+        """The error of each sample as text; None where it has a reward."""
+        errors = [self.failed.get(row) for row in range(len(self))]
+        return tuple(None if e is None else f"{type(e).__name__}: {e}" for e in errors)
 
     def listed(self) -> list[float | None]:
-        """Return the rewards as loops take them: floats, and None for failed samples."""
-        return [
-            float(value) if error is None else None
-            for value, error in zip(self.reward, self.errors, strict=True)
-        ]
+        """Return the rewards as trainers take them: floats, and None for failed samples."""
+        rewards: list[float] = self.reward.tolist()
+        return [None if row in self.failed else value for row, value in enumerate(rewards)]
 
 
 def check_policy(on_failure: str) -> None:
-    """Raise `OptionError` where no policy for failed samples has that name."""
+    """Raise `OptionError` if there is no policy of that name for failed samples."""
     if on_failure not in ("none", "raise"):
         raise OptionError(f"on_failure must be 'none' or 'raise', not {on_failure!r}")
 
@@ -89,17 +94,17 @@ def score_for_loop(
     on_failure: FailurePolicy = "none",
     with_references: bool = False,
 ) -> LoopRewards:
-    """Score a call's samples; each one that cannot be scored fails alone.
+    """Score the samples of one call of a training loop; a sample that fails costs no other.
 
     Parameters
     ----------
     ensemble : RewardEnsemble
     samples : sequence of Sample or Exception
-        An exception stands for a sample that could not be read.
+        An exception is a sample that could not be read.
     on_failure : {"none", "raise"}
         Whether a failed sample has no reward, or ends the run.
     with_references : bool
-        Whether the samples' reference completions are scored, too: each once.
+        Whether to score the samples' reference completions as well, each distinct one once.
 
     Returns
     -------
@@ -108,14 +113,15 @@ def score_for_loop(
     Raises
     ------
     EnsembleRMError
-        The first sample's own error, under ``"raise"``, and where every sample of the call fails:
-        that is a broken reward, not a broken sample.
+        The error of the first failed sample, under ``"raise"``; also if every sample of the call
+        fails, since then the reward is broken.
+    Exception
+        An error of a member that is not about one sample, such as a bug or an unreachable server.
     """
     check_policy(on_failure)
     rewards = score_each(ensemble, samples, with_references=with_references)
-    errors = [error for error in rewards.errors if error is not None]
-    if errors and (on_failure == "raise" or len(errors) == len(rewards)):
-        raise errors[0]
+    if rewards.failed and (on_failure == "raise" or len(rewards.failed) == len(rewards)):
+        raise rewards.failed[min(rewards.failed)]
     return rewards
 
 
@@ -125,28 +131,29 @@ def score_each(
     *,
     with_references: bool = False,
 ) -> LoopRewards:
-    """Score samples as `score_for_loop` does, and leave every failure to the caller."""
+    """Score samples as `score_for_loop` does, and leave every failed sample to the caller."""
     n, k = len(samples), len(ensemble.names)
-    asked = [(i, s) for i, s in enumerate(samples) if isinstance(s, Sample)]
-    # A baseline is subtracted from the reference's score as from any other.
-    below = {
-        i: Sample(s.prompt, s.reference, s.reference)
-        for i, s in asked
+    failed = {row: s for row, s in enumerate(samples) if not isinstance(s, Sample)}
+    readable = [(row, s) for row, s in enumerate(samples) if isinstance(s, Sample)]
+    # If the normaliser has a baseline, it is subtracted from a reference's own score as well.
+    reference_of = {
+        row: Sample(s.prompt, s.reference, s.reference)
+        for row, s in readable
         if with_references and s.reference is not None
     }
-    references = list(dict.fromkeys(below.values()))
-    scores = ensemble.score([*(s for _, s in asked), *references], on_error="record")
-    failed = dict(scores.failed)
-    for error in failed.values():
+    references = list(dict.fromkeys(reference_of.values()))
+    m = len(readable)
+    scores = ensemble.score([*(s for _, s in readable), *references], on_error="record")
+    for error in scores.failed.values():
         if not isinstance(error, FAILURES):
             raise error
-    rows, m = [i for i, _ in asked], len(asked)
+    rows = [row for row, _ in readable]
     reward, members = np.full(n, np.nan), np.full((n, k), np.nan)
     reward[rows], members[rows] = scores.reward[:m], scores.members[:m]
-    place = {reference: m + j for j, reference in enumerate(references)}
+    failed |= {rows[i]: error for i, error in scores.failed.items() if i < m}
+    # A reference that fails has no reward, and its samples keep theirs.
+    place = {reference: m + i for i, reference in enumerate(references)}
     reference_reward = np.full(n, np.nan)
-    for i, reference in below.items():
-        reference_reward[i] = scores.reward[place[reference]]
-    errors = {i: s for i, s in enumerate(samples) if not isinstance(s, Sample)}
-    errors |= {rows[row]: error for row, error in failed.items() if row < m}
-    return LoopRewards(reward, members, reference_reward, tuple(errors.get(i) for i in range(n)))
+    for row, reference in reference_of.items():
+        reference_reward[row] = scores.reward[place[reference]]
+    return LoopRewards(reward, members, reference_reward, dict(sorted(failed.items())))

@@ -191,7 +191,7 @@ class TRLReward:
     def _metrics(
         self, samples: list[Sample | Exception], rewards: LoopRewards, beats: Floats
     ) -> dict[str, float]:
-        failed = np.array([error is not None for error in rewards.errors], dtype=np.bool_)
+        failed = np.isin(np.arange(len(rewards)), list(rewards.failed))
         kept = [s.prompt for s in samples if isinstance(s, Sample)]
         read = np.array([isinstance(s, Sample) for s in samples], dtype=np.bool_)
         groups = prompt_groups(kept)[~failed[read]]

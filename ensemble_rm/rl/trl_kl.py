@@ -1,7 +1,4 @@
-"""KL of a policy from the one that its run began with, measured on what it has sampled.
-
-Knows models, tokenizers and samples; knows nothing of trainers or rewards.
-"""
+"""KL of a policy from the one that its run started with, measured on its own samples."""
 
 from __future__ import annotations
 
@@ -25,40 +22,42 @@ _KL_TOKENS = 2048
 def encode_sampled(
     tokenizer: Any, samples: Sequence[Sample], tokens: Sequence[list[int] | None]
 ) -> list[Encoded]:
-    """Encode prompts as TRL does, each followed by what the policy has sampled.
+    """Encode prompts as TRL does, each followed by the sampled completion.
 
-    Where a sample's tokens are not known its text is encoded, with what ends it in the template:
-    tokens that a completion which was cut does not have.
+    A sample without tokens is encoded from its text, with the template's end of turn; a completion
+    that was truncated has no such end.
 
     Parameters
     ----------
     tokenizer : transformers tokenizer
-        The policy's own.
+        The policy's tokenizer.
     samples : sequence of Sample
     tokens : sequence of (list of int or None)
-        Of each sample's completion.
+        Token ids of each completion.
     """
     unknown = [sample for sample, ids in zip(samples, tokens, strict=True) if ids is None]
     rendered = iter(_encode_texts(tokenizer, unknown))
     prefixes: dict[Prompt, list[int]] = {}
-    found = []
+    encoded = []
     for sample, ids in zip(samples, tokens, strict=True):
         if ids is None:
-            found.append(next(rendered))
+            encoded.append(next(rendered))
             continue
         if sample.prompt not in prefixes:
             prefixes[sample.prompt] = _prompt_ids(tokenizer, sample.prompt)
         before = prefixes[sample.prompt]
-        found.append(Encoded([*before, *ids], len(before)))
-    return found
+        encoded.append(Encoded([*before, *ids], len(before)))
+    return encoded
 
 
 def _prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     turns = [{"role": turn.role, "content": turn.content} for turn in prompt]
-    told = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-    return list(told["input_ids"])
+    prompt_tokens = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=True
+    )
+    return list(prompt_tokens["input_ids"])
 
 
 def _encode_texts(tokenizer: Any, samples: Sequence[Sample]) -> list[Encoded]:
@@ -71,26 +70,25 @@ def _encode_texts(tokenizer: Any, samples: Sequence[Sample]) -> list[Encoded]:
 
 
 def mean_kl(model: Any, reference: Any | None, encoded: Sequence[Encoded]) -> float:
-    """Estimate KL(policy ‖ reference) by k3, nats a completion, as a mean over samples.
+    """Estimate KL(policy ‖ reference) by k3, nats per completion, as a mean over samples.
 
-    Neither dropout nor a generator has a part in it, and gradients that wait for the optimiser
-    stay as they are.
+    Dropout is off, no random number is drawn, and accumulated gradients are kept.
 
     Parameters
     ----------
     model : transformers or peft model
         The policy.
     reference : torch.nn.Module, optional
-        None for an adapter's own base.
+        None for the base model of an adapter.
     encoded : sequence of Encoded
-        The policy's samples.
+        Samples of the policy.
     """
-    adapted, training, found = model, model.training, []
+    adapted, training, estimates = model, model.training, []
     model.eval()
     if reference is None and not adapted.active_peft_config.is_prompt_learning:
-        model = adapted.get_base_model()  # holds the adapter, and need not make a prompt's logits
+        model = adapted.get_base_model()  # has the adapter, and can skip the logits of the prompt
     other = model if reference is None else reference
-    # The class's own, as in the reference: under autocast the two would differ from the start.
+    # Use the class's forward, as the reference does: accelerate's autocast would make them differ.
     patched = vars(model).pop("forward", None)
     try:
         for batch in batches(encoded, token_budget=_KL_TOKENS, device=model.device):
@@ -101,9 +99,9 @@ def mean_kl(model: Any, reference: Any | None, encoded: Sequence[Encoded]) -> fl
             kl = sequence_kl(
                 ours.cpu().numpy(), theirs.cpu().numpy(), inside.cpu().numpy(), estimator="k3"
             )
-            found.append(kl)
+            estimates.append(kl)
     finally:
         adapted.train(training)
         if patched is not None:
             vars(model)["forward"] = patched
-    return float(np.concatenate(found).mean())
+    return float(np.concatenate(estimates).mean())

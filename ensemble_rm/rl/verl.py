@@ -58,8 +58,7 @@ def verl_reward(ensemble: RewardEnsemble | PinnedEnsemble) -> VerlReward:
     ) -> dict[str, float]:
         """Return the sample's score, or raise the error of one that cannot be scored."""
         rewards = batcher([read_response(solution_str, extra_info)])
-        (error,) = rewards.errors
-        if error is not None:
+        for error in rewards.failed.values():
             raise error
         members = rewards.members[0]
         spread = member_std(members[None], nan="omit")[0] if len(members) > 1 else math.nan

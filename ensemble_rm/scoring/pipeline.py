@@ -23,11 +23,11 @@ from ensemble_rm.errors import (
     RemoteRefusalError,
     RemoteUnavailableError,
 )
-from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.scorer import (
     MemberScores,
     PendingScores,
     Scorer,
+    Truncation,
     check_features,
     check_scores,
 )

@@ -15,8 +15,7 @@ import numpy as np
 
 from ensemble_rm.data.samples import Sample, prompt_json
 from ensemble_rm.members.backbone.vector_store import VectorStore
-from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.members.scorer import MemberScores
+from ensemble_rm.members.scorer import MemberScores, Truncation
 
 DEFAULT_MAX_BYTES = 2**30
 _OVERHEAD = 128  # bytes of an entry's key, its index and its row

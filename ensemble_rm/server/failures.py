@@ -54,7 +54,7 @@ def describe_error(error: Exception) -> str:
 
 
 def error_status(error: Exception) -> int:
-    """Return the HTTP status of an error; 500 for those that nobody foresaw."""
+    """Return the HTTP status of an error; 500 for an unexpected one."""
     if isinstance(error, SampleError):
         error = error.cause
     if isinstance(error, RequestError):

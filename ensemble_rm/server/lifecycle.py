@@ -1,9 +1,8 @@
-"""Run the server until it is told to stop, and then let it finish what it accepted.
+"""Run the server until a signal comes, and then let it finish what it accepted.
 
-On SIGTERM or SIGINT `/ready` turns false at once; after `drain_seconds`, in which load balancers
-take notice and requests are still served, nothing new is accepted, and the rest is answered: with
-scores, or after `stop_seconds` with a refusal. A second signal ends it sooner. Knows uvicorn and
-signals; knows nothing of scores.
+On SIGTERM or SIGINT, `/ready` is false at once. For `drain_seconds`, in which load balancers
+notice, requests are still served. Then no more are accepted, and those that are not scored after
+`stop_seconds` are answered 503. A second signal ends the draining, a third one everything.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import math
 import signal
 import socket
 from collections.abc import Callable
-from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -29,8 +27,8 @@ if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 _BACKLOG = 2048
-_ANSWERING = 2  # seconds, of a client that does not read
-_KEEP_ALIVE = 65  # seconds; longer than balancers keep theirs, so that they close first
+_ANSWERING = 2  # seconds for a client that does not read its response
+_KEEP_ALIVE = 65  # seconds; longer than load balancers keep theirs, so that they close first
 
 
 class Server(uvicorn.Server):
@@ -42,11 +40,10 @@ class Server(uvicorn.Server):
     draining : callable
         Called when a signal comes.
     drain_seconds : float
-        From the signal until nothing new is accepted.
+        Time from the signal until no more requests are accepted.
     abandoning : callable
-        Called when what was accepted has had its time.
+        Called `stop_seconds` later, to fail the requests that are left.
     stop_seconds : float
-        From then on until that.
     """
 
     def __init__(
@@ -61,26 +58,33 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._draining, self._drain_seconds = draining, drain_seconds
         self._abandoning, self._stop_seconds = abandoning, stop_seconds
-        self._stop_at: float | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._signalled = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Begin to drain; the second signal stops accepting, a third waits for nothing."""
+        """Start draining; a second signal ends the draining, a third one everything."""
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
-        elif self._stop_at is not None:
+        elif self._signalled or self._loop is None:
             self.should_exit = True
         else:
+            self._signalled = True
             self._draining()
-            self._stop_at = monotonic() + self._drain_seconds
+            # Signal handlers run between two bytecodes, where only this call wakes the loop.
+            self._loop.call_soon_threadsafe(
+                self._loop.call_later, self._drain_seconds, self._stop_accepting
+            )
 
-    async def on_tick(self, counter: int) -> bool:
-        """Stop when the drain is over."""
-        if self._stop_at is not None and monotonic() >= self._stop_at:
-            self.should_exit = True
-        return await super().on_tick(counter)
+    def _stop_accepting(self) -> None:
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let what was accepted finish, for its time."""
+        """Wait for accepted requests, for `stop_seconds`."""
         over = asyncio.get_running_loop().call_later(self._stop_seconds, self._abandoning)
         try:
             await super().shutdown(sockets)
@@ -96,20 +100,20 @@ def bind(host: str, port: int) -> socket.socket:
     ServerError
         If the address cannot be bound.
     """
-    found: socket.socket | None = None
+    listener: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(_BACKLOG)  # whoever is told of the address can connect
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)  # clients can connect before uvicorn runs
     except OSError as error:
-        if found is not None:
-            found.close()
+        if listener is not None:
+            listener.close()
         raise ServerError(f"{host}:{port} cannot be bound: {error}") from error
-    return found
+    return listener
 
 
 def serve(
@@ -125,29 +129,28 @@ def serve(
     Parameters
     ----------
     load : callable
-        Returns the ensemble; called in a thread, while the server listens already.
+        Returns the ensemble; called in a thread, while the server is already listening.
     options : ServerOptions, optional
     network : NetworkOptions, optional
         Address, port and shutdown.
     token : Token, optional
-        Required for every host but this machine's own.
+        Bearer token that requests must carry; required for any host but the loopback address.
     listening : callable, optional
-        Called with the address once it is bound.
+        Called with host and port once they are bound.
 
     Returns
     -------
     bool
-        Whether its threads have finished, too. Where not, one of them still scores or loads, or
-        waits for a member's server, and cannot be interrupted: a daemon thread, which keeps no
-        process from ending; `os._exit` ends it in whatever native code it is.
+        Whether its threads have finished as well. If not, one of them is still scoring, loading or
+        waiting for a member's server, and cannot be interrupted. It is a daemon thread, which does
+        not keep the process from ending; `os._exit` ends it even in native code.
 
     Raises
     ------
     ServerError
-        If others reach the host, and there is no token.
-        If the address cannot be bound.
+        If other machines reach the host and there is no token, or the address cannot be bound.
     EnsembleRMError
-        What loading the ensemble raised.
+        If the ensemble cannot be loaded.
     """
     options, network = options or ServerOptions(), network or NetworkOptions()
     check_bind(network.host, token)

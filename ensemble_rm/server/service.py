@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ensemble_rm.calibration.calibration import require_calibration
-from ensemble_rm.data.samples import Sample
+from ensemble_rm.data.samples import Prompt, Sample
 from ensemble_rm.ensemble.results import Comparison, Scores, compare_scored
 from ensemble_rm.errors import (
     NonFiniteScoreError,
@@ -28,16 +28,16 @@ from ensemble_rm.errors import (
 from ensemble_rm.rl.pinned import folder_digest, live_digest
 from ensemble_rm.server.failures import SampleError
 from ensemble_rm.server.metrics import Metrics
-from ensemble_rm.server.options import ServerOptions
-from ensemble_rm.server.requests import check_samples, check_texts, estimate_tokens
-from ensemble_rm.server.scheduling.batching import Batcher
-from ensemble_rm.server.scheduling.threads import CallThread, ScoringThread
+from ensemble_rm.server.options import Limits, ServerOptions
+from ensemble_rm.server.scheduling import Batcher, CallThread, ScoringThread
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 _WARM_UP = [Sample("How are you?", answer, "Well.") for answer in ("Fine, thank you.", "Fine.")]
 _DIGEST_LENGTH = 12
+_BYTES_PER_TOKEN = 4
+TOKENS_PER_TURN = 4  # what a chat template puts around a turn
 _log = logging.getLogger(__name__)
 
 
@@ -280,6 +280,9 @@ def _warmed_up(load: Callable[[], RewardEnsemble], old: ServedEnsemble | None) -
     return ServedEnsemble(ensemble, name_version(ensemble))
 
 
+# Requests -----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class RequestContext:
     """What the handler of a wire format may use: the version that serves this request.
@@ -401,3 +404,62 @@ class RequestContext:
             cause = NonFiniteScoreError("the margin of a pair is too large for a float")
             raise SampleError(2 * int(np.argmax(infinite)), cause)
         return compare_scored(calibration, scores.reward, scores.members, subsets=subsets)
+
+
+# Limits -------------------------------------------------------------------------------------------
+
+
+def check_texts(texts: str | Sequence[str], limits: Limits) -> None:
+    """Raise `TooLargeError` if a text that is not split yet is longer than a sample may be."""
+    for i, text in enumerate([texts] if isinstance(texts, str) else texts):
+        if len(text) > limits.max_characters:
+            raise TooLargeError(
+                f"text {i} has {len(text)} characters, maximum {limits.max_characters}"
+            )
+
+
+def check_samples(samples: Sequence[Sample], limits: Limits) -> None:
+    """Check the number and the length of a request's samples.
+
+    Raises
+    ------
+    UnprocessableError
+        If there is no sample.
+    TooLargeError
+        If there are too many, or one of them or all together are too long.
+    """
+    if not samples:
+        raise UnprocessableError("request has no samples")
+    if len(samples) > limits.max_samples:
+        raise TooLargeError(
+            f"{len(samples)} samples in one request, maximum {limits.max_samples}; send several "
+            "requests"
+        )
+    for i, sample in enumerate(samples):
+        size = _prompt_characters(sample.prompt) + len(sample.completion)
+        size += len(sample.reference or "")
+        if size > limits.max_characters:
+            raise TooLargeError(
+                f"sample {i} has {size} characters, maximum {limits.max_characters}"
+            )
+    tokens = sum(sum(estimate_tokens(sample)) for sample in samples)
+    if tokens > limits.max_tokens:
+        raise TooLargeError(
+            f"about {tokens} tokens in one request, maximum {limits.max_tokens}; send several "
+            "requests"
+        )
+
+
+def _prompt_characters(prompt: Prompt) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(turn.content) for turn in prompt)
+
+
+def estimate_tokens(sample: Sample) -> tuple[int, int]:
+    """Estimate the tokens of a sample's prompt and of its completion: a quarter of the bytes.
+
+    For queues and limits, which must not wait for a tokenizer; members count their own.
+    """
+    prompt = sample.prompt
+    turns = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+    shared = sum(TOKENS_PER_TURN + len(text.encode()) // _BYTES_PER_TOKEN for text in turns)
+    return shared, TOKENS_PER_TURN + len(sample.completion.encode()) // _BYTES_PER_TOKEN

@@ -168,7 +168,7 @@ def test_the_whole_pool_can_be_drawn() -> None:
     [
         ({"budget": 0}, "budget"),
         ({"budget": 9}, "budget"),
-        ({"budget": 4}, "3 can be drawn at 1 a prompt"),
+        ({"budget": 4}, "the 3 pairs that can be drawn, at most 1 per prompt,"),
         ({"random_share": 1.5}, "random_share"),
         ({"max_per_prompt": 0}, "max_per_prompt"),
         ({"sharpness": -1.0}, "sharpness"),

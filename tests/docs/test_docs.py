@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ensemble_rm import errors
 from ensemble_rm.cli.main import parse
-from ensemble_rm.data.loading import load_preferences
+from ensemble_rm.data.loading import (
+    load_preferences,
+    read_comparisons,
+    read_jsonl,
+    read_samples,
+)
 from ensemble_rm.demo.data import FILE
+from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.server.wire import registry
 from tests.support import CHECKOUT
 from tests.test_layering import FLOORS
+from tests.test_public_names import PUBLIC, resolve
 
 PAGES = [
     CHECKOUT / "README.md",
@@ -36,8 +45,17 @@ def runnable(page: Path) -> list[str]:
     return [code for code in blocks(page, "python") if code not in skipped]
 
 
+def output_of(page: Path, code: str) -> str | None:
+    """The output that a page shows right below a block."""
+    text = page.read_text(encoding="utf-8")
+    below = text[text.index(code) + len(code) :]
+    shown = re.match(r"```\n\n```text\n(.*?)^```", below, re.S | re.M)
+    return None if shown is None else shown[1]
+
+
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 PYTHON = [
-    pytest.param(code, id=f"{page.name}-{i}")
+    pytest.param(code, output_of(page, code), id=f"{page.name}-{i}")
     for page in PAGES
     for i, code in enumerate(runnable(page))
 ]
@@ -50,9 +68,14 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("code", PYTHON)
+@pytest.mark.parametrize(("code", "shown"), PYTHON)
 def test_a_snippet_runs(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm_folder: Path
+    code: str,
+    shown: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    minilm_folder: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -62,6 +85,36 @@ def test_a_snippet_runs(
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names: dict[str, Any] = {"BACKBONE": minilm_folder}
     exec(compile(code, "snippet", "exec"), names)
+    if shown is not None:  # other processors round differently
+        printed = capsys.readouterr().out
+        numbers = [float(number) for number in NUMBER.findall(printed)]
+        assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split()
+        assert numbers == pytest.approx([float(n) for n in NUMBER.findall(shown)], abs=0.05)
+
+
+def examples(kind: str) -> list[str]:
+    """The JSON Lines of a kind that the pages show."""
+    block = rf"^<!-- data: {kind} -->\n```json\n(.*?)^```"
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    return [block_ for text in texts for block_ in re.findall(block, text, re.S | re.M)]
+
+
+READERS: dict[str, Callable[[Path], int]] = {
+    "preferences": lambda path: len(load_preferences(path)),
+    "samples": lambda path: len(list(read_samples(path))),
+    "comparisons": lambda path: len(read_comparisons(path)),
+    "judgments": lambda path: len([Judgment.from_json(row) for _, row in read_jsonl(path)]),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_the_rows_that_are_shown_can_be_read(kind: str, tmp_path: Path) -> None:
+    shown = examples(kind)
+    assert shown
+    for i, rows in enumerate(shown):
+        path = tmp_path / f"{i}.jsonl"
+        path.write_text(rows, encoding="utf-8")
+        assert READERS[kind](path) == len(rows.splitlines())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -75,6 +128,25 @@ def test_a_command_is_understood(command: str) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+# Classes of other packages, an alert, and a callback that needs TRL.
+FOREIGN = {"GRPOTrainer", "RLOOTrainer", "TrainingArguments", "HistogramBinning"}
+FOREIGN |= {"RewardVersionsDiffer", "MonitorCallback"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_classes_that_are_named_exist(page: Path) -> None:
+    if page.name == "changelog.md":
+        return
+    public = {name.rpartition(".")[2]: name for name in PUBLIC}
+    named = re.findall(r"`([A-Z][a-z]+[A-Z]\w*)(?:\.(\w+))?[`(]", page.read_text(encoding="utf-8"))
+    for name, member in named:
+        if name in FOREIGN:
+            continue
+        thing = getattr(errors, name, None) or resolve(public[name])
+        fields_ = getattr(thing, "__dataclass_fields__", {})
+        assert not member or hasattr(thing, member) or member in fields_, f"{name}.{member}"
 
 
 def test_the_file_map_lists_the_rooms_in_the_order_of_the_floors() -> None:

@@ -253,7 +253,7 @@ def test_the_monitor_goes_on_while_a_member_is_out() -> None:
     watch = OverOptimisationMonitor(ensemble, rule=AlarmRule(max_kl=5.0))
     samples = [Sample(f"q{i // 4}", "x" * (i + 1)) for i in range(16)]
     scores = ensemble.score(samples).members
-    whole = LoopRewards(scores.mean(axis=1), scores, np.full(16, np.nan), (None,) * 16)
+    whole = LoopRewards(scores.mean(axis=1), scores, np.full(16, np.nan))
     assert not watch.observe(1, samples, whole, kl=1.0)
     out = scores.copy()
     out[:, 2] = np.nan

@@ -97,8 +97,8 @@ def test_a_kind_from_outside_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def _train_length(job: Any) -> Any:
-    from ensemble_rm.members.encoding import Truncation
     from ensemble_rm.members.learning.job import Trained
+    from ensemble_rm.members.scorer import Truncation
 
     samples = job.validation.samples()
     scorer = LengthScorer(job.recipe.unit)

@@ -113,7 +113,7 @@ def test_openrlhf_failures_keep_their_names(ensemble: RewardEnsemble) -> None:
     label = json.dumps(MESSAGES)
     with pytest.raises(NonFiniteScoreError):
         reward_func([f"{CHAT}bad"], [CHAT], [label])
-    with pytest.raises(DataError, match="does not begin with its prompt"):
+    with pytest.raises(DataError, match="must begin with its prompt"):
         reward_func([CHAT[9:] + "Hello"], [CHAT], [label])
     with pytest.raises(DataError, match="reference must be text"):
         reward_func([f"{CHAT}a"], [CHAT], [json.dumps({"prompt": "p", "reference": 3})])

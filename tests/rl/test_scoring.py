@@ -206,7 +206,7 @@ def test_a_missing_score_asks_no_member_again() -> None:
     rewards = score_for_loop(ensemble, [Sample("p", text) for text in texts])
     assert asked == [5]
     assert rewards.listed() == [2.5, None, 2.5, None, 1.0]
-    assert isinstance(rewards.errors[1], NonFiniteScoreError)
+    assert isinstance(rewards.failed[1], NonFiniteScoreError)
 
 
 def test_members_on_other_servers_get_tokens_that_no_folder_holds(tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ from ensemble_rm.errors import (
     StorageError,
 )
 from ensemble_rm.members import MemberScores
-from ensemble_rm.members.encoding import Truncation
-from ensemble_rm.members.scorer import AdaptedScorer
+from ensemble_rm.members.scorer import AdaptedScorer, Truncation
 from ensemble_rm.scoring.model_pool import ModelPool
 from ensemble_rm.scoring.pipeline import score_members
 from ensemble_rm.uncertainty.distance import fit_feature_space

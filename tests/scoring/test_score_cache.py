@@ -24,9 +24,8 @@ from ensemble_rm.cli.main import main
 from ensemble_rm.members import BranchScorer, FullScorer, HeadScorer
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.vector_store import VectorStore
-from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.heads.weights import HeadWeights
-from ensemble_rm.members.scorer import MemberScores
+from ensemble_rm.members.scorer import MemberScores, Truncation
 from ensemble_rm.scoring import ScoreCache
 
 SAMPLES = [Sample(f"prompt {i % 4}", "fox dog " * (1 + i * 5 % 37)) for i in range(40)]

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
@@ -17,7 +18,35 @@ import pytest
 from tests.support.server_process import begun
 from tests.support.server_runs import Process, one, server
 
-pytestmark = pytest.mark.slow  # each starts a process
+pytestmark = pytest.mark.slow  # they start processes
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Path]]:
+    """One server for all tests that leave it as they found it, and the file that frees "held"."""
+    folder = tmp_path_factory.mktemp("shared")
+    go = folder / "go"
+    with server(folder, "--hold", go, "--rows", 1) as running:
+        yield running, go
+
+
+@pytest.fixture
+def holding(shared: tuple[Process, Path]) -> Iterator[tuple[Process, Path]]:
+    """The shared server, whose held samples wait until `go` is there."""
+    running, go = shared
+    go.unlink(missing_ok=True)
+    begun(go).unlink(missing_ok=True)
+    yield running, go
+    go.touch()
+    running.wait(lambda: running.metric("queue_samples") == 0)
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A server with short deadlines for headers and bodies."""
+    folder = tmp_path_factory.mktemp("impatient")
+    with server(folder, "--header-seconds", 0.5, "--body-seconds", 0.5) as running:
+        yield running
 
 
 def test_it_listens_while_it_loads(tmp_path: Path) -> None:
@@ -33,9 +62,9 @@ def test_it_listens_while_it_loads(tmp_path: Path) -> None:
         assert running.reward("Hello") == 7.5
 
 
-def test_the_event_loop_does_not_wait_for_scoring(tmp_path: Path) -> None:
-    go = tmp_path / "go"
-    with server(tmp_path, "--hold", go) as running, ThreadPoolExecutor(1) as pool:
+def test_the_event_loop_does_not_wait_for_scoring(holding: tuple[Process, Path]) -> None:
+    running, go = holding
+    with ThreadPoolExecutor(1) as pool:
         scoring = pool.submit(running.reward, "held")
         running.wait(begun(go).exists)
         for _ in range(5):
@@ -164,8 +193,8 @@ def serves(running: Process) -> bool:
     return bool(status == 200 and said["rewards"] == [7.5])
 
 
-def test_headers_that_come_byte_by_byte_time_out(tmp_path: Path) -> None:
-    with server(tmp_path, "--header-seconds", 0.5) as running, raw(running) as loris:
+def test_headers_that_come_byte_by_byte_time_out(impatient: Process) -> None:
+    with raw(impatient) as loris:
         stop = threading.Event()
 
         def drip() -> None:
@@ -179,46 +208,51 @@ def test_headers_that_come_byte_by_byte_time_out(tmp_path: Path) -> None:
 
         dripping = threading.Thread(target=drip)
         dripping.start()
-        running.wait(lambda: serves(running))  # others are served meanwhile
+        impatient.wait(lambda: serves(impatient))  # others are served meanwhile
         answer = read_all(loris)
         stop.set()
         dripping.join()
         assert answer.startswith(b"HTTP/1.1 408")
 
 
-def test_silence_times_out_before_and_between_requests(tmp_path: Path) -> None:
-    with server(tmp_path, "--header-seconds", 0.5) as running:
-        with raw(running) as silent:
-            assert read_all(silent).startswith(b"HTTP/1.1 408")
+def test_silence_times_out_before_and_between_requests(impatient: Process) -> None:
+    with raw(impatient) as silent:
+        assert read_all(silent).startswith(b"HTTP/1.1 408")
 
-        def served_first() -> bool:
-            with raw(running) as second:
-                second.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /hea")
-                answer = read_all(second)
-            head, _, rest = answer.partition(b"\r\n\r\n")
-            # Or this machine was too busy to send even the first in time.
-            assert b"HTTP/1.1 408" in (rest if head.startswith(b"HTTP/1.1 200") else head)
-            return head.startswith(b"HTTP/1.1 200")
+    def served_first() -> bool:
+        with raw(impatient) as second:
+            second.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /hea")
+            answer = read_all(second)
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        # Or this machine was too busy to send even the first in time.
+        assert b"HTTP/1.1 408" in (rest if head.startswith(b"HTTP/1.1 200") else head)
+        return head.startswith(b"HTTP/1.1 200")
 
-        running.wait(served_first)
+    impatient.wait(served_first)
 
 
-def test_a_body_that_does_not_come_times_out(tmp_path: Path) -> None:
-    with server(tmp_path, "--body-seconds", 0.5) as running:
-        for headers in (b"Content-Length: 100\r\n", b"Transfer-Encoding: chunked\r\n"):
-            with raw(running) as slow:
+def test_a_body_that_does_not_come_times_out(impatient: Process) -> None:
+    for headers in (b"Content-Length: 100\r\n", b"Transfer-Encoding: chunked\r\n"):
+
+        def late(headers: bytes = headers) -> bool:
+            with raw(impatient) as slow:
                 slow.sendall(
                     b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
                     + headers
                     + b"\r\n"
                 )
                 answer = read_all(slow)
-                assert answer.startswith(b"HTTP/1.1 408") and b"SlowRequestError" in answer
-        running.wait(lambda: serves(running))
+            # Or this machine was too busy to send even the headers in time.
+            assert answer.startswith(b"HTTP/1.1 408")
+            return b"SlowRequestError" in answer and b"body did not arrive" in answer
+
+        impatient.wait(late)
+    impatient.wait(lambda: serves(impatient))
 
 
-def test_a_body_in_chunks_is_counted_as_it_comes(tmp_path: Path) -> None:
-    with server(tmp_path) as running, raw(running) as large:
+def test_a_body_in_chunks_is_counted_as_it_comes(holding: tuple[Process, Path]) -> None:
+    running, _ = holding
+    with raw(running) as large:
         large.sendall(
             b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
@@ -234,13 +268,13 @@ def test_a_body_in_chunks_is_counted_as_it_comes(tmp_path: Path) -> None:
         assert running.reward("Hello") == 7.5
 
 
-def test_a_client_that_sends_too_much_sees_why(tmp_path: Path) -> None:
-    with server(tmp_path) as running:
-        connection = HTTPConnection("127.0.0.1", running.port, timeout=300)
-        body = b" " * (30 * 2**20)  # more than sockets hold
-        connection.request("POST", "/v1/score", body, {"Content-Type": "application/json"})
-        assert connection.getresponse().status == 413
-        connection.close()
+def test_a_client_that_sends_too_much_sees_why(holding: tuple[Process, Path]) -> None:
+    running, _ = holding
+    connection = HTTPConnection("127.0.0.1", running.port, timeout=300)
+    body = b" " * (30 * 2**20)  # more than sockets hold
+    connection.request("POST", "/v1/score", body, {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 413
+    connection.close()
 
 
 def test_connections_over_the_limit_are_refused_and_counted(tmp_path: Path) -> None:
@@ -263,24 +297,25 @@ def test_connections_over_the_limit_are_refused_and_counted(tmp_path: Path) -> N
         running.wait(lambda: running.request("GET", "/health")[0] == 200)
 
 
-def test_what_its_client_gave_up_on_is_not_scored(tmp_path: Path) -> None:
-    go = tmp_path / "go"
-    with server(tmp_path, "--hold", go, "--rows", 1) as running:
-        body = json.dumps(one("held")).encode()
-        gone = [raw(running) for _ in range(10)]
-        for connection in gone:
-            connection.sendall(
-                b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-            )
-        running.wait(lambda: running.metric("queue_samples") == 9)
-        for connection in gone:
-            connection.close()
-        running.wait(lambda: running.metric("dropped_requests_total") == 10)
-        assert running.metric("queue_samples") == 0
-        go.touch()
-        assert running.reward("Hello") == 7.5
-        assert running.metric("samples_total") == 2  # that in work, and the last
+def test_what_its_client_gave_up_on_is_not_scored(holding: tuple[Process, Path]) -> None:
+    running, go = holding
+    scored = running.metric("samples_total")
+    dropped = running.metric("dropped_requests_total")
+    body = json.dumps(one("held")).encode()
+    gone = [raw(running) for _ in range(10)]
+    for connection in gone:
+        connection.sendall(
+            b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+    running.wait(lambda: running.metric("queue_samples") == 9)
+    for connection in gone:
+        connection.close()
+    running.wait(lambda: running.metric("dropped_requests_total") == dropped + 10)
+    assert running.metric("queue_samples") == 0
+    go.touch()
+    assert running.reward("Hello") == 7.5
+    assert running.metric("samples_total") == scored + 2  # that in work, and the last
 
 
 def test_a_full_queue_is_429_with_a_time_to_come_again(tmp_path: Path) -> None:

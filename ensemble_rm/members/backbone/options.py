@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
-from ensemble_rm.members.encoding import Template
+Template: TypeAlias = Literal["auto", "chat", "pair", "plain"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.backbone.trunk import Trunk, View, features
-from ensemble_rm.members.encoding import Truncation, count_truncation
+from ensemble_rm.members.encoding import count_truncation
 from ensemble_rm.members.heads.gradient_training import HeadTrainer
 from ensemble_rm.members.heads.recipe import HeadRecipe
 from ensemble_rm.members.heads.scorer import HeadScorer, parts_of
 from ensemble_rm.members.heads.solver import solve_heads
 from ensemble_rm.members.heads.weights import HeadsResult, HeadWeights, PairFeatures
 from ensemble_rm.members.learning.job import Job, Trained
+from ensemble_rm.members.scorer import Truncation
 from ensemble_rm.progress import Progress, named, silent
 
 SPACE_SAMPLES = 1024  # that say where the training inputs lie

@@ -13,9 +13,8 @@ from ensemble_rm.data.samples import Preferences
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.checkpoint import Backbone
 from ensemble_rm.members.backbone.options import TrunkOptions
-from ensemble_rm.members.encoding import Truncation
 from ensemble_rm.members.learning.recipe import Recipe
-from ensemble_rm.members.scorer import Scorer
+from ensemble_rm.members.scorer import Scorer, Truncation
 from ensemble_rm.progress import Progress, silent
 
 R = TypeVar("R", bound=Recipe)

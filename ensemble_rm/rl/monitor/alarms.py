@@ -1,7 +1,4 @@
-"""What is kept of each step of a run, and the rule by which it is held to be going wrong.
-
-Knows numbers; knows nothing of trainers or models.
-"""
+"""The record of each step of a run, and the rule that raises alarms from the records."""
 
 from __future__ import annotations
 
@@ -29,24 +26,24 @@ class StepRecord:
     reward : float
         Mean, in normalised units.
     length_controlled : float
-        The same less what length alone explains since the run's beginning.
+        Mean reward minus what growth in length since the start of the run explains.
     member_std, disagreement : float
-        Mean spread of the members, and mean share of outvoted ones; NaN for one member.
+        Mean std over members, and mean share of outvoted members; NaN for one member.
     log_length : float
         Mean natural logarithm of the completions' characters.
     length_slopes : dict of str to float
         Within-prompt slope of each aggregator's reward on log length.
     outside_range : float
-        Share of scores outside their member's reference range; NaN where there is none.
+        Share of scores outside their member's reference range; NaN if there is none.
     failed : float
         Share of samples without a reward.
     kl : float
-        From the policy that the run began with, nats a completion; NaN where it was not measured.
+        KL from the policy that the run started with, nats per completion; NaN if not measured.
     gold : float
-        Of a gold check at this step; NaN where there was none.
+        Mean gold reward of a check at this step; NaN if there was none.
     missing : float
-        Share of the members' scores that the rewarded samples lack, such as those of a server that
-        is out; spread and disagreement are of the samples that have them.
+        Share of members' scores that rewarded samples do not have, such as those of an unreachable
+        server; disagreement is measured on the samples that all members scored.
     """
 
     step: int
@@ -63,34 +60,34 @@ class StepRecord:
     missing: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON object; what is not known is null."""
+        """Return a JSON object, with null for NaN."""
         record: dict[str, Any] = finite_or_none(asdict(self))
         return record
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> StepRecord:
-        """Read what `to_json` has written.
+    def from_json(cls, d: Mapping[str, Any]) -> StepRecord:
+        """Return the record of a `to_json` object.
 
         Parameters
         ----------
-        said : mapping
+        d : mapping
 
         Raises
         ------
         DataError
-            If it is no such object.
+            If it has other fields or values.
         """
 
         def number(value: Any) -> float:
             return math.nan if value is None else float(value)
 
         try:
-            given = {"missing": 0.0} | dict(said)  # runs of before it was recorded
+            given = {"missing": 0.0} | dict(d)  # older records do not have it
             values = {name: number(given[name]) for name in _NUMBERS}
-            slopes = {str(name): number(slope) for name, slope in said["length_slopes"].items()}
-            return cls(step=int(said["step"]), length_slopes=slopes, **values)
+            slopes = {str(name): number(slope) for name, slope in d["length_slopes"].items()}
+            return cls(step=int(d["step"]), length_slopes=slopes, **values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{said!r:.200} is no step of a run: {error!r}") from error
+            raise DataError(f"not a step of a run: {d!r:.200} ({error!r})") from error
 
 
 _NUMBERS = [f.name for f in fields(StepRecord) if f.name not in ("step", "length_slopes")]
@@ -98,14 +95,14 @@ _NUMBERS = [f.name for f in fields(StepRecord) if f.name not in ("step", "length
 
 @dataclass(frozen=True)
 class Alarm:
-    """Why a run is held to be going wrong.
+    """A sign that a run is going wrong.
 
     Attributes
     ----------
     kind : {"gold", "disagreement", "length", "kl"}
     step : int
     message : str
-        What was seen, and against what.
+        The measured value and its threshold.
     """
 
     kind: AlarmKind
@@ -115,25 +112,25 @@ class Alarm:
 
 @dataclass(frozen=True)
 class AlarmRule:
-    """When a run is held to be going wrong; each part alone suffices.
+    """When to raise an alarm; each part is an alarm of its own.
 
     Attributes
     ----------
     peak_share : float
         In (0, 1]. *gold*: √KL has reached this share of the peak of Gao's curve
-        R(d) = d(α − β log d), fitted to the gold checks; below 1, it is reached before the peak is.
+        R(d) = d(α − β log d), fitted to the gold checks. Below 1, the alarm comes before the peak.
     min_gold : int
-        ≥ 3, the fewest checks at different KL that are fitted, beside the first one.
+        ≥ 3, minimum number of checks at different KL, not counting the first.
     std_factor : float
-        > 1. *disagreement*: the mean member std of the last `window` steps exceeds the reference's
-        by this factor: the judgments' of the calibration, or that of the first `window` steps.
+        > 1. *disagreement*: the mean std over members in the last `window` steps exceeds that of
+        the calibration's judgments, or else that of the first `window` steps, by this factor.
     length_factor : float
-        > 1. *length*: completions have grown by this factor over the first `window` steps' (as
-        geometric means), and the reward still rises with length within prompts.
+        > 1. *length*: the geometric mean of the completions' lengths has grown by this factor since
+        the first `window` steps, and the reward still rises with length within prompts.
     max_kl : float, optional
-        *kl*: the last measured KL exceeds it, nats a completion; no bound by default.
+        *kl*: the last measured KL exceeds it, nats per completion (default: no maximum).
     window : int
-        Steps that are averaged, ≥ 1.
+        Number of steps to average, ≥ 1.
     """
 
     peak_share: float = 0.9
@@ -144,7 +141,7 @@ class AlarmRule:
     window: int = 5
 
     def __post_init__(self) -> None:
-        for name, holds, wanted in (
+        for name, valid, expected in (
             ("peak_share", 0 < self.peak_share <= 1, "in (0, 1]"),
             ("min_gold", self.min_gold >= 3, "at least 3"),
             ("std_factor", self.std_factor > 1, "> 1"),
@@ -152,32 +149,32 @@ class AlarmRule:
             ("max_kl", self.max_kl is None or self.max_kl > 0, "> 0"),
             ("window", self.window >= 1, "at least 1"),
         ):
-            if not holds:
-                raise OptionError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+            if not valid:
+                raise OptionError(f"{name} must be {expected}, not {getattr(self, name)!r}")
 
     def alarms(
         self, records: Sequence[StepRecord], *, aggregator: str, reference_std: float | None
     ) -> list[Alarm]:
-        """Return what is wrong at the last step.
+        """Return the alarms at the last step.
 
         Parameters
         ----------
         records : sequence of StepRecord
             Every step so far, in order.
         aggregator : str
-            Whose length slope counts: the run's own.
+            Name of the run's own, whose length slope counts.
         reference_std : float, optional
-            Mean member std of the calibration's judgments.
+            Mean std over members on the calibration's judgments.
         """
         if not records:
             return []
-        found = [
+        alarms = [
             self._gold(records),
             self._disagreement(records, reference_std),
             self._length(records, aggregator),
             self._kl(records),
         ]
-        return [alarm for alarm in found if alarm is not None]
+        return [alarm for alarm in alarms if alarm is not None]
 
     def _gold(self, records: Sequence[StepRecord]) -> Alarm | None:
         fit, kl = gold_curve(records, min_gold=self.min_gold), last_kl(records)
@@ -190,8 +187,8 @@ class AlarmRule:
         return Alarm(
             "gold",
             records[-1].step,
-            f"√KL is {d:.2f}, {self.peak_share:g} of the peak of gold at {fit.peak:.2f} "
-            f"(95 % {low:.2f} to {high:.2f}) or more",
+            f"√KL is {d:.2f}, at least {self.peak_share:g} of the peak of gold at {fit.peak:.2f} "
+            f"(95 % interval {low:.2f} to {high:.2f})",
         )
 
     def _disagreement(
@@ -202,14 +199,14 @@ class AlarmRule:
         if reference_std is None:
             if len(stds) <= self.window:
                 return None
-            reference_std, where = mean_of(stds[: self.window]), "the run's beginning"
+            reference_std, where = mean_of(stds[: self.window]), "the first steps"
         now = mean_of(stds[-self.window :])
         if len(stds) < self.window or not now > self.std_factor * reference_std:
             return None
         return Alarm(
             "disagreement",
             records[-1].step,
-            f"the members' std is {now:.2f} over {self.window} steps, more than "
+            f"std over members is {now:.2f} in the last {self.window} steps, more than "
             f"{self.std_factor:g} times the {reference_std:.2f} of {where}",
         )
 
@@ -225,37 +222,37 @@ class AlarmRule:
         return Alarm(
             "length",
             records[-1].step,
-            f"completions have grown {grown:.1f}-fold, and the reward rises by {slope:.2f} a unit "
-            "of log length within prompts",
+            f"completions have grown {grown:.1f}-fold, and the reward rises by {slope:.2f} per "
+            "unit of log length within prompts",
         )
 
     def _kl(self, records: Sequence[StepRecord]) -> Alarm | None:
         kl = last_kl(records)
         if self.max_kl is None or not kl > self.max_kl:
             return None
-        return Alarm("kl", records[-1].step, f"the KL is {kl:.1f} nats, beyond {self.max_kl:g}")
+        return Alarm("kl", records[-1].step, f"KL is {kl:.1f} nats, above {self.max_kl:g}")
 
 
 def mean_of(values: Sequence[float]) -> float:
-    """Average what is known; NaN where nothing is."""
+    """Return the mean of the finite values; NaN if there are none."""
     known = [value for value in values if math.isfinite(value)]
     return float(np.mean(known)) if known else math.nan
 
 
 def last_kl(records: Sequence[StepRecord]) -> float:
-    """Return the KL measured last; NaN where none was."""
+    """Return the last measured KL; NaN if there is none."""
     return next((r.kl for r in reversed(records) if math.isfinite(r.kl)), math.nan)
 
 
 def gold_curve(records: Sequence[StepRecord], *, min_gold: int) -> CurveFit | None:
-    """Fit Gao's curve of reinforcement learning to a run's gold checks; None for too few.
+    """Fit Gao's curve for reinforcement learning to a run's gold checks; None if they are too few.
 
     Parameters
     ----------
     records : sequence of StepRecord
-        Of those with gold, the first is where the curve begins: check gold before the run moves.
+        The curve starts at the first one with gold: check gold before the policy moves.
     min_gold : int
-        The fewest checks at different KL > 0, beside the first.
+        Minimum number of checks at different KL > 0, not counting the first.
 
     Returns
     -------

@@ -1,7 +1,4 @@
-"""What is worth watching of a call's rewards: spread, disagreement, correlation, strangeness.
-
-Knows arrays of normalised scores and which rows share a prompt; knows nothing of trainers.
-"""
+"""Measures of a call's rewards: disagreement, correlation, out-of-range scores, length slope."""
 
 from __future__ import annotations
 
@@ -25,24 +22,24 @@ def prompt_groups(prompts: Sequence[Hashable]) -> NDArray[np.int64]:
 
 
 def reference_range(evidence: ScoredPairs) -> Floats:
-    """Return where 99 % of each member's scores of the judged completions lie.
+    """Return the range of 99 % of each member's scores of the judged completions.
 
     Parameters
     ----------
     evidence : ScoredPairs
-        The judgments that the ensemble was calibrated on.
+        Judgments that the ensemble was calibrated on.
 
     Returns
     -------
     ndarray, shape (2, n_members)
-        Low and high, in normalised units; of those that the member scored.
+        Low and high, in normalised units, over the completions that the member scored.
     """
     scores = np.concatenate([evidence.first, evidence.second])
     return np.asarray(np.nanquantile(scores, RANGE, axis=0), dtype=np.float64)
 
 
 def outside_range(members: Floats, span: Floats) -> NDArray[np.bool_]:
-    """Say which scores lie outside their member's reference range, shape (n, n_members)."""
+    """Return which scores are outside their member's reference range, shape (n, n_members)."""
     outside: NDArray[np.bool_] = (members < span[0]) | (members > span[1])
     return outside
 
@@ -56,7 +53,7 @@ def within_prompts(values: Floats, groups: NDArray[np.int64]) -> Floats:
 
 
 def disagreement(members: Floats, groups: NDArray[np.int64]) -> float:
-    """Measure how divided the members are on the order of a prompt's completions.
+    """Measure how much the members disagree on the order of a prompt's completions.
 
     Parameters
     ----------
@@ -68,8 +65,8 @@ def disagreement(members: Floats, groups: NDArray[np.int64]) -> float:
     Returns
     -------
     float
-        Mean share of the outvoted members over all pairs of completions of one prompt, a member's
-        tie half on each side: 0 is unanimous, ½ evenly split; NaN where no prompt has a pair.
+        Mean share of outvoted members over all pairs of completions of one prompt; a member's tie
+        counts half for each side. 0 is unanimous, ½ evenly split; NaN if no prompt has a pair.
     """
     outvoted, pairs = 0.0, 0
     for group in range(int(groups.max(initial=-1)) + 1):
@@ -82,7 +79,7 @@ def disagreement(members: Floats, groups: NDArray[np.int64]) -> float:
 
 
 def within_correlation(members: Floats, groups: NDArray[np.int64]) -> float:
-    """Mean correlation between members of their scores within prompts; NaN where it has none."""
+    """Mean correlation between members' scores within prompts; NaN where it is undefined."""
     centred = within_prompts(members, groups)
     try:
         return mean_correlation(margin_correlation(centred))
@@ -93,8 +90,8 @@ def within_correlation(members: Floats, groups: NDArray[np.int64]) -> float:
 def length_slope(reward: Floats, log_length: Floats, groups: NDArray[np.int64]) -> float:
     """Slope of reward on log length within prompts, by least squares.
 
-    Length is the first thing that policies exploit: a slope that rises along a run says that the
-    reward is being paid for words.
+    Length is the first thing that policies exploit: if the slope rises during a run, the policy is
+    rewarded for more words.
 
     Parameters
     ----------
@@ -108,7 +105,7 @@ def length_slope(reward: Floats, log_length: Floats, groups: NDArray[np.int64]) 
     Returns
     -------
     float
-        Normalised units a unit of log length; NaN where lengths do not vary within any prompt.
+        Normalised units per unit of log length; NaN if lengths do not vary within any prompt.
     """
     x, y = within_prompts(log_length, groups), within_prompts(reward, groups)
     spread = float(x @ x)
@@ -116,5 +113,5 @@ def length_slope(reward: Floats, log_length: Floats, groups: NDArray[np.int64]) 
 
 
 def length_controlled(reward: Floats, log_length: Floats, slope: float, reference: float) -> Floats:
-    """Subtract what length alone explains, above a reference length; shape (n_samples,)."""
+    """Subtract slope · (log length − reference); shape (n_samples,)."""
     return reward - slope * (log_length - reference)

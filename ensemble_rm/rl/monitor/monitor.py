@@ -1,7 +1,7 @@
-"""A live monitor of a run: reward, spread, length, disagreement, KL and gold, against a reference.
+"""A monitor of a run: reward, spread, length, disagreement, KL and gold, against a reference.
 
-Framework-free: a loop hands over each step's samples and rewards. Knows ensembles and rewards; the
-rule by which it warns is in `watching`.
+It works with any trainer: give it the samples and rewards of each step. The rule that raises alarms
+is in `alarms`.
 """
 
 from __future__ import annotations
@@ -51,39 +51,39 @@ class Call:
 
     @classmethod
     def of(cls, samples: Sequence[Sample | Exception], rewards: LoopRewards) -> Call:
-        """Keep what has a reward."""
+        """Keep the samples that have a reward."""
         rows = [
             i
-            for i, (s, error) in enumerate(zip(samples, rewards.errors, strict=True))
-            if isinstance(s, Sample) and error is None
+            for i, sample in enumerate(samples)
+            if isinstance(sample, Sample) and i not in rewards.failed
         ]
         kept = [s for i in rows if isinstance(s := samples[i], Sample)]
-        failed = sum(error is not None for error in rewards.errors) / max(len(rewards), 1)
+        failed = len(rewards.failed) / max(len(rewards), 1)
         lengths = np.log([max(len(s.completion), 1) for s in kept]).reshape(len(kept))
         groups = prompt_groups([s.prompt for s in kept])
         return cls(kept, rewards.reward[rows], rewards.members[rows], groups, lengths, failed)
 
     @property
     def whole(self) -> NDArray[np.intp]:
-        """The rows that every member scored."""
+        """Rows that every member scored."""
         return np.flatnonzero(~np.isnan(self.members).any(axis=1))
 
 
 class OverOptimisationMonitor:
-    """Follows a run and says when it is held to be going wrong.
+    """Follows a run and raises alarms.
 
     Parameters
     ----------
     ensemble : RewardEnsemble
-        That rewards the run. With a calibration, its judgments are the reference.
+        The ensemble that rewards the run. If it is calibrated, its judgments are the reference.
     rule : AlarmRule, optional
-        When to warn.
+        When to raise an alarm.
     aggregators : mapping of str to Aggregator, optional
-        Whose length slopes are reported beside the run's own, which is called ``"reward"``; the
-        mean and the minimum by default.
+        Further aggregators whose length slopes are recorded, next to that of the run's own, which
+        is called ``"reward"`` (default: mean and minimum).
     pool : Path, optional
-        A JSONL file that gets each step's most disputed pair, for people to judge: rows that
-        `ensemble-rm compare` reads.
+        A JSONL file to which each step's most disputed pair is appended, for people to judge, in
+        the format that `ensemble-rm compare` reads.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class OverOptimisationMonitor:
         self.rule = rule or AlarmRule()
         given = {"mean": mean(), "minimum": minimum()} if aggregators is None else aggregators
         if "reward" in given:
-            raise OptionError("'reward' is the run's own aggregator; give this one another name")
+            raise OptionError("'reward' is the run's own aggregator; choose another name")
         nan = ensemble.aggregator.nan
         others = {name: replace(how, nan=nan).bind(ensemble.names) for name, how in given.items()}
         self._aggregators = {"reward": ensemble.aggregator, **others}
@@ -128,26 +128,26 @@ class OverOptimisationMonitor:
         *,
         kl: float | None = None,
     ) -> list[Alarm]:
-        """Take in one step.
+        """Record one step.
 
         Parameters
         ----------
         step : int
-            Above the last one's.
+            Greater than the last one.
         samples : sequence of Sample or Exception
-            What was rewarded.
+            The samples of the step.
         rewards : LoopRewards
-            In the same order.
+            Their rewards, in the same order.
         kl : float, optional
-            From the policy that the run began with, nats a completion, where it was measured.
+            KL from the policy that the run started with, nats per completion, if measured.
 
         Returns
         -------
         list of Alarm
-            What is wrong now; empty where nothing is, or where every sample failed.
+            The alarms at this step; empty as well if every sample failed.
         """
         if self._records and step <= self._records[-1].step:
-            raise OptionError(f"step {step} after step {self._records[-1].step}")
+            raise OptionError(f"step must be greater than {self._records[-1].step}, not {step}")
         call = Call.of(samples, rewards)
         if not call.samples:
             return []
@@ -157,34 +157,34 @@ class OverOptimisationMonitor:
         return self.alarms()
 
     def alarms(self) -> list[Alarm]:
-        """Return what is wrong at the last step."""
+        """Return the alarms at the last step."""
         return self.rule.alarms(
             self._records, aggregator="reward", reference_std=self.reference_std
         )
 
     def check_gold(self, gold: float, *, kl: float | None = None) -> list[Alarm]:
-        """Take in a gold check of the policy at the last step; the first is the run's beginning.
+        """Record a gold check at the last step; the first check is the start of Gao's curve.
 
         Parameters
         ----------
         gold : float
-            Mean gold of the policy's completions.
+            Mean gold reward of the policy's completions.
         kl : float, optional
-            Of the policy now, nats a completion, where the step's was not measured.
+            KL of the policy, nats per completion, if the step's was not measured.
 
         Returns
         -------
         list of Alarm
-            What is wrong now.
+            The alarms now.
         """
         if not self._records or not math.isfinite(gold):
             raise OptionError(
-                f"a gold check needs a step before it and a finite gold, not {gold!r}"
+                f"a gold check needs a recorded step and a finite value, not {gold!r}"
             )
         last = self._records[-1]
         known = last.kl if kl is None else float(kl)
         if not math.isfinite(known):
-            raise OptionError(f"step {last.step} has no KL; measure it, and give it with the gold")
+            raise OptionError(f"step {last.step} has no KL; measure it and pass it as kl")
         self._records[-1] = replace(last, gold=float(gold), kl=known)
         return self.alarms()
 
@@ -226,36 +226,37 @@ class OverOptimisationMonitor:
             stream.write(json.dumps({**row, "step": step}, ensure_ascii=False) + "\n")
 
     def restore(self, path: str | Path, *, until: int) -> None:
-        """Go on where a run was cut: its records are this one's, and the first is its beginning.
+        """Continue an interrupted run with its records.
 
         Parameters
         ----------
         path : str or Path
-            What `save` has written.
+            A file that `save` wrote.
         until : int
-            The step that the run goes on from; records beyond it are of steps that will be taken
-            again.
+            Step from which the run continues; later records are dropped, since their steps are
+            taken again.
 
         Raises
         ------
         OptionError
-            If this monitor has seen a step already.
+            If this monitor has recorded a step.
         DataError
-            If a line is no record.
+            If a line is not a record.
         """
         if self._records:
-            raise OptionError(f"this monitor has seen step {self._records[-1].step} already")
-        found = []
+            last = self._records[-1].step
+            raise OptionError(f"this monitor has already recorded step {last}; use a new one")
+        records = []
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             try:
-                found.append(StepRecord.from_json(json.loads(line)))
+                records.append(StepRecord.from_json(json.loads(line)))
             except (DataError, json.JSONDecodeError) as error:
                 raise DataError(f"{path}, line {number}: {error}") from error
-        self._records = [record for record in found if record.step <= until]
+        self._records = [record for record in records if record.step <= until]
         self._start = self._records[0].log_length if self._records else None
 
     def save(self, path: str | Path) -> Path:
-        """Write the records as JSONL, one step a line.
+        """Write the records as JSONL, one step per line.
 
         Parameters
         ----------
@@ -273,29 +274,29 @@ class OverOptimisationMonitor:
 
 
 def _slope(how: Aggregator, call: Call) -> float:
-    """Return the slope of an aggregator's reward on log length, over the samples that it has."""
+    """Return the slope of an aggregator's reward on log length, over the samples that it scores."""
     reward = how.where_enough(call.members)
     there = ~np.isnan(reward)
     return length_slope(reward[there], call.log_length[there], call.groups[there])
 
 
 def most_disputed(call: Call) -> dict[str, Any] | None:
-    """Return the pair of one prompt on whose margin the members differ most; None without a pair.
+    """Return the pair of completions of one prompt on which the members differ most; None if none.
 
-    The margins' standard deviation over the members: what all members hold of a prompt is no
-    dispute. Of equals, the first.
+    Measured by the std over members of the margin, in which an offset that all members give to a
+    prompt cancels. Of equal pairs, the first.
     """
     whole = call.whole
-    best, found = 0.0, None
+    best, pair = 0.0, None
     for group in range(int(call.groups.max(initial=-1)) + 1):
         rows = whole[call.groups[whole] == group]
         i, j = np.triu_indices(len(rows), 1)
         spread = (call.members[rows[i]] - call.members[rows[j]]).std(axis=1)
-        if len(spread) and (place := int(np.argmax(spread))) >= 0 and spread[place] > best:
-            best, found = float(spread[place]), (rows[i[place]], rows[j[place]])
-    if found is None:
+        if len(spread) and (row := int(np.argmax(spread))) >= 0 and spread[row] > best:
+            best, pair = float(spread[row]), (rows[i[row]], rows[j[row]])
+    if pair is None:
         return None
-    first, second = (call.samples[row] for row in found)
+    first, second = (call.samples[row] for row in pair)
     return {
         "prompt": prompt_json(first.prompt),
         "first": first.completion,

@@ -1,4 +1,4 @@
-"""A picture of an RL run: rewards and gold, spread, KL and length against steps, as PNG."""
+"""A plot of an RL run as PNG: rewards and gold, spread, KL and length against steps."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def draw_run(
     alarms: Sequence[Alarm] = (),
     reference_std: float | None = None,
 ) -> Path:
-    """Draw what a monitor recorded.
+    """Draw the records of a monitor.
 
     Parameters
     ----------
     records : sequence of StepRecord
         At least one.
     path : Path
-        Of the PNG.
+        File to write.
     alarms : sequence of Alarm
         Marked at their steps.
     reference_std : float, optional
@@ -37,17 +37,17 @@ def draw_run(
     Returns
     -------
     Path
-        As given.
+        The same path.
 
     Raises
     ------
     DataError
-        If there is no record.
+        If there are no records.
     """
     from matplotlib.figure import Figure
 
     if not records:
-        raise DataError("a picture of a run needs at least one step")
+        raise DataError("no steps to draw; draw the records of a run that has started")
     figure = Figure(figsize=(10, 7), layout="constrained")
     first, second, third, fourth = figure.subplots(2, 2, sharex=True).ravel()
     _draw(first, records, lambda r: r.reward, "reward", INK)
@@ -84,7 +84,7 @@ def _draw(
     *,
     marker: str | None = None,
 ) -> None:
-    """Draw the steps at which a value is known; nothing where it never is."""
+    """Draw the steps at which a value is finite."""
     known = [(r.step, value(r)) for r in records if math.isfinite(value(r))]
     if known:
         steps, values = zip(*known, strict=True)

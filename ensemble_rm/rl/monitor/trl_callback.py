@@ -1,7 +1,7 @@
-"""The monitor as a callback of TRL's trainers: it warns, stops, or raises β.
+"""The monitor as a callback of TRL's trainers: it warns, stops the run, or raises β.
 
-Without a penalty TRL holds no reference model and logs no KL: the callback then measures it itself,
-on a sample of each few steps' completions, against the policy that the run began with.
+Without a penalty, TRL has no reference model and logs no KL. The callback then measures it every
+few steps, on some completions, against the policy that the run started with.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ log = logging.getLogger(__name__)
 
 
 class MonitorCallback(TrainerCallback):
-    """Watches a run of GRPOTrainer or RLOOTrainer; `attach` it before `train`.
+    """Monitors a run of GRPOTrainer or RLOOTrainer; call `attach` before `train`.
 
     Parameters
     ----------
     reward : TRLReward
-        The run's reward function, made by `trl_reward`.
+        The run's reward function.
     monitor : OverOptimisationMonitor
-        Whose rule decides.
+        The monitor; its rule raises the alarms.
     action : {"warn", "stop", "raise_beta"}
-        What an alarm does when it is raised: a warning in the log of this module; the same and the
-        end of training after the step; the same and β times `beta_factor`, again after each
-        `window` of the rule while it lasts.
+        What an alarm does: "warn" logs a warning; "stop" also ends training after the step;
+        "raise_beta" also multiplies β by `beta_factor`, and again after every `window` steps of the
+        rule while the alarm lasts.
     beta_factor : float
         > 1.
     kl_every : int
-        Steps from one measurement of the KL to the next; 0 measures none. It is what the monitor
-        costs: of 8 completions a step, by default well below a hundredth of the run.
+        Steps between two measurements of the KL; 0 measures none. It is the main cost of the
+        monitor: with 8 completions per step and the defaults, well below 1 % of the run.
     kl_samples : int
-        Completions that it is measured on.
+        Number of completions to measure it on.
     reference : torch.nn.Module, optional
-        The policy that the run began with. Where not given: TRL's own reference model; else, for a
-        LoRA policy, itself without the adapter; else a copy of the policy made when training
-        begins, which takes its memory once more.
+        The policy that the run started with (default: TRL's reference model; else, for a LoRA
+        policy, the policy without its adapter; else a copy of the policy, made when training
+        begins, which needs as much memory again).
     records : str or Path, optional
-        A JSONL file that holds the records after each step.
+        JSONL file to write the records to after each step.
     """
 
     def __init__(
@@ -79,20 +79,22 @@ class MonitorCallback(TrainerCallback):
         if not beta_factor > 1:
             raise OptionError(f"beta_factor must be > 1, not {beta_factor!r}")
         if kl_every < 0 or kl_samples < 1:
-            raise OptionError(f"kl_every={kl_every!r} and kl_samples={kl_samples!r}")
+            raise OptionError(
+                f"kl_every must be >= 0 and kl_samples >= 1, not {kl_every!r} and {kl_samples!r}"
+            )
         self.reward, self.monitor, self.action = reward, monitor, action
         self.beta_factor, self.kl_every, self.kl_samples = beta_factor, kl_every, kl_samples
         self.reference, self.records = reference, records
         self.alarms: list[Alarm] = []
         self._trainer: Any = None
         self._calls: list[_Call] = []
-        self._kl: float | None = None  # of the step that is being taken
+        self._kl: float | None = None  # of the current step
         self._active: dict[str, int] = {}  # alarm -> step of its last action
         self._figures: list[dict[str, float]] = []  # of the steps since the last log
         self._logged = 0  # the last log's step
 
     def attach(self, trainer: Any) -> MonitorCallback:
-        """Watch a trainer.
+        """Attach to a trainer.
 
         Parameters
         ----------
@@ -101,24 +103,24 @@ class MonitorCallback(TrainerCallback):
         Returns
         -------
         MonitorCallback
-            This one.
+            Itself.
 
         Raises
         ------
         LoopError
-            If β is to be raised in a run that has none, or whose loss has taken it already.
+            If β is to be raised in a run without a penalty, or whose loss has fixed it.
         """
         if self.action == "raise_beta":
             if not trainer.beta > 0:
                 raise LoopError(
-                    f"β can be raised only in a run that was started with β > 0, and this one has "
-                    f"{trainer.beta}: without, TRL holds no reference model; set beta in its config"
+                    f"action='raise_beta' needs a run with beta > 0, not {trainer.beta}: TRL has "
+                    "no reference model without; set beta in its config"
                 )
             if getattr(trainer.args, "use_liger_kernel", False):
-                raise LoopError("use_liger_kernel fixes β at the start; switch it off")
+                raise LoopError("use_liger_kernel fixes beta at the start; switch it off")
         self._trainer = trainer
         self.reward.watched_by(self._collect)
-        # Before those that report: what it adds to the logs is seen by the callbacks after it.
+        # First, so that the callbacks that report see what it adds to the logs.
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
@@ -132,7 +134,7 @@ class MonitorCallback(TrainerCallback):
             self._calls.append((samples, rewards, tokens))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Keep the policy that the run begins with; one that was cut goes on with its records."""
+        """Keep the policy that the run starts with; a resumed run continues its records."""
         if state.global_step > 0 and self.records is not None and Path(self.records).is_file():
             self.monitor.restore(self.records, until=state.global_step)
         model = self._policy()
@@ -143,16 +145,16 @@ class MonitorCallback(TrainerCallback):
             return
         if state.global_step > 0:
             raise OptionError(
-                f"a run that goes on at step {state.global_step} no longer holds the policy that "
-                "it began with; give it as reference, or kl_every=0"
+                f"a run resumed at step {state.global_step} does not have the policy that it "
+                "started with; pass it as reference, or kl_every=0"
             )
         reference = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
-        # TRL and accelerate put closures over the policy there: a copy's would run the policy.
+        # TRL and accelerate put closures over the policy there: the copy's would run the policy.
         vars(reference).pop("forward", None)
         self.reference = reference
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Measure the KL while the policy is the one that has sampled."""
+        """Measure the KL before the update, while the policy is the one that sampled."""
         step = state.global_step + 1
         due = self.kl_every > 0 and (step % self.kl_every == 0 or not self.monitor.records)
         if due and self._calls:
@@ -161,7 +163,7 @@ class MonitorCallback(TrainerCallback):
             self._kl = self.measure_kl(samples, tokens)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ARG002
-        """Take in the step's reward calls, and act."""
+        """Record the step's reward calls, and act on alarms."""
         calls, self._calls = self._calls, []
         kl, self._kl = self._kl, None
         alarms: list[Alarm] = []
@@ -173,14 +175,14 @@ class MonitorCallback(TrainerCallback):
             figures = self._of_step(state.global_step, alarms)
             if self.records is not None:
                 self.monitor.save(self.records)
-        # Every rank acts as one: a rank that stopped alone would leave the others waiting.
+        # All ranks act together: a rank that stopped alone would leave the others waiting.
         ranks = gather_object([(alarms, figures)])
         self._figures.append(averaged([figures for _alarms, figures in ranks]))
         self._act([a for alarms, _figures in ranks for a in alarms], state.global_step, control)
         return control
 
     def _of_step(self, step: int, alarms: list[Alarm]) -> dict[str, float]:
-        """Return what the reward's own metrics do not hold; nothing where all samples failed."""
+        """Return the figures that the reward does not log itself; none if all samples failed."""
         records = self.monitor.records
         if not records or records[-1].step != step:
             return {}
@@ -227,7 +229,7 @@ class MonitorCallback(TrainerCallback):
         if self.action == "raise_beta" and (raised or lasting):
             self._trainer.beta *= self.beta_factor
             self._active = dict.fromkeys(self._active, step)
-            log.warning("step %d: β is %g from now on", step, self._trainer.beta)
+            log.warning("step %d: beta is now %g", step, self._trainer.beta)
 
     def _policy(self) -> Any:
         return self._trainer.accelerator.unwrap_model(self._trainer.model)
@@ -237,18 +239,17 @@ class MonitorCallback(TrainerCallback):
         samples: Sequence[Sample | Exception],
         tokens: Sequence[list[int] | None] | None = None,
     ) -> float | None:
-        """Estimate KL(policy ‖ the run's first policy), nats a completion, on some samples.
+        """Estimate KL(policy ‖ the run's first policy), nats per completion, on some samples.
 
-        By the estimator k3, on the tokens that the policy has sampled; None where no sample can be
-        read.
+        By the estimator k3, on the tokens that the policy sampled; None if no sample can be read.
 
         Parameters
         ----------
         samples : sequence of Sample or Exception
-            The policy's own.
+            Samples of the policy.
         tokens : sequence of (list of int or None), optional
-            Of each completion. Where they are not known the text is tokenised, with what ends it
-            in the policy's template.
+            Token ids of each completion. If they are unknown, the text is tokenised, with the end
+            of turn of the policy's template.
         """
         tokens = [None] * len(samples) if tokens is None else tokens
         kept = [
@@ -258,8 +259,8 @@ class MonitorCallback(TrainerCallback):
         ]
         if not kept:
             return None
-        places = np.linspace(0, len(kept) - 1, min(self.kl_samples, len(kept))).astype(int)
-        chosen = [kept[place] for place in places]
+        rows = np.linspace(0, len(kept) - 1, min(self.kl_samples, len(kept))).astype(int)
+        chosen = [kept[row] for row in rows]
         encoded = encode_sampled(
             self._trainer.processing_class, [s for s, _ in chosen], [ids for _, ids in chosen]
         )
@@ -267,6 +268,6 @@ class MonitorCallback(TrainerCallback):
 
 
 def averaged(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Average each figure over the parts that know it; NaN where none does."""
+    """Average each figure over the parts that have it; NaN if none has."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: mean_of([part.get(name, math.nan) for part in parts]) for name in names}

@@ -1,19 +1,22 @@
 """The ASGI application: a route for each wire format, and routes for those who operate the server.
 
-Plain Starlette: bodies are read within limits before they are validated, and errors are answered in
-one shape, so that a framework's own reading of bodies would be in the way.
+A request passes from `Guard` (token, metrics) to the endpoint of its path: its body is read within
+limits, validated as the wire format's request, and given to the format's handler; the result or the
+error is its response. Refusals name positions and numbers, never the request's own text.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -22,7 +25,16 @@ from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ensemble_rm.errors import NotReadyError, RequestError, UnauthorisedError, UnprocessableError
+from ensemble_rm.errors import (
+    BadRequestError,
+    MediaTypeError,
+    NotReadyError,
+    RequestError,
+    SlowRequestError,
+    TooLargeError,
+    UnauthorisedError,
+    UnprocessableError,
+)
 from ensemble_rm.server.failures import (
     error_body,
     error_detail,
@@ -33,15 +45,18 @@ from ensemble_rm.server.failures import (
 from ensemble_rm.server.http.auth import Token
 from ensemble_rm.server.http.openapi import OPERATIONS, UNGUARDED, VERSION_HEADER, describe
 from ensemble_rm.server.metrics import Metrics
-from ensemble_rm.server.options import ServerOptions
-from ensemble_rm.server.requests import check_lists, read_json, read_model, unless_gone
-from ensemble_rm.server.service import RequestContext, RewardService
+from ensemble_rm.server.options import Limits, ServerOptions
+from ensemble_rm.server.service import TOKENS_PER_TURN, RequestContext, RewardService
 from ensemble_rm.server.wire.format import Route
 from ensemble_rm.server.wire.registry import routes_by_path
 
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+_LISTS = 4  # lists in a body that are as long as its samples
+_FAULTS_SHOWN = 5
 _CLIENT_GONE = 499  # nginx's code; no client reads it, the metrics count it
 _log = logging.getLogger(__name__)
 
@@ -116,16 +131,12 @@ def _answer(service: RewardService, routes: list[Route]) -> Endpoint:
         if route.list_per_sample:
             check_lists(body, service.options.limits)
         work = route.handler(read_model(route.request, body), context)
-        content = await unless_gone(request, _awaited(work))
+        content = await unless_gone(request, work)
         if isinstance(content, BaseModel):
             content = content.model_dump()
         return json_response(content, version=context.version)
 
     return endpoint
-
-
-async def _awaited(work: Awaitable[object]) -> object:
-    return await work
 
 
 def _choose(routes: list[Route], body: object) -> Route:
@@ -137,6 +148,158 @@ def _choose(routes: list[Route], body: object) -> Route:
     if len(present & set(keys)) != 1:
         raise UnprocessableError(f"body must have exactly one of the keys {', '.join(keys)}")
     return next(route for route in routes if present & set(route.keys))
+
+
+# Bodies -------------------------------------------------------------------------------------------
+
+
+async def read_json(request: Request, limits: Limits) -> Any:
+    """Read and parse the body of a request.
+
+    Raises
+    ------
+    MediaTypeError
+        If it is not declared as JSON, or declared as compressed.
+    TooLargeError, SlowRequestError
+        If it exceeds `max_body_bytes`, or does not arrive within `body_seconds`.
+    BadRequestError
+        If it is not valid JSON, or has more entries than `max_tokens` allows.
+    ClientDisconnect
+        If the client disconnects.
+    """
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json" and not media.endswith("+json"):
+        raise MediaTypeError("body is not declared as JSON; send Content-Type: application/json")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise MediaTypeError(
+            "compressed bodies are not supported; send it without Content-Encoding"
+        )
+    declared = request.headers.get("content-length", "")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            if declared.isdecimal():
+                # A number of many digits would take long to parse.
+                check_bytes(int(declared[:20]), limits)
+            async for chunk in request.stream():
+                body += chunk
+                check_bytes(len(body), limits)
+    except TimeoutError:
+        raise SlowRequestError(f"body did not arrive within {limits.body_seconds:g} s") from None
+    content = parse_json(bytes(body))
+    check_entries(content, limits)
+    return content
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse JSON as RFC 8259 defines it.
+
+    NaN, infinities, lone surrogates, bytes that are not UTF-8, and more than 200 levels of nesting
+    are refused.
+
+    Raises
+    ------
+    BadRequestError
+        If the body is something else.
+    """
+    try:
+        return from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadRequestError(f"body is not valid JSON: {error}") from None
+
+
+def read_model(kind: type[M], body: Any) -> M:
+    """Validate a body as a wire format's request.
+
+    Raises
+    ------
+    UnprocessableError
+        If it has another shape; the message names positions and faults, not the values.
+    """
+    try:
+        return kind.model_validate(body, strict=True)
+    except ValidationError as error:
+        faults = error.errors(include_input=False, include_url=False, include_context=False)
+        shown = "; ".join(
+            _describe_fault(fault["loc"], fault["type"], fault["msg"])
+            for fault in faults[:_FAULTS_SHOWN]
+        )
+        more = f"; and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        raise UnprocessableError(f"body does not have the expected shape: {shown}{more}") from None
+
+
+def _describe_fault(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        # The name of an unknown field is the client's own text.
+        location, message = location[:-1], "unknown field"
+    if kind == "union_tag_invalid":
+        message = "unknown name"  # pydantic's message quotes it
+    return f"{'.'.join(map(str, location)) or 'body'}: {message}"
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Return the result of `work`, or cancel it as soon as the client disconnects.
+
+    Raises
+    ------
+    ClientDisconnect
+        If the client disconnects.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def check_bytes(size: int, limits: Limits) -> None:
+    """Raise `TooLargeError` if a body has too many bytes."""
+    if size > limits.max_body_bytes:
+        raise TooLargeError(f"body has more than {limits.max_body_bytes} bytes")
+
+
+def check_lists(body: object, limits: Limits) -> None:
+    """Raise `TooLargeError` if a list of a body is longer than a request's maximum of samples."""
+    values = body.values() if isinstance(body, dict) else ()
+    longest = max((len(value) for value in values if isinstance(value, list)), default=0)
+    if longest > limits.max_samples:
+        raise TooLargeError(
+            f"list of {longest} samples, maximum {limits.max_samples}; send several requests"
+        )
+
+
+def check_entries(body: object, limits: Limits) -> None:
+    """Raise `TooLargeError` if a body's lists have more entries than its tokens allow.
+
+    Each turn has some tokens, however short. To validate a body of hundreds of thousands of turns
+    would block the event loop for seconds, only to refuse it.
+    """
+    most = limits.max_tokens // TOKENS_PER_TURN + _LISTS * limits.max_samples
+    count, pending = 0, [body]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            count += len(value)
+            if count > most:
+                raise TooLargeError(
+                    f"more than {most} messages and texts in one request; send several requests"
+                )
+        elif isinstance(value, dict):
+            value = value.values()
+        else:
+            continue
+        pending += [entry for entry in value if isinstance(entry, dict | list)]
 
 
 # Operations --------------------------------------------------------------------------------------
@@ -235,7 +398,7 @@ class Guard:
     ----------
     app : ASGI application
     token : Token, optional
-        Without it, no token is asked for.
+        Without it, requests need no token.
     metrics : Metrics
     paths : set of str
         Paths that exist; all others are counted as one.

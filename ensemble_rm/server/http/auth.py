@@ -1,8 +1,4 @@
-"""Who may ask: a bearer token, compared in constant time, and no address that others reach without.
-
-Knows header values and host names; knows nothing of HTTP servers. Reads no file and no environment:
-the command line does.
-"""
+"""The bearer token of a server, and which addresses need one."""
 
 from __future__ import annotations
 
@@ -13,16 +9,15 @@ from dataclasses import dataclass, field
 
 from ensemble_rm.errors import OptionError, ServerError, UnauthorisedError
 
-LEAST = 16
-"""Characters of a token."""
+_MIN_LENGTH = 16
 
 
 @dataclass(frozen=True)
 class Token:
-    """The secret that requests carry.
+    """The secret that requests must carry.
 
-    ``Authorization: Bearer SECRET``, or the password of ``Basic``, which is how clients that send
-    no headers of their own do it: ``http://any:SECRET@host:8000/get_reward``.
+    As ``Authorization: Bearer SECRET``; or as the password of ``Basic``, for clients that take only
+    an address: ``http://any:SECRET@host:8000/get_reward``.
 
     Parameters
     ----------
@@ -32,31 +27,31 @@ class Token:
     Raises
     ------
     OptionError
-        If it is shorter, or holds something else.
+        If it is shorter, or has other characters.
     """
 
     secret: str = field(repr=False)
 
     def __post_init__(self) -> None:
-        fine = self.secret.isascii() and self.secret.isprintable() and " " not in self.secret
-        if not fine or len(self.secret) < LEAST:
+        valid = self.secret.isascii() and self.secret.isprintable() and " " not in self.secret
+        if not valid or len(self.secret) < _MIN_LENGTH:
             raise OptionError(
-                f"a token has at least {LEAST} printable ASCII characters and no spaces; make one "
-                "with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+                f"a token needs at least {_MIN_LENGTH} printable ASCII characters and no spaces; "
+                "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
             )
 
     def check(self, header: bytes | None) -> None:
-        """Let a request pass, by its Authorization header.
+        """Check the Authorization header of a request, in constant time.
 
         Raises
         ------
         UnauthorisedError
-            If there is no header, or it holds something else.
+            If there is no header, or it has another token.
         """
         if header is None:
-            raise UnauthorisedError("this server asks for a token: Authorization: Bearer TOKEN")
+            raise UnauthorisedError("no token; send the header Authorization: Bearer TOKEN")
         if not hmac.compare_digest(_credential(header), self.secret.encode()):
-            raise UnauthorisedError("the token is not this server's")
+            raise UnauthorisedError("wrong token")
 
 
 def _credential(header: bytes) -> bytes:
@@ -72,7 +67,7 @@ def _credential(header: bytes) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that binds `host`."""
+    """Return whether only this machine reaches a server that binds `host`."""
     if host == "localhost":
         return True
     try:
@@ -82,9 +77,9 @@ def is_loopback(host: str) -> bool:
 
 
 def check_bind(host: str, token: Token | None) -> None:
-    """Raise `ServerError` where `host` is reached from other machines and no token is asked for."""
+    """Raise `ServerError` if other machines reach `host` and there is no token."""
     if token is None and not is_loopback(host):
         raise ServerError(
-            f"{host!r} is reached from other machines, and there is no token: give one by "
+            f"{host!r} is reached from other machines and there is no token; give one by "
             "--token-file FILE or in ENSEMBLE_RM_TOKEN, or bind 127.0.0.1"
         )

@@ -1,11 +1,11 @@
-"""uvicorn's HTTP/1.1 connections, with a deadline for headers and a limit of their number.
+"""uvicorn's HTTP/1.1 connections, with a deadline for headers and a maximum number.
 
-uvicorn has no such deadline, and its own limit refuses requests of connections that are open.
-A connection that sends nothing, or its headers byte by byte, is answered 408 and closed; one that
-does not read its answer is cut off. A client that still sends when it is answered for the last time
-is read on for a moment, since it would see a reset, and not the answer. An answer's head and body
-leave in one write: a server that is killed has sent all of a short answer or nothing, and a
-balancer then asks the next. Knows uvicorn; knows nothing of routes.
+uvicorn has no such deadline, and its own limit refuses requests on connections that are open.
+Here, a connection that sends nothing, or its headers byte by byte, is answered 408 and closed, and
+one that does not read its response is cut off. A client that is still sending when the connection
+is to be closed is read for a moment more, since it would otherwise see a reset and not the
+response. A response's head and body are sent in one write: a server that is killed has sent all of
+a short response or nothing, and a load balancer then asks the next server.
 """
 
 from __future__ import annotations
@@ -20,40 +20,41 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from ensemble_rm.errors import NotReadyError, SlowRequestError
+from ensemble_rm.server.failures import error_detail
 
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 32 * 2**20
 
 
-def _last_answer(status: str, error: str, message: str, *headers: str) -> bytes:
-    """Return an error's answer, in the shape of all others, behind which the connection closes."""
-    said = {"message": message, "type": error, "param": None, "code": int(status[:3])}
-    body = json.dumps({"error": said}, separators=(",", ":"))
+def _last_response(status: str, error: str, message: str, *headers: str) -> bytes:
+    """Return an error's response, after which the connection is closed."""
+    detail = error_detail(message, error, int(status[:3]))
+    body = json.dumps({"error": detail}, separators=(",", ":"))
     lines = (f"HTTP/1.1 {status}", "connection: close", "content-type: application/json", *headers)
     return "\r\n".join((*lines, f"content-length: {len(body)}", "", body)).encode()
 
 
-_LATE = _last_answer(
-    "408 Request Timeout", SlowRequestError.__name__, "the headers did not arrive in time"
+_LATE = _last_response(
+    "408 Request Timeout", SlowRequestError.__name__, "headers did not arrive in time"
 )
-_FULL = _last_answer(
+_FULL = _last_response(
     "503 Service Unavailable",
     NotReadyError.__name__,
-    "as many connections are open as may be; come again, or keep one open",
+    "too many connections; retry later, or keep one open",
     f"retry-after: {NotReadyError.retry_after}",
 )
 
 
 class OneWrite:
-    """A transport that sends together what is written in one turn of the event loop.
+    """A transport that joins what is written in one turn of the event loop.
 
     Parameters
     ----------
     transport : asyncio.Transport
-        What is not said here is asked of it.
+        All that is not defined here is looked up in it.
     loop : asyncio.AbstractEventLoop
     end : callable
-        Called with the transport when it is to be closed, once.
+        Called once, with the transport, to close it.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class OneWrite:
         self._closed = False
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the transport itself has."""
+        """Return an attribute of the transport."""
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
@@ -78,14 +79,14 @@ class OneWrite:
             self._held.append(data)
 
     def close(self) -> None:
-        """Send what is held, and close."""
+        """Send what was written, and close."""
         self._send()
         if not self._closed:
             self._closed = True
             self._end(self._transport)
 
     def is_closing(self) -> bool:
-        """Whether it was closed, here or by the client."""
+        """Whether it is closed, here or by the client."""
         return self._closed or self._transport.is_closing()
 
     def _send(self) -> None:
@@ -95,7 +96,7 @@ class OneWrite:
 
 
 class DeadlineProtocol(H11Protocol):
-    """One connection. `with_deadline` makes the class that uvicorn takes."""
+    """One connection; `with_deadline` makes the class that uvicorn takes."""
 
     header_seconds: float = 10.0
     most: float = math.inf
@@ -103,7 +104,7 @@ class DeadlineProtocol(H11Protocol):
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, with a deadline for the first request's headers; or refuse one too many."""
+        """Start the deadline of the first request's headers, or refuse one connection too many."""
         if len(self.connections) >= self.most:
             transport.write(_FULL)
             transport.set_protocol(_Lingering(transport, self.loop, lambda _: None))
@@ -114,31 +115,31 @@ class DeadlineProtocol(H11Protocol):
         self._arm()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; once the headers are there, their deadline is met."""
+        """Take bytes; the deadline ends with the last header."""
         super().data_received(data)
         if self._between_requests and self._unfinished:
             self._arm()
             return
         self._disarm()
         if self._between_requests and self.timeout_keep_alive_task is None:
-            # What came was the rest of a body that was answered already: it is idle again.
+            # These bytes were the rest of a body that is already answered: it is idle again.
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
 
     def on_response_complete(self) -> None:
-        """Go on to the next request, whose beginning may be there already."""
+        """Go on to the next request, whose first bytes may have arrived."""
         super().on_response_complete()
         if self._between_requests and self.conn.trailing_data[0]:
             self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """Stop the deadline."""
         self._disarm()
         super().connection_lost(exc)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection, whether or not its client reads what is still to be sent."""
+        """Close an idle connection, even if its client does not read what is left to send."""
         super().timeout_keep_alive_handler()
         self._cut_off()
 
@@ -149,7 +150,7 @@ class DeadlineProtocol(H11Protocol):
 
     @property
     def _unfinished(self) -> bool:
-        """Whether a request has begun, or the first is awaited."""
+        """Whether a request has begun, or is the first."""
         begun = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
         return begun or self.cycle is None
 
@@ -180,17 +181,17 @@ class DeadlineProtocol(H11Protocol):
 
 
 class _Lingering(asyncio.Protocol):
-    """The end of a connection whose client may still send: nobody reads it, and it ends soon.
+    """The end of a connection whose client may still be sending.
 
-    Were it closed at once, what the client sent and nobody read would reset it, answer and all.
+    Closing it with unread bytes would reset it, and the client would lose the response.
 
     Parameters
     ----------
     transport : asyncio.Transport
-        To which all is written.
+        Everything is already written to it.
     loop : asyncio.AbstractEventLoop
     lost : callable
-        Called when the connection is no more, as `connection_lost` is.
+        Called as `connection_lost` is.
     """
 
     def __init__(
@@ -205,13 +206,13 @@ class _Lingering(asyncio.Protocol):
         transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
-        """Pass over what comes, within bounds."""
+        """Drop what arrives, up to a maximum."""
         self._left -= len(data)
         if self._left < 0:
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """Stop the timer."""
         self._end.cancel()
         self._lost(exc)
 
@@ -222,16 +223,16 @@ def with_deadline(
     connections: float = math.inf,
     refused: Callable[[], None] = lambda: None,
 ) -> type[DeadlineProtocol]:
-    """Return the protocol with its limits.
+    """Return the protocol class with these limits.
 
     Parameters
     ----------
     header_seconds : float
-        From the first byte to the end of the headers.
+        Time for a request's headers to arrive.
     connections : int or inf
-        Open at once; others are answered 503.
+        Maximum of open connections; further ones are answered 503.
     refused : callable
-        Called for each of those.
+        Called for each connection that is refused.
     """
     limits = {"header_seconds": header_seconds, "most": connections}
     return type(

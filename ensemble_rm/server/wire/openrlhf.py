@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, Field, JsonValue
+from pydantic_core import from_json
 
 from ensemble_rm.arrays import Floats
-from ensemble_rm.errors import BadRequestError, NonFiniteScoreError
+from ensemble_rm.errors import NonFiniteScoreError
 from ensemble_rm.rl.openrlhf import logs_spread
 from ensemble_rm.server.failures import SampleError
-from ensemble_rm.server.requests import parse_json
 from ensemble_rm.server.wire.format import Route, WireFormat
 from ensemble_rm.server.wire.native import Text
 from ensemble_rm.server.wire.raw_text import EXAMPLE, EXAMPLE_PROMPT
@@ -58,8 +58,8 @@ def read_label(label: object) -> object:
     if not isinstance(label, str):
         return label
     try:
-        content = parse_json(label.encode())
-    except BadRequestError:
+        content = from_json(label, allow_inf_nan=False)
+    except ValueError:
         return None
     return None if isinstance(content, str) else content  # text within text is not parsed again
 

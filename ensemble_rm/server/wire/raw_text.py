@@ -1,9 +1,9 @@
-"""Text in the policy's own template → a sample, where that can be done without guessing.
+"""Text in the policy's chat template → a sample, without guessing.
 
-Most wire formats carry one string that a template made of prompt and completion. Members have
-templates of their own, so the turns must be found again: the operator says how the template writes
-a turn, and a text that is not made of such turns is refused. Members that read the policy's
-template may be declared, and score such text as it is. Knows text; knows nothing of HTTP or models.
+Most wire formats carry one string that a chat template made of prompt and completion. Members have
+templates of their own, so the string must be split into turns again: the operator states how the
+template writes a turn, and text that is not made of such turns is refused. Members that read the
+policy's template can be declared; they score the text as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KNOWN = {
     "llama3": "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
     "gemma": "<start_of_turn>{role}\n{content}<end_of_turn>",
 }
-"""How some policies' templates write a turn."""
+"""How common chat templates write a turn."""
 EXAMPLE_PROMPT = "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n"
 EXAMPLE = f"{EXAMPLE_PROMPT}Fine, thank you.<|im_end|>"
 """Text in a policy's chat template, for the descriptions of the wire formats."""
@@ -31,19 +31,19 @@ _ROLES = {"model": "assistant", "human": "user"}
 
 
 class TurnTemplate:
-    r"""How a policy's template writes one turn, read backwards.
+    r"""How a policy's chat template writes one turn, to split text into turns.
 
     Parameters
     ----------
     turn : str
         A name in `KNOWN`, or text with ``{role}`` and ``{content}``, such as
-        ``<|im_start|>{role}\n{content}<|im_end|>``. It must begin with something that stands in no
+        ``<|im_start|>{role}\n{content}<|im_end|>``. It must begin with text that occurs in no
         content.
 
     Raises
     ------
     OptionError
-        If it does not have these two, in this order, between other text.
+        If it does not have these two, in this order, each between other text.
     """
 
     def __init__(self, turn: str) -> None:
@@ -57,21 +57,21 @@ class TurnTemplate:
             or not parts[1]
         ):
             raise OptionError(
-                f"a turn's template is one of {', '.join(KNOWN)}, or text with {{role}} and then "
-                f"{{content}}, each between other text; not {turn!r}"
+                f"a turn's template must be one of {', '.join(KNOWN)}, or text with {{role}} and "
+                f"then {{content}}, each between other text; not {turn!r}"
             )
         self.text = text
         self._open, self._middle, self._close = parts
 
     @property
     def end(self) -> str:
-        """What ends a turn."""
+        """The text that ends a turn."""
         return self._close.strip()
 
     def read(self, text: str) -> tuple[tuple[Message, ...], str]:
-        """Return the turns before the last, and the last one's text, which is the assistant's.
+        """Return the turns before the last one, and the content of the last, by the assistant.
 
-        Special tokens before the first turn are skipped; the last turn may lack its end.
+        Special tokens before the first turn are skipped; the last turn may have no end.
 
         Raises
         ------
@@ -81,7 +81,7 @@ class TurnTemplate:
         turns = [self._turn(piece) for piece in self._pieces(text)]
         if len(turns) < 2 or turns[-1].role != "assistant":
             raise UnprocessableError(
-                "a text in the policy's template must end in a turn by the assistant after others"
+                "a text in the policy's template must end with a turn by the assistant after others"
             )
         return tuple(turns[:-1]), turns[-1].content
 
@@ -89,19 +89,25 @@ class TurnTemplate:
         before, *pieces = text.split(self._open)
         # A template may begin with a token of its own, such as <|begin_of_text|>.
         if not pieces or re.fullmatch(r"\s*(?:<[^<>\s]{1,40}>\s*)?", before) is None:
-            raise UnprocessableError("a text is not in the template that this server was told of")
+            raise UnprocessableError(
+                "a text is not in the policy template that this server was started with"
+            )
         for piece in pieces[:-1]:
             if not piece.rstrip().endswith(self.end):
-                raise UnprocessableError("a turn in a text does not end as its template says")
+                raise UnprocessableError(
+                    "a turn in a text does not end as the policy template does"
+                )
         return pieces
 
     def _turn(self, piece: str) -> Message:
-        role, found, content = piece.partition(self._middle)
-        if not found or re.fullmatch(r"\w{1,32}", role.strip()) is None:
-            raise UnprocessableError("a turn in a text does not name its role as its template says")
+        role, middle, content = piece.partition(self._middle)
+        if not middle or re.fullmatch(r"\w{1,32}", role.strip()) is None:
+            raise UnprocessableError(
+                "a turn in a text does not have its role where the policy template has it"
+            )
         content, _, after = content.partition(self.end)
         if re.fullmatch(r"\s*(?:<[^<>\s]{1,40}>\s*)*", after) is None:
-            raise UnprocessableError("there is text between the turns of a text")
+            raise UnprocessableError("a text has something between its turns")
         role = role.strip()
         return Message(_ROLES.get(role, role), content.strip())
 
@@ -171,12 +177,12 @@ class RawText:
         return [name for name in names if name not in self.raw_text_members]
 
     def whole(self, text: str, names: Sequence[str]) -> Sample:
-        """Return the sample of one text that holds prompt and completion.
+        """Return the sample of one text with prompt and completion.
 
         Raises
         ------
         UnprocessableError
-            If it cannot be taken apart, and a member does not read it as it is.
+            If it cannot be split into turns and a member does not read it as it is.
         """
         if not text.strip():
             raise UnprocessableError("a text is empty")
@@ -190,36 +196,32 @@ class RawText:
         if refusing:
             raise UnprocessableError(
                 f"RawTextError: members {', '.join(refusing)} cannot read text in the policy's "
-                "template; start the server with --policy-template, so that it can take texts "
-                "apart, or with --raw-text-members; or send messages"
+                "template; start the server with --policy-template or --raw-text-members, or send "
+                "messages"
             )
         return Sample("", text)
 
-    def each(self, texts: str | Sequence[str], names: Sequence[str]) -> list[Sample]:
-        """Return the samples of one text, or of several."""
-        return [self.whole(t, names) for t in ([texts] if isinstance(texts, str) else texts)]
-
     def split(self, query: str, prompt: str | None, label: object, names: Sequence[str]) -> Sample:
-        """Return the sample of a text whose prompt, or messages, may be sent beside it.
+        """Return the sample of a text whose prompt, or messages, may be sent separately.
 
         Raises
         ------
         UnprocessableError
-            If neither is there and the text cannot be taken apart, or they do not fit.
+            If there is neither and the text cannot be split, or they do not fit the text.
         """
         if prompt is None:
             return self.whole(query, names)
         refusing = self.refusing(names)
         if not self.stops and _SPECIAL.search(query):
             raise UnprocessableError(
-                "a query ends in a special token, which no member should read; start the server "
-                "with --stop, or with --policy-template"
+                "a query ends with a special token, which no member should read; start the server "
+                "with --stop or --policy-template"
             )
         try:
             return read_query(query, prompt, label, stop=self.stops, refusing=refusing)
         except RawTextError:
             return self.whole(query, names)
-        except DataError:  # its own message quotes the query
+        except DataError:  # its message quotes the query
             raise UnprocessableError(
                 "a query does not begin with its prompt, or its label's messages cannot be read"
             ) from None

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from ensemble_rm.errors import NonFiniteScoreError
 from ensemble_rm.server.failures import SampleError
-from ensemble_rm.server.requests import estimate_tokens
+from ensemble_rm.server.service import estimate_tokens
 from ensemble_rm.server.wire.format import Route, WireFormat
 from ensemble_rm.server.wire.raw_text import EXAMPLE
 from ensemble_rm.server.wire.vllm import Texts, usage

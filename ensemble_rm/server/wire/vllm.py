@@ -18,7 +18,7 @@ from scipy.special import expit
 
 from ensemble_rm.data.samples import Message, Sample
 from ensemble_rm.errors import UnprocessableError
-from ensemble_rm.server.requests import estimate_tokens
+from ensemble_rm.server.service import estimate_tokens
 from ensemble_rm.server.wire.format import Route, WireFormat
 from ensemble_rm.server.wire.native import Text
 from ensemble_rm.server.wire.raw_text import EXAMPLE

@@ -81,7 +81,7 @@ def test_a_call_in_which_all_failed_is_no_step() -> None:
     monitor = OverOptimisationMonitor(ensemble)
     assert step(monitor, ensemble, 1, "bad") == [] and monitor.records == ()
     step(monitor, ensemble, 2, "fine")
-    with pytest.raises(OptionError, match="step 2 after step 2"):
+    with pytest.raises(OptionError, match="greater than 2, not 2"):
         step(monitor, ensemble, 2, "fine")
     with pytest.raises(OptionError, match="'reward'"):
         OverOptimisationMonitor(ensemble, aggregators={"reward": mean()})
@@ -178,7 +178,7 @@ def test_impossible_rules_are_named(values: dict[str, Any]) -> None:
 def test_gold_checks_need_a_step_and_a_kl() -> None:
     ensemble = members()
     monitor = OverOptimisationMonitor(ensemble)
-    with pytest.raises(OptionError, match="needs a step"):
+    with pytest.raises(OptionError, match="needs a recorded step"):
         monitor.check_gold(1.0)
     step(monitor, ensemble, 1, "x", "xx")
     with pytest.raises(OptionError, match="has no KL"):
@@ -236,7 +236,7 @@ def test_a_monitor_goes_on_where_its_run_was_cut(tmp_path: Path) -> None:
         if i == 3:
             later.check_gold(0.5, kl=1.0)
     assert [r.to_json() for r in later.records] == [r.to_json() for r in whole.records]
-    with pytest.raises(OptionError, match="step 4 already"):
+    with pytest.raises(OptionError, match="already recorded step 4"):
         later.restore(file, until=2)
 
 
@@ -347,7 +347,7 @@ def test_the_callback_stops_and_raises(tiny_policy: Path, folder: Path, tmp_path
     assert trainer.beta == pytest.approx(0.01 * 9)
 
     reward, callback = watched(folder, {}, action="raise_beta")
-    with pytest.raises(LoopError, match="started with β > 0"):
+    with pytest.raises(LoopError, match="needs a run with beta > 0"):
         callback.attach(run(tiny_policy, reward, tmp_path))
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from pydantic import BaseModel
+from starlette.testclient import TestClient
 
 from ensemble_rm import FunctionScorer, Preference, Preferences, RewardEnsemble, Sample
 from ensemble_rm.aggregation import make_aggregator, mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import DataError, TooLargeError, UnprocessableError
 from ensemble_rm.rl.chat import read_label, without_stops
+from ensemble_rm.server.http.app import check_entries, check_lists, read_model
 from ensemble_rm.server.options import Limits, ServerOptions
-from ensemble_rm.server.requests import check_entries, check_lists, read_model
 from ensemble_rm.server.wire import llamafactory, native, openrlhf, raw_text, sglang, vllm
 from ensemble_rm.server.wire.raw_text import RawText
 from tests.support.server_process import length, lengths
@@ -52,13 +56,29 @@ def test_an_aggregator_that_cannot_be_asked_for_is_the_requests_fault(
     body = one("Hello") | {"aggregator": aggregator}
     with (
         client(ensemble) as asking,
-        caplog.at_level(logging.INFO, "ensemble_rm.server.http.bodies"),
+        caplog.at_level(logging.INFO, "ensemble_rm.server.http.app"),
     ):
         answer = asking.post("/v1/score", json=body)
         assert answer.status_code == 422 and name in answer.json()["error"]["message"]
         partial = asking.post("/v1/score", json=body | {"partial": True}).json()
         assert (partial["rewards"], partial["errors"]) == ([None], [name])
-    assert not [r for r in caplog.records if r.name == "ensemble_rm.server.http.bodies"]
+    assert not [r for r in caplog.records if r.name == "ensemble_rm.server.http.app"]
+
+
+@pytest.fixture(scope="module")
+def written() -> Iterator[dict[int, TestClient]]:
+    """Servers of 2 to 5 members, whose scores are what a completion lists."""
+    with ExitStack() as stack:
+        yield {k: stack.enter_context(client(reading(k))) for k in range(2, 6)}
+
+
+def reading(k: int) -> RewardEnsemble:
+    def score(sample: Sample, i: int) -> float:
+        # The server warms up with a completion of its own.
+        return float(json.loads(sample.completion)[i]) if sample.completion[0] == "[" else 0.0
+
+    members = tuple(FunctionScorer(f"m{i}", partial(score, i=i)) for i in range(k))
+    return RewardEnsemble(members, Normaliser.identity(k), mean())
 
 
 @given(
@@ -67,12 +87,11 @@ def test_an_aggregator_that_cannot_be_asked_for_is_the_requests_fault(
     st.lists(st.floats(-1e100, 1e100), min_size=2, max_size=5),
 )
 def test_what_may_be_asked_for_has_a_reward(
-    named: tuple[str, str], coefficient: float, scores: list[float]
+    written: dict[int, TestClient], named: tuple[str, str], coefficient: float, scores: list[float]
 ) -> None:
     name, option = named
-    asked = {"name": name, option: coefficient}
-    with client(giving(*scores)) as asking:
-        answer = asking.post("/v1/score", json=one("Hello") | {"aggregator": asked})
+    body = one(json.dumps(scores)) | {"aggregator": {"name": name, option: coefficient}}
+    answer = written[len(scores)].post("/v1/score", json=body)
     assert answer.status_code == 200
     expected = make_aggregator(name, **{option: coefficient})(np.array([scores]))  # type: ignore[arg-type]
     assert answer.json()["rewards"] == expected.tolist()

@@ -91,7 +91,7 @@ def test_a_prompt_that_is_sent_apart_is_cut_off_with_what_ends_the_turn() -> Non
         ASKED, "Hello"
     )
     stopped = RawText(stop=("<|im_end|>",))
-    for raw, what in ((RawText(), "ends in a special token"), (stopped, "cannot read")):
+    for raw, what in ((RawText(), "ends with a special token"), (stopped, "cannot read")):
         with pytest.raises(UnprocessableError, match=what):
             raw.split(query, CHAT, "4", ["a"])
     with pytest.raises(UnprocessableError, match="does not begin with its prompt") as refused:

@@ -18,10 +18,9 @@ from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.ensemble.results import Scores
 from ensemble_rm.errors import NotReadyError
+from ensemble_rm.server import scheduling
 from ensemble_rm.server.options import BatchOptions
-from ensemble_rm.server.scheduling import threads
-from ensemble_rm.server.scheduling.batching import Batcher
-from ensemble_rm.server.scheduling.threads import CallThread, ScoringThread
+from ensemble_rm.server.scheduling import Batcher, CallThread, ScoringThread
 from tests.support.remote_members import member
 
 
@@ -212,7 +211,7 @@ def test_the_time_spent_in_scoring_never_falls(text: str, monkeypatch: pytest.Mo
             seen.append(scoring.seconds)
         return now
 
-    monkeypatch.setattr(threads, "monotonic", clock)
+    monkeypatch.setattr(scheduling, "monotonic", clock)
     for _ in range(3):
         scoring._score(ensemble(), [Sample("q", text)])
         seen.append(scoring.seconds)

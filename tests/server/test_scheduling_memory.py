@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ensemble_rm.server.scheduling import threads
-from ensemble_rm.server.scheduling.threads import MemoryRelease
+from ensemble_rm.server import scheduling
+from ensemble_rm.server.scheduling import MemoryRelease
 
 BLOCK, BLOCKS = 100_000, 2000  # bytes; below what glibc maps by itself, 200 MB in all
 
@@ -19,7 +19,7 @@ def resident() -> int:
     return pages * 4096
 
 
-@pytest.mark.skipif(threads._find_trim() is None, reason="another C library than glibc")
+@pytest.mark.skipif(scheduling._find_trim() is None, reason="another C library than glibc")
 def test_what_lies_between_blocks_in_use_is_given_back() -> None:
     c = ctypes.CDLL(None)
     c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -40,8 +40,8 @@ def test_what_lies_between_blocks_in_use_is_given_back() -> None:
 def test_it_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     trimmed: list[int] = []
-    monkeypatch.setattr(threads, "monotonic", lambda: now)
-    monkeypatch.setattr(threads, "_find_trim", lambda: trimmed.append)
+    monkeypatch.setattr(scheduling, "monotonic", lambda: now)
+    monkeypatch.setattr(scheduling, "_find_trim", lambda: trimmed.append)
     trim = MemoryRelease(10.0)
     for later in (3.0, 9.0, 10.0, 11.0, 19.9, 20.0, 90.0, 91.0):
         now = later
@@ -50,6 +50,6 @@ def test_it_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_call_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads.sys, "platform", "win32")
-    assert threads._find_trim() is None
+    monkeypatch.setattr(scheduling.sys, "platform", "win32")
+    assert scheduling._find_trim() is None
     MemoryRelease(0.0)()

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from ensemble_rm.errors import NotReadyError, OptionError, QueueFullError, TooLargeError
+from ensemble_rm.server import scheduling
 from ensemble_rm.server.options import BatchOptions
-from ensemble_rm.server.scheduling import batching
-from ensemble_rm.server.scheduling.batching import Batcher, FairQueue, Part, Ticket
+from ensemble_rm.server.scheduling import Batcher, FairQueue, Part, Ticket
 
 # A sample is (group, own tokens, its own number); the group's tokens are shared.
 Item = tuple[int, int, int]
@@ -233,8 +233,8 @@ def test_a_burst_is_taken_in_whole_by_a_worker_that_was_idle(
 ) -> None:
     """The batcher's own clock is turned by hand; each request comes 0.9 windows after another."""
     clock = [100.0]
-    monkeypatch.setattr(batching, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(batching, "_LONGEST_WAIT", 10.0)
+    monkeypatch.setattr(scheduling, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(scheduling, "_LONGEST_WAIT", 10.0)
 
     async def run() -> list[list[int]]:
         worker = Worker()
