@@ -2,6 +2,4 @@
 
 import lazy_loader as lazy
 
-import ensemble_rm.calibration.methods  # noqa: F401  registers the library's own calibrators
-
 __getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -164,6 +164,7 @@ def register(calibrator: Calibrator) -> Calibrator:
     OptionError
         If another calibrator has the name.
     """
+    _register_own()
     if CALIBRATORS.setdefault(calibrator.name, calibrator) != calibrator:
         raise OptionError(
             f"a calibrator {calibrator.name!r} is registered already; use another name"
@@ -179,6 +180,12 @@ def find_calibrator(name: str) -> Calibrator:
     OptionError
         If there is none.
     """
+    _register_own()
     if name not in CALIBRATORS:
         raise OptionError(f"no calibration method {name!r}; choose one of {', '.join(CALIBRATORS)}")
     return CALIBRATORS[name]
+
+
+def _register_own() -> None:
+    """Register the library's own calibrators, once; scipy, which they need, takes a second."""
+    import ensemble_rm.calibration.methods  # noqa: F401

@@ -15,7 +15,7 @@ from ensemble_rm.cli.options import argument, nested, option
 from ensemble_rm.cli.signatures import default_of
 from ensemble_rm.errors import OptionError
 from ensemble_rm.judgments.filter import JudgmentFilter
-from ensemble_rm.judgments.imports.formats import ImportOptions
+from ensemble_rm.judgments.imports.formats import FORMATS, ImportOptions
 
 if TYPE_CHECKING:
     from ensemble_rm.cli.console import Console
@@ -40,7 +40,7 @@ class Import(Command):
     format: str = option(
         "format of the file",
         default=default_of(*_IMPORT, "format"),
-        choices=("jsonl", "label-studio", "label-studio-min", "argilla"),
+        choices=tuple(FORMATS),
     )
     reading: ImportOptions = nested(
         ImportOptions, panel="Reading", labels={"flag": "label", "metavar": "LABEL=OUTCOME"}

@@ -216,6 +216,43 @@ def test_a_default_that_is_not_there_is_an_error(function: str, parameter: str) 
         default_of("ensemble_rm.active_learning.selection", function, parameter)
 
 
+def choices(name: str, option_name: str) -> tuple[str, ...]:
+    (leaf,) = [leaf for leaf in leaves(find_command(name)) if leaf.path[-1] == option_name]
+    return leaf.choices
+
+
+def test_choices_are_what_the_library_knows() -> None:
+    from ensemble_rm.active_learning.acquisition import STRATEGIES
+    from ensemble_rm.active_learning.tasks import FORMATS as TASKS
+    from ensemble_rm.calibration.calibrator import CALIBRATORS, find_calibrator
+    from ensemble_rm.calibration.ties import TIE_MODELS
+    from ensemble_rm.judgments.imports.formats import FORMATS
+    from ensemble_rm.members.remote.protocols import WIRES
+
+    find_calibrator("temperature")  # registers them
+    assert set(choices("calibrate", "method")) == set(CALIBRATORS)
+    assert set(choices("calibrate", "ties")) == set(TIE_MODELS)
+    assert set(choices("select", "strategy")) == set(STRATEGIES)
+    assert set(choices("select", "format")) == set(choices("route", "format")) == set(TASKS)
+    assert set(choices("judgments import", "format")) == set(FORMATS)
+    assert set(choices("remote", "protocol")) == {*WIRES, "judge"}
+
+
+def test_no_help_loads_anything_heavy() -> None:
+    """In one interpreter, since a start costs more than a help text."""
+    from tests.test_public_names import HEAVY, modules_after
+
+    code = (
+        "import contextlib, io\nfrom ensemble_rm.cli.main import command_names, main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    for name in command_names():\n"
+        "        assert main([*name.split(), '--help']) == 0\n"
+    )
+    loaded = modules_after(code)
+    assert "typer" in loaded and loaded.isdisjoint(HEAVY)
+    assert "scipy" not in loaded  # a second on its own
+
+
 # Values ------------------------------------------------------------------------------------------
 
 
