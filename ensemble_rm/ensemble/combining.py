@@ -35,19 +35,19 @@ def combine(
     max_loaded_models: int | None = None,
     progress: Progress = silent,
 ) -> RewardEnsemble:
-    """Put reward models side by side, and fit their offsets and scales.
+    """Combine reward models, and fit their offsets and scales.
 
     Parameters
     ----------
     members : mapping of str to Scorer, RewardEnsemble, str or Path
-        By the name that each shall bear: a scorer, an ensemble, a saved ensemble's folder, or a
+        By name: a scorer, an ensemble, a saved ensemble's folder, or a
         sequence-classification model of one output (Hub id or folder).
     reference : Preferences
-        Pairs whose completions set each member's offset and scale; their verdicts do not count.
+        Pairs whose completions set each member's offset and scale; their verdicts are not used.
     aggregator : Aggregator, optional
-        The mean where not given.
+        Combines the members' scores (default: the mean).
     options : TrunkOptions, optional
-        How models that are named read text.
+        How the models given by name read text.
     baseline : bool
         Whether the score of each prompt's `reference` completion is subtracted.
     max_loaded_models : int, optional
@@ -68,7 +68,7 @@ def combine(
     DataError
         If there is no reference pair.
     ModelError
-        If a model that is named cannot be a member.
+        If a named model cannot be a member.
     """
     require_pairs(reference, "fitting the normaliser")
     if not members:
@@ -79,15 +79,15 @@ def combine(
     for name, member in members.items():
         if pool is None:
             scorers += _open(name, member, given)
-        else:  # bound to no name, what was loaded to be looked at goes before the next is
+        else:  # a model that was loaded for a check is freed before the next is loaded
             scorers += [s.unloaded() for s in _open(name, member, given)]
-    said = {name: _source(member) for name, member in members.items()}
+    sources = {name: _source(member) for name, member in members.items()}
     return normalised(
         scorers,
         reference,
         aggregator=aggregator or mean(),
         baseline=baseline,
-        provenance={"members": said},
+        provenance={"members": sources},
         pool=pool,
         progress=progress,
     )
@@ -103,7 +103,7 @@ def normalised(
     pool: ModelPool | None = None,
     progress: Progress = silent,
 ) -> RewardEnsemble:
-    """Put scorers side by side, their offsets and scales fitted on reference completions.
+    """Combine scorers, their offsets and scales fitted on reference completions.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def _source(member: Scorer | RewardEnsemble | str | Path) -> str:
 
 
 def _renamed(scorer: Scorer, name: str) -> Scorer:
-    """Return a copy whose columns bear the member's name before their own."""
+    """Return a copy with the member's name before the names of its columns."""
     if not scorer.kind:
         return scorer
     return scorer.with_names([f"{name}/{own}" for own in scorer.names])

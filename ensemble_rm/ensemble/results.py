@@ -1,4 +1,4 @@
-"""What an ensemble returns: scores, comparisons, rankings."""
+"""Results of an ensemble: scores, comparisons, rankings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ensemble_rm.uncertainty.disagreement import PairUncertainty, member_std, sp
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What an ensemble says of samples, in their order.
+    """An ensemble's scores of samples, in their order.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class Scores:
     members : ndarray, shape (n_samples, n_members)
         Normalised scores.
     raw : ndarray, shape (n_samples, n_members)
-        As the members gave them, each in its own unit.
+        As the members returned them, each in its own unit.
     reward : ndarray, shape (n_samples,)
         Aggregated, in normalised units.
     truncation : Truncation
@@ -101,7 +101,7 @@ class Scores:
         """By row, why there is no reward; rows with a reward are not in it."""
         lost: dict[int, Exception] = {}
         for (row, member), error in self.errors.items():
-            # What failed as a whole says more than what one of its members lacks.
+            # The failure of the whole row is more specific than one missing member.
             if np.isnan(self.reward[row]) and (row not in lost or member is None):
                 lost[row] = error
         return dict(sorted(lost.items()))
@@ -133,7 +133,7 @@ def aggregate_recorded(
     Returns
     -------
     Scores
-        A row without a reward is NaN throughout, and stands in `errors`.
+        Rows without a reward are NaN, and their reason is in `errors`.
     """
     reward, errors = np.full(len(members), np.nan), dict(result.errors)
     rows = np.flatnonzero(~result.failed)
@@ -154,12 +154,12 @@ def aggregate_recorded(
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What an ensemble says of pairs of completions, in their order.
+    """An ensemble's comparison of pairs of completions, in their order.
 
     Attributes
     ----------
     probability : ndarray, shape (n_pairs,)
-        Calibrated P(first is preferred): σ(margin/T), or what the calibration's curve says.
+        Calibrated P(first is preferred): σ(margin/T), or the value of the calibration's curve.
     margin : ndarray, shape (n_pairs,)
         Aggregated reward of the first minus that of the second, in normalised units.
     member_margins : ndarray, shape (n_pairs, n_members)
@@ -168,7 +168,7 @@ class Comparison:
         T_mix of the members' mixture.
     outcomes : ndarray, shape (n_pairs, 3), optional
         P(first), P(tie), P(second) by the calibration's tie model, where it has one; `probability`
-        stays what it is without: a tie counts half for each side.
+        counts a tie as half for each side.
     """
 
     probability: Floats
@@ -194,7 +194,7 @@ class Comparison:
 
     @property
     def mixture_probability(self) -> Floats:
-        """Mean over the members of σ(Δᵢ/T_mix), on which the split stands; shape (n_pairs,)."""
+        """Mean over the members of σ(Δᵢ/T_mix), the input of the split; shape (n_pairs,)."""
         return self.uncertainty.mixture_probability
 
     @property
@@ -220,7 +220,7 @@ def compare_scored(
     *,
     subsets: Sequence[str | None] | None = None,
 ) -> Comparison:
-    """Compare completions that are scored already: rows 2i and 2i + 1 are the sides of pair i.
+    """Compare completions that have scores: rows 2i and 2i + 1 are the sides of pair i.
 
     Parameters
     ----------
@@ -249,7 +249,7 @@ class Ranking:
     Attributes
     ----------
     order : ndarray of int, shape (n_completions,)
-        Positions in the list given, the highest reward first; equals keep their order.
+        Positions in the given list, highest reward first; ties keep their order.
     reward : ndarray, shape (n_completions,)
         In the order given.
     """

@@ -109,7 +109,9 @@ class RewardEnsemble:
     feature_space: FeatureSpace | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scorers", tuple(map(as_scorer, self.scorers)))
+        scorers = tuple(map(as_scorer, self.scorers))
+        if scorers != self.scorers:  # a copy keeps the very tuple: its models are loaded
+            object.__setattr__(self, "scorers", scorers)
         k = len(self.names)
         if k == 0:
             raise OptionError("an ensemble needs at least one member")

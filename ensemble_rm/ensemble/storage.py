@@ -1,6 +1,6 @@
 """An ensemble's directory: ``ensemble.json``, ``members/``, ``calibration.safetensors``.
 
-Written beside its place and moved there as a whole, so that a reader never sees half of it.
+Written to a temporary folder and renamed, so that a reader never sees half of it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def save(
             _save_arrays(calibration.evidence.arrays(), scratch / EVIDENCE)
         if feature_space is not None:
             _save_arrays(feature_space.arrays(), scratch / FEATURES)
-        said = {
+        manifest = {
             "format": FORMAT,
             "members": members,
             "normaliser": normaliser.to_json(),
@@ -60,7 +60,7 @@ def save(
             "calibration": None if calibration is None else _calibration_json(calibration),
             "provenance": provenance,
         }
-        text = json.dumps(said, indent=1, ensure_ascii=False)
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (scratch / FILE).write_text(text + "\n", encoding="utf-8")
         scratch.chmod(0o755)
         _swap(scratch, folder)
@@ -70,24 +70,24 @@ def save(
 
 
 def check_target(folder: Path) -> None:
-    """Refuse a folder that no ensemble may be saved in; before long work, too.
+    """Check that an ensemble may be saved in a folder; call it before long work, too.
 
     Raises
     ------
     VersionError
-        If it holds versions, which a save would replace.
+        If it contains versions, which a save would replace.
     StorageError
-        If it holds something else.
+        If it contains something else.
     """
     if is_versioned(folder):
         raise VersionError(
-            f"{folder} holds versions, which a save would replace; save to another folder, or "
+            f"{folder} contains versions, which a save would replace; save to another folder, or "
             "publish with `ensemble-rm recalibrate`"
         )
     if not folder.exists() or (folder / FILE).exists():
         return
     if not folder.is_dir() or any(folder.iterdir()):
-        raise StorageError(f"{folder} holds something else than an ensemble; name another folder")
+        raise StorageError(f"{folder} is not empty and contains no ensemble; choose another folder")
 
 
 def _save_arrays(arrays: dict[str, Any], path: Path) -> None:
@@ -122,16 +122,16 @@ def load(
 ) -> dict[str, Any]:
     """Return the parts of an ensemble by the names of its fields."""
     try:
-        said = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(f"{folder} holds no ensemble: {error}") from error
-    if said.get("format") != FORMAT:
+        raise StorageError(f"{folder} contains no ensemble: {error}") from error
+    if manifest.get("format") != FORMAT:
         raise StorageError(
-            f"{folder} has format {said.get('format')!r}; this version reads format {FORMAT}"
+            f"{folder} has format {manifest.get('format')!r}; this version reads format {FORMAT}"
         )
     try:
         scorers = []
-        for member in said["members"]:
+        for member in manifest["members"]:
             try:
                 kind = member_kind(member["kind"])
             except OptionError as error:
@@ -144,15 +144,15 @@ def load(
                     cache_dir=cache_dir,
                 )
             )
-        evidence, stored = None, said["calibration"]
+        evidence, stored = None, manifest["calibration"]
         if stored:
             evidence = read_evidence(folder / EVIDENCE, stored.get("subset_names", ()))
         return {
             "scorers": tuple(scorers),
-            "normaliser": Normaliser.from_json(said["normaliser"]),
-            "aggregator": Aggregator.from_json(said["aggregator"]),
+            "normaliser": Normaliser.from_json(manifest["normaliser"]),
+            "aggregator": Aggregator.from_json(manifest["aggregator"]),
             "calibration": stored and Calibration.from_json(stored, evidence=evidence),
-            "provenance": said["provenance"],
+            "provenance": manifest["provenance"],
             "feature_space": _feature_space(folder / FEATURES),
         }
     except (KeyError, IndexError, TypeError, OSError, SafetensorError, OptionError) as error:

@@ -1,4 +1,4 @@
-"""Scoring more samples than memory holds: chunk by chunk, in their order.
+"""Scoring more samples than fit in memory: chunk by chunk, in their order.
 
 A chunk ends where the prompt changes, so that the completions of one prompt are scored together.
 """
@@ -23,7 +23,7 @@ def stream_scores(
     chunk: int = DEFAULT_CHUNK,
     progress: Progress = silent,
 ) -> Iterator[Scores]:
-    """Score samples chunk by chunk; memory holds one chunk, however many samples come.
+    """Score samples chunk by chunk, with one chunk in memory at a time.
 
     Parameters
     ----------
@@ -31,9 +31,9 @@ def stream_scores(
     samples : iterable of Sample
         Read lazily, at most one chunk and one sample ahead of what was returned.
     chunk : int
-        Most samples scored at once; inside, batches are formed by length.
+        Maximum number of samples scored at once; batches within it are formed by length.
     progress : callable
-        Called with ("scoring", done, 0): how many come is not known.
+        Called with ("scoring", done, 0): the total is unknown.
 
     Yields
     ------
@@ -64,14 +64,14 @@ def _stream(
 
 
 def chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    """Cut samples into lists of at most `size`, between prompts wherever one ends inside.
+    """Cut samples into lists of at most `size`, at the end of a prompt where possible.
 
     Parameters
     ----------
     samples : iterable of Sample
         Read lazily, at most one sample ahead of a full list.
     size : int
-        Most samples in a list.
+        Maximum length of a list.
 
     Yields
     ------
@@ -96,7 +96,7 @@ def _last_change(samples: list[Sample]) -> int:
 
 
 class _Counter:
-    """Turns the progress of a chunk's passes, one a scorer, into a count of all samples."""
+    """Turns the progress of a chunk's passes, one per scorer, into a count of all samples."""
 
     def __init__(self, before: int, samples: int, passes: int, progress: Progress) -> None:
         self._before, self._samples, self._passes = before, samples, passes

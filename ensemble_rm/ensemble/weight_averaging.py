@@ -33,7 +33,7 @@ def average_weights(
     ensemble : RewardEnsemble
         Of kind ``"full"`` or ``"branch"``.
     reference : Preferences
-        Pairs whose completions set the new member's offset and scale; their verdicts do not count.
+        Pairs whose completions set the new member's offset and scale; their verdicts are not used.
     out : str or Path, optional
         Where the result is saved; full members need it.
     progress : callable

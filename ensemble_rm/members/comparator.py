@@ -1,4 +1,4 @@
-"""The protocol of what judges pairs, with or without a score: an ensemble, a judge model."""
+"""The interface of comparators: an ensemble or a judge model that compares pairs."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ensemble_rm.data.samples import Prompt
 
 
 class Compared(Protocol):
-    """What a comparator says of pairs, in their order."""
+    """A comparator's verdicts on pairs, in their order."""
 
     @property
     def probability(self) -> NDArray[np.float64]:
-        """P(first is preferred), shape (n_pairs,); NaN where there is no judgment."""
+        """P(first is preferred), shape (n_pairs,); NaN where there is no verdict."""
         ...
 
 
 @runtime_checkable
 class Comparator(Protocol):
-    """Judges pairs of completions; `RewardEnsemble` is one, and so is `JudgeComparator`.
+    """Compares pairs of completions; `RewardEnsemble` and `JudgeComparator` are comparators.
 
-    A comparator has no side: p(a, b) + p(b, a) = 1.
+    A comparator is symmetric: p(a, b) + p(b, a) = 1.
     """
 
     def compare(
         self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]
     ) -> Compared:
-        """Say with what probability a human prefers each first completion.
+        """Return the probability that a human prefers each first completion.
 
         Parameters
         ----------
         prompts : sequence of str or of messages
-            One a pair.
+            One per pair.
         first, second : sequence of str
             The completions.
 

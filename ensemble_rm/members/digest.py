@@ -1,7 +1,7 @@
-"""A member's identity: one digest of all that its raw scores depend on.
+"""A member's identity: one digest of everything its raw scores depend on.
 
-What changes a score changes it: weights, tokenizer, config, template, truncation, dtype and the
-kind of device. A member's name and the size of its batches do not.
+Weights, tokenizer, config, template, truncation, dtype and the kind of device are part of it. A
+member's name and the size of its batches are not.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.options import TrunkOptions
 
-FORMAT = 1  # raised where this library's own change moves scores
+FORMAT = 1  # increased when a change of this library changes scores
 
 
 def member_digest(
     kind: str,
     backbone: bb.Backbone,
     options: TrunkOptions,
-    said: Mapping[str, Any],
+    details: Mapping[str, Any],
     weights: Mapping[str, Any],
 ) -> str:
     """Digest a member.
@@ -36,8 +36,8 @@ def member_digest(
     backbone : Backbone
     options : TrunkOptions
         How it reads text.
-    said : mapping of str to JSON values
-        What else its scores depend on, such as views.
+    details : mapping of str to JSON values
+        What else the scores depend on, such as views.
     weights : mapping of str to ndarray or torch.Tensor
         Those that are not the backbone's.
 
@@ -55,7 +55,7 @@ def member_digest(
         "max_length": options.max_length,
         "dtype": options.dtype,
         "device": bb.pick_device(options.device).type,
-        "said": dict(said),
+        "said": dict(details),
     }
     digest = hashlib.sha256(json.dumps(read, sort_keys=True).encode())
     for name in sorted(weights):

@@ -17,7 +17,7 @@ from ensemble_rm.errors import OptionError, TemplateError
 from ensemble_rm.members.backbone.options import Template
 from ensemble_rm.members.scorer import Truncation
 
-_TOKENISED = 512  # samples at once: a tokenizer says more of each token than is kept
+_TOKENISED = 512  # samples at once: a tokenizer returns more per token than is kept
 TEMPLATES = get_args(Template)
 
 

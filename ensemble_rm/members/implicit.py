@@ -1,6 +1,6 @@
 """DPO's implicit reward as a member: β·log[π(y|x)/π_ref(y|x)], from any policy and its reference.
 
-Sums over the completion's tokens alone, those that end its turn included, as DPO's loss does.
+The sum covers the completion's tokens, including those that end its turn, as in DPO's loss.
 
 References
 ----------
@@ -31,15 +31,15 @@ from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
 
-_LOGITS = 64 * 2**20  # bytes of a batch's float32 logits, where nobody says a budget
+_LOGITS = 64 * 2**20  # bytes of a batch's float32 logits, without an explicit token budget
 
 
 class ImplicitScorer(ModelScorer):
     """A policy and its reference as one member: β·log[π(y|x)/π_ref(y|x)] [1]_.
 
     The reward is fixed up to a function of the prompt, as a Bradley–Terry score is. Both models
-    read the same tokens, in the policy's template. A completion that is longer has more terms: look
-    at its length.
+    read the same tokens, in the policy's template. A longer completion has more terms: check the
+    scores for a length bias.
 
     Parameters
     ----------
@@ -48,11 +48,11 @@ class ImplicitScorer(ModelScorer):
     options : TrunkOptions, optional
         Template, truncation, dtype, device; there is one pooling, and no prompt is shared.
     reference : Backbone
-        What the policy was trained from, with the same vocabulary.
+        The model that the policy was trained from, with the same vocabulary.
     beta : float
-        > 0; the one of its training. Scale alone, which normalisation takes out.
+        > 0; that of its training. It only scales the scores, which normalisation removes.
     name : str, optional
-        The column's; the policy's folder's where not given.
+        Name of the column (default: the policy's folder).
     """
 
     kind = "implicit"
@@ -86,7 +86,7 @@ class ImplicitScorer(ModelScorer):
         name: str | None = None,
         cache_dir: Path | None = DEFAULT_CACHE,
     ) -> ImplicitScorer:
-        """Open hub ids or local folders; the weights are read at once.
+        """Open Hub ids or local folders; the weights are loaded immediately.
 
         Raises
         ------

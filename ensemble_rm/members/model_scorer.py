@@ -1,7 +1,4 @@
-"""What members over a model in this process have in common: loaded late, used in turn, let go.
-
-Knows no kind of member, and not what the model is.
-"""
+"""Members with a model in this process: loaded at the first score, used by one thread at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ S = TypeVar("S", bound="ModelScorer")
 
 
 def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-    """Let one thread at a time into a scorer's methods: its model and tokenizer keep state."""
+    """Run a scorer's method in one thread at a time: its model and tokenizer keep state."""
 
     @wraps(method)
     def alone(self: S, /, *args: P.args, **options: P.kwargs) -> T:
@@ -45,14 +42,14 @@ def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P
 class ModelScorer(Scorer):
     """A scorer that loads a model at its first score, and is saved as JSON and safetensors.
 
-    A kind adds `score_detailed`, and what it is made of beside the model and how that is read.
+    A kind implements `score_detailed`, its constructor's other arguments, and how they are saved.
 
     Parameters
     ----------
     backbone : Backbone
     options : TrunkOptions
     names : sequence of str
-        One a column.
+        One per column.
     """
 
     options: TrunkOptions
@@ -79,25 +76,25 @@ class ModelScorer(Scorer):
 
     @in_turn
     def unload(self) -> None:
-        """Let the model go until the next score."""
+        """Free the model until the next score."""
         self._forget()
         bb.empty_cache(bb.pick_device(self.options.device))
 
     @abstractmethod
     def _forget(self) -> None:
-        """Keep no reference to the model."""
+        """Drop every reference to the model."""
 
     def unloaded(self) -> Self:
         """Return the same members with no model in memory yet."""
         return self.with_options(self.options)
 
     def with_options(self, options: TrunkOptions) -> Self:
-        """Return the same members under other options; the model is loaded at their first score."""
+        """Return the same members under other options; the model is loaded at the first score."""
         return type(self)(self.backbone, options, **self._parts())
 
     @abstractmethod
     def _parts(self) -> dict[str, Any]:
-        """Return what it is made of: the constructor's arguments after backbone and options."""
+        """Return the constructor's arguments after backbone and options."""
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance and reports say of it."""
@@ -110,7 +107,7 @@ class ModelScorer(Scorer):
 
     @abstractmethod
     def _said(self) -> dict[str, Any]:
-        """Return what a kind says of itself beside that."""
+        """Return what a kind adds to `describe`."""
 
     def save(self, folder: Path) -> None:
         """Write ``member.json`` and the weights that are the members' own."""
@@ -120,7 +117,7 @@ class ModelScorer(Scorer):
 
     @abstractmethod
     def _write(self, folder: Path) -> dict[str, Any]:
-        """Write the weights; return what ``member.json`` says otherwise than `describe`."""
+        """Write the weights; return the fields in which ``member.json`` differs from `describe`."""
 
     @classmethod
     def average(cls, scorers: Sequence[Self], folder: Path | None) -> Self:  # noqa: ARG003
@@ -158,10 +155,10 @@ class ModelScorer(Scorer):
         ----------
         folder : Path
         backbone : str or Path, optional
-            Where the backbone lies now, if not where training found it; a model that is a member
-            as it stands has none.
+            Where the backbone is now, if it has moved since training; a whole model as a member
+            has none.
         device : str, optional
-            The best available where none is named.
+            Device of the model (default: the best available).
         cache_dir : Path, optional
             For converted GGUF weights.
 
@@ -180,7 +177,9 @@ class ModelScorer(Scorer):
             parts = cls._read(folder, said)
             place, digest = cls._place(folder, said, backbone), said["digest"]
         except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
-            raise StorageError(f"{folder} holds no saved {cls.kind} member: {error!r}") from error
+            raise StorageError(
+                f"{folder} contains no saved {cls.kind} member: {error!r}"
+            ) from error
         return cls(bb.locate_same(place, digest, cache_dir=cache_dir), options, **parts)
 
     @classmethod
@@ -195,5 +194,5 @@ class ModelScorer(Scorer):
         said: Mapping[str, Any],
         backbone: str | Path | None,
     ) -> str | Path:
-        """Return where the model lies."""
+        """Return the model's folder or Hub id."""
         return backbone or str(said["backbone"])

@@ -77,7 +77,7 @@ def test_nothing_to_combine(pairs: Preferences) -> None:
         combine({}, pairs)
     with pytest.raises(DataError):
         combine({"rule": FunctionScorer("rule", brevity)}, Preferences(()))
-    with pytest.raises(OptionError, match="scores all completions of a prompt alike"):
+    with pytest.raises(OptionError, match="gives all completions of a prompt the same score"):
         combine({"rule": FunctionScorer("rule", lambda s: 1.0)}, pairs)
 
 

@@ -151,7 +151,7 @@ def test_adoption_changes_nothing_that_is_read(run: Path) -> None:
     np.testing.assert_array_equal(after.score(SAMPLES).raw, before.score(SAMPLES).raw)
     assert after.calibration == before.calibration
     assert all(path.read_bytes() == content for path, content in files.items())
-    with pytest.raises(VersionError, match="holds versions"):
+    with pytest.raises(VersionError, match="contains versions"):
         after.save_pretrained(run)
 
 

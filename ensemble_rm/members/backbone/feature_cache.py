@@ -25,9 +25,9 @@ class FeatureCache(VectorStore):
     Parameters
     ----------
     folder : Path
-        Where ``features.sqlite`` lies; made where missing.
+        Folder of ``features.sqlite``; created if missing.
     max_bytes : int
-        Of vectors; the oldest are forgotten beyond it.
+        Maximum size of the vectors; beyond it, the oldest are deleted.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:

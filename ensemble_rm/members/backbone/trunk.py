@@ -21,8 +21,6 @@ from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.encoding import Encoded, TextEncoder
 from ensemble_rm.members.forward.batching import Batch, passes, pick_token_budget
-from ensemble_rm.members.forward.cpu.grouped_attention import group_heads
-from ensemble_rm.members.forward.cpu.kernels import quicken
 from ensemble_rm.members.forward.prefix_cache import (
     Prefix,
     keeps_a_cache,
@@ -225,13 +223,15 @@ class Trunk:
         self.depth = len(blocks)
         self.top = self.depth if top is None else top
         if not 0 <= self.top <= self.depth:
-            raise OptionError(f"layer must lie between 0 and {self.depth}, not {self.top}")
+            raise OptionError(f"layer must be between 0 and {self.depth}, not {self.top}")
         self.blocks = torch.nn.ModuleList(list(blocks)[: self.top])
         self.rest = torch.nn.ModuleList(list(blocks)[self.top :] if whole else [])
         setattr(model.get_submodule(".".join(self.path[:-1])), self.path[-1], self.blocks)
         self.model: Any = model.to(self.device)
-        group_heads(self.model, self.device)
-        quicken((self.model, self.rest), self.device)
+        if self.device.type == "cpu":
+            from ensemble_rm.members.forward.cpu import use_cpu_kernels
+
+            use_cpu_kernels(self.model, self.rest)
         model_config: Any = self.model.config
         self.causal = keeps_a_cache(self.model, self.device)
         self.width: int = model_config.get_text_config().hidden_size
@@ -310,7 +310,7 @@ class Trunk:
     def inputs(self, batch: Batch, *, causal: bool | None = None) -> dict[str, Any]:
         """Return the keyword arguments of one forward pass that keeps no cache.
 
-        `causal` is asked of the trunk where it is not said.
+        `causal` defaults to the trunk's own.
         """
         causal = self.causal if causal is None else causal
         inputs = replace(batch, causal=causal).model_inputs()
@@ -319,7 +319,7 @@ class Trunk:
         return inputs
 
     def forget_rest(self) -> Trunk:
-        """Let the blocks above `top` go; return the trunk."""
+        """Free the blocks above `top`; return the trunk."""
         self.rest = torch.nn.ModuleList()
         return self
 

@@ -1,6 +1,6 @@
 """Vectors on disk under byte keys: an SQLite file that several processes may share.
 
-Bounded: a full store forgets its oldest entries. Knows nothing of what the vectors are.
+Bounded: a full store deletes its oldest entries.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class VectorStore:
     Parameters
     ----------
     folder : Path
-        Where ``NAME.sqlite`` lies; made where missing.
+        Folder of ``NAME.sqlite``; created if missing.
     name : str
         Of the file and its table.
     dtype : str
         Of the vectors, with its byte order: ``"<f4"`` or ``"<f8"``.
     max_bytes : int
-        Of vectors and `overhead`; the oldest are forgotten beyond it.
+        Maximum size of vectors and `overhead`; beyond it, the oldest are deleted.
     overhead : int
-        Bytes that an entry is taken to cost beside its vector.
+        Bytes per entry in addition to its vector.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class VectorStore:
             ) from error
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[Any]]:
-        """Return the vectors that are there."""
+        """Return the vectors of the keys that are stored."""
         with self._open() as db:
             rows = read_blobs(db, self._table, keys, key="key", value="vector")
             return {key: np.frombuffer(blob, dtype=self._dtype) for key, blob in rows}
 
     def put(self, keys: Sequence[bytes], vectors: NDArray[Any]) -> None:
-        """Store one vector a key; a key that is there keeps its own."""
+        """Store one vector per key; a stored key keeps its vector."""
         cost = vectors.shape[1] * self._dtype.itemsize + self._overhead
         with self._open() as db:
             # The first write takes the lock: what follows sees no other process's half.

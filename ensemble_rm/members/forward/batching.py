@@ -28,7 +28,7 @@ CUDA_CAP = 32768
 MPS_TOKENS = 8192
 LEAST = 512
 PASS_COST = 0.1
-"""Of a pass beside its tokens, as a share of the budget: measured with AMX (benchmarks/LOG.md)."""
+"""Fixed cost of a pass, as a share of the budget: measured with AMX (benchmarks/LOG.md)."""
 _CHEAP = 0.02  # where tokens are dear: a CPU without AMX
 _COPIES = 6  # of a block's widest tensor, which are alive at once
 _CACHED = 5  # tokens with keys and values in every block, to each of a batch's
@@ -100,8 +100,8 @@ def plan(
 ) -> list[list[int]]:
     """Group rows by length, longest first, each group within the budget of padded tokens.
 
-    Of all ways to cut the sorted rows, the one whose padded tokens, and what each pass costs beside
-    them, are fewest: dynamic programming over the places where a group may begin.
+    Of all ways to cut the sorted rows, this is the one with the fewest padded tokens plus fixed
+    costs: dynamic programming over the rows where a group may begin.
 
     Parameters
     ----------
@@ -112,11 +112,11 @@ def plan(
     max_rows : int
         Of a group.
     cost : float
-        Of a pass beside its tokens, as a share of the budget; see `pass_cost`.
+        Fixed cost of a pass, as a share of the budget; see `pass_cost`.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     widths = np.asarray(lengths, dtype=np.int64)[order]
-    n, beside = len(widths), token_budget * cost
+    n, fixed = len(widths), token_budget * cost
     spent, begin = np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)
     low = 0
     for end in range(1, n + 1):
@@ -126,7 +126,7 @@ def plan(
             low += 1
         total = spent[low:end] + np.arange(end - low, 0, -1) * widths[low:end]
         best = int(np.argmin(total))
-        spent[end], begin[end] = total[best] + beside, low + best
+        spent[end], begin[end] = total[best] + fixed, low + best
     cuts = [n]
     while cuts[-1] > 0:
         cuts.append(int(begin[cuts[-1]]))
@@ -280,7 +280,7 @@ def pick_token_budget(
     Parameters
     ----------
     asked : int, optional
-        What the user says, which holds.
+        The user's own value, returned as it is.
     *modules : torch.nn.Module
         That hold the model's blocks.
     width, depth : int
@@ -309,7 +309,7 @@ def pick_token_budget(
 
 
 def pass_cost(device: torch.device) -> float:
-    """Return what a pass costs beside its tokens, as a share of the budget, by the device."""
+    """Return the fixed cost of a pass on a device, as a share of the budget."""
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)  # torch 2.4 does not know
     return _CHEAP if device.type == "cpu" and not has_amx() else PASS_COST
 

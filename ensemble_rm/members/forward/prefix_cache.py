@@ -23,14 +23,6 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from ensemble_rm.members.forward.cpu.cascade_attention import (
-    KEYWORD,
-    LAST,
-    KeysKept,
-    SharedPrompts,
-    pays,
-)
-
 _log = logging.getLogger(__name__)
 
 
@@ -62,9 +54,9 @@ class Prefix:
     states: torch.Tensor | None = None
     splits: bool = False
 
-    def inputs(self) -> dict[str, torch.Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """Return what reads the prompts: ids, mask and positions."""
-        if self.splits:  # what stands behind a prompt is not seen from it
+        if self.splits:  # a prompt does not see the padding on its right
             steps = torch.arange(self.ids.shape[1], device=self.ids.device)
             mask, positions = torch.ones_like(self.mask), steps.expand_as(self.ids)
             return {"input_ids": self.ids, "attention_mask": mask, "position_ids": positions}
@@ -90,8 +82,11 @@ class Prefix:
         """
         steps = torch.arange(mask.shape[1], device=mask.device)
         positions = self.lengths[owners][:, None] + steps
-        if self.splits and pays(self.ids.shape[1], mask.shape[1], mask.device):
-            return self.apart(owners, positions)
+        if self.splits:  # on a CPU alone
+            from ensemble_rm.members.forward.cpu.cascade_attention import pays
+
+            if pays(self.ids.shape[1], mask.shape[1], mask.device):
+                return self.apart(owners, positions)
         cache = copy.copy(self.cache)
         cache.layers = [
             _chosen(layer, owners) if i >= self.first else copy.copy(layer)
@@ -106,6 +101,8 @@ class Prefix:
 
     def apart(self, owners: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
         """Return what continues the prompts where attention is computed in parts."""
+        from ensemble_rm.members.forward.cpu.cascade_attention import KEYWORD, SharedPrompts
+
         return {
             "attention_mask": torch.ones_like(positions),
             "position_ids": positions,
@@ -189,6 +186,8 @@ def splits_attention(model: Any, device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return False
+    from ensemble_rm.members.forward.cpu.cascade_attention import KEYWORD
+
     size = model.config.get_text_config().vocab_size
     text = (torch.arange(35, device=device).view(5, 7) * 7919 + 101) % size
     whole = model(input_ids=text, attention_mask=torch.ones_like(text)).last_hidden_state[:, 4:]
@@ -231,7 +230,7 @@ def read_prefix(
     splits : bool
         Whether it attends to prompts and completions apart.
     whole : bool
-        Whether the last block is run to its end: someone listens to what it returns.
+        Whether the last block runs to its end, because its output is read.
     """
     ids, mask = padded(prompts, device, right=splits)
     empty = Prefix(ids, mask, mask.sum(1), Cache(layers=[]), splits=splits)
@@ -245,12 +244,17 @@ def read_prefix(
 def read_keys(model: Any, prefix: Prefix) -> Cache:
     """Run a model over prompts for the sake of every block's keys and values.
 
-    Nobody reads what its last block makes of a prompt: where the model splits its attention, it
-    stops when that block has its keys.
+    The last block's output for a prompt is never read: where the model splits its attention, the
+    pass stops when that block has its keys.
     """
     cache = DynamicCache(config=model.config)
+    inputs = prefix.inputs() | {"past_key_values": cache, "use_cache": True}
+    if not prefix.splits:
+        model(**inputs)
+        return cache
+    from ensemble_rm.members.forward.cpu.cascade_attention import LAST, KeysKept
+
     places = (getattr(module, "layer_idx", None) for module in model.modules())
-    last = {LAST: max(i for i in places if i is not None)} if prefix.splits else {}
     with contextlib.suppress(KeysKept):
-        model(**prefix.inputs(), past_key_values=cache, use_cache=True, **last)
+        model(**inputs, **{LAST: max(i for i in places if i is not None)})
     return cache

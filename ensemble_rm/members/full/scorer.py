@@ -27,8 +27,6 @@ from ensemble_rm.members.backbone.trunk import pool
 from ensemble_rm.members.digest import member_digest
 from ensemble_rm.members.encoding import Encoded, TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import Batch, passes, pick_token_budget
-from ensemble_rm.members.forward.cpu.grouped_attention import group_heads
-from ensemble_rm.members.forward.cpu.kernels import quicken
 from ensemble_rm.members.forward.prefix_cache import keeps_a_cache, read_prefix, splits_attention
 from ensemble_rm.members.learning.averaging import (
     NAME,
@@ -195,8 +193,10 @@ class FullScorer(ModelScorer):
             if self._model is None:
                 model = bb.load_classifier(self.backbone.folder, dtype=self.options.dtype)
                 set_pad_token(model, self._encoder.tokenizer)
-                group_heads(model, self.device)
-                quicken((model,), self.device)
+                if self.device.type == "cpu":
+                    from ensemble_rm.members.forward.cpu import use_cpu_kernels
+
+                    use_cpu_kernels(model)
                 config = model.config.get_text_config()
                 self._budget = pick_token_budget(
                     self.options.token_budget,

@@ -1,7 +1,4 @@
-"""Asks a judge many questions at once, and keeps each reply, or why there is none, in its place.
-
-Knows chat completions and what they cost; knows nothing of what a reply means.
-"""
+"""Sends a judge many questions at once, and returns each reply or its error, in their order."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ class JudgeOptions:
     logprobs : bool
         Whether log-probabilities are asked for; a server that refuses them is asked without.
     extra : mapping of str to JSON values
-        Further fields of the request, in the place of what they name; None leaves a field out, as
+        Further fields of the request, which replace those of the same name; None omits a field, as
         ``{"max_tokens": None, "max_completion_tokens": 16}`` does.
     price : Price, optional
         Of its tokens.
@@ -70,11 +67,11 @@ class JudgeOptions:
         return asdict(self) | {"extra": dict(self.extra)}
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Self:
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
         """Read what `to_json` wrote."""
-        price = said["price"]
-        options = dict(said) | {
-            "client": ClientOptions(**said["client"]),
+        price = stored["price"]
+        options = dict(stored) | {
+            "client": ClientOptions(**stored["client"]),
             "price": None if price is None else Price(**price),
         }
         return cls(**options)
@@ -87,9 +84,9 @@ class Judge:
     ----------
     options : JudgeOptions
     token : str or callable, optional
-        A bearer token, or what returns the one that holds now.
+        Bearer token, or a function that returns the current one.
     transport : httpx.AsyncBaseTransport, optional
-        In the place of the network.
+        Replaces the network, in tests and for proxies.
     clock : callable
         Seconds that only grow.
     """
@@ -111,7 +108,7 @@ class Judge:
         self._thread = LoopThread(self._client.aclose)
         self._offers_logprobs = options.logprobs
         self.usage = Usage()
-        """What all questions took, those that were given up among them; written by the loop."""
+        """What all questions took, including cancelled ones; written by the loop."""
 
     def begin(
         self,
@@ -147,7 +144,7 @@ class Judge:
                 replies[i] = outages[0]
                 return
             began = self._clock()
-            usages[i] = Usage(failed=1)  # where it is given up under way
+            usages[i] = Usage(failed=1)  # in case it is cancelled on the way
             try:
                 answer = await self._post(questions[i], max_tokens)
             except RemoteUnavailableError as error:
@@ -203,6 +200,6 @@ class Judge:
 def _choice(answer: Mapping[str, Any]) -> Reply:
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
-        said = f"the judge's answer holds no single choice: {str(answer)[:120]}"
-        return RemoteAnswerError(said)
+        stored = f"the judge's answer holds no single choice: {str(answer)[:120]}"
+        return RemoteAnswerError(stored)
     return choices[0]

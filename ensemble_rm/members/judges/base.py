@@ -1,4 +1,4 @@
-"""A judge that is asked by one rubric: what a scorer and a comparator have in common."""
+"""A judge with one rubric: the base of `JudgeScorer` and `JudgeComparator`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class RubricJudge:
     url : str
         Of an OpenAI-compatible server.
     model : str
-        The judge's name there.
+        Name of the judge on that server.
     rubric : str, Path, mapping or Rubric, optional
-        What is asked; by default the rubric that is named as its kind.
+        The question (default: the rubric of the same name as its kind).
     token : str or callable, optional
-        A bearer token, or what returns the one that holds now.
+        Bearer token, or a function that returns the current one.
     transport : httpx.AsyncBaseTransport, optional
-        In the place of the network.
+        Replaces the network, in tests and for proxies.
     **options : Any
         The other fields of `JudgeOptions`.
 

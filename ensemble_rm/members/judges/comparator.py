@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class JudgeVerdicts:
-    """What a judge says of pairs of completions, in their order.
+    """A judge's verdicts on pairs of completions, in their order.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class JudgeVerdicts:
     errors : mapping of int to Exception
         By row, why there is no judgment.
     usage : Usage
-        What it took.
+        Requests, tokens, seconds and cost.
     """
 
     probability: Floats
@@ -54,7 +54,7 @@ class JudgeVerdicts:
 
     @property
     def position_bias(self) -> float:
-        """Mean over the pairs of P(the one that stands first wins) − ½; NaN where there is none."""
+        """Mean over the pairs of P(the completion shown first wins) − ½; NaN without any pair."""
         known = self.orders[np.isfinite(self.orders).all(axis=1)]
         if not len(known):
             return float("nan")
@@ -74,13 +74,13 @@ class JudgeComparator(RubricJudge):
     url : str
         Of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
     model : str
-        The judge's name there.
+        Name of the judge on that server.
     rubric : str, Path, mapping or Rubric, optional
         What is asked: ``"pairwise"`` (default), ``"pairwise_ties"``, a JSON file or its content.
     token : str or callable, optional
-        A bearer token, or what returns the one that holds now.
+        Bearer token, or a function that returns the current one.
     transport : httpx.AsyncBaseTransport, optional
-        In the place of the network.
+        Replaces the network, in tests and for proxies.
     **options : Any
         The other fields of `JudgeOptions`.
 
@@ -102,7 +102,7 @@ class JudgeComparator(RubricJudge):
         Parameters
         ----------
         prompts : sequence of str or of messages
-            One a pair.
+            One per pair.
         first, second : sequence of str
             The completions.
 
@@ -127,9 +127,9 @@ class JudgeComparator(RubricJudge):
             questions += [self.rubric.ask(prompt, first=b, second=a)]
         return self._begin(questions, self._verdicts).result()
 
-    def _verdicts(self, said: tuple[list[Reply], Usage]) -> JudgeVerdicts:
-        read = [self._read(reply) for reply in said[0]]
-        return _verdicts(read[::2], read[1::2], said[1], ties=len(self.rubric.verdicts) == 3)
+    def _verdicts(self, answer: tuple[list[Reply], Usage]) -> JudgeVerdicts:
+        read = [self._read(reply) for reply in answer[0]]
+        return _verdicts(read[::2], read[1::2], answer[1], ties=len(self.rubric.verdicts) == 3)
 
     def _read(self, reply: Reply) -> Verdict | RemoteError:
         if isinstance(reply, RemoteError):

@@ -52,7 +52,7 @@ class Rubric:
         ``{prompt}`` and ``{completion}``, each once in `user`, and ``{nonce}``, the digest in the
         lines around each text, wherever it helps.
     verdicts : tuple of str
-        Pairwise: the words for the first, for the second and, where a tie may be said, for it.
+        Pairwise: the words for the first, for the second and, where a tie may be stored, for it.
     scale : tuple of int
         Pointwise: the lowest and the highest rating.
     after : str, optional
@@ -130,14 +130,14 @@ class Rubric:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `read_rubric` reads."""
-        said: dict[str, Any] = {"format": _FORMAT, "name": self.name, "kind": self.kind}
-        said |= {"system": self.system, "user": self.user}
+        stored: dict[str, Any] = {"format": _FORMAT, "name": self.name, "kind": self.kind}
+        stored |= {"system": self.system, "user": self.user}
         if self.kind == "pairwise":
             names = ("first", "second", "tie")[: len(self.verdicts)]
-            said["verdicts"] = dict(zip(names, self.verdicts, strict=True))
+            stored["verdicts"] = dict(zip(names, self.verdicts, strict=True))
         else:
-            said["scale"] = list(self.scale)
-        return said | {"after": self.after, "max_tokens": self.max_tokens}
+            stored["scale"] = list(self.scale)
+        return stored | {"after": self.after, "max_tokens": self.max_tokens}
 
 
 def read_rubric(source: str | Path | Mapping[str, Any] | Rubric) -> Rubric:
@@ -163,7 +163,7 @@ def read_rubric(source: str | Path | Mapping[str, Any] | Rubric) -> Rubric:
         return _from_json(source, "the rubric")
     path = FOLDER / f"{source}.json" if source in SHIPPED else Path(source).expanduser()
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(
             f"no rubric {str(source)!r} ({error.strerror}): name a JSON file or one of "
@@ -171,16 +171,16 @@ def read_rubric(source: str | Path | Mapping[str, Any] | Rubric) -> Rubric:
         ) from error
     except ValueError as error:
         raise OptionError(f"{path} is no JSON: {error}") from error
-    return _from_json(said, str(path))
+    return _from_json(stored, str(path))
 
 
-def _from_json(said: object, source: str) -> Rubric:
-    if not isinstance(said, Mapping) or said.get("format") != _FORMAT:
+def _from_json(stored: object, source: str) -> Rubric:
+    if not isinstance(stored, Mapping) or stored.get("format") != _FORMAT:
         raise OptionError(f"{source} is no rubric of format {_FORMAT}")
     try:
         options: dict[str, Any] = {}
-        if said["kind"] == "pairwise":
-            verdicts = said["verdicts"]
+        if stored["kind"] == "pairwise":
+            verdicts = stored["verdicts"]
             words = [verdicts["first"], verdicts["second"]]
             if None in words:
                 raise OptionError(
@@ -191,15 +191,15 @@ def _from_json(said: object, source: str) -> Rubric:
                 words.append(verdicts["tie"])
             options["verdicts"] = tuple(map(str, words))
         else:
-            low, high = said["scale"]
+            low, high = stored["scale"]
             options["scale"] = (int(low), int(high))
         return Rubric(
-            name=str(said["name"]),
-            kind=said["kind"],
-            system=str(said["system"]),
-            user=str(said["user"]),
-            after=said.get("after"),
-            max_tokens=int(said.get("max_tokens", 8)),
+            name=str(stored["name"]),
+            kind=stored["kind"],
+            system=str(stored["system"]),
+            user=str(stored["user"]),
+            after=stored.get("after"),
+            max_tokens=int(stored.get("max_tokens", 8)),
             **options,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

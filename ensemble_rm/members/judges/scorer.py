@@ -30,7 +30,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
     """Rates completions by asking a judge model; the rating is the raw score.
 
     The rating is the expectation over the ratings' tokens (Liu et al. 2023, arXiv 2303.16634)
-    where the server offers log-probabilities, and the number that was said where it does not: that
+    where the server offers log-probabilities, and the stated number where it does not, which
     makes ties. A reply that is no rating is NaN, by the aggregator's policy for missing members.
 
     Parameters
@@ -38,22 +38,22 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
     url : str
         Of an OpenAI-compatible server, such as ``http://localhost:8000/v1``; saved.
     model : str
-        The judge's name there.
+        Name of the judge on that server.
     name : str
-        The column's.
+        Name of the column.
     rubric : str, Path, mapping or Rubric, optional
         What is asked: ``"pointwise"`` (default), a JSON file or its content; saved as it is.
     token : str or callable, optional
-        A bearer token, or what returns the one that holds now. Never saved.
+        Bearer token, or a function that returns the current one. Never saved.
     transport : httpx.AsyncBaseTransport, optional
-        In the place of the network.
+        Replaces the network, in tests and for proxies.
     **options : Any
         The other fields of `JudgeOptions`.
 
     Attributes
     ----------
     usage : Usage
-        What all scores of this member took together, those among them that were given up.
+        What all scores of this member took, including those that were cancelled.
 
     Raises
     ------
@@ -85,7 +85,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
 
     @property
     def address(self) -> str:
-        """The server's."""
+        """URL of the server."""
         return self.judge_options.url
 
     @property
@@ -96,7 +96,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
 
     @property
     def token(self) -> Token | None:
-        """The bearer token, or what returns the one that holds now."""
+        """The bearer token, or a function that returns the current one."""
         return self._judge.token
 
     @property
@@ -178,7 +178,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
     # Storage -----------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Return what is saved, and what provenance and reports say of it: no token."""
+        """Return what is saved and reported, without the token."""
         return {
             "kind": self.kind,
             "name": self.names[0],
@@ -190,7 +190,7 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         return None if self._judge.transport is None else "a transport"
 
     @classmethod
-    def _of(cls, said: Mapping[str, Any]) -> Self:
-        options = JudgeOptions.from_json(said["judge"])
+    def _of(cls, stored: Mapping[str, Any]) -> Self:
+        options = JudgeOptions.from_json(stored["judge"])
         fields = {name: getattr(options, name) for name in options.__dataclass_fields__}
-        return cls(name=said["name"], rubric=said["rubric"], **fields)
+        return cls(name=stored["name"], rubric=stored["rubric"], **fields)

@@ -1,4 +1,4 @@
-"""Where a server is and what it is told to let us in; both checked, the token never shown.
+"""A server's address and bearer token, both checked; the token is never shown.
 
 Knows URLs and tokens; knows nothing of requests.
 """
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from ensemble_rm.errors import OptionError
 
 Token: TypeAlias = str | Callable[[], str]
-"""A bearer token, or what returns the one that holds now."""
+"""A bearer token, or a function that returns the current one."""
 
 
 def check_url(url: str) -> str:

@@ -47,7 +47,7 @@ class Breaker:
 
     @property
     def state(self) -> State:
-        """Closed: all may try; open: nobody; half-open: one probe."""
+        """Closed: all requests; open: none; half-open: one probe."""
         if self._opened is None:
             return "closed"
         return "half-open" if self._clock() - self._opened >= self.reset_after else "open"

@@ -37,13 +37,13 @@ class RejectedError(RemoteError):
     Attributes
     ----------
     kind : str
-        The status, without what the server said.
+        The status, without the server's text.
     said : str
-        All that the server said.
+        The server's text.
     """
 
     def __init__(self, message: str, kind: str, said: str = "") -> None:
-        super().__init__(message, kind, said)  # all of them, so that a copy has them
+        super().__init__(message, kind, said)  # all arguments, so that a copy has them
         self.kind, self.said = kind, said
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class ClientOptions:
         Seconds that one try may take.
     deadline : float
         Seconds that a request may take with all its tries and pauses. While it waits for one of
-        the places that `concurrency` sets, every answer to another request begins them anew.
+        the places that `concurrency` sets, every answer to another request restarts them.
     attempts : int
         Tries of a request that meets errors inside the server or times out. One that finds nobody,
         or a busy server, is tried until the deadline.
@@ -69,11 +69,11 @@ class ClientOptions:
     concurrency : int
         Requests, and connections, at once.
     open_after : int
-        Failures in a row that open the circuit: then nobody is asked for a while.
+        Consecutive failures that open the circuit: then no request is sent for a while.
     reset_after : float
         Seconds until one request probes whether the server is back.
     seed : int, optional
-        Of the pauses; from the system's entropy where not given.
+        Seed of the pauses (default: the system's entropy).
 
     Raises
     ------
@@ -192,11 +192,11 @@ class RemoteClient:
         RejectedError
             If this request is rejected, or met errors inside the server at every try.
         RemoteUnavailableError
-            If nobody answered before the deadline, or in time at the last of its tries.
+            If there was no response before the deadline, or within `timeout` at the last attempt.
         RemoteRefusalError
             If the server refuses whatever is asked.
         RemoteAnswerError
-            If the answer is no JSON.
+            If the response is not valid JSON.
         """
         self._open()
         assert self._places is not None
@@ -317,7 +317,9 @@ class RemoteClient:
         try:
             return _Try(Meaning.DONE, "", data=answer.json())
         except (ValueError, RecursionError) as error:  # the latter: nested too deep
-            raise RemoteAnswerError(f"{url} answers no JSON: {answer.text[:_SHOWN]!r}") from error
+            raise RemoteAnswerError(
+                f"the response of {url} is not valid JSON: {answer.text[:_SHOWN]!r}"
+            ) from error
 
     def _open(self) -> None:
         if self._process != os.getpid():

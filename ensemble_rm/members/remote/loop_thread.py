@@ -1,7 +1,4 @@
-"""An event loop in a thread of its own, so that synchronous code can await, in a loop or not.
-
-And work that goes on at several places at once. Knows coroutines; knows nothing of what they do.
-"""
+"""An event loop in its own thread, so that synchronous code can await, inside a loop or not."""
 
 from __future__ import annotations
 
@@ -24,20 +21,20 @@ _JOIN = 5.0  # seconds that a closing loop may take
 
 
 class Pending(Generic[T]):
-    """What goes on in a loop's thread: to be waited for, or given up.
+    """A coroutine that runs in a loop's thread: wait for its result, or cancel it.
 
     Parameters
     ----------
     future : concurrent.futures.Future
     read : callable
-        Makes of the future's result, in the thread of whoever waits, what `result` returns.
+        Turns the future's result into what `result` returns, in the waiting thread.
     """
 
     def __init__(self, future: Future[Any], read: Callable[[Any], T]) -> None:
         self._future, self._read = future, read
 
     def result(self) -> T:
-        """Wait; who is interrupted gives it up.
+        """Wait for the result; an interrupt cancels the coroutine.
 
         Raises
         ------
@@ -57,7 +54,7 @@ class Pending(Generic[T]):
         return self._read(found)
 
     def cancel(self) -> None:
-        """Give up what is not done."""
+        """Cancel the coroutine if it is not done."""
         self._future.cancel()
 
 
@@ -80,7 +77,7 @@ class LoopThread:
 
     def begin(self, coroutine: Coroutine[Any, Any, Item], read: Callable[[Item], T]) -> Pending[T]:
         """Begin a coroutine, whose result is read when it is waited for."""
-        with self._lock:  # nobody closes the loop before it has the coroutine
+        with self._lock:  # the loop cannot close before it has the coroutine
             return Pending(asyncio.run_coroutine_threadsafe(coroutine, self._running()), read)
 
     def close(self) -> None:

@@ -1,9 +1,8 @@
-"""What each server is asked and what it answers: pure functions, one `Wire` a protocol.
+"""Requests to and answers of each kind of server: pure functions, one `Wire` per protocol.
 
 Read from the released sources: vLLM 0.33 (``entrypoints/pooling``), SGLang 0.5.23
 (``srt/entrypoints/http_server.py``), text-embeddings-inference (``router/src/http``), OpenRLHF
 0.11.2 (``cli/serve_rm.py``). Each asks for raw logits where the server would do something to them.
-Knows JSON; knows nothing of HTTP, of templates or of tries.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ Scored: TypeAlias = float | RemoteAnswerError
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a request says beside its texts.
+    """The fields of a request other than its texts.
 
     Attributes
     ----------
     model : str, optional
-        The name by which the server knows its model; its only one where not given.
+        Name of the model on the server (default: its only one).
     special_tokens : bool
-        Whether the server shall add special tokens to a text.
+        Whether the server adds special tokens to a text.
     truncate : bool
-        Whether the server may cut what is too long for it, without a word; else it rejects it.
+        Whether the server may silently cut a text that is too long; otherwise it rejects it.
     """
 
     model: str | None = None
@@ -256,7 +255,7 @@ WIRES: dict[str, Wire] = {
         ("text", "pair"),
         _tei_request,
         _tei_answer,
-        batch=32,  # its --max-client-batch-size, unless it is told otherwise
+        batch=32,  # the server's default --max-client-batch-size
         adds_special_tokens=True,
         truncates=True,
     ),

@@ -37,7 +37,7 @@ _DRIFT = 0.1  # of the probes' range; low precision moves a score with its batch
 
 @dataclass(frozen=True, slots=True)
 class RawLogitReport:
-    """What the probes told.
+    """Result of the probes.
 
     Attributes
     ----------

@@ -1,8 +1,8 @@
-"""A reward model that another server runs, as one member.
+"""A reward model on another server, as one member.
 
-Batches are asked concurrently and land in their own places, whatever order they end in. A sample
-that the server cannot score is NaN, so that the aggregator's policy for missing members decides
-what becomes of it; a server that cannot be reached is an error, unless that policy is asked for.
+Batches are sent concurrently. A sample that the server cannot score is NaN, and the aggregator's
+policy for missing members applies. A server that cannot be reached is an error, unless `on_outage`
+is ``"nan"``.
 """
 
 from __future__ import annotations
@@ -58,42 +58,42 @@ class RemoteScorer(StoredElsewhere):
     Parameters
     ----------
     url : str
-        The server's address, with no user, password or query in it; saved with the ensemble.
+        Address of the server, without user, password or query; saved with the ensemble.
     protocol : str
         ``"vllm-classify"``, ``"vllm-pooling"``, ``"sglang"``, ``"tei"``, ``"openrlhf"`` or
         ``"ensemble-rm"``, this library's own server.
     name : str
-        The column's.
+        Name of the column.
     template : str or callable
-        How a sample becomes what the server reads: ``"chat"``, the chat template of `tokenizer`;
+        How a sample is rendered for the server: ``"chat"``, the chat template of `tokenizer`;
         ``"plain"``, prompt and completion in a row; ``"pair"``, the two segments of an encoder
         (TEI); ``"messages"``, which the server renders (vLLM); ``"sample"`` (ensemble-rm); or a
-        function from a sample to a text, which cannot be saved. No default: the server cannot say
-        what its model was trained with.
+        function from a sample to a text, which cannot be saved. No default: only the
+        model's author knows what it was trained with.
     tokenizer : str or Path, optional
         Folder or Hub id, for ``"chat"``.
     model : str, optional
-        By which vLLM knows the model; its only one where not given.
+        Name of the model on a vLLM server (default: its only one).
     token : str or callable, optional
-        A bearer token, or what returns the one that holds now. Never saved, never shown.
+        Bearer token, or a function that returns the current one. Never saved, never shown.
     token_variable : str, optional
         The environment variable in which the command line finds the token; saved. The library
         itself never reads it.
     batch_size : int, optional
-        Samples a request; the protocol's own where not given, and 1 with ``"messages"``.
+        Samples per request (default: the protocol's; 1 with ``"messages"``).
     special_tokens : bool, optional
-        Whether vLLM adds special tokens to a text; those of ``"plain"`` only, where not given.
+        Whether vLLM adds special tokens to a text (default: only with ``"plain"``).
     truncate : bool
-        Whether the server (vLLM, TEI) may cut what is too long, and says nothing of it; else such
-        a sample has no score.
+        Whether the server (vLLM, TEI) may silently cut a text that is too long; otherwise such a
+        sample has no score.
     raw_logit_check : {"warn", "error", "off"}
-        What scores that are no raw logits bring: at the first score, a few probes are sent.
+        What happens if the scores are not raw logits; a few probes are sent before the first score.
     on_outage : {"raise", "nan"}
-        What a call brings in which the server could not be reached for any sample.
+        What happens if the server cannot be reached for any sample of a call.
     client : ClientOptions, optional
-        Tries, pauses, deadline, concurrency, circuit.
+        Attempts, pauses, deadline, concurrency, circuit breaker.
     transport : httpx.AsyncBaseTransport, optional
-        In the place of the network: a proxy, own certificates, a test.
+        Replaces the network: a proxy, own certificates, a test.
 
     Raises
     ------
@@ -184,12 +184,12 @@ class RemoteScorer(StoredElsewhere):
 
     @property
     def address(self) -> str:
-        """The server's."""
+        """URL of the server."""
         return self.url
 
     @property
     def token(self) -> Token | None:
-        """The bearer token, or what returns the one that holds now."""
+        """The bearer token, or a function that returns the current one."""
         return self._token
 
     @property
@@ -231,7 +231,7 @@ class RemoteScorer(StoredElsewhere):
         return self._begin(samples, lambda answer: answer).result()
 
     def raw_logit_check(self) -> RawLogitReport:
-        """Send the probes; warn or raise where the answers cannot be raw logits.
+        """Send the probes; warn or raise if the answers cannot be raw logits.
 
         Raises
         ------
@@ -242,7 +242,7 @@ class RemoteScorer(StoredElsewhere):
         return self._thread.begin(call.both_orders(probes, self.batch_size), self._tell).result()
 
     def _begin(self, samples: Sequence[Sample], read: Callable[[MemberScores], T]) -> Pending[T]:
-        """Ask, behind the probes where they were never answered; read what was said."""
+        """Send the samples, after the probes where these were never answered."""
         call = self._call()
         tests = not self._tested and len(samples) > 0
         probes = self._renderer.render(PROBES) if tests else []
@@ -252,12 +252,12 @@ class RemoteScorer(StoredElsewhere):
             orders = await call.both_orders(probes, self.batch_size)
             return orders, await call.score(items, self.batch_size)
 
-        def told(said: tuple[_Orders, list[_Found]]) -> T:
+        def finish(answers: tuple[_Orders, list[_Found]]) -> T:
             if tests and not self._tested:
-                self._tell(said[0])
-            return read(self._scores(said[1]))
+                self._tell(answers[0])
+            return read(self._scores(answers[1]))
 
-        return self._thread.begin(ask(), told)
+        return self._thread.begin(ask(), finish)
 
     def _call(self) -> _Call:
         return _Call(self._client, self._wire, self._asked, self._endpoint)
@@ -287,7 +287,7 @@ class RemoteScorer(StoredElsewhere):
         return answer
 
     def _tell(self, orders: _Orders) -> RawLogitReport:
-        """Say what the probes told, unless nobody answered: then they are sent another time."""
+        """Report what the probes show; without an answer, they are sent again next time."""
         report = compare_orders(*(self._scores(answers).scores[:, 0] for answers in orders))
         if np.isnan(report.scores).all():
             return report
@@ -315,7 +315,7 @@ class RemoteScorer(StoredElsewhere):
     # Storage -----------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """Return what is saved, and what provenance and reports say of it: no token."""
+        """Return what is saved and reported, without the token."""
         template = self._renderer.template
         tokenizer = self._renderer.tokenizer
         return {
@@ -341,11 +341,11 @@ class RemoteScorer(StoredElsewhere):
         return None if self._transport is None else "a transport"
 
     @classmethod
-    def _of(cls, said: Mapping[str, Any]) -> Self:
-        options = {name: value for name, value in said.items() if name not in ("kind", "url")}
+    def _of(cls, stored: Mapping[str, Any]) -> Self:
+        options = {name: value for name, value in stored.items() if name not in ("kind", "url")}
         if "self_test" in options:  # as it was named before version 0.2
             options["raw_logit_check"] = options.pop("self_test")
-        return cls(said["url"], **options | {"client": ClientOptions(**said["client"])})
+        return cls(stored["url"], **options | {"client": ClientOptions(**stored["client"])})
 
 
 class _Call:

@@ -1,4 +1,4 @@
-"""Storage of members that live elsewhere: one ``member.json``, no weights, and never a token."""
+"""Storage of members on servers: one ``member.json`` without weights and without a token."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _FILE = "member.json"
 
 
 class StoredElsewhere(Scorer):
-    """A member that other servers run; a kind adds `describe`, `_of` and `_python`."""
+    """A member on another server; a kind implements `describe`, `_of` and `_python`."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return what is saved, and what provenance and reports say of it: no token."""
+        """Return what is saved and reported, without the token."""
 
     @classmethod
     @abstractmethod
-    def _of(cls, said: Mapping[str, Any]) -> Self:
-        """Make the member that `describe` described."""
+    def _of(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the member from what `describe` returned."""
 
     @abstractmethod
     def _python(self) -> str | None:
-        """Name what it was made with that is Python code, which no file holds; None without."""
+        """Name the constructor's Python code, which cannot be saved; None without any."""
 
     def save(self, folder: Path) -> None:
         """Write ``member.json``: the address and the options, never the token.
@@ -36,7 +36,7 @@ class StoredElsewhere(Scorer):
         Raises
         ------
         StorageError
-            If it was made with Python code, such as a transport.
+            If it uses Python code, such as a transport.
         """
         if (code := self._python()) is not None:
             raise StorageError(

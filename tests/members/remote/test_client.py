@@ -295,7 +295,7 @@ def test_what_is_no_json_is_a_named_error(body: bytes) -> None:
         client = RemoteClient(ClientOptions(), transport=httpx.MockTransport(answer))
         await client.post(URL, {})
 
-    with pytest.raises(RemoteAnswerError, match="no JSON"):
+    with pytest.raises(RemoteAnswerError, match="not valid JSON"):
         asyncio.run(ask())
 
 

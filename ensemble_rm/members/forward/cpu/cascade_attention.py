@@ -1,6 +1,6 @@
 """Attention to a prompt once for all its completions (cascade), on a CPU.
 
-The queries of all completions of a prompt stand in one row against its keys, which nobody copies;
+The queries of all completions of a prompt form one row against its keys, which are not copied;
 each completion attends to itself apart from that, and the two results are put together by the
 log-sum-exp of their scores. This is attention itself, split where the keys are.
 
