@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
@@ -200,8 +199,3 @@ def check_can_write(path: Path | None) -> None:
     partial.open("a", encoding="utf-8").close()
     if not left_over:
         partial.unlink()
-
-
-def number_or_none(value: float) -> float | None:
-    """Return a number as JSON has it: null in the place of NaN."""
-    return None if math.isnan(value) else float(value)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.common import (
     ENSEMBLE,
     JSON_ROWS,
     Loading,
     check_can_write,
-    number_or_none,
     write_jsonl,
 )
 from ensemble_rm.cli.options import argument, nested, option
@@ -77,9 +77,9 @@ def _rows(verdict: Comparison, *, several: bool) -> Iterator[dict[str, float | N
             row["tie_probability"] = float(verdict.tie_probability[i])
         if several:
             row |= {
-                "mixture_probability": number_or_none(verdict.mixture_probability[i]),
-                "total": number_or_none(verdict.total[i]),
-                "aleatoric": number_or_none(verdict.aleatoric[i]),
-                "epistemic": number_or_none(verdict.epistemic[i]),
+                "mixture_probability": finite_or_none(verdict.mixture_probability[i]),
+                "total": finite_or_none(verdict.total[i]),
+                "aleatoric": finite_or_none(verdict.aleatoric[i]),
+                "epistemic": finite_or_none(verdict.epistemic[i]),
             }
         yield row

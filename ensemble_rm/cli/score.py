@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.common import (
     ENSEMBLE,
@@ -17,7 +18,6 @@ from ensemble_rm.cli.common import (
     Loading,
     aggregator_options,
     check_can_write,
-    number_or_none,
     use_aggregator,
     write_jsonl,
 )
@@ -112,11 +112,11 @@ def _rows(scores: Scores) -> Iterator[dict[str, Any]]:
     several = len(scores.names) > 1
     std = scores.std if several else ()
     for i, reward in enumerate(scores.reward):
-        members = [number_or_none(score) for score in scores.members[i].tolist()]
+        members = finite_or_none(scores.members[i])
         row: dict[str, Any] = {
             "reward": float(reward),
             "members": dict(zip(scores.names, members, strict=True)),
         }
         if several:
-            row["std"] = number_or_none(float(std[i]))
+            row["std"] = finite_or_none(std[i])
         yield row

@@ -1,4 +1,4 @@
-"""Drift as text for a terminal, and its three kinds over time as a picture."""
+"""Drift reports as text for a terminal, and over time as a figure."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ _COLOURS = (INK, MUTED, "#7f8c8d", "#d68910")
 
 
 def drift_text(report: DriftReport) -> str:
-    """Return a report as text, one section a kind.
+    """Return a report as text, one section per kind.
 
     Parameters
     ----------
     report : DriftReport
-        To be shown.
 
     Returns
     -------
@@ -37,27 +36,27 @@ def drift_text(report: DriftReport) -> str:
         ("raters", report.raters and _rater_lines(report.raters)),
     )
     lines = [f"drift at {report.at}: " + (", ".join(report.alarms) or "no alarm")]
-    for name, said in sections:
+    for name, section in sections:
         mark = "ALARM" if name in report.alarms else "no alarm"
-        lines += ["", f"▸ {name}: {mark if said else 'unavailable'}"]
-        lines += said or [f"  {report.unavailable.get(name, 'not asked for')}"]
+        lines += ["", f"▸ {name}: {mark if section else 'unavailable'}"]
+        lines += section or [f"  {report.unavailable.get(name, 'not requested')}"]
     return "\n".join(lines)
 
 
-def _labelled_lines(found: LabelledDrift) -> list[str]:
+def _labelled_lines(result: LabelledDrift) -> list[str]:
     lines = [
-        f"  null: T in [{found.low:.3f}, {found.high:.3f}]; {found.prompts} prompts",
-        f"  e = {_e(found.log_e)}, at most {_e(found.peak)} so far; alarm at {1 / found.alpha:.0f}",
-        f"  P(any alarm over a life without drift) ≤ {found.promise:g}",
+        f"  null: T in [{result.low:.3f}, {result.high:.3f}]; {result.prompts} prompts",
+        f"  e = {_e(result.log_e)}, maximum {_e(result.peak)}; alarm at {1 / result.alpha:.0f}",
+        f"  P(any alarm over a life without drift) ≤ {result.promise:g}",
     ]
-    if found.history:
-        point = found.history[-1]
+    if result.history:
+        point = result.history[-1]
         left = [(point.again, "of prompts seen before"), (point.selected, "of selected pairs")]
-        said = ", ".join(f"{n} {what}" for n, what in left if n)
-        lines += [f"  left out of the last batch: {said}"] if said else []
-    if found.alarm:
+        counts = ", ".join(f"{n} {what}" for n, what in left if n)
+        lines += [f"  left out of the last batch: {counts}"] if counts else []
+    if result.alarm:
         lines.append(
-            f"  {found.direction} since {found.alarmed_at} (after {found.alarmed_after} prompts): "
+            f"  {result.direction} since {result.alarmed_at} ({result.alarmed_after} prompts): "
             "recalibrate on recent judgments"
         )
     return lines
@@ -67,7 +66,7 @@ def _e(log_e: float) -> str:
     return f"{math.exp(log_e):.3g}" if log_e < 700 else f"e^{log_e:.0f}"
 
 
-def _unlabelled_lines(found: UnlabelledDrift) -> list[str]:
+def _unlabelled_lines(result: UnlabelledDrift) -> list[str]:
     header = ("  statistic", "then", "now", "effect", "distance", "p", "Holm")
     rows = [
         (
@@ -79,19 +78,19 @@ def _unlabelled_lines(found: UnlabelledDrift) -> list[str]:
             f"{one.p:.4f}",
             f"{one.adjusted:.4f}",
         )
-        for one in found.shifts
+        for one in result.shifts
     ]
     lines = ["  " + line for line in table(header, rows).split("\n")]
-    lines += [f"    {name}: unavailable, {why}" for name, why in found.unavailable.items()]
+    lines += [f"    {name}: unavailable, {why}" for name, why in result.unavailable.items()]
     lines.append(
-        f"  {found.prompts} prompts; alarm at Holm ≤ {found.alpha / found.checks:.2g}, so that "
-        f"P(any in {found.checks} checks) ≤ {found.alpha:g}; effect in the reference's std"
+        f"  {result.prompts} prompts; alarm at Holm ≤ {result.alpha / result.checks:.2g}, so that "
+        f"P(any in {result.checks} checks) ≤ {result.alpha:g}; effect in the reference's std"
     )
     return lines
 
 
-def _rater_lines(found: RaterDrift) -> list[str]:
-    header = (f"  {found.month}", "votes", "agreed", "share", "first shown wins")
+def _rater_lines(result: RaterDrift) -> list[str]:
+    header = (f"  {result.month}", "votes", "agreed", "share", "first shown wins")
     rows = [
         (
             "  " + _name(cell.annotator),
@@ -100,19 +99,19 @@ def _rater_lines(found: RaterDrift) -> list[str]:
             _share(cell.agreement),
             _share(cell.first_share),
         )
-        for cell in found.cells
-        if cell.month == found.month
+        for cell in result.cells
+        if cell.month == result.month
     ]
     lines = ["  " + line for line in table(header, rows).split("\n")]
     lines += [
         f"  ▸ {test.kind} of {_name(test.annotator)}: {test.before:.2f} → {test.now:.2f}, p "
         f"{test.p:.2g}, Holm {test.adjusted:.2g}"
-        for test in found.tests
+        for test in result.tests
         if test.alarm
     ]
     lines.append(
-        f"  {len(found.tests)} tests; alarm at Holm ≤ {found.alpha / found.checks:.2g}, so that "
-        f"P(any in {found.checks} checks) ≤ {found.alpha:g}"
+        f"  {len(result.tests)} tests; alarm at Holm ≤ {result.alpha / result.checks:.2g}, so that "
+        f"P(any in {result.checks} checks) ≤ {result.alpha:g}"
     )
     return lines
 
@@ -126,12 +125,12 @@ def _share(share: float) -> str:
 
 
 def draw_drift(reports: Sequence[DriftReport], path: Path) -> Path:
-    """Draw the three kinds over time, one below the other; filled marks are alarms.
+    """Plot the three kinds over time, one below the other; filled markers are alarms.
 
     Parameters
     ----------
     reports : sequence of DriftReport
-        Of every look so far, in any order.
+        All reports so far, in any order.
     path : Path
         Of the PNG.
 
@@ -145,18 +144,18 @@ def draw_drift(reports: Sequence[DriftReport], path: Path) -> Path:
     DataError
         If there is no report.
     StorageError
-        If the picture cannot be written.
+        If the figure cannot be written.
     """
     from matplotlib.figure import Figure
 
     if not reports:
-        raise DataError("there is no drift report to draw")
+        raise DataError("no drift report to plot; run a check first")
     ordered = sorted(reports, key=lambda report: report.at)
     figure = Figure(figsize=(7, 8), layout="constrained")
     panels: tuple[tuple[str, str, Callable[[Any, Sequence[DriftReport]], bool]], ...] = (
         ("Labelled: does T still fit the verdicts?", "log e-value", _draw_labelled),
-        ("Unlabelled: do scores look as they did?", "effect", _draw_unlabelled),
-        ("Raters: do humans judge as they did?", "agreement", _draw_raters),
+        ("Unlabelled: are scores distributed as before?", "effect", _draw_unlabelled),
+        ("Raters: do humans judge as before?", "agreement", _draw_raters),
     )
     for axes, (title, label, draw) in zip(figure.subplots(3, 1), panels, strict=True):
         axes.set_title(title, loc="left", fontsize=11)
@@ -170,7 +169,7 @@ def draw_drift(reports: Sequence[DriftReport], path: Path) -> Path:
 
 
 def _ticks(axes: Any, labels: Sequence[str]) -> dict[str, int]:
-    """Put labels in their order on the axis, every so many written; return their places."""
+    """Set evenly spaced tick labels on the axis; return the position of each label."""
     place = {label: i for i, label in enumerate(labels)}
     step = max(1, math.ceil(len(labels) / 8))
     axes.set_xticks(range(0, len(labels), step), list(labels)[::step], fontsize=8)
@@ -203,33 +202,33 @@ def _draw_labelled(axes: Any, reports: Sequence[DriftReport]) -> bool:
 
 
 def _draw_unlabelled(axes: Any, reports: Sequence[DriftReport]) -> bool:
-    looks = [(report.at, one) for report in reports if (one := report.unlabelled)]
-    names = list(dict.fromkeys(shift.name for _, one in looks for shift in one.shifts))
+    past = [(report.at, one) for report in reports if (one := report.unlabelled)]
+    names = list(dict.fromkeys(shift.name for _, one in past for shift in one.shifts))
     if not names:
         return False
-    place = _ticks(axes, sorted({at for at, _ in looks}))
+    place = _ticks(axes, sorted({at for at, _ in past}))
     axes.axhline(0, color=PALE, lw=1)
     for name, colour in zip(names, _COLOURS, strict=False):
-        found = [(place[at], s) for at, one in looks for s in one.shifts if s.name == name]
+        result = [(place[at], s) for at, one in past for s in one.shifts if s.name == name]
         axes.plot(
-            [x for x, _ in found], [s.effect for _, s in found], "o-", mfc="white", ms=4,
+            [x for x, _ in result], [s.effect for _, s in result], "o-", mfc="white", ms=4,
             color=colour, lw=1.5, label=name,
         )  # fmt: skip
-        alarmed = [(x, s.effect) for x, s in found if s.alarm]
+        alarmed = [(x, s.effect) for x, s in result if s.alarm]
         if alarmed:
             axes.plot(*zip(*alarmed, strict=True), "o", color=colour, ms=6)
     return True
 
 
 def _draw_raters(axes: Any, reports: Sequence[DriftReport]) -> bool:
-    looks = [one for report in reports if (one := report.raters)]
-    cells = [cell for cell in looks[-1].cells if cell.compared] if looks else []
+    past = [one for report in reports if (one := report.raters)]
+    cells = [cell for cell in past[-1].cells if cell.compared] if past else []
     if not cells:
         return False
     place = _ticks(axes, sorted({cell.month for cell in cells}))
     alarmed = {
         (test.annotator, one.month)
-        for one in looks
+        for one in past
         for test in one.tests
         if test.alarm and test.kind == "agreement"
     }

@@ -1,6 +1,6 @@
-"""What scores looked like when a version was published, for later batches to be held against.
+"""Scores at the publication of a version, for later batches to be compared with.
 
-Samples, not summaries: later tests permute prompts between then and now.
+Samples and not summaries, because later tests permute prompts between then and now.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ScoredSet:
                 f"{len(scores.reward)} scores"
             )
         if not (np.isfinite(scores.reward).all() and np.isfinite(scores.members).all()):
-            raise NonFiniteScoreError("scores hold NaN or infinity; drop those samples")
+            raise NonFiniteScoreError("scores contain NaN or infinity; drop those samples")
         number: dict[str, int] = {}
         names = (str(prompt) for prompt in prompts)
         groups = np.array([number.setdefault(name, len(number)) for name in names], dtype=np.int64)
@@ -89,7 +89,7 @@ class ScoredSet:
         return cls(scores.reward, scores.members, groups, far)
 
     def thinned(self, *, prompts: int, per_prompt: int, seed: int) -> ScoredSet:
-        """Return at most so many prompts, and samples of each, drawn at random."""
+        """Return a random subset of at most `prompts` prompts, `per_prompt` samples of each."""
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(self.groups))
         rank = np.empty(len(order), dtype=np.int64)  # of a sample among those of its prompt
@@ -135,12 +135,12 @@ class Reference:
         features: ArrayLike | None = None,
         seed: int = 0,
     ) -> Reference:
-        """Keep what the scores of a reference set look like.
+        """Keep the scores of a reference set.
 
         Parameters
         ----------
         scores : Scores
-            Of completions that the policy writes at publication, held apart from training.
+            Of completions that the policy writes at publication, not used in training.
         prompts : sequence of (str or int), shape (n_samples,)
             Prompt of each sample. At most 1,000 prompts are kept, and 8 samples of each.
         space : FeatureSpace, optional
@@ -162,7 +162,7 @@ class Reference:
             See `ScoredSet.read`.
         """
         if (space is None) != (features is None):
-            raise OptionError("space and features of the reference set go together; one is missing")
+            raise OptionError("give both space and features of the reference set, or neither")
         far = None if space is None or features is None else space.distance(features)
         samples = ScoredSet.read(scores, prompts, far)
         kept = samples.thinned(prompts=MAX_PROMPTS, per_prompt=PER_PROMPT, seed=seed)
@@ -179,13 +179,13 @@ class Reference:
         arrays = self.samples.arrays()
         if self.space is not None:
             arrays |= {f"space.{name}": a for name, a in self.space.arrays().items()}
-        said = {"format": FORMAT, "names": list(self.names), "features": self.space is not None}
+        row = {"format": FORMAT, "names": list(self.names), "features": self.space is not None}
         path = Path(folder)
         try:
             path.mkdir(parents=True, exist_ok=True)
             tensors = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
             save_file(tensors, path / "reference.safetensors")
-            text = json.dumps(said, indent=1, ensure_ascii=False)
+            text = json.dumps(row, indent=1, ensure_ascii=False)
             (path / "reference.json").write_text(text + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise StorageError(f"{path} cannot be written: {error}") from error
@@ -198,17 +198,17 @@ class Reference:
         Raises
         ------
         StorageError
-            If the folder holds no reference, or a damaged one.
+            If the folder contains no reference, or a damaged one.
         """
         path = Path(folder)
         try:
-            said = json.loads((path / "reference.json").read_text(encoding="utf-8"))
-            if said["format"] != FORMAT:
-                raise StorageError(f"{path} has format {said['format']!r}; this reads {FORMAT}")
+            row = json.loads((path / "reference.json").read_text(encoding="utf-8"))
+            if row["format"] != FORMAT:
+                raise StorageError(f"{path} has format {row['format']!r}; this reads {FORMAT}")
             arrays = load_file(path / "reference.safetensors")
             own = {name: a for name, a in arrays.items() if not name.startswith("space.")}
             parts = {name[6:]: a for name, a in arrays.items() if name.startswith("space.")}
-            space = FeatureSpace.from_arrays(parts) if said["features"] else None
-            return cls(tuple(said["names"]), ScoredSet(**own), space)
+            space = FeatureSpace.from_arrays(parts) if row["features"] else None
+            return cls(tuple(row["names"]), ScoredSet(**own), space)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise StorageError(f"{path} holds no reference: {error!r}") from error
+            raise StorageError(f"{path} contains no reference: {error!r}") from error

@@ -1,4 +1,4 @@
-"""The three kinds of drift side by side, each with its own verdict: never one number."""
+"""A report on the three kinds of drift, each with its own result and never one number."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ KINDS: tuple[str, ...] = ("labelled", "unlabelled", "raters")
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What one look found.
+    """The result of one check.
 
     Attributes
     ----------
     at : str
-        Date or name of the look; reports are drawn in its order.
+        Date or name of the check; reports are plotted in this order.
     labelled : LabelledDrift, optional
         Whether the temperature still fits the verdicts.
     unlabelled : UnlabelledDrift, optional
-        Whether scores look as they did at publication.
+        Whether scores are distributed as at publication.
     raters : RaterDrift, optional
-        Whether the anchor set is still judged as it was.
+        Whether the anchor set is still judged as before.
     unavailable : dict of str to str
-        Why a kind is missing, by its name.
+        Reason per missing kind.
     """
 
     at: str
@@ -46,8 +46,8 @@ class DriftReport:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that `from_json` reads."""
         kinds = {name: getattr(self, name) for name in KINDS}
-        said = {name: None if kind is None else kind.to_json() for name, kind in kinds.items()}
-        return {"at": self.at, **said, "unavailable": self.unavailable}
+        rows = {name: None if kind is None else kind.to_json() for name, kind in kinds.items()}
+        return {"at": self.at, **rows, "unavailable": self.unavailable}
 
     @classmethod
     def from_json(cls, d: Any) -> DriftReport:

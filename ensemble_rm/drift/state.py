@@ -1,7 +1,7 @@
-"""The labelled drift test of the version that is current, its state kept beside the versions.
+"""The current version's labelled drift test, with its state on disk.
 
-Each life begins with a publication and takes every judgment that is newer than those the version
-was fitted on, once. A version's folder never changes, so the state lies in ``drift/0003.json``.
+A version's life begins with its publication; the test takes every judgment newer than those of the
+version's fit, once. A version's folder never changes, so the state is in ``drift/0003.json``.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ FOLDER = "drift"
 
 
 def life_start(version: Version, calibration: Calibration) -> float:
-    """Return when the last judgment of a version's fit was given, seconds.
+    """Return the time of the newest judgment of a version's fit, in seconds.
 
-    Where the version does not say, when it was fitted.
+    If that is not recorded, the time of the fit.
     """
     last = version.provenance.get("judgments", {}).get("last")
     return datetime.fromisoformat(calibration.created if last is None else last).timestamp()
 
 
 def state_file(folder: Path, version: Version) -> Path:
-    """Return where a version's state lies."""
+    """Return the path of a version's state."""
     return folder / FOLDER / f"{version.number:04d}.json"
 
 
 def read_state(folder: Path, version: Version) -> DriftTest | None:
-    """Return the state of a version's life; None where it has not begun.
+    """Return the state of a version's test; None if it has not begun.
 
     Raises
     ------
@@ -52,13 +52,13 @@ def read_state(folder: Path, version: Version) -> DriftTest | None:
         return DriftTest.from_json(read_json(path))
     except (KeyError, TypeError, ValueError, EnsembleRMError) as error:
         raise StorageError(
-            f"{path} is damaged ({error}); without it the life's guarantee is void: delete it to "
-            "begin anew"
+            f"{path} is damaged ({error}); delete it to restart the test, whose bound on false "
+            "alarms then counts from now on"
         ) from error
 
 
 def write_state(folder: Path, version: Version, state: DriftTest) -> None:
-    """Put a state in place of the last one."""
+    """Replace the stored state."""
     path = state_file(folder, version)
     with storage_errors(f"writing {path}"):
         path.parent.mkdir(exist_ok=True)
@@ -86,12 +86,12 @@ def watch(
     calibration : Calibration
         Its own.
     data : DatedMargins
-        The window's judgments. Those as old as the version's own are left out, and so are later
-        ones of prompts that it was fitted on, as far as the window shows them.
+        The window's judgments. Those as old as the version's fit are left out, and so are later
+        judgments of its prompts, as far as they are in the window.
     inclusion : ndarray, shape (n_judgments,)
-        Probability π with which each pair was selected; 1 for random draws.
+        Selection probability π of each pair; 1 for random draws.
     options : DriftOptions
-        Of a life that begins now; one that goes on keeps its own.
+        Used if the test starts now; a running test keeps its own.
     at : str
         Name of the batch.
 
@@ -119,7 +119,7 @@ def watch(
 
 
 def summarise(state: DriftTest) -> dict[str, Any]:
-    """Return what a run says of the test."""
+    """Return the test's state for a job's outcome."""
     return {
         "alarm": state.alarm,
         "alarmed_at": state.alarmed_at,

@@ -1,7 +1,7 @@
-"""How far annotators agree, how often they tie, whether a side is preferred for being a side.
+"""Agreement between annotators, ties, and position bias.
 
-One pass over the store by prompt and pair: memory grows with annotators and couples of them, not
-with judgments. Knows nothing of how the report is shown.
+One pass over the store by prompt and pair: memory grows with the annotators and their couples, not
+with the judgments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TURNED = (SECOND, FIRST, TIE)
 
 @dataclass(frozen=True, slots=True)
 class Rater:
-    """One annotator, and what the others said of the same pairs.
+    """One annotator, compared with the others on the same pairs.
 
     Attributes
     ----------
@@ -40,15 +40,15 @@ class Rater:
     ties : Interval
         Share of ties among the judgments.
     first_side : Interval
-        Share of the first side among the judgments that are no ties.
+        Share of the first side among the judgments other than ties.
     shared : int
-        Pairs that others judged, too.
+        Pairs that others judged as well.
     agreement, kappa : Interval
-        With one of the others, drawn at random for each pair; raw and beyond chance.
+        With another annotator, drawn at random for each pair; raw and beyond chance.
     repeats : int
         Judgments of a pair that the annotator had judged before.
     self_agreement : float
-        Share of the repeats that say the same as the time before.
+        Share of the repeats with the same outcome as before.
     """
 
     annotator: str
@@ -83,26 +83,26 @@ class Couple:
 
 @dataclass(frozen=True)
 class AgreementReport:
-    """What `agreement_report` found; intervals are 95 %, robust to clusters of one prompt.
+    """The result of `agreement_report`; intervals are 95 %, robust to clustering by prompt.
 
     Attributes
     ----------
     judgments, prompts, pairs : int
     shared : int
-        Pairs with two annotators or more; on these agreement rests. An annotator's last judgment
-        of a pair counts.
+        Pairs with two annotators or more, from which agreement is computed. An annotator's last
+        judgment of a pair counts.
     equal_sides : int
-        Judgments between two equal texts; they count in nothing else.
+        Judgments between two equal texts, which are not used otherwise.
     ties : Interval
         Share of ties among the judgments.
     first_side : Interval
-        Share of the first side among the judgments that are no ties. One half is no bias only
-        where sides were dealt at random.
+        Share of the first side among the judgments other than ties. One half means no position
+        bias only if sides were shown in random order.
     swapped : int
         Pairs that were judged in both orders.
     first_side_swapped : Interval
-        On these, the mean of the first side's shares in either order, ties half: one half is no
-        bias, however the sides were dealt.
+        On these, the mean of the first side's shares in either order, with ties as half: one half
+        means no position bias, in whatever order the sides were shown.
     agreement : Interval
         Of two annotators of one pair, drawn at random.
     fleiss_kappa : Interval
@@ -129,8 +129,8 @@ class AgreementReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures for JSON, what is not known as None."""
-        found: dict[str, Any] = finite_or_none(asdict(self))
-        return found
+        row: dict[str, Any] = finite_or_none(asdict(self))
+        return row
 
 
 def agreement_report(
@@ -157,7 +157,9 @@ def agreement_report(
     """
     total = store.count(where)
     if total == 0:
-        raise DataError(f"{store.name} holds no such judgment; select others, or import some")
+        raise DataError(
+            f"{store.name} contains no selected judgment; change the selection, or import some"
+        )
     tally = _Tally()
     for _, verdicts in groupby(
         _reported(store.verdicts_by_pair(where), total, progress), attrgetter("prompt")

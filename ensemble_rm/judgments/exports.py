@@ -1,7 +1,4 @@
-"""Stored judgments → JSONL rows, or a `datasets` data set; `Judgment.from_json` reads either back.
-
-Knows nothing of where rows are written.
-"""
+"""Export judgments as JSONL rows or as a `datasets` data set; `Judgment.from_json` reads both."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ from ensemble_rm.progress import Progress, silent
 def export_judgments(
     store: JudgmentStore, where: JudgmentFilter = ALL_JUDGMENTS, *, progress: Progress = silent
 ) -> Iterator[dict[str, Any]]:
-    """Stream judgments as the rows of our JSONL.
+    """Stream judgments as JSONL rows.
 
     Parameters
     ----------
     store : JudgmentStore
     where : JudgmentFilter
-        Which; with its ``with_corrected`` the rows make up the whole store again.
+        Selection; with ``with_corrected`` the rows restore the whole store.
     progress : callable
         Called with (stage, done, total).
 
@@ -44,21 +41,21 @@ def export_judgments(
 def judgment_dataset(
     store: JudgmentStore, where: JudgmentFilter = ALL_JUDGMENTS, *, progress: Progress = silent
 ) -> Any:
-    """Return judgments as a data set, held in memory as Arrow's columns.
+    """Return judgments as a data set in memory.
 
     Parameters
     ----------
     store : JudgmentStore
     where : JudgmentFilter
-        Which judgments.
+        Selection.
     progress : callable
         Called with (stage, done, total).
 
     Returns
     -------
     datasets.Dataset
-        A row a judgment, by time and id; columns as in `Judgment`, and `id`. The prompts are text;
-        if one of them is a conversation, all are lists of messages.
+        One row per judgment, by time and id; columns as in `Judgment`, plus `id`. Prompts are
+        text; if one of them is a conversation, all are lists of messages.
 
     Raises
     ------

@@ -1,7 +1,4 @@
-"""One human verdict, immutable, with a name made of its content.
-
-Knows text, time and digests; knows nothing of databases, files or formats.
-"""
+"""A human judgment, immutable, with an id derived from its content."""
 
 from __future__ import annotations
 
@@ -17,7 +14,11 @@ from ensemble_rm.errors import DataError
 
 Outcome: TypeAlias = Literal["first", "second", "tie"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
-SHARES: dict[str, float] = {"first": 1.0, "second": 0.0, "tie": 0.5}  # of the vote, the first's
+SHARES: dict[str, float] = {
+    "first": 1.0,
+    "second": 0.0,
+    "tie": 0.5,
+}  # of the vote for the first side
 LABEL_BYTES = 1000  # an index entry of PostgreSQL holds two of them
 OPTIONAL = ("batch", "policy", "subset", "strategy", "corrects")
 FIELDS = (
@@ -26,7 +27,7 @@ FIELDS = (
 )
 
 
-# One encoder for all: json.dumps makes a new one for each text.
+# A shared encoder: json.dumps with options would create one per text.
 _encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
 
@@ -36,7 +37,7 @@ def text_body(text: Prompt) -> str:
 
 
 def digest(*parts: object) -> bytes:
-    """Return 16 bytes that name the parts."""
+    """Return 16 bytes that identify the parts."""
     return hashlib.sha256(_encode(parts).encode()).digest()[:16]
 
 
@@ -47,39 +48,38 @@ class Judgment:
     Attributes
     ----------
     prompt : str or tuple of Message
-        What was asked.
+        The prompt.
     first, second : str
-        The completions, as they stood before the annotator: left or on top is first.
+        The completions as shown to the annotator; the left or upper one is first.
     outcome : str
         ``"first"``, ``"second"`` or ``"tie"``.
     annotator : str
-        Who judged.
+        Name of the annotator.
     judged_at : datetime
-        When, with a time zone; kept in UTC.
+        Time of the judgment, with a time zone; stored in UTC.
     source : str
-        Where the verdict was collected: a project, a file, a tool.
+        Origin of the judgment: a project, a file, a tool.
     external_id : str
-        Its name there, unique within the source. Where none is given, one is derived from
-        annotator, time, texts and what is corrected.
+        Unique within the source. Default: derived from annotator, time, texts and `corrects`.
     batch : str, optional
-        The batch of annotation that it belongs to.
+        Annotation batch.
     policy : str, optional
         Version of the policy that wrote the completions.
     subset : str, optional
-        The slice that the pair belongs to.
+        Slice of the pair, such as a domain.
     strategy : str, optional
-        How the pair was selected for judgment; then `inclusion` is needed.
+        How the pair was selected for judgment; requires `inclusion`.
     inclusion : float, optional
-        Probability in (0, 1] with which the pair was selected.
+        Selection probability of the pair, in (0, 1].
     corrects : str, optional
         `id` of the judgment that this one replaces.
     id : str
-        32 hexadecimal digits that name all of the above; never given, always computed.
+        32 hexadecimal digits that identify all of the above; always computed.
 
     Raises
     ------
     DataError
-        If a field cannot be used; the message names it.
+        If a field is invalid; the message names it.
     """
 
     prompt: Prompt
@@ -106,14 +106,21 @@ class Judgment:
         _set(self, "judged_at", as_utc(self.judged_at))
         _set(self, "inclusion", _probability(self.inclusion, self.strategy))
         _set(self, "_texts", tuple(_text_digest(self, n) for n in ("prompt", "first", "second")))
-        told = self.judged_at.isoformat()
+        judged_at = self.judged_at.isoformat()
         texts = [part.hex() for part in self._texts]
         if not self.external_id:
-            derived = digest(self.annotator, told, texts, self.corrects).hex()
+            derived = digest(self.annotator, judged_at, texts, self.corrects).hex()
             _set(self, "external_id", f"derived:{derived}")
-        rest = (self.outcome, self.annotator, told, self.source, self.external_id, self.inclusion)
-        named = digest(texts, rest, [getattr(self, name) for name in OPTIONAL])
-        _set(self, "id", named.hex())
+        rest = (
+            self.outcome,
+            self.annotator,
+            judged_at,
+            self.source,
+            self.external_id,
+            self.inclusion,
+        )
+        id_ = digest(texts, rest, [getattr(self, name) for name in OPTIONAL])
+        _set(self, "id", id_.hex())
 
     @property
     def text_digests(self) -> tuple[bytes, bytes, bytes]:
@@ -122,7 +129,7 @@ class Judgment:
 
     @property
     def prompt_digest(self) -> bytes:
-        """`prompt_key` as 16 bytes: a text and its single user turn are one prompt."""
+        """`prompt_key` as 16 bytes: a text and a single user message with it are one prompt."""
         turns = self.prompt
         if isinstance(turns, str) or len(turns) > 1:
             return self._texts[0]
@@ -130,7 +137,7 @@ class Judgment:
 
     @property
     def pair_digest(self) -> bytes:
-        """Name of the pair, whichever side stood first, 16 bytes."""
+        """Digest of the pair, independent of the order of its sides, 16 bytes."""
         sides = sorted(self._texts[1:])
         return hashlib.sha256(b"".join((self.prompt_digest, *sides))).digest()[:16]
 
@@ -140,11 +147,11 @@ class Judgment:
         Parameters
         ----------
         outcome : str
-            The verdict that holds.
+            The corrected verdict.
         judged_at : datetime
-            When it was given.
+            Time of the correction.
         **changes
-            Other fields that differ; the external id is derived where not given.
+            Other fields that differ; by default the external id is derived.
 
         Returns
         -------
@@ -155,7 +162,7 @@ class Judgment:
         return replace(self, outcome=outcome, judged_at=judged_at, corrects=self.id, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row that `from_json` reads back to an equal judgment."""
+        """Return a row from which `from_json` restores an equal judgment."""
         row = {"id": self.id} | {name: getattr(self, name) for name in FIELDS}
         row["prompt"] = prompt_json(self.prompt)
         row["judged_at"] = self.judged_at.isoformat().replace("+00:00", "Z")
@@ -163,14 +170,14 @@ class Judgment:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], *, assume_utc: bool = False) -> Judgment:
-        """Read a row of `to_json`, or one that lacks what is optional.
+        """Read a row of `to_json`, or one without optional fields.
 
         Parameters
         ----------
         row : mapping
             Field names to values; others are ignored.
         assume_utc : bool
-            Take a time without an offset for UTC instead of refusing it.
+            Read a time without an offset as UTC instead of refusing it.
 
         Returns
         -------
@@ -179,7 +186,7 @@ class Judgment:
         Raises
         ------
         DataError
-            If a field is missing or cannot be used, or the row's `id` names other content.
+            If a field is missing or invalid, or the row's `id` does not match its content.
         """
         for name in ("prompt", "first", "second", "outcome", "annotator", "judged_at", "source"):
             if row.get(name) is None:
@@ -187,13 +194,13 @@ class Judgment:
         given = {name: row[name] for name in FIELDS if row.get(name) is not None}
         given["prompt"] = as_prompt(row["prompt"])
         given["judged_at"] = parse_time(row["judged_at"], assume_utc=assume_utc)
-        found = cls(**given)
-        if row.get("id") not in (None, found.id):
+        judgment = cls(**given)
+        if row.get("id") not in (None, judgment.id):
             raise DataError(
-                f"`id` {row['id']!r} names other content than this row's ({found.id}): the row was "
-                "changed; write a correction with `corrects`, or leave `id` out"
+                f"`id` {row['id']!r} does not match this row's content ({judgment.id}): the row "
+                "was changed; add a correction with `corrects`, or leave `id` out"
             )
-        return found
+        return judgment
 
 
 class Verdict(NamedTuple):
@@ -202,12 +209,12 @@ class Verdict(NamedTuple):
     Attributes
     ----------
     pair, prompt : bytes
-        Names of the pair, whichever side stood first, and of its prompt.
+        Digests of the pair, independent of the order of its sides, and of its prompt.
     annotator : str
     outcome : str
-        As the sides stood.
+        For the sides as shown.
     flipped : bool
-        Whether the sides stood against the pair's own order, that of the completions' digests.
+        Whether the side with the lower digest was shown second.
     equal : bool
         Whether the two completions are the same text.
     """
@@ -225,7 +232,7 @@ def _set(judgment: Judgment, name: str, value: object) -> None:
 
 
 def _check_labels(judgment: Judgment) -> None:
-    """Refuse labels that a database could not keep or index, by name."""
+    """Refuse labels that a database could not store or index."""
     for name in ("annotator", "source", "external_id", *OPTIONAL):
         value = getattr(judgment, name)
         if value is None and name in OPTIONAL:
@@ -233,10 +240,10 @@ def _check_labels(judgment: Judgment) -> None:
         if not isinstance(value, str):
             raise DataError(f"`{name}` must be text, not {value!r}")
         if not value and name != "external_id":
-            raise DataError(f"`{name}` is empty; name it, or leave it out where it is optional")
+            raise DataError(f"`{name}` is empty; give a value, or leave it out if it is optional")
         if "\0" in value or len(_encoded(name, value)) > LABEL_BYTES:
             raise DataError(
-                f"`{name}` holds NUL or more than {LABEL_BYTES} bytes: {value[:60]!r}; shorten it"
+                f"`{name}` has NUL or more than {LABEL_BYTES} bytes: {value[:60]!r}; shorten it"
             )
     corrects = judgment.corrects
     if corrects is not None and not (len(corrects) == 32 and _is_hex(corrects)):
@@ -277,7 +284,7 @@ def _probability(value: object, strategy: str | None) -> float | None:
             )
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise DataError(f"`inclusion` must lie in (0, 1], not {value!r}")
+        raise DataError(f"`inclusion` must be in (0, 1], not {value!r}")
     return float(value)
 
 
@@ -287,7 +294,7 @@ def as_utc(value: object) -> datetime:
     Raises
     ------
     DataError
-        If it has no time zone, or lies outside of the calendar.
+        If it has no time zone, or is outside the calendar in UTC.
     """
     if not isinstance(value, datetime):
         raise DataError(f"a time must be a datetime, not {value!r}")
@@ -298,7 +305,7 @@ def as_utc(value: object) -> datetime:
     try:
         return value.astimezone(UTC)
     except OverflowError:
-        raise DataError(f"{value.isoformat()!r} lies outside of the calendar in UTC") from None
+        raise DataError(f"{value.isoformat()!r} is outside the calendar in UTC") from None
 
 
 def parse_time(value: object, *, assume_utc: bool = False) -> datetime:
@@ -307,7 +314,7 @@ def parse_time(value: object, *, assume_utc: bool = False) -> datetime:
     Raises
     ------
     DataError
-        If it is neither, or names no offset and `assume_utc` is not set.
+        If it is neither, or has no offset and `assume_utc` is not set.
     """
     if isinstance(value, str):
         try:

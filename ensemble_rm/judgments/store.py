@@ -1,4 +1,4 @@
-"""JudgmentStore: every human verdict, appended and never changed, in SQLite or PostgreSQL."""
+"""JudgmentStore: human judgments in SQLite or PostgreSQL, appended and never changed."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ BATCH = 5000
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What `JudgmentStore.add` found.
+    """The result of `JudgmentStore.add`.
 
     Attributes
     ----------
     added : int
-        Judgments that are new.
+        New judgments.
     already : int
-        Judgments that were there, or came twice.
+        Judgments that were stored already, or given twice.
     """
 
     added: int
@@ -48,9 +48,9 @@ class Added:
 class JudgmentStore:
     """Human judgments in a database that only grows; see `create` and `open`.
 
-    Nothing updates or deletes a judgment, and the database refuses to: a correction is a new
-    judgment that names the old one. Several processes may read and write at once; each opens the
-    store itself.
+    Judgments are never updated or deleted, and the database refuses to: a correction is a new
+    judgment that refers to the old one. Several processes may read and write at the same time; each
+    opens the store itself.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class JudgmentStore:
 
     @classmethod
     def create(cls, place: str | Path) -> JudgmentStore:
-        """Open a store for reading and writing, and make it where there is none.
+        """Open a store for reading and writing; create it if there is none.
 
         Parameters
         ----------
@@ -86,14 +86,14 @@ class JudgmentStore:
 
     @classmethod
     def open(cls, place: str | Path, *, read_only: bool = False) -> JudgmentStore:
-        """Open a store that exists; bring its schema up to date.
+        """Open an existing store, and migrate its schema if it is old.
 
         Parameters
         ----------
         place : str or Path
             A file's path (SQLite), or ``postgresql://user@host/name``.
         read_only : bool
-            Write nothing; so it is where the file cannot be written.
+            Write nothing; implied if the file is not writable.
 
         Returns
         -------
@@ -118,21 +118,21 @@ class JudgmentStore:
         self.close()
 
     def close(self) -> None:
-        """Give connections back."""
+        """Close all connections."""
         self._database.engine.dispose()
 
     @property
     def name(self) -> str:
-        """Where the store lies, without a password."""
+        """Path or URL of the store, without a password."""
         return self._database.name
 
     # Writing -----------------------------------------------------------------------------------
 
     def add(self, judgments: Iterable[Judgment], *, progress: Progress = silent) -> Added:
-        """Append judgments; those that are there already are left alone.
+        """Append judgments, except those already stored.
 
-        A transaction takes 5,000: up to that many are written all or not at all, of more, those
-        before the failing batch stay, and adding the same again completes them.
+        Each batch of 5,000 is one transaction. If a batch fails, the batches before it stay, and
+        adding the same judgments again completes them.
 
         Parameters
         ----------
@@ -158,29 +158,27 @@ class JudgmentStore:
         waiting: list[Judgment] = []
         with self.writer() as writer:
             for batch, last in in_batches(judgments, BATCH):
-                found = writer.put([*batch, *(waiting if last else ())], strict=True, last=last)
-                waiting += found.waiting
-                added, already, done = (
-                    added + found.added,
-                    already + found.already,
-                    done + len(batch),
-                )
+                written = writer.put([*batch, *(waiting if last else ())], strict=True, last=last)
+                waiting += written.waiting
+                added += written.added
+                already += written.already
+                done += len(batch)
                 progress("adding", done, 0)
         return Added(added, already)
 
     @contextmanager
     def writer(self) -> Iterator[Writer]:
-        """Give what writes batches, for as long as the context lasts.
+        """Yield a writer of batches.
 
         Raises
         ------
         StorageError
-            If the store was opened for reading, or cannot be written.
+            If the store is read-only, or cannot be written.
         """
         from ensemble_rm.judgments.database.writing import Writer
 
         if self._database.read_only:
-            raise StorageError(f"{self.name} is open for reading alone; open it for writing")
+            raise StorageError(f"{self.name} was opened read-only; open it for writing")
         engine = self._database.engine.execution_options(writer=True)
         with self._database.errors(), engine.connect() as connection:
             yield Writer(connection)
@@ -188,14 +186,14 @@ class JudgmentStore:
     # Reading -----------------------------------------------------------------------------------
 
     def read(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Iterator[Judgment]:
-        """Stream judgments by time and id, some thousand in memory at once.
+        """Stream judgments by time and id, a thousand in memory at a time.
 
-        The stream sees one state of the store, whatever is added meanwhile.
+        The stream sees one state of the store, regardless of concurrent writes.
 
         Parameters
         ----------
         where : JudgmentFilter
-            Which; corrected ones are left out unless it says otherwise.
+            Selection (default: all); corrected judgments are left out unless it includes them.
 
         Yields
         ------
@@ -213,7 +211,7 @@ class JudgmentStore:
                 yield queries.read_judgment(row, self.name)
 
     def count(self, where: JudgmentFilter = ALL_JUDGMENTS) -> int:
-        """Return how many judgments are selected."""
+        """Return the number of selected judgments."""
         from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection:
@@ -221,7 +219,7 @@ class JudgmentStore:
             return found
 
     def digest(self, where: JudgmentFilter = ALL_JUDGMENTS) -> str:
-        """Return the SHA-256 of the sorted ids: equal for equal judgments, however they came."""
+        """Return the SHA-256 of the sorted ids: equal for equal judgments, in any order."""
         from ensemble_rm.judgments.database import queries
 
         found = hashlib.sha256()
@@ -245,14 +243,14 @@ class JudgmentStore:
             yield from map(queries.read_verdict, rows)
 
     def observations(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Iterator[Observation]:
-        """Stream judgments as recalibration reads them: dated, and without their texts."""
+        """Stream judgments with times and without texts, for recalibration."""
         from ensemble_rm.judgments.database import queries
 
         with self._streaming(queries.observations(where)) as rows:
             yield from map(queries.read_observation, rows)
 
     def newest(self, where: JudgmentFilter = ALL_JUDGMENTS) -> datetime | None:
-        """Return when the last selected judgment was given; None where none is selected."""
+        """Return the time of the newest selected judgment; None if none is selected."""
         from ensemble_rm.judgments.database import queries
 
         with self._database.reading() as connection:
@@ -260,19 +258,19 @@ class JudgmentStore:
             return newest
 
     def verdicts_by_pair(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Iterator[Verdict]:
-        """Stream judgments without their texts, by prompt and pair, in these by time and id."""
+        """Stream judgments without texts, by prompt, pair, time and id."""
         from ensemble_rm.judgments.database import queries
 
         with self._streaming(queries.verdicts(where, by_pair=True)) as rows:
             yield from map(queries.read_verdict, rows)
 
     def preferences(self, where: JudgmentFilter = ALL_JUDGMENTS) -> Preferences:
-        """Join the judgments of each pair into votes; see `to_preferences`.
+        """Combine the judgments of each pair into votes; see `to_preferences`.
 
         Parameters
         ----------
         where : JudgmentFilter
-            Which judgments count.
+            Selection of judgments.
 
         Returns
         -------
@@ -289,14 +287,14 @@ class JudgmentStore:
             yield rows
 
     def known(self, judgments: Iterable[Judgment]) -> dict[tuple[str, str], str]:
-        """Return the id that holds each judgment's source and external id, where one does."""
+        """Return the stored id of each judgment's source and external id, where there is one."""
         from ensemble_rm.judgments.database import writing
 
         with self._database.reading() as connection:
             return writing.holders(connection, list(judgments))
 
     def held(self, judgments: Iterable[Judgment]) -> dict[tuple[str, str], Held]:
-        """Return what holds each judgment's source and external id now, corrections followed."""
+        """Return the stored judgment of each source and external id, with corrections applied."""
         from ensemble_rm.judgments.database import writing
 
         with self._database.reading() as connection:
@@ -310,7 +308,7 @@ class JudgmentStore:
             return writing.existing(connection, ids)
 
     def corrections(self, ids: Collection[str]) -> dict[str, str]:
-        """Return the id of the judgment that corrects each of the ids, where one does."""
+        """Return the id of the correction of each of the ids, where there is one."""
         from ensemble_rm.judgments.database import writing
 
         with self._database.reading() as connection:
@@ -318,14 +316,14 @@ class JudgmentStore:
 
 
 def in_batches(rows: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
-    """Cut rows into lists of `size`, each with whether it is the last; one list at least."""
-    held: list[T] = []
+    """Split rows into lists of `size`, each with whether it is the last; at least one list."""
+    batch: list[T] = []
     for row in rows:
-        if len(held) == size:
-            yield held, False
-            held = []
-        held.append(row)
-    yield held, True
+        if len(batch) == size:
+            yield batch, False
+            batch = []
+        batch.append(row)
+    yield batch, True
 
 
 def _open(place: str | Path, **options: Any) -> Database:

@@ -11,7 +11,7 @@ from ensemble_rm.judgments.judgment import SHARES, Judgment
 
 @dataclass(slots=True)
 class _Count:
-    """Votes of one pair, in the order in which its first judgment saw the sides."""
+    """Votes of one pair, with the sides in the order of its first judgment."""
 
     seen: Judgment
     first: float = 0.0
@@ -20,25 +20,24 @@ class _Count:
 
 
 def to_preferences(judgments: Iterable[Judgment], *, source: str = "judgments") -> Preferences:
-    """Join the judgments of each pair, whichever side stood first, into votes.
+    """Combine the judgments of each pair, whichever side was first, into votes.
 
-    A judgment counts 1/π where it names the probability π with which its pair was selected
-    (Horvitz & Thompson 1952), else 1; a tie counts half on each side, and is one of the pair's
-    tied votes. A pair's weight is the sum of its judgments', so that each judgment is one
-    observation.
+    A judgment has the weight 1/π if it has a selection probability π (Horvitz & Thompson 1952),
+    otherwise 1. A tie counts half for each side, and as one of the pair's tied votes. A pair's
+    weight is the sum over its judgments, so that each judgment is one observation.
 
     Parameters
     ----------
     judgments : iterable of Judgment
-        Without those that were corrected.
+        Without corrected ones.
     source : str
-        Where they came from, for messages and provenance.
+        Origin, for messages and provenance.
 
     Returns
     -------
     Preferences
-        One a pair and subset, in the order of their first judgments; ``chosen`` is what stood
-        first there. Pairs of one prompt stay one group.
+        One per pair and subset, in the order of their first judgments; ``chosen`` is the first
+        side there. Pairs of one prompt stay one group.
     """
     counts: dict[tuple[bytes, str | None], _Count] = {}
     for one in judgments:

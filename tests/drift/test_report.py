@@ -88,7 +88,7 @@ def test_what_is_missing_is_named() -> None:
     report = DriftReport("now", unavailable={"labelled": "no judgment since publication"})
     text = drift_text(report)
     assert "▸ labelled: unavailable\n  no judgment since publication" in text
-    assert "▸ raters: unavailable\n  not asked for" in text
+    assert "▸ raters: unavailable\n  not requested" in text
     assert "Scorer.features" in drift_text(reports()[-1])
     assert report.alarms == ()
 
@@ -108,3 +108,12 @@ def test_the_picture(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         draw_drift(found, tmp_path / "file" / "drift.png")
+
+
+def test_a_report_of_the_first_format_is_read() -> None:
+    """It called the number of checks `looks`."""
+    report = reports()[-1]
+    row = json.loads(json.dumps(report.to_json()))
+    for kind in ("unlabelled", "raters"):
+        row[kind]["looks"] = row[kind].pop("checks")
+    assert DriftReport.from_json(row) == report

@@ -179,7 +179,7 @@ def test_a_reference_is_read_back_as_it_was(tmp_path: Path) -> None:
     plain = Reference.of(scores, prompts)
     assert Reference.load(plain.save(tmp_path / "plain")).space is None
     (tmp_path / "plain" / "reference.safetensors").write_bytes(b"half")
-    with pytest.raises(StorageError, match="holds no reference"):
+    with pytest.raises(StorageError, match="contains no reference"):
         Reference.load(tmp_path / "plain")
     with pytest.raises(StorageError):
         Reference.load(tmp_path)
@@ -198,7 +198,7 @@ def test_refusals() -> None:
     reference = Reference.of(scores, prompts)
     with pytest.raises(DataError, match="19 prompts"):
         Reference.of(*batch(rng, 19))
-    with pytest.raises(OptionError, match="go together"):
+    with pytest.raises(OptionError, match="or neither"):
         Reference.of(scores, prompts, features=np.zeros((len(prompts), 2)))
     with pytest.raises(OptionError, match="40 prompts"):
         unlabelled_drift(reference, scores, prompts[::4])

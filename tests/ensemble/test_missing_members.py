@@ -203,7 +203,7 @@ def test_pairs_without_a_reward_are_counted_and_a_member_without_a_score_is_said
     assert fitted.calibration.fit.judgments == (~holed_pairs).sum()
     found = evaluate(fitted, pairs, draws=20)
     assert (found.pairs, found.unrewarded) == ((~holed_pairs).sum(), holed_pairs.sum())
-    assert f"{holed_pairs.sum()} pairs more have no reward" in evaluation_text(found)
+    assert f"{holed_pairs.sum()} further pairs have no reward" in evaluation_text(found)
 
     out = FunctionScorer("out", lambda _: float("nan"))
     beside = RewardEnsemble((member("near"), out), Normaliser.identity(2), OMIT)

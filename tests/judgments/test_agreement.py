@@ -238,7 +238,7 @@ def test_corrections_and_selections_are_heeded(store: JudgmentStore) -> None:
     one = agreement_report(store, JudgmentFilter(annotator="annotator 1"))
     assert [rater.annotator for rater in one.raters] == ["annotator 1"]
     assert one.shared == 0 and math.isnan(one.fleiss_kappa.estimate)
-    with pytest.raises(DataError, match="holds no such judgment"):
+    with pytest.raises(DataError, match="contains no selected judgment"):
         agreement_report(store, JudgmentFilter(annotator="nobody"))
 
 

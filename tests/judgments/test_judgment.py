@@ -55,7 +55,7 @@ def test_the_same_moment_elsewhere_is_the_same_judgment(one: Judgment, zone: Any
 def test_every_field_is_part_of_the_name(change: dict[str, Any]) -> None:
     assert judged(**change).id != judged().id
     row = judged(**change).to_json()
-    with pytest.raises(DataError, match="names other content"):
+    with pytest.raises(DataError, match="does not match this row"):
         Judgment.from_json(row | {"id": judged().id})
 
 
@@ -79,15 +79,15 @@ def test_a_pair_is_one_whichever_side_stood_first() -> None:
         ({"annotator": ""}, "`annotator` is empty"),
         ({"annotator": 7}, "`annotator` must be text, not 7"),
         ({"source": "x" * 1001}, "more than 1000 bytes"),
-        ({"batch": "a\0b"}, "`batch` holds NUL"),
+        ({"batch": "a\0b"}, "`batch` has NUL"),
         ({"external_id": "\ud800"}, "not valid Unicode at character 0"),
         ({"first": "\ud800"}, "`first` is not valid Unicode"),
         ({"first": None}, "`first` must be text, not NoneType"),
         ({"prompt": ""}, "`prompt` must be text or messages"),
         ({"prompt": ({"role": "user", "content": "Hi"},)}, "tuple of Message"),
-        ({"inclusion": 0.0}, r"must lie in \(0, 1\], not 0.0"),
-        ({"inclusion": float("nan")}, r"must lie in \(0, 1\], not nan"),
-        ({"inclusion": True}, r"must lie in \(0, 1\], not True"),
+        ({"inclusion": 0.0}, r"must be in \(0, 1\], not 0.0"),
+        ({"inclusion": float("nan")}, r"must be in \(0, 1\], not nan"),
+        ({"inclusion": True}, r"must be in \(0, 1\], not True"),
         ({"strategy": "bald"}, "'bald' needs `inclusion`"),
         ({"corrects": "ABC"}, "32 hex digits, not 'ABC'"),
     ],

@@ -352,7 +352,7 @@ def test_what_was_opened_for_reading_writes_nothing(store: JudgmentStore, store_
     with JudgmentStore.open(store_place, read_only=True) as reader:
         assert list(reader.read()) == many(5)
         assert reader.digest() == store.digest()
-        with pytest.raises(StorageError, match="open for reading alone"):
+        with pytest.raises(StorageError, match="was opened read-only"):
             reader.add(many(1, start=9))
     database = Database(store_place, create=False, read_only=True)
     with database.engine.connect() as connection, pytest.raises(sa.exc.DBAPIError):

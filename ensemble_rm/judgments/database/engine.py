@@ -1,7 +1,4 @@
-"""One database of judgments: where it lies, how it is opened, locked and brought to its schema.
-
-Knows SQLite and PostgreSQL; knows nothing of what is asked of the tables.
-"""
+"""Open a database of judgments, in SQLite or PostgreSQL: URLs, locking, migrations."""
 
 from __future__ import annotations
 
@@ -28,16 +25,16 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Database:
-    """An open database whose schema is the library's.
+    """An open database with the library's schema.
 
     Attributes
     ----------
     name : str
-        Where it lies, for messages; without a password.
+        Path or URL, for messages; without a password.
     engine : Engine
-        Connections of it; those with ``writer=True`` among their options lock it for writing.
+        Connections with the execution option ``writer=True`` lock the database for writing.
     read_only : bool
-        Whether nothing can be written.
+        Whether writing is impossible.
     """
 
     def __init__(self, place: str | Path, *, create: bool, read_only: bool) -> None:
@@ -48,7 +45,9 @@ class Database:
             self.read_only = read_only or (path.exists() and not os.access(path, os.W_OK))
             if not path.exists():
                 if not create:
-                    raise StorageError(f"no judgment store at {path}; create it, or name another")
+                    raise StorageError(
+                        f"no judgment store at {path}; create it, or use another path"
+                    )
                 _make_folder(path.parent)
             self.engine = _sqlite(path, read_only=self.read_only)
         else:
@@ -56,11 +55,11 @@ class Database:
             self.read_only = read_only
             self.engine = _postgresql(url, read_only=read_only)
         with self.errors():
-            self._bring_to_head(create=create)
+            self._migrate_to_head(create=create)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Give a connection whose transaction sees one state of the store."""
+        """Yield a connection whose transaction sees one state of the store."""
         with self.errors(), self.engine.connect() as connection, connection.begin():
             yield connection
 
@@ -71,22 +70,22 @@ class Database:
             yield
         except SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
-            said = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause)
-            raise StorageError(f"{self.name}: {said}") from error
+            message = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause)
+            raise StorageError(f"{self.name}: {message}") from error
 
     # Schema ------------------------------------------------------------------------------------
 
-    def _bring_to_head(self, *, create: bool) -> None:
-        found = self._revision()
-        if found == HEAD:
+    def _migrate_to_head(self, *, create: bool) -> None:
+        revision = self._revision()
+        if revision == HEAD:
             return
-        if found is None and not create:
-            raise StorageError(f"{self.name} holds no judgment store; create it, or name another")
-        self.require_known(found)
+        if revision is None and not create:
+            raise StorageError(f"{self.name} contains no judgment store; create it, or use another")
+        self.require_known(revision)
         if self.read_only:
             raise StorageError(
-                f"{self.name} has the schema {found}, this library {HEAD}, and nothing may be "
-                "written there; open it once for writing, which migrates it"
+                f"{self.name} has the schema {revision}, this library {HEAD}, and it is read-only; "
+                "open it once for writing, which migrates it"
             )
         if self.engine.dialect.name == "sqlite":
             self._set_wal()
@@ -96,8 +95,8 @@ class Database:
         with self.engine.connect() as connection:
             if not inspect(connection).has_table(VERSION_TABLE):
                 return None
-            found = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
-            return None if found is None else str(found)
+            number = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
+            return None if number is None else str(number)
 
     def require_known(self, revision: str | None) -> None:
         """Raise `StorageError` where a newer library wrote the schema."""
@@ -117,7 +116,7 @@ class Database:
 
 
 def migrate(database: Database) -> None:
-    """Run the migrations that the store lacks, one process at a time, all or none.
+    """Run the missing migrations in one transaction, one process at a time.
 
     Raises
     ------
@@ -159,7 +158,7 @@ def _url(place: str | Path) -> URL | None:
     try:
         url = make_url(place)
     except ArgumentError:
-        raise OptionError("the store's URL cannot be read; postgresql://user@host/name") from None
+        raise OptionError("the store's URL is not valid; use postgresql://user@host/name") from None
     if url.get_backend_name() != "postgresql":
         raise OptionError(
             f"a store is a file's path or a postgresql:// URL, not {url.drivername}://…"
@@ -171,13 +170,13 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"{folder} cannot be made for a judgment store: {error}") from error
+        raise StorageError(f"cannot create {folder} for a judgment store: {error}") from error
 
 
 def _sqlite(path: Path, *, read_only: bool) -> Engine:
     mode = "mode=ro" if read_only else "mode=rwc"
     if read_only and not os.access(path.parent, os.W_OK) and not _log(path).exists():
-        mode = "immutable=1"  # the log's index cannot be made there, and nobody writes
+        mode = "immutable=1"  # the log's index cannot be created there, and no process writes
     uri = f"file:{quote(str(path.absolute()))}?{mode}"
 
     def connect() -> sqlite3.Connection:
@@ -188,12 +187,12 @@ def _sqlite(path: Path, *, read_only: bool) -> Engine:
         opened.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         return opened
 
-    # No pool: a connection must not be carried into a forked process.
+    # No pool: a connection must not be inherited by a forked process.
     engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        """Lock at the start of a writer's transaction, not in its middle, where it could fail."""
+        """Lock at the start of a writer's transaction: an upgrade in its middle could fail."""
         writer = connection.get_execution_options().get("writer", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writer else "BEGIN")
 

@@ -1,7 +1,7 @@
-"""The store's tables, as the newest migration leaves them.
+"""The store's tables after the newest migration.
 
-Texts stand once, under their digest; a judgment names them. Digests are 16 bytes, so that every
-database sorts them alike.
+Each text is stored once, under its digest, which judgments refer to. Digests are 16 bytes, so that
+every database sorts them in the same way.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VERSION_TABLE = "judgments_version"
 
 
 class UtcTime(TypeDecorator[datetime]):
-    """A time in UTC: PostgreSQL's own type, and in SQLite ISO 8601 of one width, which sorts."""
+    """A time in UTC: PostgreSQL's own type; in SQLite, ISO 8601 of fixed width, which sorts."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -44,13 +44,13 @@ class UtcTime(TypeDecorator[datetime]):
         return dialect.type_descriptor(DateTime(timezone=True))
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
-        """Write."""
+        """Return the value to store."""
         if value is not None and dialect.name == "sqlite":
             return value.astimezone(UTC).isoformat(timespec="microseconds")
         return value
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        """Read."""
+        """Return the stored value as a datetime in UTC."""
         if value is not None and dialect.name == "sqlite":
             return datetime.fromisoformat(value)
         return None if value is None else value.astimezone(UTC)

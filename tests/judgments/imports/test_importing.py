@@ -59,7 +59,7 @@ BAD = [
     ("[1, 2]", "a row must be an object, not list"),
     (judged(11).to_json() | {"outcome": "left"}, "must be first, second or tie, not 'left'"),
     (judged(12).to_json() | {"judged_at": "2026-01-01T00:00:00"}, "no time zone"),
-    (judged(13).to_json() | {"outcome": "first", "annotator": "x"}, "names other content"),
+    (judged(13).to_json() | {"outcome": "first", "annotator": "x"}, "does not match this row"),
     ({"prompt": "p"}, "needs `first`"),
     (judged(14, external_id="taken").to_json(), "'taken' of source 'test' is stored with other"),
     (judged(15, external_id="twice").to_json(), "'twice' of source 'test' is stored with other"),
