@@ -283,7 +283,7 @@ def test_methods_slices_and_subsets(
     assert "not for an RL reward" in capsys.readouterr().out
     assert main([*calibrate, "--method=best", "--dry-run"]) == 2
     assert main([*calibrate, "--method=power", "--slices", "--dry-run"]) == 2
-    assert "method='power'" in capsys.readouterr().err
+    assert "works with method='temperature' only, not 'power'" in capsys.readouterr().err
 
     out = tmp_path / "sliced"
     assert main([*calibrate, "--slices", f"--out={out}"]) == 0
