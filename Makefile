@@ -7,7 +7,7 @@ VLLM := .venv-vllm
 
 # One thread a test process: two processes of two threads on two cores can be five times slower.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --durations=10
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=10
 TESTS := tests benchmarks/tests
 CODE := ensemble_rm tests docs benchmarks
 SETTINGS := setup.cfg pyproject.toml constraints.txt
