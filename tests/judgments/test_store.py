@@ -231,7 +231,7 @@ def test_a_judgment_is_corrected_once(store: JudgmentStore) -> None:
     new = old.corrected("tie", judged_at=NEW_YEAR + timedelta(days=3))
     store.add([old, new])
     rival = old.corrected("second", judged_at=NEW_YEAR + timedelta(days=4))
-    with pytest.raises(JudgmentConflictError, match=f"corrected already, by {new.id}"):
+    with pytest.raises(JudgmentConflictError, match=f"already has a correction, {new.id}"):
         store.add([rival])
     assert ids(store.read()) == [new.id]
 
