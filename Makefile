@@ -7,7 +7,7 @@ VLLM := .venv-vllm
 
 # One thread a test process: two processes of two threads on two cores can be five times slower.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --durations=10
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=10
 TESTS := tests benchmarks/tests
 CODE := ensemble_rm tests docs benchmarks
 SETTINGS := setup.cfg pyproject.toml constraints.txt
@@ -31,7 +31,7 @@ slow: $(VENV)/.installed-dev  ## the tests that train and score with real backbo
 docs: $(VENV)/.installed-dev  ## build the documentation, warnings as errors, into docs/_build/html
 	$(TEST_ENV) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-vllm: $(VLLM)/.installed  ## install vLLM beside, for tests against the real server (2 minutes, 4 GB)
+vllm: $(VLLM)/.installed  ## install vLLM into its own environment, for tests against the real server (2 minutes, 4 GB)
 
 coverage: $(VENV)/.installed-dev  ## both suites, with the lines that no test reaches
 	$(PYTEST) --cov --cov-report=term-missing --doctest-modules $(TESTS) ensemble_rm

@@ -6,6 +6,7 @@ from tests.conftest import (
     pytest_collection_modifyitems,
     shared_data,
     small_folder,
+    tiny_policy,
 )
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "pytest_collection_modifyitems",
     "shared_data",
     "small_folder",
+    "tiny_policy",
 ]

@@ -134,6 +134,7 @@ def test_every_option_arrives() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("small_folder", ["llama"], indirect=True)
 def test_it_serves_a_saved_ensemble_and_logs_no_text(
     two_heads: Callable[..., HeadScorer], tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ with open(f"{out}.{rank}", "w") as stream:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("small_folder", ["llama"], indirect=True)
 def test_a_group_split_over_ranks_scores_as_in_one_process(
     two_heads: Callable[..., HeadScorer], tmp_path: Path
 ) -> None:

@@ -19,7 +19,8 @@ from ensemble_rm.errors import RemoteFailureWarning
 from ensemble_rm.members import JudgeComparator, JudgeScorer
 from tests.support.vllm_server import find_command, ready
 
-pytestmark = pytest.mark.slow
+# One worker runs them all: each worker would start servers of its own.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 CHOICE = {"structured_outputs": {"choice": ["A", "B"]}}
 SCALE = {"structured_outputs": {"choice": [str(i) for i in range(1, 11)]}}

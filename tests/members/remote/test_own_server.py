@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,7 @@ from ensemble_rm.aggregation import lcb
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.members import ClientOptions, HeadScorer, RemoteScorer
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("ensemble_rm.server") is None, reason="there is no server yet"),
-]
+pytestmark = pytest.mark.slow
 CLIENTS, CALLS = 4, 8
 
 
@@ -58,6 +54,7 @@ def texts(client: int, call: int) -> list[Sample]:
     return [Sample(prompt, f"answer {call} {i} " * i) for i, prompt in enumerate(prompts * 2, 1)]
 
 
+@pytest.mark.parametrize("small_folder", ["llama"], indirect=True)
 def test_clients_of_our_server_lose_nothing(
     two_heads: Callable[..., HeadScorer], tmp_path: Path
 ) -> None:

@@ -39,7 +39,8 @@ from tests.support.vllm_server import (
     running,
 )
 
-pytestmark = pytest.mark.slow
+# One worker runs them all: each worker would start servers of its own.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
 PROTOCOLS = ("vllm-classify", "vllm-pooling")
 KEY = "s3cret"
@@ -348,9 +349,11 @@ def _asked_both(
 CLIENTS, CALLS, EACH = 4, 6, 6
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped", "its engine killed"])
+ENDS = ("killed", "stopped", "its engine killed")
+
+
 def test_a_server_that_ends_and_comes_back_costs_no_score(
-    command: str, reference: Reference, how: str
+    command: str, reference: Reference
 ) -> None:
     """All of it; asked to end; or only its engine, whose server answers 500 and ends itself."""
     port = free_port()
@@ -365,12 +368,12 @@ def test_a_server_that_ends_and_comes_back_costs_no_score(
         ),
     )
     found: dict[tuple[int, int], list[float]] = {}
-    done, ended = threading.Semaphore(0), threading.Event()
+    done, ended = threading.Semaphore(0), [threading.Event() for _ in ENDS]
 
     def load(client: int) -> None:
-        for call in range(CALLS):
-            if call == CALLS - 1:  # nobody is through before it ends, however late that comes
-                assert ended.wait(1200)
+        for call in range(CALLS * len(ENDS)):
+            if call % CALLS == CALLS - 1:  # no client is through before the server ends
+                assert ended[call // CALLS].wait(1200)
             samples = [Sample("", f"{client} {call} {i}") for i in range(EACH)]
             found[client, call] = member.score(samples)[:, 0].tolist()
             done.release()
@@ -378,18 +381,22 @@ def test_a_server_that_ends_and_comes_back_costs_no_score(
     threads = [threading.Thread(target=load, args=(i,)) for i in range(CLIENTS)]
     for thread in threads:
         thread.start()
-    with running(command, reference.folder, port, *_exact(reference)) as process:
-        for _ in range(CLIENTS * CALLS // 3):
-            assert done.acquire(timeout=600)
-        if how == "its engine killed":
-            kill_engine(process)
-            process.wait(timeout=300)
-        elif how == "stopped":
-            process.terminate()
-            process.wait(timeout=300)
-        end(process)
-        assert all(thread.is_alive() for thread in threads)  # killed in mid-load
-    ended.set()
+    answered = 0
+    for life, how in enumerate(ENDS):
+        with running(command, reference.folder, port, *_exact(reference)) as process:
+            until = CLIENTS * CALLS * life + CLIENTS * CALLS // 3
+            for _ in range(until - answered):
+                assert done.acquire(timeout=600)
+            answered = until
+            if how == "its engine killed":
+                kill_engine(process)
+                process.wait(timeout=300)
+            elif how == "stopped":
+                process.terminate()
+                process.wait(timeout=300)
+            end(process)
+            assert all(thread.is_alive() for thread in threads)  # it ended in mid-load
+        ended[life].set()
     with running(command, reference.folder, port, *_exact(reference)):
         for thread in threads:
             thread.join(timeout=600)
@@ -398,4 +405,4 @@ def test_a_server_that_ends_and_comes_back_costs_no_score(
     for (client, call), scores in found.items():
         texts = [f"{client} {call} {i}" for i in range(EACH)]
         np.testing.assert_allclose(scores, reference.logits(texts), **NEAR)
-    assert len(found) == CLIENTS * CALLS
+    assert len(found) == CLIENTS * CALLS * len(ENDS)
