@@ -1,11 +1,11 @@
 """Every error that the library raises on purpose.
 
-Catch a family, such as `CalibrationError`, or one of its few members that have a class of their
-own. A class exists only where a caller does something else about it than about its family: another
-remedy, another HTTP status, another row of a report. All else is the message's to say.
+Catch a family, such as `CalibrationError`, or one of its subclasses. A subclass exists only where
+callers handle it differently from its family: another remedy, another HTTP status, another row of a
+report. Everything else is in the message.
 
-To add one: subclass its family, state in one line what is wrong (the server sends that line and no
-message), and raise it with a message that names the offending value and the remedy.
+To add one: subclass its family, state in one line what is wrong (the server sends this line instead
+of the message), and raise it with a message that names the offending value and the remedy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class OptionError(EnsembleRMError, ValueError):
 
 
 class MissingExtraError(EnsembleRMError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra to install."""
 
 
 class DataError(EnsembleRMError):
@@ -57,7 +57,7 @@ class BadRowsError(DataError):
 
 
 class JudgmentConflictError(DataError):
-    """A judgment has the id of a stored one, or corrects one that is corrected already."""
+    """A judgment has the id of a stored one, or corrects one that already has a correction."""
 
 
 class ModelError(EnsembleRMError):
@@ -65,7 +65,7 @@ class ModelError(EnsembleRMError):
 
 
 class TemplateError(ModelError):
-    """Prompt and completion cannot be told apart in the rendered template."""
+    """Prompt and completion cannot be separated in the rendered template."""
 
 
 class ScoringError(EnsembleRMError):
@@ -77,11 +77,11 @@ class NonFiniteScoreError(ScoringError):
 
 
 class OneMemberError(ScoringError):
-    """Disagreement needs at least two members, and there is one."""
+    """Disagreement needs at least two members, and the ensemble has one."""
 
 
 class BaselineError(ScoringError):
-    """A prompt has no reference completion, and the normaliser needs one."""
+    """A prompt has no reference completion, which the normaliser needs."""
 
 
 class CalibrationError(EnsembleRMError):

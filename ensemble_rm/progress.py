@@ -17,5 +17,5 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 def named(progress: Progress, part: str) -> Progress:
-    """Return a progress callback whose stages end in the name of a part of the work."""
+    """Return a progress callback that appends a name to each stage."""
     return lambda stage, done, total: progress(f"{stage} {part}", done, total)

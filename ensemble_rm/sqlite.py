@@ -1,4 +1,4 @@
-"""What the library's SQLite files share: write-ahead logging, and reads of many keys."""
+"""Helpers for the library's SQLite files: write-ahead logging, and reads of many keys."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 
-BUSY_SECONDS = 120.0  # to wait for a lock of another process
-KEYS_PER_QUERY = 500  # SQLite limits the number of variables in a statement
+BUSY_SECONDS = 120.0  # maximum wait for a lock of another process
+KEYS_PER_QUERY = 500  # per statement; SQLite limits its number of variables
 
 
 def set_wal(connection: sqlite3.Connection) -> None:
     """Turn on write-ahead logging, so that readers and one writer work at the same time.
 
-    Another process may be turning it on, too, and SQLite's own timeout does not cover this
-    statement; so it is retried.
+    Another process may turn it on at the same time, and SQLite's own timeout does not cover this
+    statement, so it is retried here.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""The command line: one file a subcommand, one error handler."""
+"""The command line: one file per subcommand, one error handler."""

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AverageWeights(Command):
-    """Average the weights of an ensemble's members: one model at the price of a single one.
+    """Average the members' weights into one model, which costs as much as one member.
 
     The members must be branches or full models of one run. The completions of the reference pairs
-    set the new member's offset and scale. One member has no disagreement to measure: its aggregator
-    is the mean.
+    set the new member's offset and scale. The aggregator is the mean, since one member has no
+    disagreement.
     """
 
     ensemble: Path = argument(ENSEMBLE)

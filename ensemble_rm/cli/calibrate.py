@@ -26,10 +26,11 @@ _CALIBRATE = ("ensemble_rm.ensemble.reward_ensemble", "RewardEnsemble.calibrate"
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(Command):
-    """Fit how a reward becomes a probability, on human judgments that no member was trained on.
+    """Fit the preference probability of a reward difference, on held-out human judgments.
 
-    The temperature is fitted under every method. Isotonic regression, histograms and BBQ make ties,
-    which are counted; the reward itself is the same under every method.
+    No member may have been trained on the judgments. The temperature is fitted under every method.
+    Isotonic regression, histograms and BBQ can give different margins the same probability; these
+    ties are counted. The reward is the same under every method.
     """
 
     ensemble: Path = argument(ENSEMBLE)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Combine(Command):
-    """Put existing reward models behind one aggregator.
+    """Combine existing reward models into one ensemble.
 
     A member is a sequence-classification model with one output (Hub id or folder), or a saved
     ensemble's folder, such as `ensemble-rm remote` makes from a model behind HTTP. The completions
@@ -28,7 +28,7 @@ class Combine(Command):
     """
 
     member: tuple[str, ...] = option(
-        "reward model or saved ensemble, with its name in the new one; repeated",
+        "reward model or saved ensemble, with its name in the new ensemble; repeated",
         metavar="[NAME=]MODEL",
     )
     data: str = option(

@@ -63,7 +63,7 @@ def typer_command(name: str, kind: type[Command], epilog: str) -> Any:
         ("config", Annotated[Path, _file("--config", "YAML or JSON file of these options")]),
         ("json", Annotated[bool, _flag("--json", "print the result as one JSON object")]),
     ]
-    # Typer reads a function's signature; this one is made from the dataclass.
+    # Typer reads options from a function's signature, so one is built from the dataclass.
     keyword = inspect.Parameter.KEYWORD_ONLY
     read.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(n, keyword, default=None, annotation=a) for n, a in parameters]
@@ -71,7 +71,7 @@ def typer_command(name: str, kind: type[Command], epilog: str) -> Any:
     read.__annotations__ = dict(parameters)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     last = name.rpartition(" ")[2]
-    # Rich keeps line breaks; a paragraph is filled to the terminal's width instead.
+    # Rich keeps line breaks; joined lines let it wrap a paragraph to the terminal's width.
     paragraphs = (inspect.getdoc(kind) or "").split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     app.command(last, help=_escaped(text), epilog=_escaped(epilog))(read)
@@ -97,7 +97,7 @@ def _flag(flag: str, text: str) -> Any:
 
 
 def _as_text(text: str) -> str:
-    # Values of options and of files are read in one place, `options.convert`.
+    # Typer passes text: `options.convert` reads values of the command line and of files alike.
     return text
 
 

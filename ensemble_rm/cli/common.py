@@ -28,7 +28,7 @@ _MAKE = ("ensemble_rm.aggregation.aggregator", "make_aggregator")
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """Where a saved ensemble's backbone is, and what its members run on."""
+    """Options that load a saved ensemble: backbone, device, models in memory."""
 
     backbone: str | None = option(
         "current location of the backbone", default=None, metavar="NAME", shown="as saved"
@@ -37,7 +37,7 @@ class Loading:
         "device of the members: cpu, cuda or mps", default=None, metavar="NAME", shown="the best"
     )
     max_loaded_models: int | None = option(
-        "maximum number of models in memory at once, where they do not fit together",
+        "maximum number of models in memory at once",
         default=None,
         metavar="N",
         shown="all",
@@ -158,9 +158,9 @@ def read_pairs(console: Console, source: str, *, skip_bad: bool) -> Preferences:
 
 
 def write_jsonl(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as they come: to FILE.partial, which becomes FILE once all are there.
+    """Write rows as they arrive to FILE.partial, and rename it FILE at the end.
 
-    To standard output where there is no path.
+    Without a path, write to standard output.
     """
     if path is None:
         for row in rows:
@@ -180,7 +180,7 @@ def partial_file(path: Path) -> Path:
 
 
 def check_can_write(path: Path | None) -> None:
-    """Make a file's folder, and check that the file can be written, before that costs anything.
+    """Make a file's folder, and check that the file can be written, before any expensive work.
 
     Raises
     ------

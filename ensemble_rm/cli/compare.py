@@ -28,8 +28,8 @@ class Compare(Command):
     """Give the probability that a human prefers each first completion: one JSON line per pair.
 
     A pair is a row with `prompt` (text or messages), `first` and `second`; `chosen` and `rejected`
-    are read as first and second. Its `subset` picks the slice's temperature where the calibration
-    has slices; its `reference` is needed where the ensemble has a baseline.
+    are read as first and second. `subset` selects the slice's temperature if the calibration has
+    slices; `reference` is needed if the ensemble has a baseline.
     """
 
     ensemble: Path = argument(ENSEMBLE)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+EVERY = 30.0  # seconds between two lines of progress without a terminal
 
 
 class Progress:
@@ -44,7 +44,7 @@ class Progress:
             self._display = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done; a total of 0 is not known."""
+        """Show that `done` of `total` are done; a total of 0 means unknown."""
         if stage != self._stage:
             self._stage, self._task = stage, None
             self._started = time.monotonic()
@@ -107,7 +107,7 @@ class Console:
         self._lines: list[tuple[str, str]] = []
 
     def progress(self) -> Progress:
-        """Return what long work reports its progress to, as a context."""
+        """Return a progress callback, as a context manager."""
         return Progress(self.command, bars=sys.stderr.isatty() and not self.json)
 
     def note(self, text: str) -> None:
@@ -119,36 +119,36 @@ class Console:
         print(json.dumps(data, ensure_ascii=False) if self.json else text)
 
     def read(self, what: str) -> None:
-        """Say at the end what was read, cut or left out."""
+        """Add a "read" line to the final summary."""
         self._lines.append(("read", what))
 
     def cut(self, what: str) -> None:
-        """Say at the end what was truncated."""
+        """Add a line on truncated samples to the final summary."""
         self._lines.append(("cut", what))
 
     def left_out(self, what: str) -> None:
-        """Say at the end what was not used."""
+        """Add a line on rows that were not used to the final summary."""
         self._lines.append(("left out", what))
 
     def save(self, path: Path, *, config: bool = True) -> None:
-        """Say at the end where the result is.
+        """Add the path of the result to the final summary.
 
         Parameters
         ----------
         path : Path
         config : bool
-            Whether the options are worth a file next to it.
+            Whether to write the options to a file next to it.
         """
         if config:
             self.saved = path
         self._lines.append(("saved", str(path)))
 
     def next(self, command: str) -> None:
-        """Suggest the next command at the end."""
+        """Add a suggested next command to the final summary."""
         self._lines.append(("next", command))
 
     def finish(self, config: Path | None) -> None:
-        """Print what the command collected."""
+        """Print the final summary."""
         if self.json:
             return
         order = ("read", "cut", "left out", "saved", "config", "next")

@@ -19,7 +19,7 @@ _RUN = ("ensemble_rm.demo.run", "run_demo")
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Command):
-    """Train, calibrate and evaluate in one command; plant reward hacks; write a page with pictures.
+    """Train, calibrate and evaluate in one command; plant reward hacks; write an HTML report.
 
     The data ship with the project: completions of a real small model, judged by a simulated
     annotator whose true preference probabilities are known. No person judged them. With --data, the
@@ -30,7 +30,7 @@ class Demo(Command):
         "preference pairs: JSON lines or a Hub data set",
         default=None,
         metavar="FILE_OR_HUB_ID",
-        shown="those that ship with the project",
+        shown="the packaged data",
     )
     skip_bad: bool = option("leave bad rows out, and list them", default=False)
     backbone: str = option(

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift(Job):
-    """Check the published ensemble for drift: by judgments, by scores, by its raters.
+    """Check the published ensemble for drift of labels, scores and raters.
 
-    Three answers: whether the temperature still fits fresh judgments (a sequential test over the
-    version's life), whether scores look as they did when it was published, whether an anchor set is
-    still judged as it was. Exit code 12 if any of them alarms.
+    Three separate tests: whether the temperature still fits fresh judgments (a sequential test over
+    the version's life), whether scores are distributed as at publication, and whether annotators
+    still judge an anchor set as before. Exit code 12 if any of them alarms.
     """
 
     options: DriftCheckOptions = nested(

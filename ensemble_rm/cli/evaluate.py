@@ -20,7 +20,7 @@ _EVALUATE = ("ensemble_rm.evaluation.evaluation", "evaluate")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Command):
-    """Measure an ensemble on judged pairs: members, their mean and every aggregator side by side.
+    """Evaluate members, their mean and every aggregator on judged pairs.
 
     Accuracy, NLL, ECE and its expectation under perfect calibration, Brier, before and after
     calibration, with intervals, over all pairs and by `subset`; the gain from pooling the members;
@@ -34,7 +34,7 @@ class Evaluate(Command):
     )
     skip_bad: bool = option("leave bad rows out, and list them", default=False)
     report: Path | None = option(
-        "folder of the pictures, the table and its JSON", default=None, metavar="FOLDER"
+        "folder of the plots, the table and its JSON", default=None, metavar="FOLDER"
     )
     draws: int = option(
         "number of bootstrap draws", default=default_of(*_EVALUATE, "draws"), metavar="N"

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class InitReward(Command):
-    """Write the file that an RL loop takes its reward from: trl, openrlhf or verl.
+    """Write a Python file with the reward function for TRL, OpenRLHF or veRL.
 
     The file names the ensemble, its version, its device and its aggregator, and is meant to be read
-    and changed. It pins the version: a changed ensemble in that folder is an error, never a new
-    reward.
+    and edited. It pins the version: if the ensemble in that folder changes, scoring raises an
+    error.
     """
 
     loop: Literal["trl", "openrlhf", "verl"] = argument("library of the RL loop")

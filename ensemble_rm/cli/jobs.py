@@ -33,7 +33,7 @@ class Job(Command):
 
     @contextmanager
     def opened(self, console: Console) -> Iterator[tuple[JudgmentStore, Progress]]:
-        """Open the store, and what the job reports its progress to."""
+        """Open the store and a progress callback."""
         from ensemble_rm.judgments.store import JudgmentStore
 
         store = JudgmentStore.open(self.judgments, read_only=True)
@@ -41,7 +41,7 @@ class Job(Command):
             yield store, progress
 
     def load(self, folder: Path, *, version: int | None = None) -> RewardEnsemble:
-        """Load an ensemble whose pairs have to be scored."""
+        """Load the ensemble; called only if pairs have to be scored."""
         return self.loading.open(folder, version=version)
 
     def report(self, console: Console, outcome: Any, *, dry_run: bool) -> int:

@@ -32,7 +32,8 @@ COUPLES_SHOWN = 20
 class Import(Command):
     """Add a file's judgments to a store; a repeated import adds nothing.
 
-    A store only grows: nothing updates or deletes a judgment. It is made where there is none.
+    A store is append-only: judgments are never updated or deleted. It is created if it does not
+    exist.
     """
 
     store: str = argument(STORE)
@@ -93,7 +94,7 @@ class Import(Command):
 
     @contextmanager
     def _store(self) -> Iterator[JudgmentStore]:
-        """Open the store; a dry run makes none, and checks against an empty one."""
+        """Open the store; a dry run creates none, and checks against an empty one."""
         from ensemble_rm.judgments.store import JudgmentStore
 
         with ExitStack() as stack:
@@ -178,12 +179,12 @@ class Report(Command):
 class Backup(Command):
     """Copy a SQLite store to a new file while other processes use it.
 
-    The copy is the store at one moment, in one transaction, and is checked before it gets its name.
-    A PostgreSQL store is backed up by pg_dump.
+    The copy is a consistent snapshot, and is checked before it is renamed to its final name. Back
+    up a PostgreSQL store with pg_dump.
     """
 
     store: str = argument(STORE)
-    out: Path = option("new file of the copy", metavar="FILE")
+    out: Path = option("new file for the copy", metavar="FILE")
 
     example: ClassVar[str] = (
         "  ensemble-rm judgments backup judgments.db --out backups/judgments-2026-11-30.db"

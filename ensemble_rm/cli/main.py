@@ -20,11 +20,11 @@ from ensemble_rm.cli.command import Command, Invocation, typer_command
 from ensemble_rm.cli.console import Console
 from ensemble_rm.cli.options import did_you_mean, write_config
 
-# A subcommand's module is imported when it is invoked: the help of one must not wait for all.
+# Subcommand modules are imported only when invoked, so that `--help` stays fast.
 PANELS: dict[str, dict[str, str]] = {
     "Train": {
         "train": "train an ensemble on preference pairs",
-        "combine": "put existing reward models behind one aggregator",
+        "combine": "combine existing reward models into one ensemble",
         "average-weights": "average the members' weights into one model",
     },
     "Score": {
@@ -32,17 +32,17 @@ PANELS: dict[str, dict[str, str]] = {
         "compare": "compare pairs of completions",
         "rank": "rank the completions of each prompt",
         "serve": "serve rewards over HTTP",
-        "remote": "make a member of a model that another server runs",
+        "remote": "save a reward model behind HTTP as a member",
     },
     "Judge": {
         "judgments": "import, export, back up and report on human judgments",
         "select": "pick the unjudged pairs that a human should judge",
         "route": "compare pairs, and ask a judge about the uncertain ones",
     },
-    "Keep true": {
+    "Calibrate and monitor": {
         "calibrate": "fit the temperature on held-out judgments",
         "evaluate": "measure an ensemble on judged pairs",
-        "precision": "measure what a lower precision does to the scores",
+        "precision": "compare scores in a lower precision with float32",
         "recalibrate": "fit on fresh judgments, publish if better",
         "retrain": "train the members on new judgments, publish if better",
         "drift": "check for drift since the current version",
@@ -53,22 +53,22 @@ PANELS: dict[str, dict[str, str]] = {
         "init-reward": "write an RL loop's reward file",
         "make-pairs": "make DPO pairs from several samples per prompt",
     },
-    "Start": {"demo": "train, calibrate and evaluate on data that ship with the project"},
+    "Start": {"demo": "train, calibrate and evaluate on the packaged data"},
 }
 GROUPS: dict[str, dict[str, str]] = {
     "judgments": {
         "import": "add a file's judgments; a repeated import adds nothing",
         "export": "write judgments as JSONL or as a data set",
-        "report": "agreement of annotators, ties, sides",
+        "report": "report annotator agreement, ties and position bias",
         "backup": "copy a store while it is in use",
     },
     "versions": {
-        "list": "list the versions and say which one is current",
+        "list": "list the versions and mark the current one",
         "show": "show a version and what it was fitted on",
         "rollback": "go back to an earlier version",
         "pin": "make a version current and keep jobs from changing it",
         "unpin": "let jobs publish again",
-        "repair": "remove what killed jobs left behind",
+        "repair": "remove leftovers of killed jobs",
     },
 }
 
@@ -94,11 +94,11 @@ exit codes:
 4    a model, a saved ensemble or a cache cannot be read or written
 5    the judgments do not allow a calibration, or it does not apply
 6    training or scoring met NaN or infinity, or cannot be resumed
-7    the server of a member or a judge gives no usable answer
-10   a job kept the published version, and says why
+7    the server of a member or judge failed, or gave no usable response
+10   a job kept the published version and reports the reason
 11   a job has too few judgments
-12   a job found drift that no publication answers
-13   another job works on the folder
+12   a job found drift that recalibration does not fix
+13   another job is running on the folder
 130  interrupted"""
 
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
@@ -133,11 +133,11 @@ def _top(
 
 
 def _listed() -> None:
-    """Stand for a subcommand in the list; `_Subcommands` puts the real one in its place."""
+    """Serve as a placeholder in the list; `_Subcommands` replaces it when it is invoked."""
 
 
 class _Subcommands(TyperGroup):
-    """Replaces a listed subcommand by its whole self, with options, once it is invoked."""
+    """Loads a listed subcommand, with its options, when it is invoked."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         group = "" if ctx.parent is None else f"{self.name} "
@@ -170,7 +170,7 @@ def find_command(name: str) -> type[Command]:
 
 
 def command_names() -> list[str]:
-    """Return the name of every subcommand, those of groups with their group's."""
+    """Return the name of every subcommand, with its group where it has one."""
     names = [name for panel in PANELS.values() for name in panel if name not in GROUPS]
     return names + [f"{group} {name}" for group, below in GROUPS.items() for name in below]
 
@@ -181,8 +181,8 @@ def make_app(words: Sequence[str] = ()) -> typer.Typer:
     Parameters
     ----------
     words : sequence of str
-        The command line. A group that it only passes through has no options of its own: Typer
-        would read them with pydantic, which takes longer than all the rest of ``--help``.
+        The command line. Groups get no options of their own: Typer would read them with pydantic,
+        which takes longer than the rest of ``--help``.
     """
 
     def settings(depth: int) -> dict[str, Any]:
@@ -271,11 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     name, as_json = _name(words), "--json" in words
     if as_json or not sys.stderr.isatty():
-        # Other libraries' bars; ours draws none off a terminal either.
+        # Progress bars of other libraries would fill log files with control characters.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # It warns of new heads, which training asks for; what is wrong is an error here.
+    # transformers warns about newly initialised heads, which training creates on purpose.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         invocation = parse(words)
@@ -311,14 +311,14 @@ def _name(words: Sequence[str]) -> str:
 
 
 def _save_config(console: Console, invocation: Invocation) -> Path | None:
-    """Write what the command ran with next to its result; return the file, None for no result."""
+    """Write the command's options next to its result; return the file, None without a result."""
     if console.saved is None:
         return None
     command = invocation.name.replace(" ", "-")
     path = console.saved.with_name(f"{console.saved.absolute().name}.{command}.yaml")
     try:
         write_config(path, invocation.name, invocation.command)
-    except OSError as error:  # the result is saved; a folder that allows no more is no failure
+    except OSError as error:  # not a failure: the result itself is saved
         console.note(f"{path} cannot be written: {error}")
         return None
     return path

@@ -21,10 +21,10 @@ _MAKE_PAIRS = ("ensemble_rm.best_of_n.sampling", "make_pairs")
 class MakePairs(Command):
     """Make DPO pairs from several samples per prompt: one JSON line per pair.
 
-    A sample is a row with `prompt` (text or messages) and `completion`; a prompt's rows may lie
-    apart. The rows are TRL's: prompt, chosen, rejected, with the calibrated probability and both
-    rewards. TRL takes no soft label per row: `label_smoothing` in the report is the expected share
-    of wrong pairs, for its option of that name.
+    A sample is a row with `prompt` (text or messages) and `completion`; a prompt's rows need not be
+    adjacent. The output rows are TRL's: prompt, chosen, rejected, with the calibrated probability
+    and both rewards. TRL has no soft labels per row: pass the report's `label_smoothing`, the
+    expected share of wrong pairs, as its option of that name.
     """
 
     ensemble: Path = argument(ENSEMBLE)

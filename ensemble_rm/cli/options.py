@@ -1,9 +1,9 @@
-"""Options of the command line, read from the dataclasses that they fill.
+"""Command-line options, derived from the dataclasses that they fill.
 
 A command is a frozen dataclass. Each field is an option, with its type, its default and, in the
 field's metadata, its help text. A field whose type is another dataclass, such as the library's
-`GateOptions`, adds the options of that dataclass. So a default is written where the library uses
-it, and nowhere else. The same dataclass reads and writes the files of ``--config``.
+`GateOptions`, adds the options of that dataclass. So every default is defined once, where the
+library uses it. The same dataclass reads and writes the files of ``--config``.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def option(help: str, *, default: Any = MISSING, **metadata: Any) -> Any:  # noq
     default : object
         A field without one is required.
     **metadata
-        ``flag``: the option's name where it is not the field's; ``metavar``; ``panel``: heading
-        in the help; ``choices``: the allowed texts; ``shown``: the default in words, where its
-        value says nothing; ``parse``: callable from text to value; ``argument``: positional.
+        ``flag``: the option's name where it is not the field's; ``metavar``; ``panel``: heading in
+        the help; ``choices``: the allowed texts; ``shown``: the default in words, where its value
+        is not helpful; ``parse``: callable from text to value; ``argument``: positional.
     """
     return dataclasses.field(default=default, metadata={"help": help} | metadata)
 
@@ -188,7 +188,7 @@ def without_none(kind: Any) -> tuple[Any, bool]:
     rest = [part for part in get_args(kind) if part is not types.NoneType]
     optional = len(rest) < len(get_args(kind))
     several = [part for part in rest if get_origin(part) is tuple]
-    # A Hub id is text, and a Path would change "./x"; several names are more than one.
+    # A Hub id stays text, since Path would turn "./x" into "x".
     return (several or [part for part in rest if part is str] or rest)[0], optional
 
 
@@ -341,13 +341,13 @@ def _is_mapping(kind: Any) -> bool:
 
 
 def did_you_mean(value: str, known: Sequence[str]) -> str:
-    """Return a suggestion for a misspelt value; empty where nothing resembles it."""
+    """Return a suggestion for a misspelt value; empty if nothing resembles it."""
     close = get_close_matches(value, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def read_time(value: Any) -> datetime:
-    """Read a date or a time of ISO 8601, in UTC where it names no offset."""
+    """Read an ISO 8601 date or time, in UTC if it has no offset."""
     from ensemble_rm.errors import DataError
     from ensemble_rm.judgments.judgment import parse_time
 
@@ -402,7 +402,7 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        # JSON is YAML, but for tabs in its indentation.
+        # JSON is valid YAML, except for tabs in its indentation.
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
@@ -415,7 +415,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def write_config(path: Path, command: str, config: Any) -> None:
-    """Write what a command ran with, as a file of ``--config``."""
+    """Write a command's options as a file for ``--config``."""
     import yaml
 
     head = f"# ensemble-rm {command} --config {path.name}\n"

@@ -31,8 +31,8 @@ class Rank(Command):
     """Rank the completions of each prompt by reward: one JSON line per prompt, best first.
 
     A sample is a row with `prompt` (text or messages) and `completion`, and with `reference` where
-    the ensemble has a baseline; a prompt's rows may lie apart. A line holds the prompt, its
-    completions with their rewards, and `positions`: where each stood among the prompt's rows.
+    the ensemble has a baseline; a prompt's rows need not be adjacent. A line has the prompt, its
+    completions with their rewards, and `positions`: the index of each among the prompt's rows.
     """
 
     ensemble: Path = argument(ENSEMBLE)
@@ -61,7 +61,7 @@ class Rank(Command):
 
         groups: dict[Any, list[Sample]] = {}
         for sample in read_samples(self.data):
-            # A baseline is the reference's, so that rows with another one are another group.
+            # The baseline is the reference's score, so rewards compare only within one reference.
             groups.setdefault((prompt_key(sample.prompt), sample.reference), []).append(sample)
         ensemble = use_aggregator(self.loading.open(self.ensemble), aggregator)
         with console.progress() as progress:

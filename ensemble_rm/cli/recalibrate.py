@@ -18,8 +18,8 @@ class Recalibrate(Job):
     """Fit the published ensemble's temperature on fresh judgments, and publish it if it is better.
 
     RUN is a saved ensemble's folder; its first recalibration makes it version 1. Without a better
-    fit the current version stays, and the reason is given: exit codes 10 to 13. The same judgments
-    twice publish once. Every run is a line in RUN/audit.jsonl.
+    fit the current version stays, and the reason is reported (exit codes 10 to 13). A second run on
+    the same judgments publishes nothing. Every run is a line in RUN/audit.jsonl.
     """
 
     options: RecalibrationOptions = nested(

@@ -24,10 +24,10 @@ TOKEN_ENV = "name of the environment variable that holds the bearer token"
 
 @dataclass(frozen=True, kw_only=True)
 class Remote(Command):
-    """Make a member of a reward model, or of a judge, that another server runs.
+    """Save a reward model or a judge on another server as a member.
 
-    A few probes are sent first, to detect scores that went through a sigmoid or a softmax. What is
-    saved is an ensemble of that one member, in its own unit; `ensemble-rm combine` puts it next to
+    A few probes are sent first, to detect scores that went through a sigmoid or a softmax. The
+    result is an ensemble of that one member, in its own units; `ensemble-rm combine` joins it with
     others, and `ensemble-rm calibrate` calibrates it. The address is saved, the token is not: name
     the environment variable that holds it.
     """
@@ -43,13 +43,13 @@ class Remote(Command):
         "name of the model at its server (vLLM, judge)", default=None, metavar="NAME"
     )
     template: Literal["chat", "plain", "pair", "messages", "sample"] | None = option(
-        "how a sample becomes what the server reads; not for ensemble-rm or judge", default=None
+        "how a sample is rendered for the server; not for ensemble-rm or judge", default=None
     )
     tokenizer: str | None = option(
         "tokenizer of --template chat", default=default_of(*_INIT, "tokenizer"), metavar="NAME"
     )
     rubric: str = option(
-        "rubric of a judge: a file, or the name of one that is shipped",
+        "rubric of a judge: a file, or the name of a built-in rubric",
         default="pointwise",
         metavar="FILE",
     )
@@ -60,11 +60,11 @@ class Remote(Command):
         shown="the protocol's",
     )
     truncate: bool = option(
-        "let the server truncate what is too long (vLLM, TEI)",
+        "allow the server to truncate long samples (vLLM, TEI)",
         default=default_of(*_INIT, "truncate"),
     )
     on_outage: Literal["raise", "nan"] = option(
-        "result while the whole server is unreachable: an error, or a member without scores",
+        "behaviour while the server is unreachable: an error, or NaN scores of the member",
         default=default_of(*_INIT, "on_outage"),
     )
     raw_logit_check: Literal["error", "warn", "off"] = option(
@@ -135,7 +135,7 @@ class Remote(Command):
         template = self.template or ("sample" if self.protocol == "ensemble-rm" else None)
         if template is None:
             raise OptionError(
-                f"--protocol {self.protocol} needs --template: the server cannot say what its "
+                f"--protocol {self.protocol} needs --template: the server does not report what its "
                 "model was trained with"
             )
         return RemoteScorer(
@@ -165,7 +165,7 @@ def _probe(scorer: RemoteScorer | JudgeScorer, mode: str) -> tuple[list[float], 
     if mode == "off":
         return [], []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are part of the result instead
+        warnings.simplefilter("ignore")  # the warnings are part of the result instead
         report = probe(lambda samples: scorer.score(samples)[:, 0])
     if report.problems and mode == "error":
         raise RemoteActivationError(

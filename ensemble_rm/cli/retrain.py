@@ -26,7 +26,7 @@ class Retrain(Job):
     RUN is a saved ensemble's folder; its first version is the ensemble as it is. Members continue
     from their weights on the old pairs and the new judgments; the newest prompts decide by NLL and
     accuracy. The reward keeps the spread that it had on the reference completions. If the gate
-    refuses, the current version stays, and the reason is given: exit codes 10, 11 and 13.
+    refuses, the current version stays, and the reason is reported (exit codes 10, 11 and 13).
     `ensemble-rm versions rollback RUN` goes back. Every run is a line in RUN/audit.jsonl.
     """
 
@@ -84,7 +84,7 @@ class Retrain(Job):
         return self.report(console, outcome, dry_run=self.options.dry_run)
 
     def _recipe(self) -> Recipe | None:
-        """Return the ensemble's own recipe with what was asked for; None where nothing was."""
+        """Return the ensemble's own recipe with the given options; None if none is given."""
         names = ("epochs", "patience", "learning_rate")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if not given:

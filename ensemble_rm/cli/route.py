@@ -26,12 +26,12 @@ _ROUTE = ("ensemble_rm.active_learning.routing", "route")
 
 @dataclass(frozen=True, kw_only=True)
 class Route(Command):
-    """Compare pairs, and ask a judge about those of which the ensemble is not sure.
+    """Compare pairs, and ask a judge about the uncertain ones.
 
     A pair is a row with `prompt` (text or messages), `first` and `second`, and optionally `id`,
     `subset` and `reference`. Pairs whose uncertainty reaches the threshold go to the judge; those
     that it cannot answer, or that exceed --budget, go to the human pool, with a random share of the
-    others (--audit-share). `ensemble-rm judgments import` reads what humans answer.
+    others (--audit-share). `ensemble-rm judgments import` reads the humans' verdicts.
     """
 
     ensemble: Path = argument(ENSEMBLE)
@@ -71,7 +71,7 @@ class Route(Command):
         "name of the judge at its server", default=None, metavar="NAME", panel="Judge"
     )
     rubric: str = option(
-        "rubric of the judge: a file, or the name of one that is shipped",
+        "rubric of the judge: a file, or the name of a built-in rubric",
         default="pairwise",
         metavar="FILE",
         panel="Judge",
@@ -152,7 +152,7 @@ class Route(Command):
             console.next("ensemble-rm judgments import judgments.db ANSWERS")
 
     def _check_files(self, console: Console) -> None:
-        """Refuse files that cannot be written before a judge is paid for their content."""
+        """Refuse files that cannot be written, before any paid call to a judge."""
         if self.dry_run:
             return
         if console.json and self.out is None:

@@ -37,7 +37,7 @@ class Score(Command):
 
     A sample is a row with `prompt` (text or messages) and `completion`, and with `reference` where
     the ensemble has a baseline. The file may be larger than memory: it is read, scored and written
-    in chunks. FILE.partial becomes FILE once every row is there.
+    in chunks. FILE.partial is renamed FILE when every row is written.
     """
 
     ensemble: Path = argument(ENSEMBLE)
@@ -50,9 +50,7 @@ class Score(Command):
         default=default_of("ensemble_rm.ensemble.streaming", "stream_scores", "chunk"),
         metavar="N",
     )
-    score_cache: Path | None = option(
-        "folder of raw scores to reuse and to add to", default=None, metavar="FOLDER"
-    )
+    score_cache: Path | None = option("folder of cached raw scores", default=None, metavar="FOLDER")
     loading: Loading = nested(Loading, panel="Loading")
     aggregator: AggregatorOptions = aggregator_options()
 
@@ -68,7 +66,7 @@ class Score(Command):
         from ensemble_rm.data.loading import read_samples
 
         samples = read_samples(self.data)
-        first = list(islice(samples, 1))  # a bad file is an error before the models are loaded
+        first = list(islice(samples, 1))  # find a bad file before loading models
         ensemble = use_aggregator(self.loading.open(self.ensemble), aggregator)
         if self.score_cache is not None:
             from ensemble_rm.scoring.score_cache import ScoreCache

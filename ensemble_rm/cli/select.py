@@ -31,7 +31,7 @@ POLICY = "name of the policy that wrote the completions, kept with each task"
 
 @dataclass(frozen=True, kw_only=True)
 class Select(Command):
-    """Pick the unjudged pairs worth a human's time, each with its inclusion probability.
+    """Pick the unjudged pairs that a human should judge, with inclusion probabilities.
 
     A pair is a row with `prompt` (text or messages), `first` and `second`, and optionally `id` and
     `subset`. The tasks have the sides in random order, and go to Label Studio, to Argilla, or as

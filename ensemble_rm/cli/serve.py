@@ -35,14 +35,15 @@ TOKEN_VARIABLE = "ENSEMBLE_RM_TOKEN"
 class Serve(Command):
     r"""Serve an ensemble over HTTP.
 
-    In its own wire format, and in those of OpenRLHF, vLLM, SGLang and LLaMA-Factory. It binds
-    127.0.0.1 by default; any other host needs a token, from --token-file or from ENSEMBLE_RM_TOKEN.
-    On SIGTERM it finishes the requests it accepted. In --policy-template, \n is a line break.
+    It speaks its own wire format, and those of OpenRLHF, vLLM, SGLang and LLaMA-Factory. It binds
+    127.0.0.1 by default; any other host needs a token, from --token-file or the variable
+    ENSEMBLE_RM_TOKEN. On SIGTERM it finishes accepted requests before it exits. In
+    --policy-template, \n is a line break.
     """
 
     ensemble: Path = argument(ENSEMBLE)
     token_file: Path | None = option(
-        "file of the bearer token, and nothing else",
+        "file that contains only the bearer token",
         default=None,
         metavar="FILE",
         panel="Network",
@@ -72,7 +73,7 @@ class Serve(Command):
                 "pip install 'ensemble-rm[server]'"
             ) from error
         token, options = read_token(self.token_file), self.options()
-        # Names and numbers only; no line holds a request's text.
+        # Logs hold names and numbers only, never a request's text.
         logging.basicConfig(
             stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s"
         )
@@ -86,7 +87,7 @@ class Serve(Command):
             print(json.dumps(data) if console.json else f"listening on {where}", flush=True)
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RemoteFailureWarning)  # `/metrics` counts them
+            warnings.simplefilter("ignore", RemoteFailureWarning)  # counted in `/metrics` instead
             finished = serve(load, options, network=self.network, token=token, listening=listening)
         if finished is False:  # Python would end a thread inside native code with an abort
             sys.stdout.flush()

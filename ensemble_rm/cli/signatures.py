@@ -1,4 +1,4 @@
-"""Read a default from a function's signature without importing the function's module.
+"""Read a default from a function's source without importing its module.
 
 Modules that score or train import torch, which takes seconds; ``--help`` shows their defaults, and
 must not wait for that.
@@ -26,7 +26,8 @@ def default_of(module: str, function: str, parameter: str) -> Any:
     Raises
     ------
     LookupError
-        If there is no such parameter, or its default is neither a literal nor a module's constant.
+        If the parameter does not exist, or its default is neither a literal nor a module's
+        constant.
     """
     body: list[ast.stmt] = _tree(module).body
     for name in function.split("."):

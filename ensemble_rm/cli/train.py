@@ -30,11 +30,11 @@ def _recipe_options() -> type:
     for kind in trained_kinds():
         recipe = member_kind(kind).recipe_class()
         for each in fields(recipe):
-            if each.name == "callbacks":  # objects, which no text names
+            if each.name == "callbacks":  # objects, which cannot be given as text
                 continue
             text, _, stated = each.metadata["help"].rstrip(")").partition(" (default: ")
             inner = without_none(field_type(recipe, each.name))[0]
-            # The first kind's type serves all: heads try several values where others take one.
+            # The first kind is `head`, which accepts several values where other kinds take one.
             metadata = dict(each.metadata) | {"help": text}
             options.setdefault(each.name, (each.name, inner | None, metadata))
             default = stated or shown(
@@ -49,7 +49,7 @@ def _recipe_options() -> type:
 
 
 def _join(defaults: dict[str, list[str]]) -> str:
-    """Return the kinds' defaults in words, once where all have the same."""
+    """Return the kinds' defaults in words, or the common default once."""
     if len(defaults) == 1:
         return next(iter(defaults))
     return "; ".join(f"{', '.join(kinds)}: {text}" for text, kinds in defaults.items())
@@ -82,7 +82,7 @@ class Train(Command):
     skip_bad: bool = option("leave bad rows out, and list them", default=False)
     out: Path = option("folder of the ensemble", metavar="FOLDER")
     kind: str = option(
-        "kind of member: heads over one frozen trunk, copies of its top blocks, LoRA adapters on "
+        "kind of member: heads on one frozen trunk, copies of its top blocks, LoRA adapters on "
         "its blocks, or copies of the whole model",
         default=trained_kinds()[0],
         choices=trained_kinds(),
@@ -92,7 +92,7 @@ class Train(Command):
         default=(0.7, 0.1, 0.1, 0.1),
         metavar="SHARES",
     )
-    dry_run: bool = option("report what would be done, and stop", default=False)
+    dry_run: bool = option("report the plan, train nothing", default=False)
     request: TrainingRequest = nested(
         TrainingRequest,
         recipe=None,
@@ -132,7 +132,7 @@ class Train(Command):
         from ensemble_rm.training.run import plan, train_request
 
         if request.baseline:
-            reference_samples(parts["validation"].samples())  # before anything is read
+            reference_samples(parts["validation"].samples())  # fail before the data are read
         if self.dry_run:
             planned = plan(parts["train"], parts["validation"], request)
             text = "\n".join(f"{name}: {value}" for name, value in (planned | counts).items())
@@ -161,7 +161,7 @@ class Train(Command):
         )
 
     def full_request(self) -> TrainingRequest:
-        """Return the request, with the recipe of the kind that was asked for."""
+        """Return the training request, with the recipe of the chosen kind."""
         given = {
             each.name: value
             for each in fields(self.recipe)

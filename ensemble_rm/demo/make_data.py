@@ -1,4 +1,4 @@
-"""Make the demo's data: sample completions from a real model, judge them by the annotator.
+"""Make the demo's data: completions sampled from a real model, judged by the simulated annotator.
 
 ``python -m ensemble_rm.demo.make_data MODEL_FOLDER`` writes ``data/preferences.jsonl.gz``. The
 shipped file came from SmolLM2-135M-Instruct.
@@ -19,7 +19,7 @@ import torch
 from ensemble_rm.demo.annotator import true_probability
 
 Turns = str | list[str]
-"""A prompt as it stands in prompts.json: a question, or turns that begin and end with the user."""
+"""A prompt of prompts.json: a question, or turns that begin and end with the user."""
 
 HERE = Path(__file__).parent
 OUT = HERE / "data" / "preferences.jsonl.gz"
@@ -35,7 +35,7 @@ def messages(prompt: Turns) -> list[dict[str, str]]:
 def sample(
     folder: str, prompts: list[Turns], *, count: int, tokens: int, seed: int
 ) -> list[list[str]]:
-    """Return `count` sampled completions a prompt."""
+    """Return `count` sampled completions per prompt."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -98,8 +98,8 @@ def judge(
 def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="a causal language model's folder")
-    parser.add_argument("--count", type=int, default=4, help="completions a prompt")
+    parser.add_argument("folder", help="folder of a causal language model")
+    parser.add_argument("--count", type=int, default=4, help="completions per prompt")
     parser.add_argument("--tokens", type=int, default=56)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

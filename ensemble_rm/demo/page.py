@@ -1,4 +1,4 @@
-"""The demo's summary: about ten lines, the pictures, and one HTML page that holds both."""
+"""The demo's report: a summary of about ten lines, plots, and one HTML page with both."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def picture(path: Path) -> str:
-    """Return a figure with the picture's bytes in it."""
+    """Return an HTML figure with the image embedded."""
     data = base64.b64encode(path.read_bytes()).decode()
     caption = CAPTIONS[path.name]
     return (
@@ -225,7 +225,7 @@ def write_page(
     trained_on: int,
     pictures: Sequence[Path],
 ) -> Path:
-    """Write one HTML page that needs no other file.
+    """Write one self-contained HTML page.
 
     Raises
     ------
@@ -256,7 +256,7 @@ def write_page(
         + [number(metrics[name], 3) if name in metrics else "" for metrics, name in shown(row)]
         for row in evaluation.rows
     ]
-    body.append("<h2>All ways to a reward, on ordinary pairs</h2>")
+    body.append("<h2>Members and aggregators on ordinary pairs</h2>")
     body.append(table(["member or aggregator", "accuracy", "calibrated NLL", "ECE"], rows))
     body += images.values()
     html = (

@@ -76,7 +76,7 @@ class DemoResult:
         }
 
     def text(self) -> str:
-        """Return about ten lines for a terminal."""
+        """Return a summary of about ten lines for a terminal."""
         lines = summary(self.evaluation, self.against_truth, self.hacks, self.trained_on)
         return "\n".join(
             [*lines, f"Ensemble: {self.ensemble}", f"Page: {self.page} ({self.seconds:.0f} s)"]
@@ -105,7 +105,7 @@ def run_demo(
         folder.
     members, seed : int
     simulated : bool
-        Whether the pairs are the demo's own, whose truth is known.
+        Whether the pairs are the demo's own, whose true probabilities are known.
     progress : callable
         Called with (stage, done, total).
 
@@ -154,7 +154,7 @@ def run_demo(
         examples[0]["true_probability"] = float(truth[examples[0]["row"]])
         hacks, example = _plant(ensemble, test, progress)
         examples.append(example)
-        # The pictures that need the truth come first: they say most.
+        # The plots that need the true probabilities come first: they are the most informative.
         pictures = (
             draw_truth(raw, p, truth, out / "truth.png"),
             draw_hacks(hacks, out / "hacks.png"),

@@ -45,7 +45,7 @@ from ensemble_rm.versions.version import EVIDENCE, Version, read_evidence, versi
 if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
-CHECKS = "looks.jsonl"  # the name of the first release; older run folders have it
+CHECKS = "looks.jsonl"  # written by the first release; still read from older run folders
 
 
 def check_drift(

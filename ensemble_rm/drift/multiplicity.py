@@ -28,7 +28,7 @@ def holm(p: ArrayLike) -> Floats:
 
 
 def level_of(alpha: float, checks: int) -> float:
-    """Return the level of one check, such that P(any alarm in all of them) ≤ alpha."""
+    """Return the level of one check, so that P(any alarm in all checks) ≤ alpha."""
     if not 0 < alpha < 1 or checks < 1:
         raise OptionError(f"alpha must be in (0, 1) and checks ≥ 1, not {alpha} and {checks}")
     return alpha / checks

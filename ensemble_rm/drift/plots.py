@@ -177,7 +177,7 @@ def _ticks(axes: Any, labels: Sequence[str]) -> dict[str, int]:
 
 
 def _draw_labelled(axes: Any, reports: Sequence[DriftReport]) -> bool:
-    # A life is told by its null; its last report has all of its points.
+    # A version's test is identified by its null interval; its last report has all points.
     lives = {(one.low, one.high): one for report in reports if (one := report.labelled)}
     lives = {null: one for null, one in lives.items() if one.history}
     if not lives:

@@ -43,8 +43,8 @@ from ensemble_rm.drift.multiplicity import (
 from ensemble_rm.errors import DataError
 from ensemble_rm.judgments.judgment import SHARES, Judgment
 
-PANEL = ""  # the annotator's name in rows that are of all annotators
-MIN_VOTES = 10  # an annotator's month with fewer is reported and not tested
+PANEL = ""  # annotator name of rows that pool all annotators
+MIN_VOTES = 10  # an annotator's month with fewer votes is reported but not tested
 
 
 @dataclass(frozen=True, slots=True)

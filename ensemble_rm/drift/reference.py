@@ -1,6 +1,6 @@
-"""Scores at the publication of a version, for later batches to be compared with.
+"""Scores at the publication of a version, with which later batches are compared.
 
-Samples and not summaries, because later tests permute prompts between then and now.
+Stores samples instead of summaries, because later tests permute prompts between then and now.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ScoredSet:
 
     @property
     def prompts(self) -> int:
-        """How many there are."""
+        """Number of prompts."""
         return int(self.groups.max()) + 1 if len(self.groups) else 0
 
     @classmethod
@@ -103,7 +103,7 @@ class ScoredSet:
         return ScoredSet(self.reward[rows], self.members[rows], groups, far)
 
     def arrays(self) -> dict[str, Any]:
-        """Return the arrays by name."""
+        """Return the arrays, keyed by name."""
         return {name: array for name, array in vars(self).items() if array is not None}
 
 

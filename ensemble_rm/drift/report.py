@@ -1,4 +1,4 @@
-"""A report on the three kinds of drift, each with its own result and never one number."""
+"""A report on the three kinds of drift, each with its own result; they are never combined."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Unlabelled drift: whether scores are distributed as they were at publication.
 
-Four statistics, each against the version's reference, none of which needs a judgment: the reward,
-the members' std, the members' correlation, and the distance to the training features. The first,
-second and fourth use the Kolmogorov–Smirnov distance of distributions with equal weight per prompt
-[1]_; the third the difference of mean correlations, within prompts where they have several
-completions. All p-values come from permuting whole prompts between then and now [2]_: samples of a
-prompt are dependent, and tables of the KS statistic would report that as drift. Both sides are
-thinned to equally many samples per prompt, so that prompts are exchangeable. Holm's correction
-covers the four statistics, Bonferroni's the repeated checks.
+Four statistics are compared with the version's reference, without judgments: the reward, the
+members' std, the members' correlation, and the distance to the training features. The first, second
+and fourth use the Kolmogorov–Smirnov distance of distributions with equal weight per prompt [1]_;
+the third the difference of mean correlations, within prompts where they have several completions.
+All p-values come from permuting whole prompts between then and now [2]_: samples of a prompt are
+dependent, and tables of the KS statistic would report that as drift. Both sides are thinned to
+equally many samples per prompt, so that prompts are exchangeable. Holm's correction covers the four
+statistics, Bonferroni's the repeated checks.
 
 A shift does not prove miscalibration, only that the inputs differ from those of the calibration.
 

@@ -1,1 +1,1 @@
-"""evidence."""
+"""Judged pairs as dated margins: windows of judgments, and their stored scores."""

@@ -1,7 +1,7 @@
-"""Margins of dated judgments: the arrays, and how a window of judgments gets them.
+"""Margins of dated judgments: the arrays, and how they are computed for a window.
 
-Margins come from stored scores; pairs without stored scores are scored, a chunk at a time, and
-stored. Texts are read only for those.
+Margins come from stored scores. Pairs without them are scored in chunks and stored; only their
+texts are read.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 DAY = 86400.0
-CHUNK = 2048  # pairs that are scored at a time
-EVIDENCE_LIMIT = 50_000  # judgments whose scores are stored with a version; the table has them all
+CHUNK = 2048  # pairs scored per chunk
+EVIDENCE_LIMIT = 50_000  # bounds a version's size
 
 
 # Arrays --------------------------------------------------------------------------------------
@@ -102,8 +102,7 @@ def join_margins(parts: Sequence[DatedMargins]) -> DatedMargins:
 def forgetting(times: Floats, *, half_life: float | None) -> Floats:
     """Return 2^(−age/half_life), with the age counted from the newest judgment.
 
-    From the newest judgment and not from the clock, so that the same judgments have the same
-    weights whenever the job runs.
+    The age does not depend on the clock, so that the same judgments always have the same weights.
 
     Parameters
     ----------
@@ -206,7 +205,7 @@ def date_margins(
     Raises
     ------
     DataError
-        If a pair's texts are not in the store any more.
+        If a pair's texts are no longer in the store.
     StorageError
         If the table belongs to another number of members.
     """
@@ -240,7 +239,7 @@ def _read_stored(
     *,
     progress: Progress,
 ) -> PairMargins:
-    """Aggregate stored scores block by block, so that never all of them are in memory."""
+    """Aggregate stored scores block by block, to bound memory."""
     pairs = PairMargins.unknown(len(keys), members)
     done = 0
     for rows, sides in table.blocks(keys):
@@ -265,7 +264,7 @@ def _score_missing(
     progress: Progress,
 ) -> None:
     unknown = ~pairs.stored
-    # The ensemble is loaded now, so members that failed before, e.g. on a server, are retried.
+    # The ensemble is loaded now in any case, so members that failed earlier are retried.
     failed = pairs.failed & pairs.stored
     done, total = 0, int((unknown | failed).sum())
     for missing in (unknown, failed):
@@ -300,7 +299,7 @@ def _keep_stored(table: ScoreTable, keys: Keys, sides: Floats) -> Floats:
 def _unscored(
     window: Window, store: JudgmentStore, missing: NDArray[np.bool_]
 ) -> Iterator[dict[bytes, Judgment]]:
-    """Yield a judgment of each missing pair, for its texts, in chunks by the pair's digest."""
+    """Yield one judgment, with texts, per pair without scores, in chunks by the pair's digest."""
     raw = window.keys[missing].tobytes()
     remaining = {raw[i : i + KEY] for i in range(0, len(raw), KEY)}
     chunk: dict[bytes, Judgment] = {}

@@ -1,8 +1,8 @@
-"""Stored scores of judged pairs, so that an ensemble scores each pair once.
+"""Stored scores of judged pairs: an ensemble scores each pair only once.
 
 One SQLite file per ensemble, in the folder of the versions, named by the digest of its members. A
 row has both sides' normalised scores under the pair's digest; a second table has both sides'
-distances to the training features, if the ensemble has a feature space. The job that writes has the
+distances to the training features, if the ensemble has a feature space. A job that writes holds the
 folder's lock.
 """
 
@@ -24,7 +24,7 @@ from ensemble_rm.versions.atomic_files import storage_errors
 
 FOLDER = "scores"
 KEY = 16  # bytes of a pair's digest
-BLOCK = 10_000  # pairs whose members' scores are in memory at a time
+BLOCK = 10_000  # pairs whose scores are in memory at a time
 
 Keys: TypeAlias = NDArray[np.bytes_]
 """Digests of pairs, dtype S16, sorted."""

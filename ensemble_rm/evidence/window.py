@@ -22,7 +22,7 @@ from ensemble_rm.judgments.filter import JudgmentFilter, TimeRange
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress
 
-AHEAD = timedelta(days=1)  # tolerated lead of a judgment over the clock: time zones, skew
+AHEAD = timedelta(days=1)  # tolerated lead over the clock: time zones, skew
 PROMPT_BYTES = 8  # of a prompt's digest; among a million prompts, P(any clash) is below 10⁻⁷
 
 Ints = NDArray[np.int64]
@@ -122,15 +122,15 @@ def choose(
 ) -> tuple[JudgmentFilter, int]:
     """Turn options into a filter, and count the judgments dated after the clock.
 
-    A `window` is counted back from the newest judgment and not from the clock, so that the same
-    judgments give the same window whenever the job runs.
+    A `window` is counted back from the newest judgment, not from the clock, so that the same
+    judgments always give the same window.
 
     Parameters
     ----------
     store : JudgmentStore
     options : WindowOptions
     latest : datetime
-        The clock's time, or a later one that is known to have passed.
+        The clock's time, or that of the last run if the clock was set back.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Agreement between annotators, ties, and position bias.
 
-One pass over the store by prompt and pair: memory grows with the annotators and their couples, not
-with the judgments.
+One pass over the store by prompt and pair, so that memory grows with the number of annotators and
+their couples, not with the number of judgments.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class AgreementReport:
     couples: tuple[Couple, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures for JSON, what is not known as None."""
+        """Return the figures for JSON, with None for unknown values."""
         row: dict[str, Any] = finite_or_none(asdict(self))
         return row
 
@@ -136,7 +136,7 @@ class AgreementReport:
 def agreement_report(
     store: JudgmentStore, where: JudgmentFilter = ALL_JUDGMENTS, *, progress: Progress = silent
 ) -> AgreementReport:
-    """Report how far the annotators agree.
+    """Report the agreement of annotators, ties and position bias.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ class _Person:
     """Sums of one annotator, by group of prompts."""
 
     def __init__(self) -> None:
-        self.shown = np.zeros((GROUPS, 3))  # verdicts as the sides stood
+        self.shown = np.zeros((GROUPS, 3))  # verdicts, sides as shown
         # Of shared pairs: number, agreement with the others, own ties, the others' ties.
         self.rest = np.zeros((GROUPS, 4))
         self.repeats = self.same = 0
@@ -193,7 +193,7 @@ class _Tally:
         self.items = np.zeros((GROUPS, 3))  # shared pairs, their agreement, their ties' share
         self.swapped = np.zeros((GROUPS, 2))
         self.people: dict[str, _Person] = {}
-        self.couples: dict[tuple[str, str], Floats] = {}  # as a person's rest
+        self.couples: dict[tuple[str, str], Floats] = {}  # columns as in `_Person.rest`
 
     def add_prompt(self, verdicts: Iterable[Verdict]) -> None:
         """Add the judgments of one prompt, ordered by pair and time."""
@@ -208,7 +208,7 @@ class _Tally:
             return
         group = int.from_bytes(judged[0].prompt[:8]) % GROUPS
         last: dict[str, int] = {}
-        orders = np.zeros((2, 2))  # by order: points of the side shown first, judgments
+        orders = np.zeros((2, 2))  # per order: points of the side shown first, judgments
         for one in judged:
             person = self.people.setdefault(one.annotator, _Person())
             shown = OUTCOMES.index(one.outcome)
@@ -242,7 +242,7 @@ class _Tally:
                 sums += (1.0, outcome == said, outcome == TIE, said == TIE)
 
     def report(self) -> AgreementReport:
-        """Make the figures of the sums."""
+        """Compute the report from the sums."""
         shown = np.sum([person.shown for person in self.people.values()], axis=0)
         shown = np.zeros((GROUPS, 3)) + shown
         return AgreementReport(

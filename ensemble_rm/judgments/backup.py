@@ -9,7 +9,7 @@ from pathlib import Path
 from ensemble_rm.errors import OptionError, StorageError
 from ensemble_rm.judgments.store import JudgmentStore
 
-_PAGES = 4096  # copied at once; a writer may go on in between
+_PAGES = 4096  # copied at a time, so that writers can proceed in between
 
 
 def backup_store(place: str | Path, target: str | Path) -> tuple[int, str]:
@@ -44,7 +44,7 @@ def backup_store(place: str | Path, target: str | Path) -> tuple[int, str]:
     source, target = Path(place).expanduser(), Path(target).expanduser()
     if target.exists():
         raise OptionError(f"{target} exists; name a new file")
-    JudgmentStore.open(source, read_only=True).close()  # a named error where it is not a store
+    JudgmentStore.open(source, read_only=True).close()  # raises a clear error if it is not a store
     partial = target.with_name(f"{target.name}.partial")
     partial.unlink(missing_ok=True)
     try:
@@ -53,7 +53,7 @@ def backup_store(place: str | Path, target: str | Path) -> tuple[int, str]:
             closing(sqlite3.connect(partial)) as writer,
         ):
             reader.backup(writer, pages=_PAGES)
-            # A copy is one file: no log that a later copy of it could miss.
+            # Without WAL the copy is a single file, with no log that could be left behind.
             writer.execute("PRAGMA journal_mode=DELETE")
             result = writer.execute("PRAGMA integrity_check").fetchone()[0]
         if result != "ok":

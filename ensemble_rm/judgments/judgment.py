@@ -18,8 +18,8 @@ SHARES: dict[str, float] = {
     "first": 1.0,
     "second": 0.0,
     "tie": 0.5,
-}  # of the vote for the first side
-LABEL_BYTES = 1000  # an index entry of PostgreSQL holds two of them
+}  # share of the vote for the first side
+LABEL_BYTES = 1000  # two must fit into an index entry of PostgreSQL
 OPTIONAL = ("batch", "policy", "subset", "strategy", "corrects")
 FIELDS = (
     *("prompt", "first", "second", "outcome", "annotator", "judged_at", "source"),

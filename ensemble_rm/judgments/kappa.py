@@ -7,8 +7,8 @@ depends on the order. Knows nothing of judgments or the store.
 References
 ----------
 .. [1] Cohen 1960, Educational and Psychological Measurement 20: two annotators.
-.. [2] Fleiss 1971, Psychological Bulletin 76: several; here with any number of annotators an item,
-   each item counting once, as Gwet 2014 (Handbook of Inter-Rater Reliability) has it.
+.. [2] Fleiss 1971, Psychological Bulletin 76: several; here with any number of annotators per item,
+each item counting once, as Gwet 2014 (Handbook of Inter-Rater Reliability) has it.
 .. [3] Kott 2001, Journal of Official Statistics 17: the delete-a-group jackknife.
 .. [4] Wilson 1927, JASA 22; with an effective number of observations, Franco et al. 2019, Journal
    of Survey Statistics and Methodology 7.
@@ -35,7 +35,7 @@ def chance_agreement(ties: float, other_ties: float) -> float:
     Parameters
     ----------
     ties, other_ties : float
-        Share of ties of either side; what is left is halved between the completions.
+        Share of ties of either annotator; the rest is split equally between the completions.
     """
     return ties * other_ties + (1 - ties) * (1 - other_ties) / 2
 
@@ -43,14 +43,14 @@ def chance_agreement(ties: float, other_ties: float) -> float:
 def kappa(observed: float, ties: float, other_ties: float) -> float:
     """Agreement beyond chance, (observed − chance)/(1 − chance) [1]_.
 
-    NaN where chance alone agrees always: both say nothing but ties.
+    NaN where chance agreement is 1: both annotators vote only ties.
     """
     chance = chance_agreement(ties, other_ties)
     return (observed - chance) / (1 - chance) if chance < 1 else math.nan
 
 
 def item_agreement(counts: Floats) -> float:
-    """Probability that two annotators of one item, drawn without return, agree [2]_.
+    """Probability that two annotators of one item, drawn without replacement, agree [2]_.
 
     Parameters
     ----------
@@ -67,15 +67,15 @@ def jackknife(sums: Floats, statistic: Callable[[Floats], float]) -> tuple[float
     Parameters
     ----------
     sums : ndarray, shape (n_groups, ...)
-        What the statistic is a function of, summed over each group of prompts. A group of zeros is
-        none.
+        Sums over each group of prompts, of which the statistic is a function. A group of zeros is
+        ignored.
     statistic : callable
-        Of the sums over all groups.
+        Function of the sums over all groups.
 
     Returns
     -------
     tuple
-        The error is NaN with fewer than two groups.
+        Estimate, standard error, number of groups; the error is NaN with fewer than two groups.
     """
     total = sums.sum(axis=0)
     filled = np.flatnonzero(np.abs(sums).reshape(len(sums), -1).sum(axis=1))

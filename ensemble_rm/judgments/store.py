@@ -1,4 +1,4 @@
-"""JudgmentStore: human judgments in SQLite or PostgreSQL, appended and never changed."""
+"""JudgmentStore: human judgments in SQLite or PostgreSQL, append-only."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Added:
 
 
 class JudgmentStore:
-    """Human judgments in a database that only grows; see `create` and `open`.
+    """An append-only database of human judgments; see `create` and `open`.
 
     Judgments are never updated or deleted, and the database refuses to: a correction is a new
     judgment that refers to the old one. Several processes may read and write at the same time; each
@@ -102,7 +102,7 @@ class JudgmentStore:
         Raises
         ------
         MissingExtraError, StorageError
-            As `create` does; and where there is no store.
+            As `create` does; also if the store does not exist.
         """
         return cls(_open(place, create=False, read_only=read_only))
 
@@ -150,7 +150,7 @@ class JudgmentStore:
         JudgmentConflictError
             If an external id is stored with other content, or a judgment is corrected twice.
         DataError
-            If a correction names a judgment that is nowhere.
+            If a correction names an unknown judgment.
         StorageError
             If the store cannot be written.
         """
@@ -219,7 +219,7 @@ class JudgmentStore:
             return found
 
     def digest(self, where: JudgmentFilter = ALL_JUDGMENTS) -> str:
-        """Return the SHA-256 of the sorted ids: equal for equal judgments, in any order."""
+        """Return the SHA-256 of the sorted ids, which does not depend on the order of judgments."""
         from ensemble_rm.judgments.database import queries
 
         found = hashlib.sha256()

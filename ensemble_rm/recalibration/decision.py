@@ -47,7 +47,7 @@ Answer: TypeAlias = Literal["publish", "keep", "too few"]
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What to do, and what that is based on.
+    """The decision, with the fits and tests that it is based on.
 
     Attributes
     ----------
@@ -126,7 +126,7 @@ def decide(
         )
     half_life = None if options.half_life is None else options.half_life * DAY
     data = replace(data, weights=data.weights * forgetting(data.times, half_life=half_life))
-    # Only T_mix needs the members' margins, once, at the end; every `take` before would copy them.
+    # Only T_mix needs the members' margins, at the end; without this every `take` would copy them.
     with_members, data = data, replace(data, member_margins=data.member_margins[:, :0])
     results: dict[str, Any] = {"sizes": {"window": _size(data)}}
     try:
@@ -156,7 +156,7 @@ def _gated(
     options: DecisionOptions,
     results: dict[str, Any],
 ) -> Decision:
-    """Decide all but T_mix; fill `results` step by step, so that a refusal reports them too."""
+    """Decide everything but T_mix; fill `results` step by step, so that refusals report it."""
     newest, fit, kept = data.take(parts.gate), parts.fit, data
     sizes = results["sizes"]
     sizes |= {"gate": _size(newest), "fit": _size(data.take(fit))}

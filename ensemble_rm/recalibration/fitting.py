@@ -2,14 +2,14 @@ r"""Fit a temperature to dated judgments, and shrink it towards the incumbent's.
 
 **Slope.** The likelihood of a slope β = 1/T has its maximum at any real number, but a temperature
 needs β > 0. Where judgments hardly follow their margins, or contradict them, β is near 0 or below.
-What is then known of a positive slope is the normal of the estimate, truncated at 0, with mean and
-variance [1]_
+The estimate of a positive slope is then the mean of the estimate's normal distribution, truncated
+at 0, with mean and variance [1]_
 
     β̃ = β + s·h,   var = s²(1 − h(h + β/s)),   h = φ(β/s)/Φ(β/s)
 
 where s is the standard error over prompts. Far above 0 this is the estimate itself. Near 0 and
 below it is a small slope ("nearly p = ½") with a standard error of log T of about 1, where the
-plain estimate would be no temperature, or one so large and uncertain that it carries no weight.
+plain estimate would give no temperature, or one so large and uncertain that it has no weight.
 
 **Shrinkage.** The prior of log T is the incumbent's log T, with the variance u of its estimate plus
 the variance τ² of a possible change since:
@@ -22,8 +22,8 @@ estimate of the parametric empirical Bayes [3]_ and of filters that adapt to the
 A gap that chance explains is averaged by precision, a larger one is followed almost entirely.
 
 u is the squared standard error of the incumbent's own fit, not the filter's posterior variance:
-windows overlap, and adding precisions up would count the same judgments in every run, until nothing
-moved the temperature any more.
+windows overlap, and adding precisions would count the same judgments in every run, until no new
+judgment could change the temperature.
 
 References
 ----------
@@ -238,8 +238,9 @@ def fit_shrunk(
 ) -> Fitted:
     """Fit the temperature of judgments, and shrink it towards the incumbent's.
 
-    Judgments that contradict their margins have no temperature of their own. Where there is an
-    incumbent to flatten, they get a large one by `fit_positive`; without one, they are an error.
+    Judgments that contradict their margins have no positive temperature. With an incumbent,
+    `fit_positive` gives a large one, which flattens the probabilities; without one, they are an
+    error.
 
     Parameters
     ----------
@@ -316,8 +317,8 @@ def row_temperatures(
 def shrunk_mixture(data: DatedMargins, incumbent: Calibration | None, share: float) -> float:
     """Fit T_mix, and shrink it towards the incumbent's by the temperature's share.
 
-    Above `MIXTURE_LIMIT` judgments an even subsample is used: memory stays bounded, and T_mix is
-    still known to one per cent.
+    Above `MIXTURE_LIMIT` judgments an even subsample is used, which bounds memory and still
+    determines T_mix to one per cent.
     """
     rows = slice(None, None, -(-len(data) // MIXTURE_LIMIT))
     members: NDArray[Any] = data.member_margins[rows]

@@ -1,8 +1,8 @@
 """Whether a candidate may replace the incumbent, by judgments that it was not fitted on.
 
-Both predict the same judgments; the difference of their losses is compared prompt by prompt. Where
-a job runs more often than the gate's part is long, the incumbent was fitted on some of these
-judgments, which favours the incumbent. How a candidate was fitted is unknown here.
+Both predict the same judgments; the difference of their losses is compared prompt by prompt. If
+jobs run more often than the gate's part is long, the incumbent was fitted on some of these
+judgments, which favours the incumbent.
 """
 
 from __future__ import annotations

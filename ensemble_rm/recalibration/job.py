@@ -1,7 +1,7 @@
 """The recalibration job: a run folder and a judgment store → a new version, or a reason why not.
 
-Idempotent and safe to kill: every file is written whole, under the folder's lock. Scheduling is
-left to cron or a workflow manager.
+Idempotent and safe to kill: every file is written atomically, under the folder's lock. Use cron or
+a workflow manager for scheduling.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def recalibrate(
     Returns
     -------
     Recalibration
-        A second run with the same judgments, members and options is kept without any work.
+        A second run with the same judgments, members and options does no work, and its verdict is
+        ``"kept"``.
 
     Raises
     ------
@@ -129,7 +130,7 @@ def recalibrate(
 
 @dataclass(frozen=True)
 class _Case:
-    """The incumbent, its calibration, and what the run has established so far."""
+    """The incumbent, its calibration, and the results of the run so far."""
 
     incumbent: Version
     calibration: Calibration | None
@@ -263,7 +264,7 @@ class _RecalibrationJob(Job):
         last = self.last_run(key=key)
         if last is None:
             return None
-        # After a rollback the published version is not current any more, and must not come back.
+        # After a rollback the same inputs must not publish again: a person has rejected the result.
         verdict: Verdict = "kept" if last["verdict"] == "published" else last["verdict"]
         if "same_as" in last["details"]:
             return verdict, last["reason"], last["details"]["same_as"]
@@ -293,7 +294,7 @@ class _RecalibrationJob(Job):
 
 
 def _explain(decision: Decision, incumbent: Calibration | None) -> dict[str, Any]:
-    """Return what a decision is based on, for provenance and the audit log."""
+    """Return the figures behind a decision, for provenance and the audit log."""
     row: dict[str, Any] = {"sizes": decision.sizes, "metrics": decision.metrics}
     row["gate"] = None if decision.gate is None else asdict(decision.gate)
     row["confirmation"] = None if decision.confirmation is None else asdict(decision.confirmation)

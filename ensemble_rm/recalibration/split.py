@@ -4,16 +4,16 @@ The newest judgments are the gate's and the older ones fit the candidate, with n
 sides (`split_by_time`).
 
 A month of corrupted judgments and a true, sudden change look alike as long as they are the newest:
-the gate, which sees only that month, may prefer a candidate that follows it. The next batch tells
-them apart. So the newest part and the equally many judgments before it must agree
+the gate, which sees only that month, may prefer a candidate that follows it. The next batch
+distinguishes them. So the newest part and the equally many judgments before it must agree
 (`compare_newest`): their slopes 1/T are compared by one Newton step from their common fit, with a
 variance over prompts (a score test [1]_, made robust [2]_). Slopes, not temperatures, because they
 stay finite where labels are noise and may be negative where labels are inverted.
 
 Once they agree, older blocks of the same size that contradict the newest block of the older part
 are left out (`changed_since`): judgments from before a change, and corrupted ones, do not belong in
-a fit of today. The gate part has no say in that, so that the gate remains a test on judgments that
-nothing was selected by.
+a fit of today. The gate part is not used for this selection, so that the gate remains an
+independent test.
 
 References
 ----------
@@ -65,8 +65,8 @@ def split_by_time(groups: Ints, times: Floats, *, share: float) -> TimeSplit:
     """Split judgments at a time, with no prompt on both sides.
 
     A prompt judged on one side only goes to that side. One judged on both is assigned by a bit of
-    its own digest, always the same, and its judgments on the other side are left out. So a fixed
-    set of prompts that is judged again every month still leaves each part its half.
+    its own digest, always the same, and its judgments on the other side are left out. So each part
+    still gets half of a fixed set of prompts that is judged again every month.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """`retrain`: an ensemble, its old pairs and new judgments → a candidate and a verdict.
 
-Nothing is published here, and the incumbent is not changed.
+It publishes nothing and does not change the incumbent.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def retrain(
     candidate = same_units(_with_cache(trained, cache), incumbent, reference, progress=progress)
     details["units"] = _units(candidate, reference)
     result = _judge(incumbent, candidate, parts, options, details, progress)
-    # The published members are the trained ones, without this run's cache.
+    # The cache's folder belongs to this run, so published members must not refer to it.
     return replace(
         result,
         ensemble=result.ensemble and replace(result.ensemble, scorers=trained.scorers),
@@ -139,7 +139,7 @@ def retrain(
 
 
 def _with_cache(ensemble: RewardEnsemble, cache: FeatureCache | None) -> RewardEnsemble:
-    """Let heads reuse the features that training has read, and each other's."""
+    """Let heads reuse the features cached by training, and share them."""
     scorers = (s.with_cache(cache) if isinstance(s, HeadScorer) else s for s in ensemble.scorers)
     return replace(ensemble, scorers=tuple(scorers))
 
@@ -231,7 +231,7 @@ def _temperature(scored: ScoredPairs, aggregator: Aggregator) -> float:
 
 
 def _incumbent_temperature(incumbent: RewardEnsemble, scored: ScoredPairs) -> float:
-    """Return its temperature on these judgments; else its published one; else infinity."""
+    """Return the incumbent's temperature on these judgments, else its published one, else ∞."""
     try:
         return _temperature(scored, incumbent.aggregator)
     except CalibrationError:

@@ -1,7 +1,7 @@
 """The retraining job: a run folder, old pairs and a judgment store → a new version, or a reason.
 
-Idempotent and safe to kill: training resumes where it stopped, and a version is published whole,
-under the folder's lock. Scheduling is left to cron or a workflow manager.
+Idempotent and safe to kill: training resumes where it stopped, and a version is published
+atomically, under the folder's lock. Use cron or a workflow manager for scheduling.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class _RetrainingJob(Job):
         judgments = list(self.store.read(self.where))
         if self.options.dry_run:
             return self._end(incumbent, *self._planned(judgments), details)
-        # Named by its inputs: a killed run resumes its own training, never another one's.
+        # Named by a digest of its inputs, so that a killed run resumes only its own training.
         scratch = self.versions.folder / f"{WORK}{details['inputs'][:16]}"
         result = retrain(
             self.load(self.versions.folder),

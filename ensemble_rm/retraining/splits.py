@@ -97,7 +97,7 @@ def split_judgments(
             "trained on; calibration and gate need at least 3"
         )
     times = np.array([judgment.judged_at.timestamp() for judgment in new])
-    # 7 bytes, since 8 may exceed the int64 that `split_by_time` takes.
+    # 7 bytes: 8 could exceed the int64 that `split_by_time` takes.
     prompts = np.array([int.from_bytes(judgment.prompt_digest[:7]) for judgment in new])
     split = split_by_time(prompts, times, share=gate_share)
     older = fresh[split.fit]
@@ -143,7 +143,7 @@ def _design(judgment: Judgment) -> Design:
 
 
 def _scales(judgments: Sequence[Judgment]) -> dict[Design, float]:
-    """Return the factor of 1/π per design, such that its judgments have weight 1 on average."""
+    """Return the factor of 1/π per design that makes the mean weight of its judgments 1."""
     designs = [_design(judgment) for judgment in judgments]
     inclusion = [judgment.inclusion for judgment in judgments]
     weights = inclusion_weights(inclusion, designs).weights

@@ -1,4 +1,4 @@
-"""Put a new ensemble's reward into the units of an old one, so that λ, κ and β keep their meaning.
+"""Express a new ensemble's reward in an old one's units, so that λ, κ and β keep their meaning.
 
 Knows scores of a reference set; knows nothing of judgments, training or versions.
 """
@@ -19,7 +19,7 @@ from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import OptionError
 from ensemble_rm.progress import Progress, silent
 
-_REACH = 1e3  # largest factor between the proportional scale and the one that is searched for
+_REACH = 1e3  # searched range of the scale, as a factor around the proportional one
 
 
 def same_units(
@@ -53,7 +53,7 @@ def same_units(
     Raises
     ------
     DataError
-        If there is no reference pair.
+        If `reference` is empty.
     OptionError
         If no common factor gives that spread.
     """

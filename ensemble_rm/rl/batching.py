@@ -20,10 +20,11 @@ class _Ticket:
 
 
 class ThreadBatcher:
-    """Score samples that several threads bring, each one or a few, in common batches.
+    """Score samples from several threads, each with one or a few, in common batches.
 
-    The first thread scores its own. Threads that come meanwhile wait, and the next of them scores
-    all that are waiting. No timer delays a call, and completions of one prompt share its pass.
+    The first thread scores its own samples. Threads that call meanwhile wait; the next of them
+    scores all waiting samples. No timer delays a call, and completions of one prompt share its
+    forward pass.
 
     Parameters
     ----------

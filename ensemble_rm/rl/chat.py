@@ -16,13 +16,13 @@ def read_completion(prompt: object, completion: object) -> tuple[Prompt, str]:
     ----------
     prompt : str or sequence of messages
     completion : str or sequence of messages
-        Of several messages, as after tool calls, the last one is scored, and those before it are
-        part of its prompt.
+        If it has several messages, as after tool calls, the last one is scored and the earlier ones
+        become part of the prompt.
 
     Raises
     ------
     DataError
-        If either is something else, or the last message is not text by the assistant.
+        If either is of another type, or the last message is not text by the assistant.
     """
     turns = as_prompt(prompt)
     if isinstance(completion, str):
@@ -134,7 +134,7 @@ def read_label(label: object) -> tuple[Prompt | None, str | None]:
             content = json.loads(label)
         except (ValueError, RecursionError):
             return None, None
-    if isinstance(content, list):  # the right answer may be a list as well, without turns
+    if isinstance(content, list):  # a right answer may be a list too, without turns
         has_turns = any(isinstance(turn, dict) and "role" in turn for turn in content)
         return (as_prompt(content) if has_turns else None), None
     if not isinstance(content, dict) or "prompt" not in content:

@@ -1,4 +1,4 @@
-"""A KL penalty for training loops that have none: estimates, reward shaping, controllers.
+"""A KL penalty for training loops without one: estimators, reward shaping, controllers.
 
 If the trainer has a penalty, such as TRL's `beta`, use that one instead.
 
@@ -97,7 +97,7 @@ def shape_rewards(rewards: ArrayLike, kl: ArrayLike, *, beta: float) -> Floats:
 
 
 class KLController(Protocol):
-    """The coefficient of the penalty, and how it changes from step to step."""
+    """Interface of the penalty's coefficient, which may change from step to step."""
 
     @property
     def beta(self) -> float:

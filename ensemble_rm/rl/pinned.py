@@ -1,4 +1,4 @@
-"""One version of an ensemble for a whole run, loaded where it is first used."""
+"""One version of an ensemble for a whole run, loaded at its first use."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ class PinnedEnsemble:
         Bearer tokens of members on other servers, by member name; see
         `RewardEnsemble.with_tokens`. They are pickled with the rest.
     digest : str, optional
-        Digest that the folder must have, as `folder_digest` returns it (default: that of now). Give
-        it where processes that start at different times share a version.
+        Digest that the folder must have, as `folder_digest` returns it (default: its present
+        digest). Give it if processes that start at different times must share a version.
 
     Raises
     ------
     OptionError
-        If a folder comes without a device, or a live ensemble with the options of a folder.
+        If a folder is given without a device, or a live ensemble with options of a folder.
     StorageError
         If the folder has no ensemble.
     PinnedVersionError

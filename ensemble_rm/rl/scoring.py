@@ -1,6 +1,6 @@
-"""Samples → rewards for a training loop, with a policy for those that fail.
+"""Samples → rewards for a training loop, with a rule for samples that fail.
 
-A failed sample has no reward: None, never 0.0, on which a policy would be trained.
+A failed sample has the reward None, never 0.0, which a policy would be trained on.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class LoopRewards:
 
 
 def check_policy(on_failure: str) -> None:
-    """Raise `OptionError` if there is no policy of that name for failed samples."""
+    """Raise `OptionError` unless `on_failure` is "none" or "raise"."""
     if on_failure not in ("none", "raise"):
         raise OptionError(f"on_failure must be 'none' or 'raise', not {on_failure!r}")
 
@@ -94,7 +94,7 @@ def score_for_loop(
     on_failure: FailurePolicy = "none",
     with_references: bool = False,
 ) -> LoopRewards:
-    """Score the samples of one call of a training loop; a sample that fails costs no other.
+    """Score the samples of one call of a training loop; a failure does not affect other samples.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def score_each(
     reward, members = np.full(n, np.nan), np.full((n, k), np.nan)
     reward[rows], members[rows] = scores.reward[:m], scores.members[:m]
     failed |= {rows[i]: error for i, error in scores.failed.items() if i < m}
-    # A reference that fails has no reward, and its samples keep theirs.
+    # A failed reference has no reward; the samples that name it keep theirs.
     place = {reference: m + i for i, reference in enumerate(references)}
     reference_reward = np.full(n, np.nan)
     for row, reference in reference_of.items():

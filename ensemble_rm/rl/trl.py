@@ -167,7 +167,7 @@ class TRLReward:
         beats = self._beats_reference(rewards)
         if log_metric is not None:
             for name, value in self._metrics(samples, rewards, beats).items():
-                if np.isfinite(value):  # TRL averages over ranks: one NaN would make all NaN
+                if np.isfinite(value):  # TRL averages over ranks: one NaN spoils the mean
                     log_metric(f"{self.__name__}/{name}", float(value))
         if log_extra is not None:
             for name, values in self._columns(rewards, beats).items():
@@ -256,7 +256,7 @@ class AsyncTRLReward(TRLReward):
 def version_number(version: str) -> float:
     """Return the version as a metric: a whole number below 65,536 that changes with it.
 
-    TRL averages metrics in float32, which sixteen bits of a digest survive exactly.
+    TRL averages metrics in float32, which represents sixteen bits of a digest exactly.
     """
     return float(int(hashlib.sha256(version.encode()).hexdigest()[:4], 16))
 
@@ -271,8 +271,8 @@ def trl_reward(
 ) -> TRLReward:
     """Make the callable that TRL's GRPOTrainer and RLOOTrainer take as `reward_funcs`.
 
-    Give the ensemble as this one function. TRL adds several reward functions with `nansum`, where a
-    member that fails would silently lower the total.
+    Pass the whole ensemble as this one function, not a function per member: TRL adds reward
+    functions with `nansum`, so a member that fails would silently lower the total.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""How a failure is answered: its HTTP status, and a body that never looks like a reward.
+"""The response to a failure: its HTTP status, and a body that never looks like a reward.
 
-An error's message may quote a request, so that only the messages of `RequestError`, which never do,
-are sent; of all others the name and the meaning.
+An error's message may quote a request. So only messages of `RequestError`, which never do, are
+sent; for other errors, the class name and the first line of its docstring.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (TemplateError, 422),
     (NotCalibratedError, 409),
     (AggregatorMismatchError, 409),
-    (RemoteUnavailableError, 503),  # of a member on another server; a retry may succeed
+    (
+        RemoteUnavailableError,
+        503,
+    ),  # of members on other servers; a retry may succeed
     (RemoteError, 502),
 )
 
@@ -63,7 +66,7 @@ def error_status(error: Exception) -> int:
 
 
 def error_body(error: Exception) -> dict[str, object]:
-    """Return the body of an error's answer, in the shape of OpenAI and vLLM."""
+    """Return the body of an error's response, in the format of OpenAI and vLLM."""
     cause = error.cause if isinstance(error, SampleError) else error
     message = str(cause) if isinstance(cause, RequestError) else describe_error(cause)
     if isinstance(error, SampleError):
@@ -77,7 +80,7 @@ def error_detail(message: str, kind: str, status: int) -> dict[str, object]:
 
 
 def error_headers(error: Exception) -> dict[str, str]:
-    """Return the headers that an error's answer has."""
+    """Return the headers of an error's response."""
     headers = {}
     if isinstance(error, RequestError):
         if error.retry_after is not None:

@@ -1,8 +1,9 @@
-"""Run the server until a signal comes, and then let it finish what it accepted.
+"""Run the server until a signal comes, then finish accepted requests.
 
 On SIGTERM or SIGINT, `/ready` is false at once. For `drain_seconds`, in which load balancers
 notice, requests are still served. Then no more are accepted, and those that are not scored after
-`stop_seconds` are answered 503. A second signal ends the draining, a third one everything.
+`stop_seconds` are answered 503. A second signal ends the draining, a third one stops the server at
+once.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Server(uvicorn.Server):
         self._signalled = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Start draining; a second signal ends the draining, a third one everything."""
+        """Start draining; a second signal ends the draining, a third one stops at once."""
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         elif self._signalled or self._loop is None:

@@ -42,7 +42,7 @@ class Metrics:
         )
         self.missing = Counter(
             f"{prefix}missing_member_scores",
-            "Scores that a member did not give, of samples that have a reward.",
+            "Scores missing from a member, of samples that have a reward.",
             ["member"],
             registry=registry,
         )
@@ -65,7 +65,7 @@ class Metrics:
     def follow(
         self, name: str, text: str, read: Callable[[], float], *, counter: bool = False
     ) -> None:
-        """Add a figure that is kept elsewhere, and read at each scrape.
+        """Add a metric whose value is read at each scrape.
 
         Parameters
         ----------
@@ -88,7 +88,7 @@ class Metrics:
 
 
 class _Followed(Collector):
-    """A figure that is read at each scrape."""
+    """A metric whose value is read at each scrape."""
 
     def __init__(self, name: str, text: str, read: Callable[[], float], *, counter: bool) -> None:
         self._name, self._text, self._read, self._counter = name, text, read, counter

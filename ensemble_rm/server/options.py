@@ -1,6 +1,6 @@
 """The options of a server: network, limits of a request, batching.
 
-Each field says in its metadata what it is for; the command line makes its options from these
+Each field's metadata has its help text; the command line derives its options from these
 dataclasses.
 """
 
@@ -65,7 +65,7 @@ class NetworkOptions:
             raise OptionError(f"port must be between 0 and {_LAST_PORT}, not {self.port}")
         for name in ("drain_seconds", "stop_seconds"):
             value = getattr(self, name)
-            # An infinite or NaN deadline would let the server never end.
+            # With an infinite or NaN deadline, the server would never stop.
             if not 0 <= value < math.inf:
                 raise OptionError(f"{name} must be a finite number of seconds >= 0, not {value:g}")
 

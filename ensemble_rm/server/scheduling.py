@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """Results of a batch, one row per sample, of which slices can be taken."""
+    """Results of a batch, one row per sample, that can be sliced by row."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, rows: slice, /) -> Any: ...
@@ -49,7 +49,7 @@ _Call: TypeAlias = "tuple[Future[Any], Callable[[], Any]]"
 _QUIET = 1 / 4  # of the window; an idle worker stops waiting after as long without a request
 _SHARE = 0.02  # of the last batch's time
 _LONGEST_WAIT = 0.1  # seconds; a worker that was idle for as long loses nothing by waiting
-_TURNS = 32  # turns of the event loop in which a request that is being read arrives
+_TURNS = 32  # turns of the event loop within which a request that is being read arrives
 _FIRST_RATE = 500.0  # tokens per second, until a batch has been measured
 _SMOOTHING = 0.2
 _LONGEST_RETRY = 60  # seconds
@@ -158,10 +158,10 @@ class _Filling(Generic[K, S]):
 class FairQueue(Generic[K, S]):
     """Tickets in order of arrival, formed into batches within a budget.
 
-    Its laws: the oldest ticket is in the next batch. A ticket overtakes another only if it shares
-    the prompt of one that is before both. What a batch has no room for returns to the end, so that
-    a large request does not delay small ones. A batch exceeds the budget only if its one sample
-    does.
+    Invariants: The oldest ticket is in the next batch. A ticket overtakes another only if it shares
+    the prompt of a ticket ahead of both. The part of a ticket that does not fit into a batch
+    returns to the end, so that a large request does not delay small ones. A batch exceeds the
+    budget only if it has one sample that does.
 
     Parameters
     ----------
@@ -223,7 +223,7 @@ class FairQueue(Generic[K, S]):
 
     @staticmethod
     def _repeated(ticket: Ticket[K, S], friends: OrderedDict[int, Ticket[K, S]]) -> int:
-        """Tokens of a ticket that repeat a prompt, in its own samples or in its friends'."""
+        """Tokens of a ticket that repeat a prompt, within it or within queued tickets."""
         return ticket.shared_left - (0 if friends else ticket.costs[0][0])
 
     def take(self) -> list[Part[K, S]]:
@@ -249,7 +249,8 @@ class FairQueue(Generic[K, S]):
     def _move(self, ticket: Ticket[K, S], batch: _Filling[K, S]) -> bool:
         """Move what fits of a ticket into the batch; return whether all did.
 
-        The rest of a ticket goes to the end; a ticket of which nothing fits keeps its position.
+        The rest of a ticket goes to the end; a ticket without any fitting sample keeps its
+        position.
         """
         if not batch.fits(ticket, ticket.taken):
             return False
@@ -322,7 +323,7 @@ class Batcher(Generic[K, S, R]):
         self._rate = _FIRST_RATE
         self._ended = 0.0  # time of the last batch's end
         self._patience = options.window_seconds  # how long to wait for more after it
-        self._together = False  # whether it, or what was queued meanwhile, were several requests
+        self._together = False  # whether it, or the queue meanwhile, had several requests
         self._task: asyncio.Task[None] | None = None
         self.counts = Counts()
 
@@ -331,7 +332,7 @@ class Batcher(Generic[K, S, R]):
     async def submit(self, key: K, samples: Sequence[S]) -> R:
         """Return the results of a request's samples, in their order.
 
-        Cancelling it gives the request up: samples that are not being scored yet never are.
+        Cancelling it drops the samples that are not being scored yet.
 
         Parameters
         ----------
@@ -389,7 +390,7 @@ class Batcher(Generic[K, S, R]):
     def start(self) -> None:
         """Begin to score, in a task of the running loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
-        # Were the task to end, requests would wait forever.
+        # If the task ended, requests would wait forever.
         self._task.add_done_callback(lambda _: self.abandon())
 
     @property
@@ -398,7 +399,7 @@ class Batcher(Generic[K, S, R]):
         return self._task is not None and not self._task.done() and not self._closing
 
     async def close(self) -> None:
-        """Accept no more requests, score those that were accepted, and end."""
+        """Accept no more requests, score the accepted ones, and stop."""
         self._closing = True
         self._arrived.set()
         if self._task is not None:
@@ -552,12 +553,13 @@ class CallThread:
     async def run(self, call: Callable[[], T]) -> T:
         """Return what a call returns.
 
-        Cancelling it gives the result up; a call that is running goes on.
+        Cancelling it drops the result; a running call continues.
 
         Raises
         ------
         Exception
-            What the call raises; a `RuntimeError` if it raises something that is no `Exception`.
+            The error of the call; a `RuntimeError` for a `BaseException` that is not an
+            `Exception`.
         """
         if self._thread is None:
             self._thread = threading.Thread(
@@ -569,7 +571,7 @@ class CallThread:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Let the thread end after the calls that it has; another call starts a new thread."""
+        """Stop the thread after its pending calls; another call starts a new thread."""
         self._calls.put(None)
         self._calls, self._thread = SimpleQueue(), None
 
@@ -578,13 +580,13 @@ class CallThread:
             self.busy = True
             _settle(*queued)
             self.busy = False
-            del queued  # an idle thread keeps no ensemble alive
+            del queued  # so that an idle thread keeps no ensemble alive
 
 
 def as_failure(error: BaseException) -> RuntimeError:
-    """Return the failure of a call that raised no `Exception`, such as a panic in Rust.
+    """Return an `Exception` for one that is not, such as a panic in Rust.
 
-    An event loop ends at anything other than an `Exception`.
+    Other exceptions would end the event loop.
     """
     failure = RuntimeError(f"the call raised {type(error).__name__}").with_traceback(
         error.__traceback__
@@ -605,7 +607,7 @@ def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
     else:
         future.set_result(result)
     finally:
-        del future, call  # an error's frames would hold the future that holds the error
+        del future, call  # breaks the cycle of future, error and its frames
 
 
 class ScoringThread:
@@ -642,7 +644,7 @@ class ScoringThread:
             self._release()
 
     def close(self) -> None:
-        """Let the thread end once it has scored what it was given."""
+        """Stop the thread after its pending calls."""
         self._thread.close()
 
 
@@ -657,8 +659,8 @@ def _find_trim() -> Callable[[int], int] | None:
 class MemoryRelease:
     """Returns freed memory to the operating system from time to time.
 
-    Batches of ever different shapes leave gaps that glibc keeps for itself: after minutes of
-    scoring, a fifth of the process's memory.
+    Batches of varying shapes leave gaps that glibc does not return: after minutes of scoring, a
+    fifth of the process's memory.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The reward server without HTTP: the served ensemble, its batches, and a request's view of both.
+"""The reward server without HTTP: the served ensemble, its batches, and the request context.
 
 Knows samples and scores; knows nothing of wire formats or sockets.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _WARM_UP = [Sample("How are you?", answer, "Well.") for answer in ("Fine, thank you.", "Fine.")]
 _DIGEST_LENGTH = 12
 _BYTES_PER_TOKEN = 4
-TOKENS_PER_TURN = 4  # what a chat template puts around a turn
+TOKENS_PER_TURN = 4  # tokens that a chat template adds around a turn
 _log = logging.getLogger(__name__)
 
 
@@ -105,7 +105,7 @@ class RewardService:
         self._follow()
 
     def _follow(self) -> None:
-        """Let the metrics read what is counted elsewhere."""
+        """Register the metrics whose values are read at each scrape."""
         queue, counts = self.batcher.queue, self.batcher.counts
         follow = partial(self.metrics.follow, counter=True)
         self.metrics.follow("ready", "1 if requests are served.", lambda: float(self.ready))
@@ -127,12 +127,12 @@ class RewardService:
     async def running(
         self, on_failure: Callable[[BaseException], None] | None = None
     ) -> AsyncIterator[None]:
-        """Load the ensemble and score; at the end, finish what was accepted.
+        """Load the ensemble and score; at the end, finish accepted requests.
 
         Parameters
         ----------
         on_failure : callable, optional
-            Called with the error if the ensemble cannot be loaded, which then goes on in the
+            Called with the error if the ensemble cannot be loaded; loading then runs in the
             background. Without it the ensemble is loaded first, and the error is raised.
         """
         if on_failure is None:
@@ -167,8 +167,8 @@ class RewardService:
     async def refresh(self) -> tuple[str, bool]:
         """Serve the version that is current in the ensemble's folder now.
 
-        It is loaded and warmed up while the old one serves. Requests keep the version under which
-        they were accepted.
+        It is loaded and warmed up while the old version serves. Requests are scored by the version
+        under which they were accepted.
 
         Returns
         -------
@@ -181,7 +181,7 @@ class RewardService:
         NotReadyError
             If no ensemble is loaded yet, or the server is shutting down.
         StorageError
-            If the current version cannot be read; the old one is served further.
+            If the current version cannot be read; the old one continues to serve.
         """
         if self.draining:
             raise NotReadyError("the server is shutting down")
@@ -195,14 +195,14 @@ class RewardService:
         return new.version, new is not old
 
     async def close(self) -> None:
-        """Finish what was accepted, and let the threads end."""
+        """Finish accepted requests, and stop the threads."""
         self.draining = True
         await self.batcher.close()
         self._scoring.close()
         self._loading.close()
 
     def abandon(self) -> None:
-        """Fail the requests that are not answered yet, even while they are being scored."""
+        """Fail all pending requests, even those that are being scored."""
         self.draining = True
         self.batcher.abandon()
 
@@ -270,7 +270,7 @@ def _failed(scores: Scores, errors: dict[int, Exception]) -> Scores:
 
 
 def _warmed_up(load: Callable[[], RewardEnsemble], old: ServedEnsemble | None) -> ServedEnsemble:
-    """Load an ensemble and score once, so that the first request does not pay for it."""
+    """Load an ensemble and score once, so that the first request is not slow."""
     ensemble = load()
     if old is not None and ensemble is old.ensemble:
         return old
@@ -285,7 +285,7 @@ def _warmed_up(load: Callable[[], RewardEnsemble], old: ServedEnsemble | None) -
 
 @dataclass(frozen=True, eq=False)
 class RequestContext:
-    """What the handler of a wire format may use: the version that serves this request.
+    """The interface for handlers of wire formats: scoring by the version that serves this request.
 
     Attributes
     ----------
@@ -332,7 +332,7 @@ class RequestContext:
         prompts : sequence of str, optional
             The prompt of each, in the same template.
         labels : sequence, optional
-            Messages of each prompt, where there are any; see `openrlhf_reward`.
+            Messages of each prompt, or None; see `openrlhf_reward`.
 
         Raises
         ------
@@ -424,7 +424,7 @@ def check_samples(samples: Sequence[Sample], limits: Limits) -> None:
     Raises
     ------
     UnprocessableError
-        If there is no sample.
+        If `samples` is empty.
     TooLargeError
         If there are too many, or one of them or all together are too long.
     """
@@ -457,7 +457,7 @@ def _prompt_characters(prompt: Prompt) -> int:
 def estimate_tokens(sample: Sample) -> tuple[int, int]:
     """Estimate the tokens of a sample's prompt and of its completion: a quarter of the bytes.
 
-    For queues and limits, which must not wait for a tokenizer; members count their own.
+    Used for queues and limits, which cannot wait for a tokenizer.
     """
     prompt = sample.prompt
     turns = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, even in a power cut."""
+"""Atomic file writes: a file is complete or absent, even after a power cut."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the jobs on a run folder share: options, outcome, lock, audit line.
+"""Shared by the jobs on a run folder: options, outcome, lock, audit line.
 
-Knows nothing of what a job decides.
+Independent of what a job decides.
 """
 
 from __future__ import annotations
@@ -114,13 +114,13 @@ class Job:
                     self.repair_log()
                 yield
             except (EnsembleRMError, OSError) as error:
-                # A full disk may refuse the audit line, too; the first error is the one to report.
+                # A full disk may refuse the audit line too; report the first error.
                 with suppress(OSError):
                     self._log({"verdict": "error", "reason": f"{type(error).__name__}: {error}"})
                 raise
 
     def repair_log(self) -> None:
-        """Append what a killed run of this job could not write any more; by default nothing."""
+        """Append the audit line that a killed run could not write; by default nothing."""
 
     def finish(self, outcome: Outcome) -> Outcome:
         """Write the run's audit line, except in a dry run, and return the outcome."""

@@ -88,7 +88,7 @@ class Versions:
 
     @property
     def pointer(self) -> Pointer:
-        """Which version is current, and whether it is pinned."""
+        """The current version, and whether it is pinned."""
         return read_pointer(self.folder)
 
     @property
@@ -293,7 +293,7 @@ class Versions:
         Raises
         ------
         VersionError
-            If there is no earlier version, or the current one is pinned.
+            If no earlier version exists, or the current one is pinned.
         """
         with self.lock():
             pointer, now = self.pointer, self.current()
@@ -399,7 +399,7 @@ class Versions:
             target = version_folder(self.folder, version.number)
             scratch.rename(target)
             sync_folder(target.parent)
-        # Last: a reader finds the new version only once all of it is on the disk.
+        # Last, so that a reader finds the new version only when all of it is on the disk.
         self._point(Pointer(version.number, version.number))
 
     def _point(self, pointer: Pointer) -> None:

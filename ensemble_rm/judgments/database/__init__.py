@@ -1,1 +1,1 @@
-"""database."""
+"""The database of the judgment store: engines, tables, queries and writes."""

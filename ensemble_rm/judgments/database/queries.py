@@ -20,7 +20,7 @@ COLUMNS: tuple[str, ...] = (
     *("outcome", "annotator", "judged_at", "source", "external_id"),
     *("batch", "policy", "subset", "strategy", "inclusion"),
 )
-ROWS_AT_ONCE = 1000  # values in one IN, rows in one fetch
+ROWS_AT_ONCE = 1000  # maximum values of an IN clause, and rows of a fetch
 
 
 def conditions(where: JudgmentFilter) -> list[ColumnElement[bool]]:

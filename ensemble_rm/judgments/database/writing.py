@@ -31,7 +31,7 @@ class Written:
     added, already : int
         Numbers of new judgments, and of those stored already.
     waiting : list of Judgment
-        Corrections of judgments that are not stored, at least not yet.
+        Corrections of judgments that are not stored yet.
     refused : list of (Judgment, DataError)
         Judgments that conflict with a stored one.
     """
@@ -83,7 +83,7 @@ class Writer:
             except OperationalError as error:
                 if getattr(error.orig, "sqlstate", None) not in DEADLOCKS or not left:
                     raise
-                time.sleep(0.01)  # another writer had the rows; deadlocks resolve on a retry
+                time.sleep(0.01)  # a deadlock with another writer resolves on a retry
         raise AssertionError("unreachable")
 
     def _insert_all(self, batch: Sequence[Judgment]) -> Written:
@@ -138,7 +138,7 @@ def _next_round(
 
 
 def holds_another(one: Judgment, holder: str) -> JudgmentConflictError:
-    """Return the error of a judgment whose external id belongs to another one."""
+    """Return the error of a judgment whose external id belongs to another judgment."""
     return JudgmentConflictError(
         f"`external_id` {one.external_id!r} of source {one.source!r} is stored with other content "
         f"(id {holder}); if the verdict changed, add a correction with `corrects` and another "
@@ -149,7 +149,7 @@ def holds_another(one: Judgment, holder: str) -> JudgmentConflictError:
 def corrected_twice(one: Judgment, by: str) -> JudgmentConflictError:
     """Return the error of a second correction."""
     return JudgmentConflictError(
-        f"`corrects` {one.corrects}: that judgment is corrected already, by {by}; correct that one"
+        f"`corrects` {one.corrects}: that judgment already has a correction, {by}; correct that one"
     )
 
 
@@ -194,8 +194,7 @@ def _content(texts_: Sequence[bytes], values: Sequence[object]) -> bytes:
 def insert(connection: Connection, rows: Collection[Judgment]) -> int:
     """Insert judgments and their texts, except those already stored; return how many are new.
 
-    All writers insert rows in the same order, so that two of them wait for one another instead of
-    running into a deadlock.
+    All writers insert rows in the same order, so that two of them do not deadlock.
     """
     if not rows:
         return 0

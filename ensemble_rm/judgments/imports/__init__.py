@@ -1,4 +1,4 @@
-"""Importing judgments: one file per format, and one row for it here."""
+"""Importing judgments: one module per format, registered here."""
 
 from ensemble_rm.judgments.imports import argilla, jsonl, label_studio
 from ensemble_rm.judgments.imports.formats import register_format

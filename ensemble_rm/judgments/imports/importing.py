@@ -1,6 +1,6 @@
-"""Import a file of judgments into the store, and name every bad row.
+"""Import a file of judgments into the store, and report every bad row.
 
-Knows the steps (read, reconcile, write); the fields of a file are its format's matter.
+Implements the steps (read, reconcile, write); the formats read the fields.
 """
 
 from __future__ import annotations

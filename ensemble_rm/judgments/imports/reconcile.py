@@ -66,7 +66,7 @@ class Reconciler:
         self._correct, self._writer = correct, writer
         self._scratch = None if writer is not None else _Scratch()
         self._pending: list[Judgment] = []
-        self._lines: dict[str, int] = {}  # of pending corrections
+        self._lines: dict[str, int] = {}  # lines of pending corrections
         self._corrected: dict[str, str] = {}  # old id → new id, in a check only
 
     def add(self, batch: Sequence[Entry], result: Imported) -> None:
@@ -76,7 +76,7 @@ class Reconciler:
             held |= self._scratch.held({entry.key for entry in batch})
         fresh: dict[Key, Judgment] = {}
         later: list[Judgment] = []
-        named: list[Judgment] = []  # corrections that the file itself names
+        named: list[Judgment] = []  # corrections that the file itself contains
         for entry in batch:
             old = held.get(entry.key)
             try:
@@ -127,7 +127,7 @@ class Reconciler:
         if old.content == content_of(judgment):
             return None
         if old.first != old.latest and revised <= old.judged_at:
-            return None  # an older state of a verdict that was corrected since
+            return None  # an older state of a verdict that has been corrected since
         if not self._correct:
             raise holds_another(judgment, old.first)
         name = f"{judgment.external_id}@{revised.isoformat()}"

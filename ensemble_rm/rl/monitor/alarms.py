@@ -95,7 +95,7 @@ _NUMBERS = [f.name for f in fields(StepRecord) if f.name not in ("step", "length
 
 @dataclass(frozen=True)
 class Alarm:
-    """A sign that a run is going wrong.
+    """A sign of over-optimisation.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
-"""A monitor of a run: reward, spread, length, disagreement, KL and gold, against a reference.
+"""A monitor of an RL run: reward, spread, length, disagreement, KL and gold reward.
 
-It works with any trainer: give it the samples and rewards of each step. The rule that raises alarms
-is in `alarms`.
+It works with any trainer: pass it the samples and rewards of each step. `alarms` has the rule that
+raises alarms.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Call:
 
 
 class OverOptimisationMonitor:
-    """Follows a run and raises alarms.
+    """Monitors a run for over-optimisation and raises alarms.
 
     Parameters
     ----------
@@ -233,8 +233,8 @@ class OverOptimisationMonitor:
         path : str or Path
             A file that `save` wrote.
         until : int
-            Step from which the run continues; later records are dropped, since their steps are
-            taken again.
+            Step from which the run continues; later records are dropped, since those steps are
+            repeated.
 
         Raises
         ------

@@ -120,7 +120,7 @@ class MonitorCallback(TrainerCallback):
                 raise LoopError("use_liger_kernel fixes beta at the start; switch it off")
         self._trainer = trainer
         self.reward.watched_by(self._collect)
-        # First, so that the callbacks that report see what it adds to the logs.
+        # First, so that reporting callbacks see the figures that it adds to the logs.
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
@@ -149,7 +149,7 @@ class MonitorCallback(TrainerCallback):
                 "started with; pass it as reference, or kl_every=0"
             )
         reference = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
-        # TRL and accelerate put closures over the policy there: the copy's would run the policy.
+        # TRL and accelerate store closures over the policy there; a copy's would run the policy.
         vars(reference).pop("forward", None)
         self.reference = reference
 

@@ -1,1 +1,1 @@
-"""http."""
+"""The HTTP layer of the server: application, connections, tokens, OpenAPI description."""

@@ -1,4 +1,4 @@
-"""The ASGI application: a route for each wire format, and routes for those who operate the server.
+"""The ASGI application: routes of the wire formats, and routes to operate the server.
 
 A request passes from `Guard` (token, metrics) to the endpoint of its path: its body is read within
 limits, validated as the wire format's request, and given to the format's handler; the result or the
@@ -55,9 +55,9 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
-_LISTS = 4  # lists in a body that are as long as its samples
+_LISTS = 4  # per-sample lists in a body
 _FAULTS_SHOWN = 5
-_CLIENT_GONE = 499  # nginx's code; no client reads it, the metrics count it
+_CLIENT_GONE = 499  # nginx's code for a client that left; only the metrics see it
 _log = logging.getLogger(__name__)
 
 
@@ -349,21 +349,21 @@ def json_response(
     status: int = 200,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    """Return JSON, with the version that made it in a header; a NaN is an error."""
+    """Return a JSON response, with the version in a header; a NaN is an error."""
     named = {VERSION_HEADER: version} if version is not None else {}
     body = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return Response(body, status, headers=named | (headers or {}), media_type="application/json")
 
 
 def error_response(error: Exception) -> Response:
-    """Return the answer to a request that failed."""
+    """Return the response to a request that failed."""
     return json_response(
         error_body(error), status=error_status(error), headers=error_headers(error)
     )
 
 
 def _answering(endpoint: Endpoint) -> Endpoint:
-    """Answer every exception of an endpoint; the log names it, without a request's text."""
+    """Turn exceptions of an endpoint into responses; logs never have a request's text."""
 
     async def answering(request: Request) -> Response:
         try:
@@ -381,7 +381,7 @@ def _answering(endpoint: Endpoint) -> Endpoint:
 
 
 async def _no_route(_: Request, error: Exception) -> Response:
-    """Answer an unknown path or method."""
+    """Respond to an unknown path or method."""
     assert isinstance(error, HTTPException)
     detail = error_detail(error.detail, "HTTPError", error.status_code)
     headers = dict(error.headers or {})
@@ -392,7 +392,7 @@ async def _no_route(_: Request, error: Exception) -> Response:
 
 
 class Guard:
-    """The outermost layer: ask for the token, count and time the responses.
+    """The outermost middleware: checks the token, counts and times the responses.
 
     Parameters
     ----------

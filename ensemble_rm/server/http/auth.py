@@ -67,7 +67,7 @@ def _credential(header: bytes) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches a server that binds `host`."""
+    """Return whether `host` is a loopback address, which only this machine can reach."""
     if host == "localhost":
         return True
     try:

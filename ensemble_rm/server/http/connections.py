@@ -1,11 +1,11 @@
 """uvicorn's HTTP/1.1 connections, with a deadline for headers and a maximum number.
 
-uvicorn has no such deadline, and its own limit refuses requests on connections that are open.
-Here, a connection that sends nothing, or its headers byte by byte, is answered 408 and closed, and
-one that does not read its response is cut off. A client that is still sending when the connection
-is to be closed is read for a moment more, since it would otherwise see a reset and not the
-response. A response's head and body are sent in one write: a server that is killed has sent all of
-a short response or nothing, and a load balancer then asks the next server.
+uvicorn has no such deadline, and its own limit would refuse requests on open connections. Here, a
+connection that sends nothing, or its headers byte by byte, is answered 408 and closed, and one that
+does not read its response is cut off. If a client is still sending when the connection is to be
+closed, its data are read for a moment more; otherwise it would see a reset instead of the response.
+A response's head and body are sent in one write: a killed server has sent a short response
+completely or not at all, so that a load balancer can retry on the next server.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class OneWrite:
     Parameters
     ----------
     transport : asyncio.Transport
-        All that is not defined here is looked up in it.
+        The wrapped transport; other attributes are delegated to it.
     loop : asyncio.AbstractEventLoop
     end : callable
         Called once, with the transport, to close it.
@@ -104,7 +104,7 @@ class DeadlineProtocol(H11Protocol):
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the deadline of the first request's headers, or refuse one connection too many."""
+        """Start the deadline of the first headers, or refuse the connection at the limit."""
         if len(self.connections) >= self.most:
             transport.write(_FULL)
             transport.set_protocol(_Lingering(transport, self.loop, lambda _: None))
@@ -122,7 +122,7 @@ class DeadlineProtocol(H11Protocol):
             return
         self._disarm()
         if self._between_requests and self.timeout_keep_alive_task is None:
-            # These bytes were the rest of a body that is already answered: it is idle again.
+            # These bytes were the rest of a body already responded to; it is idle again.
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )

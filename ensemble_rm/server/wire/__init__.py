@@ -1,1 +1,1 @@
-"""wire."""
+"""Wire formats: the requests and responses of each kind of client."""

@@ -1,7 +1,6 @@
-"""A wire format: the row from which the server makes its routes and their OpenAPI description.
+"""A wire format: the routes of one kind of client, from which OpenAPI is generated.
 
-Each built-in format is a file in this folder, which ends in such a row. `register` adds one from
-outside the package.
+Each built-in format is a module in this folder. `register` adds one from outside the package.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ class Route:
     path : str
         Begins with a slash.
     handler : callable
-        ``await handler(request, context)`` returns the response: an instance of `response`, or
-        what its JSON is made of. Every exception becomes an error's answer.
+        ``await handler(request, context)`` returns the response: an instance of `response`, or a
+        value that serialises to its JSON. Exceptions become error responses.
     request, response : type of pydantic.BaseModel
     examples : mapping of str to JSON
-        Requests by name, for the description.
+        Example requests by name, for the OpenAPI description.
     keys : tuple of str
         Keys that only this request has, where several requests share a path: a body has exactly one
         key of all these requests.

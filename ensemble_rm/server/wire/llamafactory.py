@@ -1,7 +1,7 @@
 """LLaMA-Factory's ``/v1/score/evaluation`` (0.9), which its PPO trainer calls.
 
-Its client sends no header, has no time-out and does not look at the status: it reads ``scores``,
-which an error's body does not have.
+Its client sends no header, has no time-out and ignores the status: it reads ``scores``, which is
+missing in an error's body, so that an error is never read as a reward.
 """
 
 from __future__ import annotations

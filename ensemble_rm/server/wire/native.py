@@ -32,7 +32,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few_fields(cls, body: object) -> object:
-        """Refuse at once what would be one fault per field."""
+        """Refuse a body with too many fields, instead of reporting an error per field."""
         if isinstance(body, dict) and len(body) > _MOST_FIELDS:
             raise PydanticCustomError("too_many_fields", "too many fields")
         return body
@@ -65,7 +65,7 @@ class ScoredSample(Body):
     )
 
 
-Strength = Annotated[FiniteFloat, Field(ge=0, le=1e6)]  # so that no ordinary spread overflows
+Strength = Annotated[FiniteFloat, Field(ge=0, le=1e6)]  # bounded against overflow
 
 
 class PlainAggregator(Body):
@@ -249,7 +249,7 @@ def aggregate_again(
 ) -> tuple[Floats, Mapping[int, Exception]]:
     """Return the rewards by another aggregator, and the errors of the rows that have none.
 
-    What this aggregator cannot do is the request's fault: an `UnprocessableError`.
+    Errors of the requested aggregator are errors of the request: `UnprocessableError`.
     """
     errors = dict(scores.failed)
     reward = np.full(len(scores.reward), np.nan)

@@ -61,11 +61,11 @@ def read_label(label: object) -> object:
         content = from_json(label, allow_inf_nan=False)
     except ValueError:
         return None
-    return None if isinstance(content, str) else content  # text within text is not parsed again
+    return None if isinstance(content, str) else content  # nested JSON text is not parsed
 
 
 def _finite(values: Floats) -> list[float]:
-    """Return a log; the client makes tensors of it, which have no null.
+    """Return a logged value, which the client puts into a tensor: null is not allowed.
 
     Raises
     ------

@@ -1,9 +1,9 @@
 """Text in the policy's chat template → a sample, without guessing.
 
-Most wire formats carry one string that a chat template made of prompt and completion. Members have
-templates of their own, so the string must be split into turns again: the operator states how the
-template writes a turn, and text that is not made of such turns is refused. Members that read the
-policy's template can be declared; they score the text as it is.
+Most wire formats carry one string: prompt and completion rendered by the policy's chat template.
+Members have templates of their own, so the string must be split into turns again. The operator
+states how the template writes a turn, and text in another format is refused. Members that read the
+policy's template can be declared; they score the text unchanged.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class TurnTemplate:
         Raises
         ------
         UnprocessableError
-            If the text is not made of such turns, or does not end in one by the assistant.
+            If the text does not consist of such turns, or does not end in one by the assistant.
         """
         turns = [self._turn(piece) for piece in self._pieces(text)]
         if len(turns) < 2 or turns[-1].role != "assistant":
@@ -221,7 +221,7 @@ class RawText:
             return read_query(query, prompt, label, stop=self.stops, refusing=refusing)
         except RawTextError:
             return self.whole(query, names)
-        except DataError:  # its message quotes the query
+        except DataError:  # the original message quotes the query, which responses must not
             raise UnprocessableError(
                 "a query does not begin with its prompt, or its label's messages cannot be read"
             ) from None

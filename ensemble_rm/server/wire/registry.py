@@ -25,8 +25,7 @@ def register(row: WireFormat) -> None:
     Raises
     ------
     OptionError
-        If there is a format of that name, or one of its paths is taken and the requests cannot be
-        told apart by `Route.keys`.
+        If the name is taken, or a path is taken and `Route.keys` does not distinguish the requests.
     """
     if row.name in _FORMATS:
         raise OptionError(f"there is a wire format {row.name!r} already; choose another name")

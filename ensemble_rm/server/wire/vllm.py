@@ -1,9 +1,8 @@
 """vLLM's ``/classify`` (0.33), for texts and for messages.
 
-vLLM applies a sigmoid to a single score unless ``use_activation`` is false, and so does this: the
-response is then σ(reward), in (0, 1). A client that trains on it must send false. Fields that
-change how vLLM tokenises are accepted and ignored: members have tokenizers and templates of their
-own.
+As in vLLM, a single score goes through a sigmoid unless ``use_activation`` is false: the response
+is σ(reward), in (0, 1). A client that trains on rewards must send false. Fields that change how
+vLLM tokenises are accepted and ignored: members have tokenizers and templates of their own.
 """
 
 from __future__ import annotations

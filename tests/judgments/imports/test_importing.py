@@ -64,7 +64,7 @@ BAD = [
     (judged(14, external_id="taken").to_json(), "'taken' of source 'test' is stored with other"),
     (judged(15, external_id="twice").to_json(), "'twice' of source 'test' is stored with other"),
     (judged(16, corrects="0" * 32).to_json(), "no such judgment is stored"),
-    (judged(17, corrects=judged(0).id).to_json(), "is corrected already"),
+    (judged(17, corrects=judged(0).id).to_json(), "already has a correction"),
 ]
 
 

@@ -1,1 +1,1 @@
-"""How a store's schema came to be, one file a step; run by Alembic when a store is opened."""
+"""Migrations of the store's schema, one file each; Alembic runs them when a store is opened."""

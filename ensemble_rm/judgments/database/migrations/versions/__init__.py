@@ -1,1 +1,1 @@
-"""The steps, in the order of their numbers; a step that was released is never changed."""
+"""The migrations, in the order of their numbers; a released migration is never changed."""

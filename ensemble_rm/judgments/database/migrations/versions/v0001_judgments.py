@@ -1,4 +1,4 @@
-"""Judgments and their texts; the database itself refuses to change or to forget one."""
+"""Judgments and their texts, with triggers that refuse to change or delete them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _make_tables() -> None:
 
 
 def _guard_sqlite() -> None:
-    """Refuse UPDATE and DELETE, and leave alone what INSERT OR REPLACE would delete."""
+    """Refuse UPDATE and DELETE, and ignore INSERT OR REPLACE of an existing row."""
     for table in TABLES:
         for deed in ("UPDATE", "DELETE"):
             op.execute(
@@ -90,5 +90,5 @@ def _guard_postgresql() -> None:
 
 
 def downgrade() -> None:
-    """Refuse: a step back would drop judgments."""
+    """Refuse to downgrade, which would drop judgments."""
     raise NotImplementedError("judgments are never dropped")
