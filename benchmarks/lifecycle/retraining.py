@@ -57,7 +57,7 @@ from ensemble_rm.members import HeadRecipe
 from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.heads.scorer import HeadScorer
-from ensemble_rm.members.heads.solver import solve_heads
+from ensemble_rm.members.heads.training import solve_heads
 from ensemble_rm.members.learning.seeds import member_seeds
 from ensemble_rm.retraining.candidate import deal
 from ensemble_rm.retraining.options import RetrainingOptions

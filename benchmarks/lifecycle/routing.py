@@ -50,7 +50,7 @@ from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import fit_normaliser
 from ensemble_rm.members import HeadRecipe, JudgeComparator
 from ensemble_rm.members.backbone.checkpoint import locate
-from ensemble_rm.members.heads.solver import solve_heads
+from ensemble_rm.members.heads.training import solve_heads
 from ensemble_rm.members.learning.seeds import member_seeds
 from ensemble_rm.metrics import accuracy, nll
 

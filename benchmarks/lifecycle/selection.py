@@ -42,7 +42,7 @@ from ensemble_rm.data.weights import effective_sample_size, inclusion_weights
 from ensemble_rm.errors import CalibrationError
 from ensemble_rm.members import HeadRecipe
 from ensemble_rm.members.backbone.checkpoint import locate
-from ensemble_rm.members.heads.solver import solve_heads
+from ensemble_rm.members.heads.training import solve_heads
 from ensemble_rm.members.heads.weights import HeadWeights, PairFeatures
 from ensemble_rm.members.learning.seeds import member_seeds
 from ensemble_rm.metrics import pair_nll

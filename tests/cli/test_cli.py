@@ -431,7 +431,7 @@ def test_every_error_has_an_exit_code() -> None:
     for kind in kinds(EnsembleRMError):
         codes = (13,) if issubclass(kind, LockedError) else range(2, 7)
         codes = (7,) if issubclass(kind, RemoteError) else codes
-        assert exit_code(kind("x")) in codes, kind
+        assert exit_code(kind.__new__(kind)) in codes, kind  # some take more than a message
 
 
 def test_the_module_is_the_command() -> None:

@@ -6,6 +6,7 @@ the highest layer that is read are dropped at loading. Knows nothing of heads or
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,22 +16,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.encoding import Encoded, TextEncoder
 from ensemble_rm.members.forward.batching import Batch, passes, pick_token_budget
-from ensemble_rm.members.forward.prefix_cache import (
-    Prefix,
-    keeps_a_cache,
-    read_prefix,
-    splits_attention,
-)
+from ensemble_rm.members.forward.prefix_cache import Prefix, read_prefix, splits_attention
 from ensemble_rm.progress import Progress, silent
 
 if TYPE_CHECKING:
     from ensemble_rm.members.backbone.feature_cache import FeatureCache
+
+_log = logging.getLogger(__name__)
 
 _CHUNK = 256  # texts read at once: what memory holds, and what an interruption can cost
 
@@ -173,6 +172,26 @@ def first_output(output: Any) -> torch.Tensor:
     return states
 
 
+@torch.inference_mode()
+def keeps_a_cache(model: torch.nn.Module, device: torch.device) -> bool:
+    """Return whether a model is causal and fills a cache of keys and values on two tokens.
+
+    Only then can completions of one prompt share it.
+    """
+    ids = torch.ones(1, 2, dtype=torch.int64, device=device)
+    out = model(input_ids=ids, attention_mask=ids, use_cache=True)
+    cache = getattr(out, "past_key_values", None)
+    layers = getattr(cache, "layers", [])
+    # Other classes of layer, such as quantised or recurrent ones, cannot be copied per completion.
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    shared = any(layer.is_initialized for layer in layers) and all(
+        type(layer) in known for layer in layers
+    )
+    if not shared:
+        _log.debug("%s keeps no cache of keys and values: no prefix is shared", type(model))
+    return shared
+
+
 class Trunk:
     """A backbone up to block `top`, frozen.
 
@@ -229,7 +248,7 @@ class Trunk:
         setattr(model.get_submodule(".".join(self.path[:-1])), self.path[-1], self.blocks)
         self.model: Any = model.to(self.device)
         if self.device.type == "cpu":
-            from ensemble_rm.members.forward.cpu import use_cpu_kernels
+            from ensemble_rm.members.forward.cpu.kernels import use_cpu_kernels
 
             use_cpu_kernels(self.model, self.rest)
         model_config: Any = self.model.config

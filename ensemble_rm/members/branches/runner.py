@@ -16,12 +16,11 @@ import torch
 from transformers.cache_utils import Cache
 
 from ensemble_rm.errors import ModelError, OptionError
-from ensemble_rm.members.backbone.trunk import Pooling, Rule, Trunk, View, pool
+from ensemble_rm.members.backbone.trunk import Pooling, Rule, Trunk, View, keeps_a_cache, pool
 from ensemble_rm.members.encoding import Encoded
 from ensemble_rm.members.forward.batching import Batch, passes
 from ensemble_rm.members.forward.prefix_cache import (
     Prefix,
-    keeps_a_cache,
     padded,
     read_keys,
     splits_attention,

@@ -25,25 +25,7 @@ from ensemble_rm.members.learning.averaging import (
 
 
 class BranchScorer(Branched):
-    """k branches over one trunk.
-
-    Parameters
-    ----------
-    backbone : Backbone
-    options : TrunkOptions
-        How the trunk reads text; the same in training and in scoring.
-    views : sequence of View
-        How each branch's last states are pooled; the layer is the deepest.
-    heads : HeadWeights
-    tensors : sequence of dict
-        Each branch's weights by name; names of its lowest block start with ``"0."``.
-    blocks : int
-        Number of blocks of each branch.
-    names : sequence of str, optional
-        One per branch.
-    branching : Branching, optional
-        Over an open trunk; by default one is loaded at the first score.
-    """
+    """k branches over one trunk; see `Branched` for the parameters."""
 
     kind = "branch"
     file = "branches.safetensors"

@@ -10,20 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
-
-_log = logging.getLogger(__name__)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 
 @dataclass(frozen=True)
@@ -159,22 +151,6 @@ def padded(
         ids[row, its] = torch.tensor(prompt)
         mask[row, its] = 1
     return ids.to(device), mask.to(device)
-
-
-@torch.inference_mode()
-def keeps_a_cache(model: Any, device: torch.device) -> bool:
-    """Say whether a model's prompts can be shared: it is asked on two tokens."""
-    ids = torch.ones(1, 2, dtype=torch.int64, device=device)
-    out = model(input_ids=ids, attention_mask=ids, use_cache=True)
-    cache = getattr(out, "past_key_values", None)
-    layers = getattr(cache, "layers", [])
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    shared = any(layer.is_initialized for layer in layers) and all(
-        type(layer) in known for layer in layers
-    )
-    if not shared:
-        _log.debug("%s keeps no cache of keys and values: no prefix is shared", type(model))
-    return shared
 
 
 @torch.inference_mode()

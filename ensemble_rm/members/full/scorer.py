@@ -23,11 +23,11 @@ from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.options import TrunkOptions
-from ensemble_rm.members.backbone.trunk import pool
+from ensemble_rm.members.backbone.trunk import keeps_a_cache, pool
 from ensemble_rm.members.digest import member_digest
 from ensemble_rm.members.encoding import Encoded, TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import Batch, passes, pick_token_budget
-from ensemble_rm.members.forward.prefix_cache import keeps_a_cache, read_prefix, splits_attention
+from ensemble_rm.members.forward.prefix_cache import read_prefix, splits_attention
 from ensemble_rm.members.learning.averaging import (
     NAME,
     average_files,
@@ -194,7 +194,7 @@ class FullScorer(ModelScorer):
                 model = bb.load_classifier(self.backbone.folder, dtype=self.options.dtype)
                 set_pad_token(model, self._encoder.tokenizer)
                 if self.device.type == "cpu":
-                    from ensemble_rm.members.forward.cpu import use_cpu_kernels
+                    from ensemble_rm.members.forward.cpu.kernels import use_cpu_kernels
 
                     use_cpu_kernels(model)
                 config = model.config.get_text_config()

@@ -24,28 +24,16 @@ from ensemble_rm.members.lora.recipe import LoraOptions
 
 
 class LoraScorer(Branched):
-    """k adapters over one backbone.
+    """k adapters over one backbone; see `Branched` for the other parameters.
 
     Parameters
     ----------
-    backbone : Backbone
-    options : TrunkOptions
-        How the trunk reads text; the same in training and in scoring.
-    views : sequence of View
-        How each member's last states are pooled; the layer is the deepest.
-    heads : HeadWeights
-    tensors : sequence of dict
-        Each adapter's weights by name; names on the lowest adapted block start with ``"0."``.
     blocks : int
         Number of top blocks that are adapted; the blocks below run once for all members.
     lora : LoraOptions
         Shape of the adapters.
     shared : dict, optional
         Weights of the adapter that is merged into the blocks before all others: the warm start.
-    names : sequence of str, optional
-        One per adapter.
-    branching : Branching, optional
-        Over an open trunk; by default one is loaded at the first score.
     """
 
     kind = "lora"

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ensemble_rm.errors import OptionError, TrainingError
 from ensemble_rm.members import HeadRecipe
-from ensemble_rm.members.heads.solver import solve_heads
+from ensemble_rm.members.heads.training import solve_heads
 from ensemble_rm.members.heads.weights import HeadsResult, PairFeatures
 from ensemble_rm.members.learning.seeds import member_seeds
 
