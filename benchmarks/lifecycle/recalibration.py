@@ -4,12 +4,12 @@
 truth, not against labels, on 4,000 fresh pairs a month, the mean of the year's twelve months. The
 first calibration has 300 judgments; blind refits and the gated job look at the same 180 days with
 the same half-life of 60. Drift sets in with the fifth month: scale (T × 1.25, 1.5, 2, 0.5, or a
-ramp to 2), an offset of the log-odds of what stands first, a bias for length; a control has none.
-In a corrupted year the ninth month's verdicts are coins (`inverted`: the other side's).
+ramp to 2), an offset of the log-odds of the first side, a bias for length; a control has none. In a
+corrupted year the ninth month's verdicts are coins (`inverted`: the other side's).
 
 The job's gate and its drift test are the library's. `ece_*` are medians over seeds of the mean over
 all drifts, control included; `ece_POLICY_DRIFT` are those of one drift. `delay_months_DRIFT`: from
-the onset until the test of a calibration that nobody replaces alarms (13 where it does not within
+the onset until the test of a calibration that is never replaced alarms (13 where it does not within
 the year; `detected_` is the share of years in which it does); `delay_months` is that of T doubled.
 `followed_months_DRIFT`: until the gated job has gone half the way. `healthy_years_alarmed_upper` is
 the 95 % Clopper–Pearson upper bound of the share of control years in which the gated job raised an

@@ -1,9 +1,9 @@
 """Rounds of best-of-n against a proxy whose gold is known: frozen, recalibrated, retrained.
 
 Real completions, hh_rlhf.jsonl. Gold is five heads on SmolLM2-135M's features, fitted on every
-human verdict; it prefers a side with σ(Δ/T), T such that the likelier side wins three times in
-four. The proxies are five heads with a view each on MiniLM-L6, which share no feature with gold,
-trained on 400 pairs that gold judged with that noise. A prompt has two completions here, so a
+human verdict; it prefers a side with probability σ(Δ/T), where T lets the likelier side win three
+times in four. The proxies are five heads with a view each on MiniLM-L6, which share no feature with
+gold, trained on 400 pairs that gold judged with that noise. A prompt has two completions here, so a
 candidate's score is centred within its prompt, and best-of-n is over candidates of all prompts.
 
 A round: the policy, best-of-32 by the current reward, picks 240 completions of prompts that were
@@ -14,7 +14,7 @@ says. `retrained_random` is the same on as many judgments of pairs drawn at rand
 does without the policy. `blind` publishes whatever was trained on the policy's pairs.
 
 A temperature does not change an order: best-of-n picks the same under `recalibrated` as under
-`frozen`, and gold is the same number. What it mends are probabilities.
+`frozen`, and gold is the same number. It changes only probabilities.
 
 Figures, ten seeds (median, lowest, highest): `gold_…`, gold of best-of-512 on 3,000 prompts that
 no round sees, unbiased, in units of gold's RMS within prompts, after the last round; `gain_…`, the

@@ -1,12 +1,12 @@
-"""What routing buys: accuracy and NLL against the share of pairs that a judge is asked about.
+"""Gain from routing: accuracy and NLL against the share of pairs sent to a judge.
 
 Real human preferences, hh_rlhf.jsonl. The ensemble is five heads with a view each on a frozen
 MiniLM-L6. The judge is a larger model, five such heads on a frozen SmolLM2-135M, calibrated on the
 same pairs, and asked as any judge is: over a chat endpoint, in both orders, its log-probabilities
-read, with a planted preference of .7 logits for what stands first. Both learn from the same pairs;
+read, with a planted preference of .7 logits for the first side. Both learn from the same pairs;
 calibration and test pairs are of other prompts. Features are read once and kept.
 
-Pairs are routed by each uncertainty at each share. Beside it stands routing at random at the same
+Pairs are routed by each uncertainty at each share. The baseline is random routing at the same
 share, in expectation: that share of the judge's loss and the rest of the ensemble's.
 
 Figures, a part each (`all` the four subsets together, `harmless` harmless-base alone):

@@ -1,7 +1,7 @@
 """How many judgments each strategy of `select` needs to reach the same NLL as random draws.
 
 Real human preferences, hh_rlhf.jsonl, its features read once by a frozen SmolLM2-135M (--backbone
-minilm: MiniLM-L6): five linear heads with a view each, solved anew after every round. All arms
+minilm: MiniLM-L6): five linear heads with a view each, solved again after every round. All arms
 start from the same random pairs; each round its ensemble scores the pool of pairs that it has not
 asked for, and `plan_draw` draws the next ones: by BALD, margin or disagreement, a share of them at
 random, or all at random. Trained with the weights 1/π, or without. Validation pairs (the heads'

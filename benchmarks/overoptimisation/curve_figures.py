@@ -1,8 +1,8 @@
-"""What curves of gold against n say: peaks, drops, and the share of a drop that is removed.
+"""Figures of curves of gold against n: peaks, drops, and the share of a drop that is removed.
 
 A drop is (peak − final) of the mean curve over the repeats. Intervals are 95 % of a bootstrap over
-repeats that finds each peak anew; where repeats are cells of a grid, such as prompts by seeds, both
-sides of the grid are drawn.
+repeats that finds each peak again; where repeats are cells of a grid, such as prompts by seeds,
+both sides of the grid are drawn.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Curves:
         return self._interval(lambda a, b: a.max(axis=1) - b.max(axis=1), arm, reference)
 
     def removed(self, arm: str, reference: str) -> Interval | None:
-        """Share of the reference's drop that an arm lacks; None where there is no sure drop."""
+        """Share of the reference's drop that an arm removes; None if no drop is significant."""
         if self.drop(reference).low <= 0:
             return None
         return self._interval(lambda a, b: 1 - drop(a) / drop(b), arm, reference)

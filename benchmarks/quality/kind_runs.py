@@ -1,4 +1,4 @@
-"""Every kind of member on one part of the pairs: what `kinds.py` is made of.
+"""Runs of every kind of member on one part of the pairs, for `kinds.py`.
 
 A run is one way to train k members, under one seed, which deals the pairs too. What is kept of it
 are the members' raw scores, so that ensembles of any members can be measured afterwards; a run that

@@ -1,6 +1,6 @@
-"""What each kind of member costs, and what diversity it buys.
+"""Cost and diversity of each kind of member.
 
-Pairs of hh_rlhf's harmless-base, dealt by prompt anew for each seed: 1,000 to train, 140 for early
+Pairs of hh_rlhf's harmless-base, split by prompt for each seed: 1,000 to train, 140 for early
 stopping and the normaliser, 180 for the temperature, the rest to test; 256 tokens, bfloat16, one
 thread, three members a run, at most --epochs epochs with a patience of 1. Texts unlike the training
 data are pairs of tldr.jsonl. Every recipe that makes members differ is switched on by itself.

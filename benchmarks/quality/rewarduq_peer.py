@@ -9,8 +9,8 @@ default.yaml` with the values that the job names.
 Two things are done for a BERT encoder, which RewardUQ refuses without a chat template: the
 backbone's folder is copied with a template that renders `[CLS] prompt [SEP] completion [SEP]` (the
 tokens that ours reads), `[SEP]` is named as the end token, and the tokenizer adds no special tokens
-beside those. `completion_mask` is left out at inference, since BERT does not take it. Token types
-are not passed, as RewardUQ never passes them.
+in addition to those. `completion_mask` is left out at inference, since BERT does not take it. Token
+types are not passed, as RewardUQ never passes them.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Both sides get the same pairs (hh_rlhf.jsonl, harmless-base), the same frozen backbone, five heads,
 the same epochs, one thread and float32. They run in turn, each run in a process of its own, in an
 order that alternates; RewardUQ in its own environment, which `rewarduq_peer.py` drives and which is
-made at the first run if --peer-python names none. Pairs of which either side is longer than
---max-length tokens are left out, since RewardUQ drops those and we would cut them.
+made at the first run if --peer-python names none. Pairs with a side longer than --max-length tokens
+are left out, since RewardUQ drops those and we would cut them.
 
 A seed is a fold by prompt and the seed of the heads: a fifth of the pairs is the test, the others
 are dealt to training, validation and calibration. RewardUQ has no early stopping, so it trains on

@@ -170,10 +170,10 @@ def measure_closed(
 
 
 def settle(server: Server, *, again: bool) -> None:
-    """Leave nothing behind that clients asked for and gave up.
+    """Clear the work of requests that clients abandoned.
 
     Ours drops it, but for the batch that it scores. A plain endpoint scores it all the same, for
-    minutes, and is started anew, if it will be asked again.
+    minutes, and is restarted if it is measured again.
     """
     if server.side == "ours":
         spent = -1.0

@@ -1,4 +1,4 @@
-"""The servers of `serving.py`, each in a process of its own, and what tells one from another.
+"""The servers of `serving.py`, each in a process of its own, and their request formats.
 
 `ours` is the ensemble of five branches behind this package's server; `tagged` adds a member that
 says which completion it read, for the soak. `one` and `loop` are a plain FastAPI endpoint after

@@ -1,4 +1,4 @@
-"""Every way to a reward on one fold of preferences: what `human_preferences.py` is made of.
+"""Runs of every kind of reward on one fold of preferences, for `human_preferences.py`.
 
 A fold's result is the calibrated probability of each test pair; results are kept in a work folder,
 so that a run that was cut goes on where it was.

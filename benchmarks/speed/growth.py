@@ -44,7 +44,7 @@ K = 5
 
 
 def write_samples(path: Path, n: int) -> None:
-    """Write n rows of short texts, of which no two are equal."""
+    """Write n rows of short, distinct texts."""
     rng = np.random.default_rng(0)
     with path.open("w", encoding="utf-8") as stream:
         for i in range(n):

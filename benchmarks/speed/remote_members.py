@@ -1,14 +1,14 @@
-"""Members on other servers, asked at once, against members asked one after the other.
+"""Members on other servers: concurrent requests against one member after the other.
 
 Five servers, each a process of its own, speak OpenRLHF's wire format over HTTP and answer a request
-after a fixed time, which stands for a large model's pass: what is measured is how an ensemble
-waits, not how fast anything scores. The local member multiplies matrices for as long as a server
-takes; like a model's pass, that leaves the interpreter free. Both sides score the same samples with
-the same members, in turn: `RewardEnsemble.score`, and a loop over each member's `score`.
+after a fixed time, which simulates a large model's pass: what is measured is how an ensemble waits,
+not how fast anything scores. The local member multiplies matrices for as long as a server takes;
+like a model's pass, that leaves the interpreter free. Both sides score the same samples with the
+same members, in turn: `RewardEnsemble.score`, and a loop over each member's `score`.
 
 Figures: `remote5_vs_turns`, the loop's time over the ensemble's, five remote members;
 `remote5_vs_one`, the ensemble's time over that of one of its members alone, at best 1;
-`mixed_vs_turns`, the loop's time over the ensemble's, with the local member beside them.
+`mixed_vs_turns`, the loop's time over the ensemble's, with the local member added.
 """
 
 from __future__ import annotations

@@ -2,12 +2,11 @@
 
 Both sides run in turn, warm, tokenisation included, under the same dtype, threads and maximum
 length. Workloads: `group16`, prompts of about 200 tokens with 16 completions of at most 64 each;
-`pairs`, chosen and rejected of hh_rlhf.jsonl in order of arrival. Texts are made of words where
-that file is absent. Peers: `one` Hugging Face model, batches of 16 padded in order of arrival; the
-`loop` over five of them; a `switch` of five peft adapters on one; transformers'
-text-classification `pipeline` at batch 32; and the `limit`, the backbone's forward pass on dense
-batches without padding, in tokens a second, against our real tokens a second without prefix
-sharing.
+`pairs`, chosen and rejected of hh_rlhf.jsonl in order of arrival. Without that file, texts are
+random words. Peers: `one` Hugging Face model, batches of 16 padded in order of arrival; the `loop`
+over five of them; a `switch` of five peft adapters on one; transformers' text-classification
+`pipeline` at batch 32; and the `limit`, the backbone's forward pass on dense batches without
+padding, in tokens a second, against our real tokens a second without prefix sharing.
 
 Branches are copies of the last blocks and heads are random vectors: what a weight is does not
 matter to time. Ratios are theirs/ours, above 1 is in our favour; `limit` is ours/theirs. Memory:

@@ -237,9 +237,9 @@ class _Tally:
             )
         ordered = sorted(last.items())
         for i, (name, outcome) in enumerate(ordered):
-            for other, said in ordered[i + 1 :]:
+            for other, other_outcome in ordered[i + 1 :]:
                 sums = self.couples.setdefault((name, other), np.zeros(4))
-                sums += (1.0, outcome == said, outcome == TIE, said == TIE)
+                sums += (1.0, outcome == other_outcome, outcome == TIE, other_outcome == TIE)
 
     def report(self) -> AgreementReport:
         """Compute the report from the sums."""
