@@ -94,7 +94,7 @@ class Calibrate(Command):
         if not self.dry_run:
             ensemble.save_pretrained(out)
             console.save(out)
-            console.next(f"ensemble-rm evaluate {out} --data TEST.jsonl")
+            console.next(f"ensemble-rm evaluate {out} --data {_test_pairs(self.data)}")
         weights = sample_weights(judgments.weights)
         tie_model = calibration.tie_model
         data = {
@@ -116,6 +116,13 @@ class Calibrate(Command):
         if weights.effective < len(judgments) - 0.05:
             line += f"\n  {weights.remark}"
         console.result(data, "\n".join([line, *_details(calibration)]))
+
+
+def _test_pairs(judgments: str) -> str:
+    """Return the test part that `train` wrote next to these judgments, or a placeholder."""
+    path = Path(judgments)
+    test = path.with_name("test.jsonl")
+    return str(test) if path.name == "calibration.jsonl" and test.is_file() else "TEST.jsonl"
 
 
 def _details(calibration: Calibration) -> list[str]:

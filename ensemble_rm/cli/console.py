@@ -29,6 +29,7 @@ class Progress:
         self._stage, self._task = "", None
         self._display: Any = None
         self._started = self._logged = time.monotonic()
+        self._first = 0
 
     def __enter__(self) -> Progress:
         return self
@@ -47,7 +48,8 @@ class Progress:
         """Show that `done` of `total` are done; a total of 0 means unknown."""
         if stage != self._stage:
             self._stage, self._task = stage, None
-            self._started = time.monotonic()
+            # What was done before the first report does not count for the rate.
+            self._started, self._first = time.monotonic(), done
         if self._bars:
             self._draw(stage, done, total)
         elif time.monotonic() - self._logged >= EVERY:
@@ -55,11 +57,16 @@ class Progress:
             print(f"ensemble-rm {self._command}: {self._line(done, total)}", file=sys.stderr)
 
     def _line(self, done: int, total: int) -> str:
-        rate = done / max(time.monotonic() - self._started, 1e-9)
-        text = f"{self._stage}: {done}" + (f" of {total}" if total else "") + f", {rate:.3g}/s"
+        text = f"{self._stage}: {done}" + (f" of {total}" if total else "")
+        rate = self._rate(done)
+        text += f", {rate:.3g}/s" if rate > 0 else ""
         if total and rate > 0:
             text += f", {(total - done) / rate:.0f} s left"
         return text
+
+    def _rate(self, done: int) -> float:
+        elapsed = time.monotonic() - self._started
+        return (done - self._first) / elapsed if elapsed > 0 else 0.0
 
     def _draw(self, stage: str, done: int, total: int) -> None:
         if self._display is None:
@@ -86,8 +93,9 @@ class Progress:
             for task in self._display.task_ids:
                 self._display.remove_task(task)
             self._task = self._display.add_task(stage, total=total or None, rate="")
-        rate = done / max(time.monotonic() - self._started, 1e-9)
-        self._display.update(self._task, completed=done, total=total or None, rate=f"{rate:.3g}/s")
+        rate = self._rate(done)
+        text = f"{rate:.3g}/s" if rate > 0 else ""
+        self._display.update(self._task, completed=done, total=total or None, rate=text)
 
 
 class Console:

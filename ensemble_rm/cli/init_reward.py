@@ -64,5 +64,9 @@ class InitReward(Command):
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-        console.result(data, f"{out}: the reward of version {digest[:12]} for {self.loop}")
+        text = (
+            f"{out}: the reward of version {digest[:12]} for {self.loop}; "
+            "its first lines show how to pass it to the trainer"
+        )
+        console.result(data, text)
         console.save(out, config=False)

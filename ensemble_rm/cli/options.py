@@ -2,7 +2,7 @@
 
 A command is a frozen dataclass. Each field is an option, with its type, its default and, in the
 field's metadata, its help text. A field whose type is another dataclass, such as the library's
-`GateOptions`, adds the options of that dataclass. So every default is defined once, where the
+`RecalibrationOptions`, adds the options of that dataclass. So every default is defined once, where the
 library uses it. The same dataclass reads and writes the files of ``--config``.
 """
 

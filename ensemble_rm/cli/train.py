@@ -10,6 +10,7 @@ from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.common import read_pairs, write_jsonl
 from ensemble_rm.cli.options import field_type, nested, option, shown, without_none
 from ensemble_rm.members.backbone.options import TrunkOptions
+from ensemble_rm.members.branches.recipe import BranchRecipe
 from ensemble_rm.members.registry import make_recipe, member_kind, trained_kinds
 from ensemble_rm.training.request import TrainingRequest
 
@@ -32,12 +33,12 @@ def _recipe_options() -> type:
         for each in fields(recipe):
             if each.name == "callbacks":  # objects, which cannot be given as text
                 continue
-            text, _, stated = each.metadata["help"].rstrip(")").partition(" (default: ")
+            text, _, stated = each.metadata["help"].partition(" (default: ")
             inner = without_none(field_type(recipe, each.name))[0]
             # The first kind is `head`, which accepts several values where other kinds take one.
             metadata = dict(each.metadata) | {"help": text}
             options.setdefault(each.name, (each.name, inner | None, metadata))
-            default = stated or shown(
+            default = stated.removesuffix(")") or shown(
                 each.default if each.default_factory is MISSING else each.default_factory()
             )
             defaults.setdefault(each.name, {}).setdefault(default, []).append(kind)
@@ -114,6 +115,7 @@ class Train(Command):
             "help": "maximum size of the token states on disk, in bytes or as in 20GiB",
             "parse": read_size,
             "metavar": "SIZE",
+            "shown": f"{BranchRecipe.states_limit / 2**30:g}GiB",
         },
     )
 

@@ -287,7 +287,7 @@ def _completion(value: object, field: str) -> str:
     """Read text, or the single assistant turn of the conversational shape."""
     if isinstance(value, str):
         return value
-    turns = as_prompt(value)
+    turns = as_prompt(value, field=field)
     if len(turns) != 1 or not isinstance(turns[0], Message):
         raise DataError(f"`{field}` must be text or one assistant message, not {len(turns)} turns")
     if turns[0].role != "assistant":
@@ -297,7 +297,7 @@ def _completion(value: object, field: str) -> str:
 
 def _implicit(chosen: object, rejected: object) -> tuple[Prompt, str, str]:
     """Split the prompt off two whole conversations, or two texts that start the same."""
-    first, second = as_prompt(chosen), as_prompt(rejected)
+    first, second = as_prompt(chosen, field="chosen"), as_prompt(rejected, field="rejected")
     if isinstance(first, tuple) and isinstance(second, tuple):
         if len(first) < 2 or len(second) < 2 or first[:-1] != second[:-1]:
             raise DataError("chosen and rejected must share every turn but the last")

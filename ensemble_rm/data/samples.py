@@ -37,8 +37,14 @@ Prompt: TypeAlias = str | tuple[Message, ...]
 """What the policy was asked: plain text, or the turns that came before the completion."""
 
 
-def as_prompt(value: object) -> Prompt:
+def as_prompt(value: object, *, field: str = "prompt") -> Prompt:
     """Read a prompt as files store it: text, or a list of mappings with role and content.
+
+    Parameters
+    ----------
+    value : object
+    field : str
+        Name of the row's field, for error messages.
 
     Raises
     ------
@@ -49,7 +55,7 @@ def as_prompt(value: object) -> Prompt:
         return value
     if isinstance(value, Sequence):
         return tuple(_as_message(turn, i) for i, turn in enumerate(value))
-    raise DataError(f"prompt must be text or a list of messages, not {type(value).__name__}")
+    raise DataError(f"`{field}` must be text or a list of messages, not {type(value).__name__}")
 
 
 def _as_message(turn: object, position: int) -> Message:

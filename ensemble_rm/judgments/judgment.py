@@ -21,10 +21,8 @@ SHARES: dict[str, float] = {
 }  # share of the vote for the first side
 LABEL_BYTES = 1000  # two must fit into an index entry of PostgreSQL
 OPTIONAL = ("batch", "policy", "subset", "strategy", "corrects")
-FIELDS = (
-    *("prompt", "first", "second", "outcome", "annotator", "judged_at", "source"),
-    *("external_id", *OPTIONAL, "inclusion"),
-)
+REQUIRED = ("prompt", "first", "second", "outcome", "annotator", "judged_at", "source")
+FIELDS = (*REQUIRED, "external_id", *OPTIONAL, "inclusion")
 
 
 # A shared encoder: json.dumps with options would create one per text.
@@ -188,7 +186,7 @@ class Judgment:
         DataError
             If a field is missing or invalid, or the row's `id` does not match its content.
         """
-        for name in ("prompt", "first", "second", "outcome", "annotator", "judged_at", "source"):
+        for name in REQUIRED:
             if row.get(name) is None:
                 raise DataError(f"needs `{name}`; has {sorted(row)}")
         given = {name: row[name] for name in FIELDS if row.get(name) is not None}

@@ -126,6 +126,8 @@ def test_calibrate_evaluate_compare_score(
     out = tmp_path / "calibrated"
     assert main(["calibrate", run, judgments, f"--out={out}", "--json"]) == 0
     assert said(capsys)["fit"]["temperature"] > 0
+    assert main(["calibrate", run, judgments, f"--out={tmp_path / 'again'}"]) == 0
+    assert f"--data {parts / 'test.jsonl'}\n" in capsys.readouterr().err
 
     report = tmp_path / "report"
     arguments = ["evaluate", str(out), f"--data={parts / 'test.jsonl'}", f"--report={report}"]

@@ -64,6 +64,13 @@ def test_every_option_has_help_and_a_default(name: str) -> None:
         assert "\n" not in leaf.help
 
 
+def test_the_help_of_a_recipe_is_not_cut_and_shows_sizes_in_units() -> None:
+    shown = {leaf.flag: leaf.help for leaf in leaves(find_command("train"))}
+    assert shown["--smoothing"] == "label smoothing ε, in [0, 1) (default: 0)"
+    assert shown["--states-limit"].endswith("(default: 16GiB)")
+    assert shown["--blocks"].endswith("(default: branch: 2; lora: all)")
+
+
 @each_command
 def test_every_option_can_be_typed_once(name: str) -> None:
     flags = [leaf.flag for leaf in leaves(find_command(name))]
@@ -448,6 +455,20 @@ def test_without_a_terminal_progress_is_a_line_every_30_seconds(
     ]
 
 
+def test_what_was_done_before_a_stage_began_does_not_count_for_its_rate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: now[0])
+    with Progress("train", bars=False) as progress:
+        for now[0], done in ((40.0, 100), (80.0, 140)):
+            progress("reading", done, 180)
+    assert capsys.readouterr().err.splitlines() == [
+        "ensemble-rm train: reading: 100 of 180",
+        "ensemble-rm train: reading: 140 of 180, 1/s, 40 s left",
+    ]
+
+
 def test_on_a_terminal_progress_is_a_bar_per_stage(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,6 +476,7 @@ def test_on_a_terminal_progress_is_a_bar_per_stage(
     monkeypatch.setenv("COLUMNS", "100")
     with Progress("train", bars=True) as progress:
         progress("reading", 10, 40)
+        progress("fitting", 10, 40)
         progress("fitting", 20, 40)
     shown = capsys.readouterr().err
     assert "fitting" in shown and "20/40" in shown and "/s" in shown

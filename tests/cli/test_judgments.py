@@ -81,6 +81,18 @@ def test_bad_rows_refuse_the_file_or_are_named(
     assert f"bad row: {path}:2: needs `first`" in heard.err
 
 
+def test_rows_without_a_source_name_the_option_that_sets_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = judged(0).to_json()
+    del row["id"], row["source"]
+    place, path = tmp_path / "store.db", write(tmp_path / "rows.jsonl", [row])
+    code, said = told(capsys, "import", place, path)
+    assert code == 3 and f"{path}:1: needs `source`; set it for all rows" in said["message"]
+    code, said = told(capsys, "import", place, path, "--source", "pilot")
+    assert (code, said["added"]) == (0, 1)
+
+
 def test_the_exports_of_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"q": "p", "a": "one", "b": "two"}
     said = {"id": "r", "fields": fields, "responses": {"better": [{"value": "A!", "user_id": "u"}]}}

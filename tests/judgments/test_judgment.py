@@ -104,7 +104,7 @@ def test_what_cannot_be_used_is_refused_by_name(change: dict[str, Any], said: st
         ({"judged_at": "2026-01-01T00:00:00"}, "no time zone"),
         ({"judged_at": 5}, "must be a datetime, not 5"),
         ({"source": None}, "needs `source`"),
-        ({"prompt": 3}, "prompt must be text or a list"),
+        ({"prompt": 3}, "`prompt` must be text or a list"),
         ({"prompt": [{"role": "user"}]}, "needs text under 'content'"),
     ],
 )
