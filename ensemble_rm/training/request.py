@@ -1,4 +1,4 @@
-"""What a training run is asked for, as one object: by callers, the command line and retraining."""
+"""`TrainingRequest`: the options of a training run, for `train`, its command and retraining."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @with_field_help
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingRequest:
-    """Everything that `train` is asked for, but the pairs."""
+    """All arguments of `train` except the pairs."""
 
     backbone: str | Path = field(
         metadata={"help": "pretrained model: hub id, local folder, or a folder with one GGUF file"}

@@ -316,7 +316,9 @@ def check_start(start: RewardEnsemble, recipe: Recipe, *, members: int, backbone
         has: dict[str, Any] = scorer.describe() | {"backbone": scorer.trained_from}
         for name, value in expected.items():
             if has.get(name) != value:
-                raise OptionError(f"start: its {name} is {has.get(name)}, but {value} is wanted")
+                raise OptionError(
+                    f"start: its {name} is {has.get(name)}, but the recipe needs {value}"
+                )
 
 
 def _digest_of(start: RewardEnsemble) -> str:

@@ -300,6 +300,7 @@ def test_what_cannot_be_retrained_is_refused(ensemble: RewardEnsemble, cache: Pa
     assert found.candidate.provenance["recipe"]["solver"] == "adam"
 
 
+@pytest.mark.parametrize("small_folder", ["llama"], indirect=True)
 @pytest.mark.parametrize("kind", ["branch", "full"])
 def test_other_kinds_are_published_whole(
     kind: str, small_folder: Path, store: Path, tmp_path: Path

@@ -1,7 +1,7 @@
-"""A branch in training, and what it is trained on.
+"""A branch as a trainable module, and the token states that it is trained on.
 
-What is trained of a member's blocks, its whole copy or an adapter on them, is what requires a
-gradient: a frozen parameter is neither saved nor restored, and members may share it.
+Only parameters that require a gradient are trained, saved and restored: all of a branch's blocks,
+or an adapter on them. Members may share the frozen ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ensemble_rm.members.heads.weights import HeadWeights
 
 @dataclass(frozen=True)
 class PairStates:
-    """Token states and verdicts of preference pairs.
+    """Token states of preference pairs, with the pairs.
 
     Attributes
     ----------
@@ -39,27 +39,27 @@ class PairStates:
 
 
 class _Run(torch.nn.Module):
-    """Hands blocks to a function, so that `functional_call` can give them other parameters."""
+    """Passes blocks to a function, so that `functional_call` can replace their parameters."""
 
     def __init__(self, blocks: torch.nn.ModuleList) -> None:
         super().__init__()
         self.blocks = blocks
 
     def forward(self, run: Callable[[torch.nn.ModuleList], torch.Tensor]) -> torch.Tensor:
-        """Run them."""
+        """Call the function with the blocks."""
         return run(self.blocks)
 
 
 class Branch(torch.nn.Module):
-    """A member in training: its blocks, and its linear head.
+    """A trainable member: its blocks and its linear head.
 
     Parameters
     ----------
     blocks : ModuleList
-        Its own; what is to be trained in them is float32 and requires a gradient.
+        Trainable parameters are float32 and require a gradient.
     head : HeadWeights
     member : int
-        Which of the heads.
+        Row of `head`.
     pooling : {"last", "mean", "both"}
     """
 
@@ -78,18 +78,19 @@ class Branch(torch.nn.Module):
     def scores(
         self, branching: Branching, states: TokenStates, rows: Sequence[int]
     ) -> torch.Tensor:
-        """Score some samples, (B,): its blocks in the trunk's dtype, cast at each pass."""
+        """Score the samples in `rows`: (B,)."""
         batch, given = states.batch(rows)
         dtype = torch_dtype(branching.trunk.options.dtype)
 
         def run(blocks: torch.nn.ModuleList) -> torch.Tensor:
             return branching.pooled(blocks, given, batch, self.pooling, width=len(self.weight))
 
+        # The optimiser steps float32 weights; each pass runs a copy in the trunk's dtype.
         cast = {f"blocks.{name}": p.to(dtype) for name, p in self.blocks.named_parameters()}
         pooled: torch.Tensor = functional_call(_Run(self.blocks), cast, (run,))
         offset, gain = self.get_buffer("offset"), self.get_buffer("gain")
         return (pooled - offset) * gain @ self.weight + self.bias
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
-        """Return what is trained, by name."""
+        """Return the trainable parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -1,8 +1,8 @@
 """Copies of a trunk's top blocks, run on token states that the trunk made once.
 
-The model's own forward pass drives them, so that masks, positions and the final norm are its own:
-each lower block is replaced by one that computes nothing, the last of these by the states. Knows
-nothing of heads, losses or files.
+The model's own forward pass runs them, so that masks, positions and the final norm are its own:
+each lower block is replaced by one that computes nothing, and the last of these returns the states.
+Must not know heads, losses or files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ensemble_rm.members.forward.prefix_cache import (
 
 
 class _StandIn(torch.nn.Module):
-    """In a block's place: passes on the states that it was made with, or those it is given."""
+    """Replaces a block: returns the states that it was made with, or its input."""
 
     def __init__(
         self, block: torch.nn.Module, *, in_tuple: bool, states: torch.Tensor | None = None
@@ -39,7 +39,7 @@ class _StandIn(torch.nn.Module):
         self._states = states
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the block, such as for the kind of attention that it wants."""
+        """Read attributes of the block: models read its kind of attention, for example."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -52,7 +52,7 @@ class _StandIn(torch.nn.Module):
 
 
 def _copy_down_to(model: torch.nn.Module, path: Sequence[str]) -> list[torch.nn.Module]:
-    """Copy a model and its children along `path`; everything else, the weights too, is shared."""
+    """Copy a model and its children along `path`; all else, weights included, is shared."""
     chain: list[torch.nn.Module] = []
     for name in [None, *path]:
         module = model if name is None else getattr(chain[-1], name)
@@ -70,22 +70,24 @@ class Branching:
     Parameters
     ----------
     trunk : Trunk
-        Up to the last block that all branches share; at least one block above it. Where it ends
-        below the first block, there are no states to start from, and each run begins at the tokens.
+        Up to the last block that all branches share, with at least one block above it. If the
+        branches share no block, each run starts from the tokens.
 
     Raises
     ------
     OptionError
-        If no block is left above the trunk.
+        If there is no block above the trunk.
     """
 
     def __init__(self, trunk: Trunk) -> None:
         if trunk.top >= trunk.depth:
-            raise OptionError(f"the trunk holds all {trunk.depth} blocks; none is left to branch")
+            raise OptionError(
+                f"the trunk has all {trunk.depth} blocks and leaves none to branch; use a lower top"
+            )
         self.trunk = trunk
         trunk.rest.to(trunk.device)
         self._in_tuple = trunk.top > 0 and self._returns_tuple()
-        self._keeps: bool | None = None  # a cache, where the trunk has no block to ask
+        self._keeps: bool | None = None  # cached result of `_is_causal` if no block is shared
 
     @property
     def shares(self) -> bool:
@@ -93,21 +95,24 @@ class Branching:
         return self.trunk.top > 0
 
     def states(self, batch: Batch) -> torch.Tensor | None:
-        """Return the states that every branch starts from, (B, T, width); None if no block is."""
+        """Return the (B, T, width) states that branches start from; None without shared blocks."""
         return self.trunk.states(batch) if self.shares else None
 
     @torch.inference_mode()
     def _returns_tuple(self) -> bool:
-        """Ask the trunk's last block on one token."""
+        """Return whether the trunk's last block returns a tuple, by running one token."""
         seen: list[Any] = []
         hook = self.trunk.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))
-        one = torch.ones(1, 1, dtype=torch.int64, device=self.trunk.device)
+        token = torch.ones(1, 1, dtype=torch.int64, device=self.trunk.device)
         try:
-            self.trunk.model(input_ids=one, attention_mask=one)
+            self.trunk.model(input_ids=token, attention_mask=token)
         finally:
             hook.remove()
         if not isinstance(seen[0], torch.Tensor | tuple):
-            raise ModelError(f"a block of {type(self.trunk.model).__name__} returns no states")
+            raise ModelError(
+                f"a block of {type(self.trunk.model).__name__} returns {type(seen[0]).__name__}, "
+                "not a tensor or a tuple; use kind 'head' or 'full' with this backbone"
+            )
         return isinstance(seen[0], tuple)
 
     def _driver(self, blocks: torch.nn.ModuleList, states: torch.Tensor | None) -> Any:
@@ -122,15 +127,13 @@ class Branching:
         return chain[0]
 
     def passes(self, encoded: Sequence[Encoded], blocks: torch.nn.ModuleList) -> Iterator[Batch]:
-        """Yield every sample once, in batches that share their prompts where that is possible.
-
-        Where the trunk has no block, a branch's own say whether its model keeps a cache.
-        """
+        """Yield every sample once, in batches that share their prompts if the model allows it."""
         trunk = self.trunk
         if self.shares:
             return trunk.passes(encoded, states=True)
 
         keeps = trunk.options.share_prefix and self._is_causal(blocks)
+        # There is no trunk to read prompts: each branch fills its own cache, in `read_prefix`.
         splits = keeps and splits_attention(self._driver(blocks, None), trunk.device)
 
         def read(prompts: list[list[int]]) -> Prefix:
@@ -146,7 +149,7 @@ class Branching:
         )
 
     def _is_causal(self, blocks: torch.nn.ModuleList) -> bool:
-        """Say whether the model looks at earlier tokens alone; it is asked once."""
+        """Return whether tokens attend only to earlier ones; tested once, by a forward pass."""
         if self.shares:
             return self.trunk.causal
         if self._keeps is None:
@@ -164,11 +167,14 @@ class Branching:
 
     @torch.inference_mode()
     def read_prefix(self, blocks: torch.nn.ModuleList, prefix: Prefix) -> Prefix:
-        """Read prompts with a branch's own blocks, over the trunk's where it has any."""
+        """Run prompts through a branch's blocks, from the trunk's states if there are any."""
         if self.shares and prefix.states is None:
-            raise OptionError("the trunk kept no states of these prompts; ask passes for them")
+            raise OptionError(
+                "the trunk kept no states of these prompts; call `Trunk.passes` with states=True"
+            )
         model = self._driver(blocks, prefix.states)
         cache = read_keys(model, prefix)
+        # The lower blocks did not run here; their caches give masks and positions the right length.
         cache.layers[: self.trunk.top] = prefix.cache.layers[: self.trunk.top]
         return replace(prefix, cache=cache, first=self.trunk.top)
 
@@ -181,9 +187,9 @@ class Branching:
         *,
         width: int,
     ) -> torch.Tensor:
-        """Run a branch and pool its last states: (B, width), zeros where a pooling is narrower."""
+        """Run a branch and pool its last states: (B, width), padded with zeros on the right."""
         last = self.run(blocks, states, batch)
         rules: list[Rule] = [rule for _, rule in View(self.trunk.depth, pooling).parts()]
         parts = [pool(last, batch.starts, batch.lengths, rule) for rule in rules]
-        wide = torch.cat(parts, dim=1)
-        return torch.nn.functional.pad(wide, (0, width - wide.shape[1]))
+        features = torch.cat(parts, dim=1)
+        return torch.nn.functional.pad(features, (0, width - features.shape[1]))

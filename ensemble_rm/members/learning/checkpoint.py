@@ -16,7 +16,7 @@ FILE = "checkpoint.safetensors"
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and a state of JSON values to one file, so that they cannot disagree."""
+    """Write tensors and a state of JSON values to one file, so that both are of one step."""
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / (FILE + ".new")
     flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
@@ -27,7 +27,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[
 def load_checkpoint(
     folder: Path, *, recipe: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Return the tensors and state that `folder` holds; None where there is no checkpoint.
+    """Return the tensors and state in `folder`; None if there is no checkpoint.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """LoRA adapters on a trunk's top blocks: every member has its own, all share the blocks' weights.
 
-A member's blocks are a copy of the modules, not of their weights; peft puts one adapter into each
-copy. Adapters are never switched on and off, so that members cannot affect each other.
-Knows nothing of heads, losses or files.
+A member's blocks copy the modules and share their weights; peft adds one adapter to each copy.
+Adapters are never switched on and off, so that members cannot affect each other.
+Must not know heads, losses or files.
 
 References
 ----------
@@ -23,7 +23,7 @@ _ADAPTER = "member"  # peft's name of the only adapter in each copy
 
 
 def require_peft() -> None:
-    """Raise `MissingExtraError` where peft is not installed."""
+    """Raise `MissingExtraError` if peft is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -38,7 +38,7 @@ def linear_layers(blocks: ModuleList, targets: tuple[str, ...] = ()) -> list[str
     Raises
     ------
     OptionError
-        If a target names none of them, or there is none.
+        If a target matches no layer, or the blocks have no linear layer.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -51,19 +51,23 @@ def linear_layers(blocks: ModuleList, targets: tuple[str, ...] = ()) -> list[str
         name: {name.split(".", depth)[-1] for depth in range(name.count(".") + 1)} for name in names
     }
     for target in targets:
-        if not any(target in its for its in ends.values()):
+        if not any(target in suffixes for suffixes in ends.values()):
             last = sorted({name.rpartition(".")[2] for name in names})
-            raise OptionError(f"no linear layer of the blocks is called {target!r}: {last}")
+            raise OptionError(
+                f"no linear layer of the blocks is called {target!r}; choose from {last}"
+            )
     if not names:
-        raise OptionError("the blocks hold no linear layer that LoRA could adapt")
+        raise OptionError(
+            "the blocks have no linear layer that LoRA could adapt; use kind 'branch' or 'full'"
+        )
     return [name for name in names if not targets or ends[name] & set(targets)]
 
 
 def adapt(blocks: ModuleList, options: LoraOptions) -> ModuleList:
     """Return the blocks with a fresh adapter: new modules around the same weights.
 
-    The adapter's A are drawn from torch's global generator, its B are zero, so that the blocks
-    compute what they did. Its weights are float32; only they can be trained.
+    A is drawn from torch's global generator and B is zero, so that the blocks' outputs do not
+    change. The adapter's weights are float32; only they are trainable.
 
     Raises
     ------
@@ -116,9 +120,6 @@ def with_adapter(
 ) -> ModuleList:
     """Return the blocks with an adapter of these weights, frozen; no generator is changed.
 
-    The adapter takes the blocks' dtype: in float32 over bfloat16 blocks, its casts would cost as
-    much as the blocks.
-
     Raises
     ------
     RuntimeError
@@ -127,13 +128,14 @@ def with_adapter(
     devices = {p.device for p in blocks.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices):
         own = adapt(blocks, options)
-    there = own_tensors(own)
-    shapes = [{k: tuple(v.shape) for k, v in side.items()} for side in (there, tensors)]
+    target = own_tensors(own)
+    shapes = [{k: tuple(v.shape) for k, v in side.items()} for side in (target, tensors)]
     if shapes[0] != shapes[1]:
-        odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:2]
-        raise RuntimeError(f"adapters of other names or shapes: {odd}")
-    for name, own_tensor in there.items():
-        own_tensor.copy_(tensors[name])
+        different = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:2]
+        raise RuntimeError(f"adapters of other names or shapes: {different}")
+    for name, tensor in target.items():
+        tensor.copy_(tensors[name])
+    # Casts between a float32 adapter and bfloat16 blocks would take as long as the blocks.
     dtype = next(blocks.parameters()).dtype
     for name, p in own.named_parameters():
         if f".{_ADAPTER}." in name:
@@ -154,7 +156,9 @@ def merge_adapter(
     names = linear_layers(blocks, options.targets)
     own = share(blocks)
     if set(tensors) != {f"{name}.lora_{side}.weight" for name in names for side in "AB"}:
-        raise RuntimeError("the shared adapter is of other layers")
+        raise RuntimeError(
+            "the shared adapter belongs to other layers than the blocks' linear ones"
+        )
     for name in names:
         layer = own.get_submodule(name)
         weight = layer.get_parameter("weight")

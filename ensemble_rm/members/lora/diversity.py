@@ -1,4 +1,4 @@
-"""How alike the members' adapters are: a term that training can minimise next to its loss.
+"""A penalty on similar adapters, which training can add to its loss.
 
 References
 ----------
@@ -38,9 +38,8 @@ def cosines(members: Sequence[Factors]) -> torch.Tensor:
 def alikeness(members: Sequence[Factors]) -> torch.Tensor:
     """Return k − ‖M‖⁎, where the rows of M are the members' updates at unit length.
 
-    0 where all are orthogonal, k − √k where all are the same. In [1]_ the matrices are neither
-    multiplied nor normalised; here a member cannot lower the term by growing, and how its update is
-    split into B and A does not count.
+    0 if all updates are orthogonal, k − √k if all are equal. Unlike in [1]_, the term depends on
+    the product B·A and not on its factors, and a member cannot lower it by growing.
     """
     singular: torch.Tensor = (torch.linalg.eigvalsh(cosines(members)).clamp(min=0) + _TINY).sqrt()
     return len(members) - singular.sum()

@@ -60,8 +60,8 @@ def train_lora(job: Job[LoraRecipe]) -> Trained:
     """
     if job.recipe.diversity > 0 and len(job.seeds) == 1:
         raise OptionError(
-            f"diversity={job.recipe.diversity} keeps members apart, and there is only one; give "
-            "more members, or leave it 0"
+            f"diversity={job.recipe.diversity} needs at least 2 members, not 1; train more members "
+            "or set diversity=0"
         )
     require_peft()
     with open_run(job) as run:
@@ -141,7 +141,7 @@ def _shared(run: BranchedRun[LoraRecipe]) -> Tensors:
     stored = None if done is None else load_checkpoint(done, recipe=job.digest)
     if stored is not None:
         return stored[0]
-    seeds = member_seeds(job.seeds[0]["init"], 1)  # a stream of its own
+    seeds = member_seeds(job.seeds[0]["init"], 1)  # independent of all members' streams
     alone = replace(
         run,
         job=replace(

@@ -145,6 +145,7 @@ def test_save_and_load_are_identical(
         RewardEnsemble.from_pretrained(tmp_path / "run", backbone=minilm_folder)
 
 
+@pytest.mark.parametrize("small_folder", ["llama"], indirect=True)
 def test_a_killed_run_goes_on_to_the_same_weights(
     parts: tuple[Preferences, ...],
     small_folder: Path,

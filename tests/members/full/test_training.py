@@ -87,6 +87,7 @@ class Kill(TrainerCallback):
             raise Killed
 
 
+@pytest.mark.parametrize("small_folder", ["llama"], indirect=True)
 def test_a_killed_run_goes_on_to_the_same_weights(
     parts: tuple[Preferences, ...], small_folder: Path, tmp_path: Path
 ) -> None:

@@ -208,6 +208,7 @@ def test_adapters_of_a_trunk_in_bfloat16_are_float32(
     assert np.isfinite(scorer.score(SAMPLES)).all()
 
 
+@pytest.mark.parametrize("small_folder", ["llama"], indirect=True)
 @pytest.mark.parametrize("at", [0, 1])  # the shared adapter, the members'
 def test_a_killed_run_goes_on_to_the_same_weights(
     parts: tuple[Preferences, ...],
