@@ -2,8 +2,8 @@
 
 A command is a frozen dataclass. Each field is an option, with its type, its default and, in the
 field's metadata, its help text. A field whose type is another dataclass, such as the library's
-`RecalibrationOptions`, adds the options of that dataclass. So every default is defined once, where the
-library uses it. The same dataclass reads and writes the files of ``--config``.
+`RecalibrationOptions`, adds the options of that dataclass. So every default is defined once, where
+the library uses it. The same dataclass reads and writes the files of ``--config``.
 """
 
 from __future__ import annotations
