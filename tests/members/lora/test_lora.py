@@ -332,7 +332,7 @@ def test_diversity_makes_adapters_less_alike_and_zero_is_off(
         ({"recipe": BranchRecipe()}, "of kind 'branch', not of 'lora'"),
         ({"targets": ("nothing",)}, "'nothing'"),
         ({"targets": "nothing"}, "'nothing'"),
-        ({"members": 1, "diversity": 0.1}, "only one"),
+        ({"members": 1, "diversity": 0.1}, "at least 2 members"),
     ],
 )
 def test_bad_options(
