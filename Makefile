@@ -31,7 +31,7 @@ slow: $(VENV)/.installed-dev  ## the tests that train and score with real backbo
 docs: $(VENV)/.installed-dev  ## build the documentation, warnings as errors, into docs/_build/html
 	$(TEST_ENV) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-vllm: $(VLLM)/.installed  ## install vLLM beside, for tests against the real server (2 minutes, 4 GB)
+vllm: $(VLLM)/.installed  ## install vLLM into its own environment, for tests against the real server (2 minutes, 4 GB)
 
 coverage: $(VENV)/.installed-dev  ## both suites, with the lines that no test reaches
 	$(PYTEST) --cov --cov-report=term-missing --doctest-modules $(TESTS) ensemble_rm

@@ -19,7 +19,7 @@ from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import fit_temperature
 from ensemble_rm.drift import DriftTest
 from ensemble_rm.errors import CalibrationError
-from ensemble_rm.evidence.dated_margins import DAY, DatedMargins, forgetting, joined
+from ensemble_rm.evidence.dated_margins import DAY, DatedMargins, forgetting, join_margins
 from ensemble_rm.metrics import ece
 from ensemble_rm.recalibration.decision import decide
 from ensemble_rm.recalibration.options import DecisionOptions
@@ -157,7 +157,7 @@ def simulate(
             for policy, t in found.items():
                 year.errors[policy].append(ece(expit(margins / t), p))
         held.append(month_of_judgments(rng, truth, month, corrupted))
-        data = joined(held[-WINDOW // 30 :])
+        data = join_margins(held[-WINDOW // 30 :])
         if curves:
             refitted = blind(data, refitted)
         life, frozen = take(life, held[-1], month), take(frozen, held[-1], month)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
@@ -13,7 +14,7 @@ from benchmarks.quality import paths
 
 
 @pytest.fixture
-def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> paths.Recorder:
+def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[paths.Recorder]:
     """A recorder of a small package of its own."""
     package = tmp_path / "small"
     package.mkdir()
@@ -34,7 +35,8 @@ def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> paths.Recorder:
     monkeypatch.setattr(paths, "PACKAGE", f"{package}/")
     for name in [name for name in sys.modules if name.split(".")[0] == "small"]:
         monkeypatch.delitem(sys.modules, name)
-    return paths.Recorder()
+    yield paths.Recorder()
+    threading.setprofile(None)
 
 
 @pytest.mark.parametrize("threaded", [False, True])
@@ -43,7 +45,7 @@ def test_functions_that_run_are_counted(recorder: paths.Recorder, threaded: bool
     outer.A().run()  # before: not recorded
     with recorder.record():
         if threaded:
-            thread = Thread(target=outer.A().run)
+            thread = threading.Thread(target=outer.A().run)
             thread.start()
             thread.join()
         else:

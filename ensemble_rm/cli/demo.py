@@ -19,11 +19,11 @@ _RUN = ("ensemble_rm.demo.run", "run_demo")
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Command):
-    """Train, calibrate and evaluate in one command, with pictures.
+    """Train, calibrate and evaluate in one command; plant reward hacks; write a page with pictures.
 
-    On data that ship with the project: completions of a real small model, judged by a simulated
-    annotator whose true preference probabilities are known (no human judged them). Or, with --data,
-    on your own.
+    The data ship with the project: completions of a real small model, judged by a simulated
+    annotator whose true preference probabilities are known. No person judged them. With --data, the
+    demo runs on your own pairs, without hacks.
     """
 
     data: str | None = option(
@@ -33,11 +33,10 @@ class Demo(Command):
         shown="those that ship with the project",
     )
     skip_bad: bool = option("leave bad rows out, and list them", default=False)
-    backbone: str | None = option(
-        "Hub id or local folder of the backbone",
-        default=None,
+    backbone: str = option(
+        "backbone: minilm, smollm2, a Hub id or a local folder",
+        default=default_of(*_RUN, "backbone"),
         metavar="NAME",
-        shown="MiniLM-L6, as installed",
     )
     members: int = option("number of members", default=default_of(*_RUN, "members"), metavar="K")
     seed: int = option("seed of the split and of the members", default=default_of(*_RUN, "seed"))

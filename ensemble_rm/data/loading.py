@@ -1,4 +1,4 @@
-"""Files and data sets → preferences and samples, every bad row named.
+"""Reads preferences and samples from files and data sets, and names every bad row.
 
 Reads JSONL (plain or gzipped), `datasets` data sets and their Hub ids, in TRL's three shapes.
 Knows nothing of models.
@@ -35,7 +35,7 @@ Row: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was found while reading.
+    """What `read_preferences` read, and what is wrong with it.
 
     Attributes
     ----------
@@ -76,9 +76,9 @@ def load_preferences(
         A JSONL file (``.gz`` allowed), the Hub id of a data set, a `datasets.Dataset`, or any
         iterable of mappings.
     skip_bad : bool
-        Leave bad rows out instead of refusing the file.
+        Leave bad rows out instead of raising an error.
     split : str
-        Which split of a Hub data set.
+        Split of a Hub data set.
 
     Returns
     -------
@@ -88,9 +88,9 @@ def load_preferences(
     Raises
     ------
     BadRowsError
-        If rows are bad and `skip_bad` is not set; it lists every one.
+        If rows are bad and `skip_bad` is not set; it lists all of them.
     DataError
-        If no good row is left.
+        If there is no good row.
     """
     pairs, report = read_preferences(source, split=split)
     if report.problems and not skip_bad:
@@ -108,7 +108,7 @@ def load_preferences(
 def read_preferences(
     source: str | Path | Iterable[Row], *, split: str = "train"
 ) -> tuple[Preferences, LoadReport]:
-    """Read what can be read and report the rest; see `load_preferences`.
+    """Read the good rows and report the bad ones; see `load_preferences`.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def read_samples(source: str | Path | Iterable[Row]) -> Iterator[Sample]:
     Raises
     ------
     BadRowsError
-        At the first bad row, naming its line: a score file must keep its rows in step.
+        At the first bad row, with its line: scores must stay aligned with rows.
     """
     name, rows = _rows(source, "train")
     for line, row in rows:
@@ -166,7 +166,7 @@ def read_comparisons(source: str | Path | Iterable[Row]) -> Preferences:
     Raises
     ------
     BadRowsError
-        At the first bad row, naming its line: the answers must keep in step with the rows.
+        At the first bad row, with its line: answers must stay aligned with rows.
     """
     name, rows = _rows(source, "train")
     pairs = []
@@ -187,7 +187,7 @@ def read_comparisons(source: str | Path | Iterable[Row]) -> Preferences:
 
 
 def _rows(source: str | Path | Iterable[Row], split: str) -> tuple[str, Iterator[tuple[int, Any]]]:
-    """Return a name for messages and numbered rows; a bad JSON line arrives as a DataError."""
+    """Return a name for messages, and numbered rows; a bad JSON line becomes a DataError."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_file():
@@ -215,7 +215,7 @@ def _hub_rows(name: str, split: str) -> Iterable[Row]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Give the rows of a JSONL file, gzipped or not, numbered; a bad line as a DataError."""
+    """Yield the numbered rows of a JSONL file, gzipped or not; a bad line as a DataError."""
     with path.open("rb") as probe:
         zipped = probe.read(2) == b"\x1f\x8b"
     opener: Any = gzip.open if zipped else open
@@ -296,34 +296,34 @@ def _completion(value: object, field: str) -> str:
 
 
 def _implicit(chosen: object, rejected: object) -> tuple[Prompt, str, str]:
-    """Split the prompt off two whole conversations or two texts that share their beginning."""
-    one, two = as_prompt(chosen), as_prompt(rejected)
-    if isinstance(one, tuple) and isinstance(two, tuple):
-        if len(one) < 2 or len(two) < 2 or one[:-1] != two[:-1]:
+    """Split the prompt off two whole conversations, or two texts that start the same."""
+    first, second = as_prompt(chosen), as_prompt(rejected)
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        if len(first) < 2 or len(second) < 2 or first[:-1] != second[:-1]:
             raise DataError("chosen and rejected must share every turn but the last")
-        if one[-1].role != "assistant" or two[-1].role != "assistant":
+        if first[-1].role != "assistant" or second[-1].role != "assistant":
             raise DataError("chosen and rejected must end in an assistant message")
-        return one[:-1], one[-1].content, two[-1].content
-    if not (isinstance(one, str) and isinstance(two, str)):
+        return first[:-1], first[-1].content, second[-1].content
+    if not (isinstance(first, str) and isinstance(second, str)):
         raise DataError("chosen and rejected must be of one shape, both text or both messages")
-    cut = _shared_prefix(one, two)
+    cut = _shared_prefix(first, second)
     if cut == 0:
         raise DataError("no `prompt`, and chosen and rejected share no beginning to take for it")
-    return one[:cut], one[cut:], two[cut:]
+    return first[:cut], first[cut:], second[cut:]
 
 
-def _shared_prefix(one: str, two: str) -> int:
+def _shared_prefix(first: str, second: str) -> int:
     """Length of the common beginning, cut back to the end of a dialogue marker or a word."""
-    if one == two:
+    if first == second:
         return 0
     cut = next(
-        (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b),
-        min(len(one), len(two)),
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
     )
-    marker = one.rfind("\n\nAssistant:", 0, cut)
+    marker = first.rfind("\n\nAssistant:", 0, cut)
     if marker >= 0:
         return marker + len("\n\nAssistant:")
-    while cut > 0 and not one[cut - 1].isspace():
+    while cut > 0 and not first[cut - 1].isspace():
         cut -= 1
     return cut
 
@@ -355,7 +355,7 @@ def _votes(row: Row) -> tuple[tuple[float, float] | None, float]:
     if isinstance(value, Mapping):
         unknown = set(value) - {"chosen", "rejected", "tie"}
         if unknown:
-            raise DataError(f"`votes` knows chosen, rejected and tie, not {sorted(unknown)}")
+            raise DataError(f"`votes` has the keys chosen, rejected and tie, not {sorted(unknown)}")
         ties = _number(value, "tie", 0.0)
         pair = tuple(_number(value, side, 0.0) + 0.5 * ties for side in ("chosen", "rejected"))
     elif isinstance(value, (list, tuple)) and len(value) == 2:

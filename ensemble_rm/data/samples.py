@@ -1,6 +1,6 @@
-"""What is scored and what is learned from: samples, preferences, splits by prompt.
+"""Samples to score, preferences to learn from, and splits by prompt.
 
-Knows text and numbers; knows nothing of files, tokenizers, templates or models.
+Knows nothing of files, tokenizers, templates or models.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Message:
     Attributes
     ----------
     role : str
-        Who spoke: ``"user"``, ``"assistant"`` or ``"system"``.
+        The speaker: ``"user"``, ``"assistant"`` or ``"system"``.
     content : str
-        What was said.
+        The text.
     """
 
     role: str
@@ -38,7 +38,7 @@ Prompt: TypeAlias = str | tuple[Message, ...]
 
 
 def as_prompt(value: object) -> Prompt:
-    """Read a prompt as it stands in a file: text, or a list of role–content mappings.
+    """Read a prompt as files store it: text, or a list of mappings with role and content.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def prompt_key(prompt: Prompt) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a scorer scores.
+    """A prompt and a completion: what a scorer scores.
 
     Attributes
     ----------
@@ -281,7 +281,7 @@ class Preferences(Sequence[Preference]):
         return np.concatenate([self.groups, self.groups])
 
     def shuffled_sides(self, *, seed: int) -> Preferences:
-        """Return the pairs with sides exchanged at random, one fair coin each.
+        """Return the pairs with their sides swapped at random, with probability ½ each.
 
         Pairs stored chosen-first carry their label in their order; a model that sees the order
         can read it.
@@ -293,14 +293,14 @@ class Preferences(Sequence[Preference]):
     def split(self, *fractions: float, seed: int) -> tuple[Preferences, ...]:
         """Split by prompt into parts of about the given fractions.
 
-        Pairs of one prompt never part. Prompts are dealt in a seeded random order to the part
-        that lacks most; inside a part the order of the source is kept.
+        Pairs of one prompt stay together. Prompts are dealt in a seeded random order to the part
+        that lacks most; within a part the order of the source is kept.
 
         Parameters
         ----------
         *fractions : float
-            Positive, summing to at most 1; what is over is left out. The usual four parts are
-            train, validation, calibration, test.
+            Positive, with a sum of at most 1; the rest of the pairs is left out. The usual four
+            parts are train, validation, calibration, test.
         seed : int
             The same seed deals the same prompts.
 
@@ -325,14 +325,14 @@ class Preferences(Sequence[Preference]):
             part_of[group] = int(np.argmax(lack))
             dealt[part_of[group]] += sizes[group]
         parts = part_of[groups]
-        found = tuple(self.take(np.flatnonzero(parts == i)) for i in range(len(fractions)))
-        for i, part in enumerate(found):
+        split = tuple(self.take(np.flatnonzero(parts == i)) for i in range(len(fractions)))
+        for i, part in enumerate(split):
             if not part:
                 raise DataError(
                     f"part {i} of the split {fractions} is empty: {len(self)} pairs over "
                     f"{len(sizes)} prompts are too few; give more prompts or a larger fraction"
                 )
-        return found
+        return split
 
     def folds(self, k: int, *, seed: int) -> list[NDArray[np.int64]]:
         """Deal the prompts into `k` folds; return the pair indices of each fold."""
@@ -348,7 +348,7 @@ class Preferences(Sequence[Preference]):
 
 
 def require_pairs(pairs: Preferences, purpose: str) -> None:
-    """Raise `DataError` where there is no pair for `purpose`."""
+    """Raise `DataError` if there is no pair for `purpose`."""
     if len(pairs) == 0:
         raise DataError(f"{purpose} needs at least one preference pair; {pairs.source} has 0")
 
@@ -372,5 +372,5 @@ def grouped_samples(
             f"{len(prompts)} prompts, {len(completions)} lists of completions and "
             f"{len(references)} references"
         )
-    asked = zip(map(as_prompt, prompts), completions, references, strict=True)
-    return [Sample(prompt, text, ref) for prompt, texts, ref in asked for text in texts]
+    groups = zip(map(as_prompt, prompts), completions, references, strict=True)
+    return [Sample(prompt, text, ref) for prompt, texts, ref in groups for text in texts]

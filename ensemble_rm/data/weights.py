@@ -1,10 +1,10 @@
-"""What a sample that was drawn with unequal probabilities tells of all that it was drawn from.
+"""Weights of samples that were drawn with unequal probabilities.
 
-Knows probabilities and weights; knows nothing of how pairs are chosen, of judgments or of fits.
+Knows nothing of how pairs are chosen, of judgments or of fits.
 
 References
 ----------
-.. [1] Horvitz & Thompson 1952: each one drawn stands for 1/π of its kind.
+.. [1] Horvitz & Thompson 1952: each drawn item represents 1/π items.
 .. [2] Hájek 1971: weights scaled to a known sum.
 .. [3] Kish 1965: the effective sample size of unequal weights.
 """
@@ -25,14 +25,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class SampleWeights:
-    """What each of a sample's members counts, and what they are worth together.
+    """The weight of each drawn item, and the effective size of the sample.
 
     Attributes
     ----------
     weights : ndarray, shape (n,)
         Of mean 1 in every design.
     effective : float
-        Kish's effective size [3]_: how many draws with equal probabilities tell as much.
+        Kish's effective size [3]_: the number of draws with equal probabilities that carries as
+        much information.
     """
 
     weights: Floats
@@ -51,7 +52,7 @@ class SampleWeights:
 
 
 def sample_weights(weights: ArrayLike) -> SampleWeights:
-    """Return weights that are known already, such as `Preferences.weights`, scaled to mean 1.
+    """Return given weights, such as `Preferences.weights`, scaled to mean 1.
 
     Parameters
     ----------
@@ -83,7 +84,7 @@ def effective_sample_size(weights: ArrayLike) -> float:
     Returns
     -------
     float
-        Between 1 and n; n where the weights are equal, 0 of none.
+        Between 1 and n: n for equal weights, 0 for an empty vector.
 
     Raises
     ------
@@ -103,18 +104,18 @@ def inclusion_weights(
     inclusion: Sequence[float | None] | ArrayLike,
     designs: Sequence[object] | NDArray[Any] | None = None,
 ) -> SampleWeights:
-    """Turn inclusion probabilities into weights 1/π [1]_, of mean 1 in every design [2]_.
+    """Return weights 1/π from inclusion probabilities [1]_, of mean 1 in every design [2]_.
 
-    Under 1/π alone a pair from a pool of a million would outweigh all those from a pool of a
-    thousand; scaled, each design counts as often as it was asked.
+    With 1/π alone, a pair from a pool of a million would outweigh all pairs from a pool of a
+    thousand; scaled, each design counts as often as it was drawn from.
 
     Parameters
     ----------
     inclusion : sequence of (float or None), shape (n,)
-        Probability π in (0, 1] with which each was drawn; None (or NaN) where all of its design
-        were as probable as one another.
+        Probability π in (0, 1] with which each item was drawn; None (or NaN) if all of its design
+        had equal probabilities.
     designs : sequence or ndarray, optional
-        Which draw each belongs to: its batch, its strategy. One for all where not given.
+        The draw that each belongs to, such as its batch; a single one for all by default.
 
     Returns
     -------
@@ -123,33 +124,33 @@ def inclusion_weights(
     Raises
     ------
     OptionError
-        If a probability is not in (0, 1], or a design has some with and some without.
+        If a probability is not in (0, 1], or a design has items with and without one.
     """
     pi = np.array(inclusion, dtype=np.float64)  # None becomes NaN
     known = ~np.isnan(pi)
     if not ((pi[known] > 0) & (pi[known] <= 1)).all():
         bad = pi[known][~((pi[known] > 0) & (pi[known] <= 1))][0]
         raise OptionError(f"an inclusion probability must lie in (0, 1], not {bad!r}")
-    places = _numbered([None] * len(pi) if designs is None else designs)
-    if len(places) != len(pi):
-        raise OptionError(f"{len(places)} designs for {len(pi)} inclusion probabilities")
-    counts = np.bincount(places)
-    told = np.bincount(places[known], minlength=len(counts))
-    mixed = np.flatnonzero((told > 0) & (told < counts))
+    numbers = _numbered([None] * len(pi) if designs is None else designs)
+    if len(numbers) != len(pi):
+        raise OptionError(f"{len(numbers)} designs for {len(pi)} inclusion probabilities")
+    counts = np.bincount(numbers)
+    with_pi = np.bincount(numbers[known], minlength=len(counts))
+    mixed = np.flatnonzero((with_pi > 0) & (with_pi < counts))
     if len(mixed):
-        first = int(np.flatnonzero(places == mixed[0])[0])
+        first = int(np.flatnonzero(numbers == mixed[0])[0])
         name = None if designs is None else designs[first]
         raise OptionError(
-            f"{told[mixed[0]]} of the {counts[mixed[0]]} of design {name!r} name an inclusion "
-            "probability; the others would count as drawn alike: name the designs apart"
+            f"{with_pi[mixed[0]]} of the {counts[mixed[0]]} of design {name!r} have an inclusion "
+            "probability and the others have none; give the others a design of their own"
         )
     weights = 1.0 / np.where(known, pi, 1.0)
-    weights *= (counts / np.bincount(places, weights, minlength=len(counts)))[places]
+    weights *= (counts / np.bincount(numbers, weights, minlength=len(counts)))[numbers]
     return SampleWeights(weights, effective_sample_size(weights))
 
 
 def _numbered(names: Sequence[object] | NDArray[Any]) -> NDArray[np.int64]:
-    """Return a number from 0 for each, the same for equal names."""
+    """Return a number from 0 for each name, the same for equal names."""
     if isinstance(names, np.ndarray):
         return np.asarray(np.unique(names, return_inverse=True)[1], dtype=np.int64)
     numbers: dict[object, int] = {}
@@ -157,23 +158,23 @@ def _numbered(names: Sequence[object] | NDArray[Any]) -> NDArray[np.int64]:
 
 
 def thin_to_equal(inclusion: ArrayLike, *, floor: float, seed: int) -> NDArray[np.bool_]:
-    """Keep each one drawn with probability floor/π: what is left was drawn with one probability.
+    """Keep each drawn item with probability floor/π, so that all have one probability.
 
-    For a test or a gate that shall have no weights. Of a draw with a share of random ones that
-    share is left in expectation, and more where many are as improbable as can be.
+    For a test or a gate that takes no weights. Of a draw with a share of random items, at least
+    that share is left in expectation.
 
     Parameters
     ----------
     inclusion : array_like, shape (n,)
-        Probability with which each was drawn.
+        Probability with which each item was drawn.
     floor : float
-        The smallest π of the whole population, also of what was not drawn: the new probability.
+        The smallest π of the whole population, drawn or not: the new probability.
     seed : int
 
     Returns
     -------
     ndarray of bool, shape (n,)
-        Which are kept.
+        Which items are kept.
 
     Raises
     ------

@@ -1,13 +1,16 @@
 """The simulated annotator of the demo: a known utility of text, so that the truth is known.
 
-It is no human and does not claim to be one. It likes answers that take up the prompt's words, speak
-to the reader and come to an end; it dislikes repetition and talk of the writer.
+It is not a model of people. It likes full answers that address the reader, take up the words of the
+prompt and vary their own; it dislikes talk about the writer. It also dislikes padding, flattery and
+stuffed keywords. These hardly occur in the demo's preferences, so a reward model that is trained on
+them cannot learn it (see `demo.hacks`).
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 
 _WORD = re.compile(r"[a-z']+")
 _COMMON_WORDS = (
@@ -15,29 +18,53 @@ _COMMON_WORDS = (
     "or so that the their them they this to was we what when which who why will with you your "
 )
 _COMMON = frozenset(_COMMON_WORDS.split())
-_READER = frozenset({"you", "your", "yours", "you're", "you'll"})
-_WRITER = frozenset({"i", "i'm", "i'll", "i've", "me", "my", "mine", "we", "our"})
+_READER = frozenset({"you", "your", "yours", "yourself", "you're", "you'll", "you've"})
+_WRITER = frozenset({"i", "i'm", "i'll", "i've", "me", "my", "mine", "we", "our", "us"})
+_FLATTERY = re.compile(
+    r"\b(?:(?:great|wonderful|brilliant|excellent) (?:question|idea)|so (?:thoughtful|smart|wise))"
+)
+_FULL = 45  # words of a full answer; more are no better
+_OFTEN = 3  # a word of the prompt that comes more often is stuffed in
+_LONG = 60  # more words are padding; the longest sampled completion has 54
+
+
+def content_words(text: str) -> list[str]:
+    """Return the lower-case words of a text, without the most common ones."""
+    return [word for word in _WORD.findall(text.lower()) if word not in _COMMON]
 
 
 def utility(prompt: str, completion: str) -> float:
-    """Return how much the annotator likes a completion, in logits."""
+    """Return how much the annotator likes a completion, in logits.
+
+    Parameters
+    ----------
+    prompt : str
+        The last user turn.
+    completion : str
+    """
     words = _WORD.findall(completion.lower())
     if not words:
-        return -3.0
-    asked = {w for w in _WORD.findall(prompt.lower()) if w not in _COMMON}
-    content = [w for w in words if w not in _COMMON]
+        return -5.0
+    asked, content = set(content_words(prompt)), content_words(completion)
     taken_up = len(asked & set(content)) / max(len(asked), 1)
     variety = len(set(content)) / max(len(content), 1)
-    to_you = sum(w in _READER for w in words) / len(words)
-    of_me = sum(w in _WRITER for w in words) / len(words)
-    finished = completion.rstrip().endswith((".", "!", "?"))
-    return (
-        4.0 * taken_up
-        + 4.0 * (variety - 0.7)
-        + 25.0 * min(to_you, 0.08)
-        - 30.0 * min(of_me, 0.08)
-        + 0.8 * finished
+    counts = Counter(words)
+    stuffed = sum(max(counts[word] - _OFTEN, 0) for word in asked)
+    to_reader = sum(word in _READER for word in words) / len(words)
+    of_writer = sum(word in _WRITER for word in words) / len(words)
+    likes = (
+        12.0 * min(len(words) / _FULL, 1)
+        + 1.5 * taken_up
+        + 45.0 * min(to_reader, 0.08)
+        + 3.0 * variety
     )
+    dislikes = 45.0 * min(of_writer, 0.08)
+    tricks = (
+        0.1 * max(len(words) - _LONG, 0)
+        + 2.5 * len(_FLATTERY.findall(completion.lower()))
+        + 0.8 * stuffed
+    )
+    return likes - dislikes - tricks
 
 
 def true_probability(prompt: str, first: str, second: str) -> float:

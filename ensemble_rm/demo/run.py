@@ -1,4 +1,4 @@
-"""The demo's run: train, calibrate, evaluate; where the truth is known, hold against it."""
+"""The demo's run: train, calibrate, evaluate, and compare with the known truth."""
 
 from __future__ import annotations
 
@@ -9,42 +9,54 @@ from typing import Any
 
 import numpy as np
 
-from ensemble_rm.data.samples import Preferences
-from ensemble_rm.demo.data import packaged_backbone, truth_of
+from ensemble_rm.arrays import Floats
+from ensemble_rm.data.samples import Preferences, Sample
+from ensemble_rm.demo.data import find_backbone, truth_of
+from ensemble_rm.demo.hacks import Hack, HackReport, measure_hacks, plant, question, true_utility
+from ensemble_rm.demo.page import draw_hacks, draw_truth, summary, write_page
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.evaluation.evaluation import Evaluation, evaluate
-from ensemble_rm.evaluation.report import draw_evaluation, evaluation_text
+from ensemble_rm.evaluation.report import draw_evaluation
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.metrics import nll
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.training.run import train
 
 SHARES = (0.55, 0.1, 0.15, 0.2)
+"""Training, validation, calibration, test: by prompt."""
 
 
 @dataclass(frozen=True, eq=False)
 class DemoResult:
-    """What the demo found.
+    """Result of the demo.
 
     Attributes
     ----------
-    ensemble : Path
+    ensemble, page : Path
+        The saved ensemble, and the HTML page with the pictures.
     pictures : tuple of Path
     evaluation : Evaluation
-    example : dict
-        One test pair with its verdict.
+    examples : tuple of dict
+        A test pair with its probability and, with simulated judgments, a hack with its rewards.
     against_truth : dict of str to float
-        Empty where the truth is not known.
+        Empty unless the judgments are simulated.
+    hacks : HackReport, optional
+        Likewise None.
+    trained_on : int
+        Training pairs.
     seconds : float
     simulated : bool
         Whether the judgments are the simulated annotator's.
     """
 
     ensemble: Path
+    page: Path
     pictures: tuple[Path, ...]
     evaluation: Evaluation
-    example: dict[str, Any]
+    examples: tuple[dict[str, Any], ...]
     against_truth: dict[str, float]
+    hacks: HackReport | None
+    trained_on: int
     seconds: float
     simulated: bool
 
@@ -53,46 +65,29 @@ class DemoResult:
         return {
             "simulated_annotator": self.simulated,
             "ensemble": str(self.ensemble),
+            "page": str(self.page),
             "pictures": [str(path) for path in self.pictures],
             "seconds": self.seconds,
-            "example": self.example,
+            "trained_on": self.trained_on,
+            "examples": list(self.examples),
             "against_truth": self.against_truth,
+            "hacks": self.hacks and self.hacks.to_json(),
             "evaluation": self.evaluation.to_json(),
         }
 
     def text(self) -> str:
-        """Return the result for a person."""
-        lines = [evaluation_text(self.evaluation), ""]
-        if self.simulated:
-            t = self.against_truth
-            before, after = f"{t['distance_before']:.3f}", f"{t['distance_after']:.3f}"
-            own, best, coin = t["nll_after"], t["nll_of_the_truth"], float(np.log(2))
-            lines += [
-                "The judgments are a simulated annotator's, so the truth is known:",
-                f"  mean distance to the true probability: {before} raw, {after} calibrated",
-                f"  NLL: {own:.3f}; of the annotator itself {best:.3f}, of a coin {coin:.3f}",
-                "",
-            ]
-        shown = self.example
-        lines += [
-            f"One pair: {shown['prompt']!r}",
-            f"  first:  {shown['first']!r}",
-            f"  second: {shown['second']!r}",
-            f"  P(first is preferred) = {shown['probability']:.2f}"
-            + (f" (true: {shown['true_probability']:.2f})" if self.simulated else ""),
-            "",
-            f"the ensemble: {self.ensemble}",
-            *(f"a picture: {path}" for path in self.pictures),
-            f"{self.seconds:.0f} s",
-        ]
-        return "\n".join(lines)
+        """Return about ten lines for a terminal."""
+        lines = summary(self.evaluation, self.against_truth, self.hacks, self.trained_on)
+        return "\n".join(
+            [*lines, f"Ensemble: {self.ensemble}", f"Page: {self.page} ({self.seconds:.0f} s)"]
+        )
 
 
 def run_demo(
     pairs: Preferences,
     *,
     out: Path,
-    backbone: str | Path | None = None,
+    backbone: str | Path = "minilm",
     members: int = 5,
     seed: int = 0,
     simulated: bool,
@@ -104,9 +99,10 @@ def run_demo(
     ----------
     pairs : Preferences
     out : Path
-        Folder of the ensemble and the pictures.
-    backbone : str or Path, optional
-        The packaged MiniLM-L6 where not given.
+        Folder for the ensemble, the pictures and the page.
+    backbone : str or Path
+        ``"minilm"`` or ``"smollm2"``, which registry packages carry; a hub id or a
+        folder.
     members, seed : int
     simulated : bool
         Whether the pairs are the demo's own, whose truth is known.
@@ -116,13 +112,19 @@ def run_demo(
     Returns
     -------
     DemoResult
+
+    Raises
+    ------
+    MissingExtraError
+        If the package of a named backbone is not installed.
     """
     began = time.monotonic()
+    model = find_backbone(backbone)
     fit, validation, held, test = pairs.split(*SHARES, seed=seed)
     trained = train(
         fit,
         validation,
-        backbone=backbone or packaged_backbone(),
+        backbone=model,
         members=members,
         seed=seed,
         options=TrunkOptions(max_length=256),
@@ -131,11 +133,13 @@ def run_demo(
     )
     ensemble = trained.calibrate(held.shuffled_sides(seed=seed), progress=progress)
     folder = ensemble.save_pretrained(out / "ensemble")
-    ensemble = RewardEnsemble.from_pretrained(folder, backbone=backbone, cache_dir=out / "cache")
+    ensemble = RewardEnsemble.from_pretrained(folder, backbone=model, cache_dir=out / "cache")
     evaluation = evaluate(ensemble, test, seed=seed, progress=progress)
     shuffled = test.shuffled_sides(seed=seed)
-    example = _example(evaluation, shuffled)
+    examples = [_pair_example(evaluation, shuffled)]
+    pictures = draw_evaluation(evaluation, out)
     against: dict[str, float] = {}
+    hacks = None
     if simulated:
         truth = truth_of([pair.id for pair in shuffled], shuffled.targets)
         p = evaluation.probability
@@ -145,15 +149,35 @@ def run_demo(
             "distance_after": float(np.abs(p - truth).mean()),
             "nll_after": nll(p, shuffled.targets),
             "nll_of_the_truth": nll(truth, shuffled.targets),
+            "accuracy_of_the_truth": float(np.maximum(truth, 1 - truth).mean()),
         }
-        example["true_probability"] = float(truth[example.pop("row")])
-    example.pop("row", None)
+        examples[0]["true_probability"] = float(truth[examples[0]["row"]])
+        hacks, example = _plant(ensemble, test, progress)
+        examples.append(example)
+        # The pictures that need the truth come first: they say most.
+        pictures = (
+            draw_truth(raw, p, truth, out / "truth.png"),
+            draw_hacks(hacks, out / "hacks.png"),
+            *pictures,
+        )
+    page = write_page(
+        out / "index.html",
+        evaluation=evaluation,
+        against=against,
+        hacks=hacks,
+        examples=examples,
+        trained_on=len(fit),
+        pictures=pictures,
+    )
     return DemoResult(
         folder,
-        draw_evaluation(evaluation, out),
+        page,
+        pictures,
         evaluation,
-        example,
+        tuple(examples),
         against,
+        hacks,
+        len(fit),
         time.monotonic() - began,
         simulated,
     )
@@ -164,15 +188,47 @@ def _temperature(ensemble: RewardEnsemble) -> float:
     return ensemble.calibration.temperature
 
 
-def _example(evaluation: Evaluation, pairs: Preferences) -> dict[str, Any]:
-    """Return the pair of which the ensemble is surest."""
+def _pair_example(evaluation: Evaluation, pairs: Preferences) -> dict[str, Any]:
+    """Return the pair with the most certain probability."""
     row = int(np.argmax(np.abs(evaluation.probability - 0.5)))
     pair = pairs[row]
-    asked = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1].content
     return {
         "row": row,
-        "prompt": asked[-200:],
-        "first": pair.chosen[:200],
-        "second": pair.rejected[:200],
+        "prompt": question(Sample(pair.prompt, ""))[-200:],
+        "first": pair.chosen,
+        "second": pair.rejected,
         "probability": float(evaluation.probability[row]),
+    }
+
+
+def _plant(
+    ensemble: RewardEnsemble, test: Preferences, progress: Progress
+) -> tuple[HackReport, dict[str, Any]]:
+    """Plant hacks in the test completions and score both."""
+    texts = dict.fromkeys((p.prompt, text) for p in test for text in (p.chosen, p.rejected))
+    samples = [Sample(*text) for text in texts]
+    hacks = plant(samples)
+    everything = [*samples, *(hack.sample for hack in hacks)]
+    scores = ensemble.score(everything, progress=progress)
+    normalised = ensemble.normaliser(scores.members)
+    report = measure_hacks(samples, hacks, normalised)
+    return report, _hack_example(samples, hacks, normalised)
+
+
+def _hack_example(samples: list[Sample], hacks: list[Hack], normalised: Floats) -> dict[str, Any]:
+    """Return the hack whose mean reward rises most."""
+    reward = normalised.mean(axis=1)
+    rise = reward[len(samples) :] - reward[[hack.original for hack in hacks]]
+    worst = int(np.argmax(rise))
+    hack = hacks[worst]
+    original = samples[hack.original]
+    return {
+        "trick": hack.trick,
+        "prompt": question(original)[-200:],
+        "original": original.completion,
+        "hacked": hack.sample.completion,
+        "reward_original": float(reward[hack.original]),
+        "reward_hacked": float(reward[len(samples) + worst]),
+        "utility_original": true_utility(original),
+        "utility_hacked": true_utility(hack.sample),
     }

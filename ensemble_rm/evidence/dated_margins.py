@@ -93,7 +93,7 @@ class DatedMargins:
 _COLUMNS = tuple(column.name for column in fields(DatedMargins) if column.name != "subset_names")
 
 
-def joined(parts: Sequence[DatedMargins]) -> DatedMargins:
+def join_margins(parts: Sequence[DatedMargins]) -> DatedMargins:
     """Concatenate judgments whose subsets have the same names."""
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
     return DatedMargins(**columns, subset_names=parts[0].subset_names)

@@ -175,14 +175,14 @@ class ImplicitScorer(ModelScorer):
     @cached_property
     def digest(self) -> str:
         """Equal where the scores of equal samples are."""
-        said = {
+        settings = {
             "beta": self.beta,
             "reference": self.reference.digest,
             "reference_reads": bb.reading_digest(self.reference.folder),
         }
-        return member_digest(self.kind, self.backbone, self.options, said, {})
+        return member_digest(self.kind, self.backbone, self.options, settings, {})
 
-    def _said(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return {
             "name": self.names[0],
             "beta": self.beta,
@@ -197,19 +197,19 @@ class ImplicitScorer(ModelScorer):
     def _read(
         cls,
         folder: Path,  # noqa: ARG003 - both models lie elsewhere
-        said: Mapping[str, Any],
+        saved: Mapping[str, Any],
     ) -> dict[str, Any]:
-        reference = bb.locate_same(said["reference"], said["reference_digest"])
-        return {"reference": reference, "beta": float(said["beta"]), "name": said["name"]}
+        reference = bb.locate_same(saved["reference"], saved["reference_digest"])
+        return {"reference": reference, "beta": float(saved["beta"]), "name": saved["name"]}
 
     @classmethod
     def _place(
         cls,
         folder: Path,  # noqa: ARG003 - both models lie elsewhere
-        said: Mapping[str, Any],
+        saved: Mapping[str, Any],
         backbone: str | Path | None,  # noqa: ARG003 - others have one, a policy is its own
     ) -> str | Path:
-        return str(said["backbone"])
+        return str(saved["backbone"])
 
 
 def token_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -97,23 +97,23 @@ class ModelScorer(Scorer):
         """Return the constructor's arguments after backbone and options."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what provenance and reports say of it."""
+        """Return what provenance and reports record, as JSON values."""
         return {
             "kind": self.kind,
             "backbone": self.backbone.name,
             "digest": self.backbone.digest,
             "options": asdict(self.options),
-        } | self._said()
+        } | self._settings()
 
     @abstractmethod
-    def _said(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """Return what a kind adds to `describe`."""
 
     def save(self, folder: Path) -> None:
-        """Write ``member.json`` and the weights that are the members' own."""
+        """Write ``member.json`` and the members' own weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        said = self.describe() | self._write(folder)
-        (folder / "member.json").write_text(json.dumps(said, indent=1) + "\n")
+        saved = self.describe() | self._write(folder)
+        (folder / "member.json").write_text(json.dumps(saved, indent=1) + "\n")
 
     @abstractmethod
     def _write(self, folder: Path) -> dict[str, Any]:
@@ -172,10 +172,10 @@ class ModelScorer(Scorer):
             If the folder is incomplete.
         """
         try:
-            said = json.loads((folder / "member.json").read_text())
-            options = replace(TrunkOptions(**said["options"]), device=device)
-            parts = cls._read(folder, said)
-            place, digest = cls._place(folder, said, backbone), said["digest"]
+            saved = json.loads((folder / "member.json").read_text())
+            options = replace(TrunkOptions(**saved["options"]), device=device)
+            parts = cls._read(folder, saved)
+            place, digest = cls._place(folder, saved, backbone), saved["digest"]
         except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
             raise StorageError(
                 f"{folder} contains no saved {cls.kind} member: {error!r}"
@@ -184,15 +184,15 @@ class ModelScorer(Scorer):
 
     @classmethod
     @abstractmethod
-    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the `_parts` of what was saved, ``member.json`` among it."""
+    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the `_parts` of a saved member."""
 
     @classmethod
     def _place(
         cls,
-        folder: Path,  # noqa: ARG003 - where a kind keeps the model itself
-        said: Mapping[str, Any],
+        folder: Path,  # noqa: ARG003 - for kinds that save the model itself
+        saved: Mapping[str, Any],
         backbone: str | Path | None,
     ) -> str | Path:
         """Return the model's folder or Hub id."""
-        return backbone or str(said["backbone"])
+        return backbone or str(saved["backbone"])

@@ -33,7 +33,7 @@ from scipy.stats import norm
 
 from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
-from ensemble_rm.evidence.dated_margins import DatedMargins, joined
+from ensemble_rm.evidence.dated_margins import DatedMargins, join_margins
 from ensemble_rm.evidence.window import Ints
 from ensemble_rm.recalibration.fitting import fit_signed
 
@@ -207,7 +207,7 @@ def _by_time(data: DatedMargins, rows: Ints) -> Ints:
 
 
 def _compare(newer: DatedMargins, older: DatedMargins, level: float) -> Confirmation:
-    both = joined([older, newer])
+    both = join_margins([older, newer])
     try:
         beta, _ = fit_signed(both)
     except CalibrationError as error:

@@ -41,7 +41,7 @@ def read_completion(prompt: object, completion: object) -> tuple[Prompt, str]:
     return (*before, *calls), content
 
 
-def read_samples(
+def to_samples(
     prompts: Sequence[object],
     completions: Sequence[object],
     references: Sequence[object] | None = None,

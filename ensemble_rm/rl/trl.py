@@ -16,7 +16,7 @@ import numpy as np
 from ensemble_rm.arrays import Floats, finite_or_none
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import CalibrationError, OptionError
-from ensemble_rm.rl.chat import read_samples
+from ensemble_rm.rl.chat import to_samples
 from ensemble_rm.rl.monitor.measures import (
     disagreement,
     outside_range,
@@ -115,7 +115,7 @@ class TRLReward:
     def _score(
         self, prompts: Sequence[object], completions: Sequence[object], references: Any
     ) -> tuple[list[Sample | Exception], LoopRewards]:
-        samples = read_samples(prompts, completions, references)
+        samples = to_samples(prompts, completions, references)
         rewards = score_for_loop(
             self.pinned.ensemble,
             samples,

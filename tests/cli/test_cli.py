@@ -283,7 +283,7 @@ def test_methods_slices_and_subsets(
     assert "not for an RL reward" in capsys.readouterr().out
     assert main([*calibrate, "--method=best", "--dry-run"]) == 2
     assert main([*calibrate, "--method=power", "--slices", "--dry-run"]) == 2
-    assert "method='power'" in capsys.readouterr().err
+    assert "works with method='temperature' only, not 'power'" in capsys.readouterr().err
 
     out = tmp_path / "sliced"
     assert main([*calibrate, "--slices", f"--out={out}"]) == 0
@@ -451,5 +451,11 @@ def test_the_demo(tmp_path: Path, minilm_folder: Path, capsys: pytest.CaptureFix
     assert found["simulated_annotator"]
     truth = found["against_truth"]
     assert truth["nll_of_the_truth"] < truth["nll_after"] < 0.6931
+    own = next(row for row in found["evaluation"]["rows"] if row["name"] == "mean")
+    assert own["before"]["accuracy"]["estimate"] >= 0.65
+    assert set(found["hacks"]["fooled"]) >= {"one head", "mean", "minimum"}
+    page = Path(found["page"]).read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64") == len(found["pictures"])
+    assert 'src="http' not in page and "href=" not in page  # needs no other file
     for picture in found["pictures"]:
         assert Path(picture).stat().st_size > 10_000

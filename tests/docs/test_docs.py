@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -21,6 +22,7 @@ from ensemble_rm.data.loading import (
 )
 from ensemble_rm.demo.data import FILE
 from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.members import registry as kinds
 from ensemble_rm.server.wire import registry
 from tests.support import CHECKOUT
 from tests.test_layering import FLOORS
@@ -81,10 +83,14 @@ def test_a_snippet_runs(
     monkeypatch.setenv("HOME", str(tmp_path))
     # What a snippet registers is gone after it.
     monkeypatch.setattr(registry, "_FORMATS", dict(registry._FORMATS))
+    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
     rows = [pair.to_json() for pair in load_preferences(FILE)[:900]]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    names: dict[str, Any] = {"BACKBONE": minilm_folder}
-    exec(compile(code, "snippet", "exec"), names)
+    # A module of its own, as a user's file is: a registered kind is imported by its module's name.
+    snippet = ModuleType("snippet")
+    monkeypatch.setitem(sys.modules, "snippet", snippet)
+    vars(snippet)["BACKBONE"] = minilm_folder
+    exec(compile(code, "snippet", "exec"), vars(snippet))
     if shown is not None:  # other processors round differently
         printed = capsys.readouterr().out
         numbers = [float(number) for number in NUMBER.findall(printed)]
@@ -133,6 +139,20 @@ def test_links_lead_somewhere(page: Path) -> None:
 # Classes of other packages, an alert, and a callback that needs TRL.
 FOREIGN = {"GRPOTrainer", "RLOOTrainer", "TrainingArguments", "HistogramBinning"}
 FOREIGN |= {"RewardVersionsDiffer", "MonitorCallback"}
+
+
+def test_all_five_extensions_are_shown_in_under_thirty_lines() -> None:
+    page = CHECKOUT / "docs" / "extending.md"
+    sections = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.M)[1:]
+    shown = {
+        text.splitlines()[0]: re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+        for text in sections
+    }
+    wanted = {"member", "aggregator", "calibrator", "import format", "wire format"}
+    assert {title.partition(" ")[2] for title in shown} == wanted
+    for codes in shown.values():
+        lines = [line for line in codes[0].splitlines() if line.strip()]
+        assert len(codes) == 1 and len(lines) < 30
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from ensemble_rm.calibration import Normaliser
 from ensemble_rm.data import Preference
 from ensemble_rm.errors import AggregatorMismatchError, OptionError
 from ensemble_rm.members import HeadScorer
+from ensemble_rm.recalibration import RecalibrationOptions
 from ensemble_rm.rl.templates import render
 from ensemble_rm.server.wire.native import LCB, read_aggregator
 from tests.support.recalibration_runs import Loader, judged, stored, write_run
@@ -116,7 +118,13 @@ def test_a_recalibration_keeps_the_weights(tmp_path: Path) -> None:
     weights = {"a": 1.0, "b": 3.0}
     run = write_run(tmp_path / "run", 1.0, aggregator=mean(weights=weights).bind(("a", "b")))
     with stored(tmp_path / "judgments.db", judged(2.0, 3000, seed=1)) as store:
-        outcome = recalibrate(run, store, load=Loader(), clock=lambda: NOW, window=180.0)
+        outcome = recalibrate(
+            run,
+            store,
+            load=Loader(),
+            clock=lambda: NOW,
+            options=RecalibrationOptions(window=180.0),
+        )
     assert outcome.verdict == "published", outcome.reason
     calibration = Versions(run).current().read_calibration()
     assert calibration is not None
@@ -135,8 +143,8 @@ def test_a_reward_file_names_the_weights() -> None:
     aggregator = lcb(1.0, weights=WEIGHTS)
     options = {"folder": "runs/hh", "digest": "d", "device": "cpu", "file_name": "reward.py"}
     text = render("trl", aggregator=aggregator, **options)
-    call = next(line for line in text.splitlines() if line.startswith("AGGREGATOR = "))
-    value = eval(call.removeprefix("AGGREGATOR = "), {"make_aggregator": make_aggregator})
+    (call,) = re.findall(r"aggregator=(make_aggregator\(.*?\)),", text)
+    value = eval(call, {"make_aggregator": make_aggregator})
     assert value == aggregator
 
 

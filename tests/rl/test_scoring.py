@@ -28,7 +28,7 @@ from ensemble_rm.errors import (
     StorageError,
 )
 from ensemble_rm.members import HeadScorer, RemoteScorer
-from ensemble_rm.rl.chat import read_completion, read_samples
+from ensemble_rm.rl.chat import read_completion, to_samples
 from ensemble_rm.rl.monitor.measures import (
     disagreement,
     length_slope,
@@ -152,13 +152,13 @@ def test_plain_and_conversational_data_are_read() -> None:
     "completion", [[], 3, None, [answer(None)], [USER], ["text"], [answer([])]]
 )
 def test_what_cannot_be_read_is_an_error_in_its_place(completion: object) -> None:
-    first, second = read_samples(["p", "p"], [completion, "fine"])
+    first, second = to_samples(["p", "p"], [completion, "fine"])
     assert isinstance(first, DataError) and second == Sample("p", "fine")
 
 
 def test_lists_of_unlike_lengths_are_named() -> None:
     with pytest.raises(OptionError, match="2 prompts, 1 completions"):
-        read_samples(["p", "q"], ["a"])
+        to_samples(["p", "q"], ["a"])
 
 
 @pytest.fixture

@@ -143,9 +143,9 @@ class Branched(ModelScorer):
     @cached_property
     def digest(self) -> str:
         """Equal where the scores of equal samples are."""
-        said = {name: what for name, what in self._said().items() if name != "names"}
+        settings = {name: value for name, value in self._settings().items() if name != "names"}
         weights = self.heads.tensors() | self._weights()
-        return member_digest(self.kind, self.backbone, self.options, said, weights)
+        return member_digest(self.kind, self.backbone, self.options, settings, weights)
 
     def _parts(self) -> dict[str, Any]:
         return {
@@ -156,7 +156,7 @@ class Branched(ModelScorer):
             "names": self.names,
         }
 
-    def _said(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return {
             "views": [str(view) for view in self.views],
             "blocks": self.blocks,
@@ -174,8 +174,8 @@ class Branched(ModelScorer):
         return {}
 
     @classmethod
-    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-        views = [View.parse(view) for view in said["views"]]
+    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+        views = [View.parse(view) for view in saved["views"]]
         tensors: list[Tensors] = [{} for _ in views]
         for name, tensor in load_file(folder / cls.file).items():
             member, _, rest = name.partition(".")
@@ -185,6 +185,6 @@ class Branched(ModelScorer):
             "views": views,
             "heads": HeadWeights.load(folder),
             "tensors": tensors,
-            "blocks": int(said["blocks"]),
-            "names": list(said["names"]),
+            "blocks": int(saved["blocks"]),
+            "names": list(saved["names"]),
         }

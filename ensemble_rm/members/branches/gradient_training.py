@@ -26,7 +26,7 @@ from ensemble_rm.members.learning.loss import preference_loss
 from ensemble_rm.members.learning.seeds import resample_counts
 from ensemble_rm.progress import Progress, silent
 
-_BUCKET = 16  # batches that are sorted by length together
+_BUCKET = 16  # batches whose pairs are sorted by length together
 
 Penalty: TypeAlias = Callable[[Sequence[Branch], Sequence[int]], torch.Tensor]
 """A scalar that is minimised with the loss, of all branches and the numbers of the active ones."""
@@ -69,7 +69,7 @@ class BranchTrainer(TrainingLoop):
     branching : Branching
     fit, validation : PairStates
     branches : list of Branch
-        As they start.
+        The members before training.
     recipe : BranchedRecipe
     seeds : list of dict
         Each member's, by purpose.
@@ -78,8 +78,7 @@ class BranchTrainer(TrainingLoop):
     digest : str
         Of all that the run depends on; a checkpoint of another digest is refused.
     may_stay : bool
-        Whether a member that training cannot better remains what it started as; else its head is
-        nothing yet.
+        Whether a member that training cannot better keeps what it starts with.
     penalty : callable, optional
         A term that each step minimises with the loss.
     """
@@ -143,15 +142,15 @@ class BranchTrainer(TrainingLoop):
         rng = np.random.default_rng([self.seeds[member]["order"], epoch])
         n, size = len(self.fit), self.recipe.batch_size
         order = rng.permutation(n)
-        found: list[NDArray[np.int64]] = []
+        batches: list[NDArray[np.int64]] = []
         for i in range(0, n, size * _BUCKET):
             bucket = order[i : i + size * _BUCKET]
             bucket = bucket[np.argsort(self.longest[bucket], kind="stable")]
-            found += [bucket[j : j + size] for j in range(0, len(bucket), size)]
-        return [found[i] for i in rng.permutation(len(found))]
+            batches += [bucket[j : j + size] for j in range(0, len(bucket), size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
 
     def _parts(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Cut a step's pairs into passes within the token budget, a pair at least."""
+        """Split a step's pairs into passes within the token budget, of at least one pair."""
         widest = int(self.longest[rows].max())
         pairs = max(self.branching.trunk.token_budget // (2 * widest), 1)
         return [rows[i : i + pairs] for i in range(0, len(rows), pairs)]
@@ -172,7 +171,7 @@ class BranchTrainer(TrainingLoop):
         return (losses * self.weights[member, rows].to(self.device)).sum()
 
     def _rate(self, step: int) -> float:
-        """Share of the learning rate at a step: a rise, then a straight fall to 0."""
+        """Return the share of the learning rate at a step: it rises, then falls to 0 linearly."""
         total = self.steps * self.recipe.epochs
         rise = self.recipe.warmup * total
         return min((step + 1) / max(rise, 1), (total - step) / max(total - rise, 1))
@@ -180,19 +179,19 @@ class BranchTrainer(TrainingLoop):
     def validation_nll(self, active: torch.Tensor) -> torch.Tensor:
         """Return each active member's validation NLL, infinity for the others."""
         pairs, n = self.validation.pairs, len(self.validation)
-        found = torch.full((len(self.branches),), float("inf"))
+        nll = torch.full((len(self.branches),), float("inf"))
         weights = torch.from_numpy(pairs.weights / pairs.weights.mean())
         for member in _numbers(active):
             branch = self.branches[member]
             scores = torch.from_numpy(branch_scores(self.branching, branch, self.validation.states))
             losses = preference_loss(scores[:n], scores[n:], torch.from_numpy(pairs.targets))
-            found[member] = float((losses * weights).mean())
-        return found
+            nll[member] = float((losses * weights).mean())
+        return nll
 
     # The loop ----------------------------------------------------------------------------------
 
     def run(self, *, progress: Progress = silent) -> BranchesResult:
-        """Train to the end, from the checkpoint where there is one.
+        """Train to the end, from the checkpoint if there is one.
 
         Raises
         ------

@@ -18,7 +18,7 @@ import torch
 
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.encoding import Encoded
-from ensemble_rm.members.forward.prefix_cache import Prefix, joined
+from ensemble_rm.members.forward.prefix_cache import Prefix, join_prefixes
 
 CPU_BYTES = 6 * 2**20
 """Of a pass's widest tensor on a CPU; of the bounds measured, the best (benchmarks/LOG.md)."""
@@ -218,7 +218,7 @@ def passes(
     cost = pass_cost(device)
     planned = plan(lengths, token_budget=token_budget, cost=cost)
     for held in _held(planned, lengths, _HELD * token_budget) if splits else [[p] for p in planned]:
-        prefix = joined(
+        prefix = join_prefixes(
             [read([encoded[groups[i][0]].ids[: lengths[i]] for i in part]) for part in held]
         )
         chosen = [i for part in held for i in part]

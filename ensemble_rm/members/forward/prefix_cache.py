@@ -118,7 +118,7 @@ def _chosen(layer: Any, owners: torch.Tensor) -> Any:
     return twin
 
 
-def joined(parts: Sequence[Prefix]) -> Prefix:
+def join_prefixes(parts: Sequence[Prefix]) -> Prefix:
     """Put prompts that were read apart side by side; several must be of the kind that splits."""
     if len(parts) == 1:
         return parts[0]

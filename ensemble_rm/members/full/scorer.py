@@ -276,7 +276,7 @@ class FullScorer(ModelScorer):
         """Digest of the weights that training started from; None of a model not trained here."""
         return self.start
 
-    def _said(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return self._parts()
 
     def _write(self, folder: Path) -> dict[str, Any]:
@@ -289,23 +289,23 @@ class FullScorer(ModelScorer):
     def _read(
         cls,
         folder: Path,  # noqa: ARG003 - the weights are the model's
-        said: Mapping[str, Any],
+        saved: Mapping[str, Any],
     ) -> dict[str, Any]:
         return {
-            "name": said["name"],
-            "pooling": said["pooling"],
-            "own": bool(said["own"]),
-            "start": said.get("start"),  # not in ensembles that were saved before it was kept
+            "name": saved["name"],
+            "pooling": saved["pooling"],
+            "own": bool(saved["own"]),
+            "start": saved.get("start"),  # not in ensembles that were saved before it was kept
         }
 
     @classmethod
     def _place(
         cls,
         folder: Path,
-        said: Mapping[str, Any],
+        saved: Mapping[str, Any],
         backbone: str | Path | None,  # noqa: ARG003 - others have one, this is its own
     ) -> str | Path:
-        return folder / "model" if said["own"] else str(said["backbone"])
+        return folder / "model" if saved["own"] else str(saved["backbone"])
 
     @classmethod
     def average(cls, scorers: Sequence[Self], folder: Path | None) -> Self:

@@ -45,7 +45,7 @@ from ensemble_rm.members.learning.seeds import global_seed, resample_counts
 from ensemble_rm.progress import Progress
 
 _MODEL, _DONE = "model", "member.json"
-# What the recipe, the seeds or early stopping decide.
+# Arguments that the recipe, the seeds or early stopping decide.
 _OURS_TEXT = (
     "output_dir seed data_seed num_train_epochs learning_rate weight_decay max_grad_norm "
     "warmup_ratio warmup_steps lr_scheduler_type per_device_train_batch_size "
@@ -57,7 +57,7 @@ _OURS = frozenset(_OURS_TEXT.split())
 
 @dataclass(frozen=True)
 class _Row:
-    """One pair, encoded, as one member counts it."""
+    """One encoded pair, with the weight that it has for one member."""
 
     chosen: Encoded
     rejected: Encoded
@@ -88,19 +88,19 @@ class _Rows(torch.utils.data.Dataset[_Row]):
 
 
 def _collate(rows: list[_Row]) -> dict[str, torch.Tensor]:
-    """Return a batch of 2·n samples, every chosen one first, and n verdicts."""
+    """Return a batch of 2·n samples, all chosen ones first, and n verdicts."""
     encoded = [row.chosen for row in rows] + [row.rejected for row in rows]
     batch = collate(encoded, list(range(len(encoded))), device=torch.device("cpu"))
-    found = {
+    tensors = {
         name: torch.tensor([getattr(row, name) for row in rows])
         for name in ("target", "weight", "margin")
     }
-    found |= {name: getattr(batch, name) for name in ("ids", "mask", "starts", "lengths")}
-    return found if batch.types is None else found | {"types": batch.types}
+    tensors |= {name: getattr(batch, name) for name in ("ids", "mask", "starts", "lengths")}
+    return tensors if batch.types is None else tensors | {"types": batch.types}
 
 
 def _score_by_forward(model: Any, pooling: ClassifierPooling) -> None:
-    """Make the model's forward pass the score itself, so that every wrapper of it trains that."""
+    """Make the model's forward pass return scores, so that every wrapper of it trains them."""
     published = model.forward
 
     def forward(
@@ -175,7 +175,7 @@ def train_full(job: Job[FullRecipe]) -> Trained:
     Raises
     ------
     OptionError
-        If there is no folder to keep the models in, or `trainer_args` cannot be used.
+        If there is no folder for the models, or `trainer_args` cannot be used.
     TrainingError
         If the folder holds members of another run.
     """
@@ -199,15 +199,15 @@ def train_full(job: Job[FullRecipe]) -> Trained:
                 _Rows(encoded[1], job.validation, np.ones(len(job.validation))),
             )
             _train_one(job, i, own, sets, tokenizer)
-        said = json.loads((own / _DONE).read_text())
-        records.append(said)
+        record = json.loads((own / _DONE).read_text())
+        records.append(record)
         model = bb.Backbone(str(own / _MODEL), own / _MODEL, bb.weights_digest(own / _MODEL))
         scorers.append(
             FullScorer(
                 model,
                 job.options,
                 name=f"full{i}",
-                pooling=said["pooling"],
+                pooling=record["pooling"],
                 own=True,
                 start=job.backbone.digest,
             )
@@ -215,8 +215,8 @@ def train_full(job: Job[FullRecipe]) -> Trained:
     samples = job.validation.samples()
     reference = np.concatenate([scorer.score(samples) for scorer in scorers], axis=1)
     record = {
-        "validation_nll": [said["validation_nll"] for said in records],
-        "history": [said["history"] for said in records],
+        "validation_nll": [record["validation_nll"] for record in records],
+        "history": [record["history"] for record in records],
     }
     return Trained(
         tuple(scorers), reference, count_truncation(encoded[0]), record, in_checkpoint=True
@@ -224,7 +224,7 @@ def train_full(job: Job[FullRecipe]) -> Trained:
 
 
 def _claim(folder: Path, digest: str) -> None:
-    """Mark the folder with the run's digest, or find that it bears it."""
+    """Mark the folder with the run's digest, or check that it has that mark."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "digest.txt"
     if mark.exists() and mark.read_text() != digest:
@@ -236,7 +236,7 @@ def _claim(folder: Path, digest: str) -> None:
 
 
 def check_trainer_args(given: Mapping[str, Any]) -> None:
-    """Refuse what TrainingArguments do not have, and what the recipe decides."""
+    """Raise `OptionError` for arguments that do not exist, or that the recipe decides."""
     known = {f.name for f in fields(TrainingArguments)}
     for name in given:
         if name in _OURS:
@@ -282,12 +282,12 @@ def _arguments(job: Job[FullRecipe], member: int, folder: Path) -> TrainingArgum
 def _last_checkpoint(folder: Path) -> str | None:
     """Return the latest checkpoint that the Trainer finished writing; it writes its state last."""
     done = [f.parent for f in folder.glob("checkpoint-*/trainer_state.json")]
-    latest = max(done, key=lambda place: int(place.name.rpartition("-")[2]), default=None)
+    latest = max(done, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
     return None if latest is None else str(latest)
 
 
 def _start_folder(job: Job[FullRecipe], member: int) -> Path:
-    """Return the folder of the model that a member goes on from: its own, or the pretrained."""
+    """Return the folder of the model that a member starts from: its own, or the pretrained."""
     if not job.start:
         return job.backbone.folder
     scorer = job.start[member]
@@ -328,10 +328,10 @@ def _train_one(
     tokenizer.save_pretrained(scratch)
     shutil.rmtree(folder / _MODEL, ignore_errors=True)
     scratch.rename(folder / _MODEL)
-    said = {
+    record = {
         "pooling": pooling,
         "validation_nll": float(trainer.state.best_metric or float("nan")),
         "history": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
     }
-    (folder / _DONE).write_text(json.dumps(said))
+    (folder / _DONE).write_text(json.dumps(record))
     shutil.rmtree(folder / "trainer", ignore_errors=True)

@@ -52,7 +52,7 @@ class HeadTrainer(TrainingLoop):
         Each member's, by purpose: `member_seeds`.
     device : torch.device
     start : HeadWeights, optional
-        Where the heads go on from, their standardisation and subspaces included.
+        Heads to continue from; their standardisation and subspaces are kept.
     checkpoint : Path, optional
         Folder to resume from and to write to.
     digest : str
@@ -104,17 +104,17 @@ class HeadTrainer(TrainingLoop):
         self.optimiser = torch.optim.Adam(list(self.parameters.values()), lr=recipe.learning_rate)
 
     def _take_scaling(self, start: HeadWeights) -> NDArray[np.float64]:
-        """Standardise as the heads did that these go on from; return their subspaces."""
+        """Standardise as the heads to continue from do; return their subspaces."""
         for member, view in enumerate(self.view_of):
             gain = start.gain[member]
             self.offset[view] = start.offset[member]
-            # Heads of one view have one gain, but for the features that each leaves out.
+            # Heads of one view share a gain, except for the features that each leaves out.
             self.gain[view] = np.where(gain != 0, gain, self.gain[view])
         masks: NDArray[np.float64] = (start.gain != 0).astype(np.float64)
         return masks
 
     def _initial(self) -> dict[str, torch.Tensor]:
-        """Draw each member's weights, or take those that it goes on from; its lanes start alike."""
+        """Draw each member's weights, or take those to continue from; its lanes start alike."""
         if self.start is not None:
             kept = ("weight", "bias", "inner", "inner_bias")
             tensors = self.start.tensors()
@@ -136,8 +136,8 @@ class HeadTrainer(TrainingLoop):
         return {name: self._lanes(np.stack(values)) for name, values in drawn.items()}
 
     def _lanes(self, values: NDArray[np.float64]) -> torch.Tensor:
-        one = torch.from_numpy(values).float().to(self.device)
-        return one[:, None].expand(self.k, self.g, *one.shape[1:]).clone().requires_grad_()
+        start = torch.from_numpy(values).float().to(self.device)
+        return start[:, None].expand(self.k, self.g, *start.shape[1:]).clone().requires_grad_()
 
     # Arithmetic --------------------------------------------------------------------------------
 
@@ -150,11 +150,14 @@ class HeadTrainer(TrainingLoop):
         return torch.einsum("kbd,kgd->kgb", x, p["weight"]) + p["bias"][..., None]
 
     def _losses(self, side: _Side, rows: torch.Tensor | None, *, plain: bool) -> torch.Tensor:
-        """Return (k, g) mean losses over (k, B) rows; over all, unweighted extras off, if None."""
+        """Return (k, g) mean losses over (k, B) rows; over all rows if None.
+
+        `plain` leaves out margins, smoothing, centring and resampling.
+        """
         views = self.view_of
         if rows is None:
             rows = torch.arange(side.targets.shape[0], device=self.device).expand(self.k, -1)
-        one, two = (
+        chosen, rejected = (
             torch.stack([half[v][r] for v, r in zip(views, rows, strict=True)])
             for half in (side.chosen, side.rejected)
         )
@@ -163,8 +166,8 @@ class HeadTrainer(TrainingLoop):
         if not plain:
             weights = weights * torch.gather(self.counts, 1, rows)
         losses = preference_loss(
-            self._scores(one, p),
-            self._scores(two, p),
+            self._scores(chosen, p),
+            self._scores(rejected, p),
             side.targets[rows][:, None],
             margins=0.0 if plain else side.margins[rows][:, None],
             smoothing=0.0 if plain else self.recipe.smoothing,
@@ -193,13 +196,13 @@ class HeadTrainer(TrainingLoop):
     # The loop ----------------------------------------------------------------------------------
 
     def untrained(self) -> HeadWeights:
-        """Return linear heads that score nothing yet, on standardised features."""
+        """Return linear heads of weight 0 on standardised features."""
         gain = self.gain[self.view_of] * self.mask.double().cpu().numpy()
         zeros = np.zeros((self.k, self.width))
         return HeadWeights(self.offset[self.view_of], gain, zeros, np.zeros(self.k))
 
     def run(self, *, progress: Progress = silent) -> HeadsResult:
-        """Train to the end, from the checkpoint where there is one.
+        """Train to the end, from the checkpoint if there is one.
 
         Raises
         ------

@@ -1,6 +1,6 @@
-"""`head` members: k small heads over one frozen trunk, each reading its own view of it.
+"""`head` members: k small heads over one frozen trunk, each with its own view of it.
 
-The trunk runs once a sample, up to the highest layer that a view reads; the heads are a matrix
+The trunk runs once per sample, up to the highest layer that a view reads; the heads are a matrix
 product in float64.
 """
 
@@ -37,16 +37,16 @@ class HeadScorer(ModelScorer):
     ----------
     backbone : Backbone
     options : TrunkOptions
-        How the trunk reads text: the same at training and at scoring.
+        How the trunk reads text; the same in training and in scoring.
     views : sequence of View
-        What each head reads.
+        The view of each head.
     weights : HeadWeights
     names : sequence of str, optional
-        One a head; its view where not given.
+        One per head; numbered with its view by default.
     cache : FeatureCache, optional
-        Used while scoring. None reads every text anew, as an RL loop wants it.
+        Used in scoring. None, the default, computes all features: an RL loop sees no text twice.
     trunk : Trunk, optional
-        An open trunk to use, instead of one loaded at the first score.
+        An open trunk; by default one is loaded at the first score.
     """
 
     kind = "head"
@@ -143,11 +143,11 @@ class HeadScorer(ModelScorer):
     @cached_property
     def digest(self) -> str:
         """Equal where the scores of equal samples are."""
-        said = {"views": [str(view) for view in self.views]}
+        settings = {"views": [str(view) for view in self.views]}
         weights = self.weights.tensors()
-        return member_digest(self.kind, self.backbone, self.options, said, weights)
+        return member_digest(self.kind, self.backbone, self.options, settings, weights)
 
-    def _said(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         hidden = 0 if self.weights.inner is None else self.weights.inner.shape[2]
         return {
             "views": [str(view) for view in self.views],
@@ -160,9 +160,9 @@ class HeadScorer(ModelScorer):
         return {}
 
     @classmethod
-    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-        views = [View.parse(view) for view in said["views"]]
-        return {"views": views, "weights": HeadWeights.load(folder), "names": said["names"]}
+    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+        views = [View.parse(view) for view in saved["views"]]
+        return {"views": views, "weights": HeadWeights.load(folder), "names": saved["names"]}
 
 
 def parts_of(read: NDArray[np.float32], views: Sequence[View]) -> NDArray[np.float32]:

@@ -2,8 +2,8 @@
 
 A head's weights have the prior N(0, τ²) on features that are standardised and then scaled so that
 a typical pair's difference has length 1: τ is the prior standard deviation of a margin, in logits,
-whatever the trunk's width. Every τ of the recipe is solved and the one of the best validation NLL
-kept. There is nothing to seed: heads that read one view and all pairs would be one head.
+whatever the trunk's width. Every τ of the recipe is solved, and the one with the best validation
+NLL is kept. No seed matters: heads that read the same view and all pairs would be the same head.
 
 L-BFGS in the coordinates in which the bound of the Hessian, ¼ΣΔΔᵀ + 1/τ² [1]_, is the identity.
 
@@ -73,10 +73,10 @@ class _Problem:
             return value, unit * slope
 
         options = {"maxiter": 1000, "ftol": 1e-13, "gtol": 1e-7 * len(self.targets)}
-        found = minimize(
+        optimum = minimize(
             objective, np.zeros(len(unit)), jac=True, method="L-BFGS-B", options=options
         )
-        return np.asarray(self.back @ (unit * found.x), dtype=np.float64)
+        return np.asarray(self.back @ (unit * optimum.x), dtype=np.float64)
 
 
 def solve_heads(
@@ -93,7 +93,7 @@ def solve_heads(
     Parameters
     ----------
     fit, validation : PairFeatures
-        The validation pairs choose each head's τ and nothing else.
+        The validation pairs only choose each head's τ.
     view_of : list of int
         Which of the features' views each member reads.
     recipe : HeadRecipe
@@ -106,7 +106,7 @@ def solve_heads(
     Raises
     ------
     OptionError
-        If two heads would be one: of the same view, without bootstrap and subspace.
+        If two heads would be the same: same view, no bootstrap, no subspace.
     TrainingError
         If a feature is NaN or infinite.
     """
@@ -114,7 +114,7 @@ def solve_heads(
     if len(set(view_of)) < k and not recipe.bootstrap and recipe.subspace == 1:
         raise OptionError(
             f"{k} linear heads over {len(set(view_of))} views: heads of one view have one optimum; "
-            "give a view a member, bootstrap=True, subspace < 1, or solver='adam'"
+            "give one view per member, bootstrap=True, subspace < 1, or solver='adam'"
         )
     masks = subspace_masks(width, seeds, share=recipe.subspace)
     counts = resample_counts(fit.groups, seeds, bootstrap=recipe.bootstrap)
@@ -125,16 +125,16 @@ def solve_heads(
         sides = fit.features[:, view].astype(np.float64)
         if not np.isfinite(sides).all():
             raise TrainingError(
-                f"what member {member} reads of the training samples holds NaN or infinity; take "
+                f"features of member {member} in the training samples are NaN or infinite; use "
                 "dtype='float32'"
             )
         offset, gain = _scaling(sides, masks[member])
         problem = _pose((sides - offset) * gain, fit, counts[member], recipe)
         held = (validation.features[:, view].astype(np.float64) - offset) * gain
-        found = [problem.solve(tau, recipe.centring) for tau in recipe.prior]
-        nll = [_held_nll(held @ w, validation) for w in found]
+        weights = [problem.solve(tau, recipe.centring) for tau in recipe.prior]
+        nll = [_held_nll(held @ w, validation) for w in weights]
         best = int(np.argmin(nll))
-        for name, value in (("offset", offset), ("gain", gain), ("weight", found[best])):
+        for name, value in (("offset", offset), ("gain", gain), ("weight", weights[best])):
             arrays[name].append(value)
         chosen.append(recipe.prior[best])
         losses.append(nll)

@@ -1,4 +1,4 @@
-"""Where a killed run goes on: one safetensors file and one JSON file, replaced atomically."""
+"""Checkpoints that a killed run resumes from: one safetensors file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "checkpoint.safetensors"
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and a JSON-able state as one file, so that they cannot disagree."""
+    """Write tensors and a state of JSON values to one file, so that they cannot disagree."""
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / (FILE + ".new")
     flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-_FLOATS = ("attention_dropout",)  # where a module keeps a rate without a Dropout
+_FLOATS = ("attention_dropout",)  # attributes that hold a rate without a Dropout module
 
 
 def set_dropout(model: torch.nn.Module, rate: float | None) -> None:
-    """Give every dropout of a model this rate, attention's too; None leaves them as they are."""
+    """Set every dropout rate of a model, attention included; None leaves them as they are."""
     if rate is None:
         return
     for module in model.modules():

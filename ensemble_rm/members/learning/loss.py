@@ -1,4 +1,4 @@
-"""The training loss of preference pairs, an item each; whoever calls decides how to add up.
+"""The training loss of preference pairs, one value per pair; the caller reduces them.
 
 References
 ----------
@@ -40,7 +40,7 @@ def preference_loss(
     Returns
     -------
     torch.Tensor
-        One loss a pair.
+        One loss per pair.
     """
     difference = chosen - rejected - margins
     y = (1 - smoothing) * targets + smoothing / 2

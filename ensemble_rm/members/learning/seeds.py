@@ -1,6 +1,6 @@
 """Seeds: one number → independent streams for every member and purpose.
 
-Nothing here touches a global generator, but for `global_seed`, which puts it back.
+Nothing here changes a global generator, except `global_seed`, which restores it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ def member_seeds(seed: int, members: int) -> list[dict[str, int]]:
 
     The seeds of member i do not depend on how many members there are.
     """
-    found = []
+    seeds = []
     for child in np.random.SeedSequence(seed).spawn(members):
         numbers = child.generate_state(len(PURPOSES), np.uint64)
-        found.append({p: int(n >> 1) for p, n in zip(PURPOSES, numbers.tolist(), strict=True)})
-    return found
+        seeds.append({p: int(n >> 1) for p, n in zip(PURPOSES, numbers.tolist(), strict=True)})
+    return seeds
 
 
 def resample_counts(
     groups: NDArray[np.int64], seeds: list[dict[str, int]], *, bootstrap: bool
 ) -> NDArray[np.float64]:
-    """Say how often each pair counts for each member: once, or as its prompt was drawn.
+    """Return how often each pair counts for each member: once, or as often as its prompt is drawn.
 
     Parameters
     ----------
     groups : ndarray of int, shape (n_pairs,)
         Prompt of each pair; the bootstrap draws whole prompts.
     seeds : list of dict
-        Each member's, by purpose.
+        Each member's seeds, by purpose.
     bootstrap : bool
-        Draw at all.
+        Whether prompts are resampled.
 
     Returns
     -------

@@ -89,19 +89,19 @@ class LoraScorer(Branched):
     def _parts(self) -> dict[str, Any]:
         return super()._parts() | {"lora": self.lora, "shared": self.shared}
 
-    def _said(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         own = {"lora": asdict(self.lora), "warm_start": self.shared is not None}
-        return super()._said() | own
+        return super()._settings() | own
 
     def _weights(self) -> Tensors:
         shared = self.shared or {}
         return super()._weights() | {f"{SHARED}.{name}": v for name, v in shared.items()}
 
     @classmethod
-    def _read(cls, folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
         require_peft()
         stored = load_file(folder / cls.file)
         start = f"{SHARED}."
         shared = {k.removeprefix(start): v for k, v in stored.items() if k.startswith(start)}
-        own = {"lora": LoraOptions(**said["lora"]), "shared": shared or None}
-        return super()._read(folder, said) | own
+        own = {"lora": LoraOptions(**saved["lora"]), "shared": shared or None}
+        return super()._read(folder, saved) | own
