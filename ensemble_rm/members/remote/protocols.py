@@ -50,11 +50,11 @@ class Wire:
     path : str
         Path of the URL.
     forms : tuple of str
-        Forms of a sample that the server accepts: ``"text"``, ``"pair"``, ``"messages"``, ``"sample"``.
+        Accepted forms of a sample: ``"text"``, ``"pair"``, ``"messages"``, ``"sample"``.
     request : callable
         (rendered samples of one form, options) → body of the request.
     answer : callable
-        (JSON of the response, number of samples) → a score or an error per sample, in order.
+        (response's JSON, number of samples) → a score or an error per sample, in order.
         Raises `RemoteAnswerError` if the response as a whole cannot be read.
     batch : int
         Default number of samples per request.
@@ -211,7 +211,7 @@ def _openrlhf_answer(answer: Any, n: int) -> list[Scored]:
     ]
 
 
-# This library -----------------------------------------------------------------------------------------
+# This library ------------------------------------------------------------------------------------
 
 
 def _own_request(items: Sequence[Rendered], _: RequestOptions) -> Body:
