@@ -16,7 +16,7 @@ from ensemble_rm import FunctionScorer, RewardEnsemble, Sample, Scorer
 from ensemble_rm.aggregation import make_aggregator
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.members import ClientOptions, JudgeScorer
-from ensemble_rm.members.remote.failures import failure_kind
+from ensemble_rm.members.remote.server_scorer import failure_kind
 from tests.support.judge_doubles import completion
 from tests.support.remote_members import member
 from tests.support.server_runs import client, one

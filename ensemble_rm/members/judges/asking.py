@@ -1,4 +1,4 @@
-"""Sends a judge many questions at once, and returns each reply or its error, in their order."""
+"""Sends questions to a judge concurrently and returns a reply or an error for each, in order."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from ensemble_rm.members.remote.loop_thread import LoopThread, Pending, work_thr
 T = TypeVar("T")
 Messages: TypeAlias = list[dict[str, str]]
 Reply: TypeAlias = Mapping[str, Any] | RemoteError
-"""One choice of a chat completion, or why there is none."""
+"""The only choice of a chat completion, or the reason why there is none."""
 
-_TOP = 20  # log-probabilities that OpenAI and vLLM name at most, by default
+_TOP = 20  # the most log-probabilities that OpenAI and, by default, vLLM return per token
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """Which judge is asked, and how; saved with what uses it, and so without a token.
+    """A judge's address, model and request options; saved, and therefore without a token.
 
     Attributes
     ----------
     url : str
-        Of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
+        Address of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
     model : str
-        The judge's name there.
+        Name of the judge on that server.
     logprobs : bool
-        Whether log-probabilities are asked for; a server that refuses them is asked without.
+        Whether to request log-probabilities; if the server refuses them, requests omit them.
     extra : mapping of str to JSON values
-        Further fields of the request, which replace those of the same name; None omits a field, as
-        ``{"max_tokens": None, "max_completion_tokens": 16}`` does.
+        Fields that are added to the request or replace its own; None removes a field, as in
+        ``{"max_tokens": None, "max_completion_tokens": 16}``.
     price : Price, optional
-        Of its tokens.
+        Price of the judge's tokens.
     client : ClientOptions
-        Tries, pauses, deadline, concurrency, circuit.
+        Attempts, pauses, deadline, concurrency, circuit breaker.
     token_variable : str, optional
-        The environment variable in which the command line finds the token.
+        Environment variable in which the command line finds the token.
     """
 
     url: str
@@ -60,10 +60,10 @@ class JudgeOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", check_url(self.url))
         if not self.model:
-            raise OptionError("a judge needs the name of its model")
+            raise OptionError("`model` is empty; name the judge's model on the server")
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
+        """Return the options as JSON values; `from_json` reads them."""
         return asdict(self) | {"extra": dict(self.extra)}
 
     @classmethod
@@ -78,7 +78,7 @@ class JudgeOptions:
 
 
 class Judge:
-    """A connection to a judge; counts what all its questions take.
+    """A connection to a judge; sums the usage of all questions.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ class Judge:
     transport : httpx.AsyncBaseTransport, optional
         Replaces the network, in tests and for proxies.
     clock : callable
-        Seconds that only grow.
+        Returns monotonic time in seconds.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Judge:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if isinstance(token, str):
-            bearer(token)  # refused before the first request
+            bearer(token)  # an invalid token fails here, not at the first request
         self.options, self.token, self.transport = options, token, transport
         self._clock = clock
         self._url = endpoint(options.url, "/chat/completions")
@@ -108,7 +108,7 @@ class Judge:
         self._thread = LoopThread(self._client.aclose)
         self._offers_logprobs = options.logprobs
         self.usage = Usage()
-        """What all questions took, including cancelled ones; written by the loop."""
+        """Usage of all questions, cancelled ones included; written in the loop's thread."""
 
     def begin(
         self,
@@ -117,14 +117,14 @@ class Judge:
         *,
         max_tokens: int,
     ) -> Pending[T]:
-        """Ask; what is read is a reply a question, in their order, and what they took.
+        """Send questions; `read` gets the replies, one per question in order, and their usage.
 
         Raises
         ------
         RemoteUnavailableError
             If the server could not be reached for any question.
         RemoteRefusalError
-            If it refuses the address, the token or the model.
+            If the server refuses the address, the token or the model.
         """
         return self._thread.begin(self._all(questions, max_tokens), read)
 
@@ -139,14 +139,15 @@ class Judge:
         usages = [Usage(unreached=1)] * len(questions)
         outages: list[RemoteUnavailableError] = []
 
-        async def one(i: int) -> None:
-            if outages:  # who waited for the whole deadline waited for all
+        async def send(i: int) -> None:
+            # After one question has waited for the whole deadline, the others do not wait again.
+            if outages:
                 replies[i] = outages[0]
                 return
             began = self._clock()
-            usages[i] = Usage(failed=1)  # in case it is cancelled on the way
+            usages[i] = Usage(failed=1)  # counts if the request is cancelled
             try:
-                answer = await self._post(questions[i], max_tokens)
+                response = await self._post(questions[i], max_tokens)
             except RemoteUnavailableError as error:
                 outages.append(error)
                 replies[i], usages[i] = error, Usage(unreached=1)
@@ -155,34 +156,36 @@ class Judge:
                 replies[i] = error
                 usages[i] = Usage(failed=1, seconds=self._clock() - began)
                 return
-            # Whether it can be read or not, it is paid for.
-            usages[i] = read_usage(answer, self._clock() - began, self.options.price)
-            replies[i] = _choice(answer)
+            # A reply costs its tokens even if no verdict can be read from it.
+            usages[i] = read_usage(response, self._clock() - began, self.options.price)
+            replies[i] = _choice(response)
 
         try:
-            await work_through(range(len(questions)), one, places=self.options.client.concurrency)
+            await work_through(range(len(questions)), send, places=self.options.client.concurrency)
         finally:
-            taken = sum(usages, Usage())
-            self.usage += taken
+            usage = sum(usages, Usage())
+            self.usage += usage
         if outages and all(isinstance(reply, Exception) for reply in replies):
             raise outages[0]
-        return replies, taken
+        return replies, usage
 
     async def _post(self, messages: Messages, max_tokens: int) -> Mapping[str, Any]:
-        asked = self._offers_logprobs
+        logprobs = self._offers_logprobs
         try:
-            body = self._body(messages, max_tokens, logprobs=asked)
-            answer = await self._client.post(self._url, body)
+            body = self._body(messages, max_tokens, logprobs=logprobs)
+            response = await self._client.post(self._url, body)
         except RejectedError as error:
-            if not asked or "logprob" not in error.said:
+            if not logprobs or "logprob" not in error.body:
                 raise
             body = self._body(messages, max_tokens, logprobs=False)
-            answer = await self._client.post(self._url, body)
-            # The error may only have quoted the question; but without them it was answered.
+            response = await self._client.post(self._url, body)
+            # Only now: the error may merely have quoted a question that contains "logprob".
             self._offers_logprobs = False
-        if not isinstance(answer, Mapping):
-            raise RemoteAnswerError(f"the judge's answer is {type(answer).__name__}, not an object")
-        return answer
+        if not isinstance(response, Mapping):
+            raise RemoteAnswerError(
+                f"the judge's response is {type(response).__name__}, not an object"
+            )
+        return response
 
     def _body(self, messages: Messages, max_tokens: int, *, logprobs: bool) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -197,9 +200,10 @@ class Judge:
         return {name: value for name, value in body.items() if value is not None}
 
 
-def _choice(answer: Mapping[str, Any]) -> Reply:
-    choices = answer.get("choices")
+def _choice(response: Mapping[str, Any]) -> Reply:
+    choices = response.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
-        stored = f"the judge's answer holds no single choice: {str(answer)[:120]}"
-        return RemoteAnswerError(stored)
+        return RemoteAnswerError(
+            f"the judge's response does not contain exactly one choice: {str(response)[:120]}"
+        )
     return choices[0]

@@ -1,4 +1,4 @@
-"""A judge with one rubric: the base of `JudgeScorer` and `JudgeComparator`."""
+"""Base class of `JudgeScorer` and `JudgeComparator`: a judge and its rubric."""
 
 from __future__ import annotations
 
@@ -9,41 +9,50 @@ from typing import Any, TypeVar
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.judges.asking import Judge, JudgeOptions, Messages, Reply
 from ensemble_rm.members.judges.rubric import Rubric, read_rubric
-from ensemble_rm.members.judges.usage import Usage
+from ensemble_rm.members.judges.usage import Price, Usage
 from ensemble_rm.members.remote.address import Token
+from ensemble_rm.members.remote.client import ClientOptions
 from ensemble_rm.members.remote.loop_thread import Pending
 
 T = TypeVar("T")
 
 
 class RubricJudge:
-    """Asks a judge by a rubric of its own kind.
+    """Asks a judge the question of a rubric.
 
     Parameters
     ----------
     url : str
-        Of an OpenAI-compatible server.
+        Address of an OpenAI-compatible server.
     model : str
         Name of the judge on that server.
     rubric : str, Path, mapping or Rubric, optional
-        The question (default: the rubric of the same name as its kind).
+        The question (default: the rubric named like `wants`).
+    logprobs : bool
+        Whether to request log-probabilities; if the server refuses them, requests omit them.
+    extra : mapping of str to JSON values, optional
+        Fields that are added to the request or replace its own; None removes a field.
+    price : Price, optional
+        Price of the judge's tokens.
+    client : ClientOptions, optional
+        Attempts, pauses, deadline, concurrency, circuit breaker.
+    token_variable : str, optional
+        Environment variable in which the command line finds the token.
     token : str or callable, optional
         Bearer token, or a function that returns the current one.
     transport : httpx.AsyncBaseTransport, optional
         Replaces the network, in tests and for proxies.
-    **options : Any
-        The other fields of `JudgeOptions`.
 
     Raises
     ------
     OptionError
-        If an option cannot be used, or the rubric is of the other kind.
+        If an option is invalid, or the rubric is of the other kind.
     MissingExtraError
         If httpx is not installed.
     """
 
     wants: str
-    """The kind of rubric, and the name of the usual one."""
+    """Kind of the rubric, and name of the default rubric of that kind."""
 
     def __init__(
         self,
@@ -51,17 +60,29 @@ class RubricJudge:
         *,
         model: str,
         rubric: str | Path | Mapping[str, Any] | Rubric | None = None,
+        logprobs: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        price: Price | None = None,
+        client: ClientOptions | None = None,
+        token_variable: str | None = None,
         token: Token | None = None,
         transport: Any = None,
-        **options: Any,
     ) -> None:
         self.rubric = read_rubric(self.wants if rubric is None else rubric)
         if self.rubric.kind != self.wants:
             raise OptionError(
-                f"{type(self).__name__} needs a {self.wants} rubric, and {self.rubric.name} is "
+                f"{type(self).__name__} needs a {self.wants} rubric; {self.rubric.name!r} is "
                 f"{self.rubric.kind}"
             )
-        self.judge_options = JudgeOptions(url=url, model=model, **options)
+        self.judge_options = JudgeOptions(
+            url=url,
+            model=model,
+            logprobs=logprobs,
+            extra=extra or {},
+            price=price,
+            client=client or ClientOptions(),
+            token_variable=token_variable,
+        )
         self._judge = Judge(self.judge_options, token=token, transport=transport)
 
     def close(self) -> None:

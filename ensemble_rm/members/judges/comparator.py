@@ -1,10 +1,10 @@
-r"""A judge model as a comparator: each pair in both orders, as a probability and not a word.
+r"""A judge model as a comparator: asks about each pair in both orders, returns probabilities.
 
 References
 ----------
-.. [1] Zheng et al. 2024, arXiv 2309.03882: what a judge says is a prior of the place times what it
-   thinks of the answer; the geometric mean over the orders, normalised, takes the prior out.
-.. [2] Wang et al. 2023, arXiv 2305.17926: judges prefer a place; ask in both orders.
+.. [1] Zheng et al. 2024, arXiv 2309.03882: a judge's probability is a prior of the position times
+   its opinion of the answer; the normalised geometric mean over both orders removes the prior.
+.. [2] Wang et al. 2023, arXiv 2305.17926: judges prefer a position; ask in both orders.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class JudgeVerdicts:
-    """A judge's verdicts on pairs of completions, in their order.
+    """A judge's verdicts on pairs of completions, in the order of the pairs.
 
     Attributes
     ----------
     probability : ndarray, shape (n_pairs,)
-        P(first is preferred), a tie counting half; NaN where a judgment failed.
+        P(first is preferred), a tie counts half; NaN where there is no verdict.
     tie_probability : ndarray, shape (n_pairs,), optional
-        P(tie); None where the rubric has no tie.
+        P(tie); None if the rubric has no tie.
     orders : ndarray, shape (n_pairs, 2)
-        P(first is preferred) where it stood first, and where it stood second.
+        P(first is preferred) if it is shown first, and if it is shown second.
     sources : tuple of ({"logprobs", "words"} or None)
-        What a judgment was read from: words say only 0, ½ or 1.
+        Whether a verdict was read from log-probabilities or from words, which allow only 0, ½
+        and 1; None where there is no verdict.
     errors : mapping of int to Exception
-        By row, why there is no judgment.
+        By row, why there is no verdict.
     usage : Usage
         Requests, tokens, seconds and cost.
     """
@@ -54,40 +55,48 @@ class JudgeVerdicts:
 
     @property
     def position_bias(self) -> float:
-        """Mean over the pairs of P(the completion shown first wins) − ½; NaN without any pair."""
-        known = self.orders[np.isfinite(self.orders).all(axis=1)]
-        if not len(known):
+        """Mean of P(the completion shown first is preferred) − ½; NaN without verdicts."""
+        orders = self.orders[np.isfinite(self.orders).all(axis=1)]
+        if not len(orders):
             return float("nan")
-        return float((known[:, 0] + (1.0 - known[:, 1])).mean() / 2 - 0.5)
+        return float((orders[:, 0] + (1.0 - orders[:, 1])).mean() / 2 - 0.5)
 
 
 class JudgeComparator(RubricJudge):
     """Compares completions by asking a judge model.
 
-    Every pair is asked in both orders. Where both replies have log-probabilities, the verdicts'
-    probabilities are averaged geometrically and normalised: the mean of the two logits, which
-    takes out any preference for a place [1]_. Else the words are averaged: 1 or 0 where the orders
-    agree, ½ where they do not [2]_.
+    The judge is asked about every pair in both orders. If both replies have log-probabilities, the
+    verdict is the normalised geometric mean of the two, which is the mean of the two logits: any
+    preference for a position cancels [1]_. Otherwise the words are averaged: 1 or 0 if the two
+    replies agree, ½ if they do not [2]_.
 
     Parameters
     ----------
     url : str
-        Of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
+        Address of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
     model : str
         Name of the judge on that server.
     rubric : str, Path, mapping or Rubric, optional
-        What is asked: ``"pairwise"`` (default), ``"pairwise_ties"``, a JSON file or its content.
+        The question: ``"pairwise"`` (default), ``"pairwise_ties"``, a JSON file or its content.
+    logprobs : bool
+        Whether to request log-probabilities; if the server refuses them, requests omit them.
+    extra : mapping of str to JSON values, optional
+        Fields that are added to the request or replace its own; None removes a field.
+    price : Price, optional
+        Price of the judge's tokens.
+    client : ClientOptions, optional
+        Attempts, pauses, deadline, concurrency, circuit breaker.
+    token_variable : str, optional
+        Environment variable in which the command line finds the token.
     token : str or callable, optional
         Bearer token, or a function that returns the current one.
     transport : httpx.AsyncBaseTransport, optional
         Replaces the network, in tests and for proxies.
-    **options : Any
-        The other fields of `JudgeOptions`.
 
     Raises
     ------
     OptionError
-        If an option or the rubric cannot be used.
+        If an option or the rubric is invalid.
     MissingExtraError
         If httpx is not installed.
     """
@@ -97,7 +106,7 @@ class JudgeComparator(RubricJudge):
     def compare(
         self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]
     ) -> JudgeVerdicts:
-        """Ask which completion is better, in both orders.
+        """Ask the judge which completion is better, in both orders.
 
         Parameters
         ----------
@@ -115,11 +124,12 @@ class JudgeComparator(RubricJudge):
         RemoteUnavailableError
             If the judge could not be reached for any pair.
         RemoteRefusalError
-            If it refuses the address, the token or the model.
+            If the server refuses the address, the token or the model.
         """
         if not len(prompts) == len(first) == len(second):
             raise OptionError(
-                f"{len(prompts)} prompts, {len(first)} first and {len(second)} second completions"
+                f"{len(prompts)} prompts, {len(first)} first and {len(second)} second completions; "
+                "their numbers must be equal"
             )
         questions = []
         for prompt, a, b in zip(map(as_prompt, prompts), first, second, strict=True):
@@ -127,9 +137,11 @@ class JudgeComparator(RubricJudge):
             questions += [self.rubric.ask(prompt, first=b, second=a)]
         return self._begin(questions, self._verdicts).result()
 
-    def _verdicts(self, answer: tuple[list[Reply], Usage]) -> JudgeVerdicts:
-        read = [self._read(reply) for reply in answer[0]]
-        return _verdicts(read[::2], read[1::2], answer[1], ties=len(self.rubric.verdicts) == 3)
+    def _verdicts(self, result: tuple[list[Reply], Usage]) -> JudgeVerdicts:
+        replies, usage = result
+        verdicts = [self._read(reply) for reply in replies]
+        ties = len(self.rubric.verdicts) == 3
+        return _verdicts(verdicts[::2], verdicts[1::2], usage, ties=ties)
 
     def _read(self, reply: Reply) -> Verdict | RemoteError:
         if isinstance(reply, RemoteError):
@@ -148,41 +160,41 @@ def _verdicts(
     p, tie, orders = np.full(n, np.nan), np.full(n, np.nan), np.full((n, 2), np.nan)
     sources: list[Source | None] = [None] * n
     errors: dict[int, Exception] = {}
-    for i, (there, back) in enumerate(zip(forward, backward, strict=True)):
-        if isinstance(there, Exception) or isinstance(back, Exception):
-            errors[i] = next(side for side in (there, back) if isinstance(side, Exception))
+    for i, (a, b) in enumerate(zip(forward, backward, strict=True)):
+        if isinstance(a, Exception) or isinstance(b, Exception):
+            errors[i] = next(verdict for verdict in (a, b) if isinstance(verdict, Exception))
             continue
-        sources[i] = "logprobs" if there.source == back.source == "logprobs" else "words"
-        both, orders[i] = combine_orders(there, back)
+        sources[i] = "logprobs" if a.source == b.source == "logprobs" else "words"
+        both, orders[i] = combine_orders(a, b)
         p[i], tie[i] = both[0] + both[2] / 2, both[2]
-    read = sum(isinstance(one, Verdict) for one in (*forward, *backward))
-    usage = usage.with_read(read)
+    usage = usage.with_read(sum(isinstance(verdict, Verdict) for verdict in (*forward, *backward)))
     return JudgeVerdicts(p, tie if ties else None, orders, tuple(sources), errors, usage)
 
 
 def combine_orders(forward: Verdict, backward: Verdict) -> tuple[Floats, Floats]:
-    """Return P(first, second, tie) of both orders together, and P(first) of each order.
+    """Return P(first, second, tie) over both orders, and P(first) in each order.
 
     Parameters
     ----------
     forward : Verdict
-        Where the first completion stood first.
+        With the first completion shown first.
     backward : Verdict
-        Where it stood second.
+        With the first completion shown second.
 
     Returns
     -------
     both : ndarray, shape (3,)
         Normalised geometric mean of the log-probabilities [1]_, or the mean of the words.
     orders : ndarray, shape (2,)
-        P(first is preferred), a tie counting half.
+        P(first is preferred), a tie counts half.
     """
-    there = np.array([*forward.probabilities, 0.0][:3])  # first, second, tie
-    back = np.array([*backward.probabilities, 0.0][:3])[[1, 0, 2]]
+    # Both as (first, second, tie); without ties the third is 0.
+    p = np.array([*forward.probabilities, 0.0][:3])
+    q = np.array([*backward.probabilities, 0.0][:3])[[1, 0, 2]]  # its "first" is our second
     if forward.source == backward.source == "logprobs":
-        both = np.sqrt(there * back)
+        both = np.sqrt(p * q)
         both /= both.sum()
-    else:  # what was chosen in each order
-        there, back = (np.eye(3)[int(one.argmax())] for one in (there, back))
-        both = (there + back) / 2
-    return both, np.array([there[0] + there[2] / 2, back[0] + back[2] / 2])
+    else:  # one-hot words, also of the order that has log-probabilities: the two must be alike
+        p, q = (np.eye(3)[int(probabilities.argmax())] for probabilities in (p, q))
+        both = (p + q) / 2
+    return both, np.array([p[0] + p[2] / 2, q[0] + q[2] / 2])

@@ -1,7 +1,9 @@
-"""A judge's reply → probabilities of its verdicts, or a rating; from log-probabilities, or words.
+"""Reads probabilities of the verdicts, or a rating, from a judge's reply.
 
-Pure functions over one choice of a chat completion. A reply in which no verdict can be read is a
-reason, never a tie.
+Log-probabilities are used if the server returns them, else the words.
+
+Pure functions of one choice of a chat completion. A reply without a readable verdict is an error,
+never a tie.
 
 References
 ----------
@@ -21,21 +23,21 @@ from ensemble_rm.errors import RemoteAnswerError
 Source: TypeAlias = Literal["logprobs", "words"]
 
 COVERAGE = 0.5
-"""The least mass of the rating tokens at which their expectation is taken for the rating."""
+"""Minimum total probability of the rating tokens for their expectation to be the rating."""
 
 _TRIMMED = " \t\r\n*\"'`.()[]{}:"
-_SMALLEST = 1e-9
-_LEAST = -700  # a log-probability below which exp is nought for all purposes
+_SMALLEST = 1e-9  # a verdict's probability is at least this, so that its logarithm is finite
+_LEAST = -700  # log-probabilities are clipped here: exp underflows below
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one reply says of two answers, in the order in which they stood.
+    """The verdict of one reply on two answers, in the order in which they were shown.
 
     Attributes
     ----------
     probabilities : tuple of float
-        Of the rubric's verdicts, summing to 1; from words, 1 for the one that was said.
+        One per verdict of the rubric, summing to 1; from words, 1 for the verdict in the reply.
     source : {"logprobs", "words"}
     """
 
@@ -45,7 +47,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """What one reply says of one answer.
+    """The rating in one reply.
 
     Attributes
     ----------
@@ -59,15 +61,15 @@ class Rating:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One token of a reply: what else could have stood there.
+class Position:
+    """One token of a reply and its alternatives.
 
     Attributes
     ----------
     text : str
-        The token's.
+        Text of the token.
     options : dict of str to float
-        Probability of each token that the server names, the chosen one among them.
+        Probability of each token that the server lists, including the chosen one.
     """
 
     text: str
@@ -82,34 +84,34 @@ def read_verdict(
     Parameters
     ----------
     choice : mapping
-        Of a chat completion.
+        Choice of a chat completion.
     words : sequence of str
         The rubric's verdicts.
     after : str, optional
-        The verdict stands behind the last of these.
+        The verdict follows the last occurrence of this text.
 
     Returns
     -------
     Verdict or RemoteAnswerError
-        The error says why there is none.
+        The error states why there is no verdict.
     """
-    said = _said(choice, after)
-    if said is None:
-        return RemoteAnswerError(f"no verdict behind {after!r} in {_shown(choice)}")
-    word, rest = _first_word(said)
+    text = _text(choice, after)
+    if text is None:
+        return RemoteAnswerError(f"no verdict after {after!r} in {_shown(choice)}")
+    word, rest = _first_word(text)
     if word not in words:
-        return RemoteAnswerError(f"the reply {_shown(choice)} is none of {', '.join(words)}")
+        return RemoteAnswerError(f"the reply {_shown(choice)} is not one of {', '.join(words)}")
     other, _ = _first_word(re.sub(r"^\W+", "", rest))
     if other in words and other != word:
         return RemoteAnswerError(f"the reply {_shown(choice)} names both {word} and {other}")
-    for place in _places(choice, after):
-        if _trim(place.text) == word and _of(place, word):
-            masses = [_mass(place, one) for one in words]
+    for position in _positions(choice, after):
+        if _trim(position.text) == word and _probabilities(position, word):
+            masses = [_mass(position, verdict) for verdict in words]
             total = sum(masses)
             return Verdict(tuple(mass / total for mass in masses), "logprobs")
-        if place.text.strip(_TRIMMED):
-            break  # the word is spelt in several tokens, or its own probability is not named
-    return Verdict(tuple(float(one == word) for one in words), "words")
+        if position.text.strip(_TRIMMED):
+            break  # the word has several tokens, or the server does not list its probability
+    return Verdict(tuple(float(verdict == word) for verdict in words), "words")
 
 
 def read_rating(
@@ -120,52 +122,56 @@ def read_rating(
     Returns
     -------
     Rating or RemoteAnswerError
-        The error says why there is none.
+        The error states why there is no rating.
     """
-    said = _said(choice, after)
-    if said is None:
-        return RemoteAnswerError(f"no rating behind {after!r} in {_shown(choice)}")
-    found = re.match(r"(\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?(?![\w.]*\w)", said.lstrip(_TRIMMED))
+    text = _text(choice, after)
+    if text is None:
+        return RemoteAnswerError(f"no rating after {after!r} in {_shown(choice)}")
+    # "7", "7.5" or "7/10", and no other word right behind the number, such as "7th".
+    match = re.match(r"(\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?(?![\w.]*\w)", text.lstrip(_TRIMMED))
     low, high = scale
-    if found is None or (found[2] is not None and float(found[2]) != high):
-        return RemoteAnswerError(f"the reply {_shown(choice)} is no number from {low} to {high}")
-    value = float(found[1])
+    if match is None or (match[2] is not None and float(match[2]) != high):
+        return RemoteAnswerError(f"the reply {_shown(choice)} is not a number from {low} to {high}")
+    value = float(match[1])
     if not low <= value <= high:
-        return RemoteAnswerError(f"the rating {value:g} does not lie from {low} to {high}")
-    expected = _expectation(_places(choice, after), scale, found[1])
+        return RemoteAnswerError(f"the rating {value:g} is not between {low} and {high}")
+    expected = _expectation(_positions(choice, after), scale, match[1])
     return Rating(value, "words") if expected is None else Rating(expected, "logprobs")
 
 
-def _expectation(places: Sequence[Place], scale: tuple[int, int], said: str) -> float | None:
-    """Return Σ v·P(v)/Σ P(v) over whole numbers; None where too little mass is on them.
+def _expectation(
+    positions: Sequence[Position], scale: tuple[int, int], number: str
+) -> float | None:
+    """Return Σ v·P(v)/Σ P(v) over the whole numbers of the scale.
 
-    None, too, where the first digits are not those of the number that was `said`, or it has a
-    fraction, which is on no whole number's token.
+    None if their total probability is below `COVERAGE`, if the first token is not the beginning of
+    `number`, the rating in the reply, or if `number` has a fraction, which no single token spells.
 
-    Where a tokenizer spells 10 as 1 and 0, the mass of "1" is that of 1 and of 10: what follows
-    the "1" that was chosen parts the two, and where another token was chosen it is left out.
+    If the tokenizer splits 10 into "1" and "0", the probability of the token "1" is that of 1 and
+    10 together. The next token's probabilities divide it, if the reply has a "1" there; otherwise
+    the next token is unknown, and both are left out.
     """
-    at = next((i for i, place in enumerate(places) if place.text.strip(_TRIMMED)), None)
-    if at is None or "." in said:
+    at = next((i for i, token in enumerate(positions) if token.text.strip(_TRIMMED)), None)
+    if at is None or "." in number:
         return None
-    digits = _trim(places[at].text)
-    if not (digits.isdigit() and said.startswith(digits)):
+    digits = _trim(positions[at].text)
+    if not (digits.isdigit() and number.startswith(digits)):
         return None
-    place = places[at]
+    position = positions[at]
     low, high = scale
     values = range(low, high + 1)
-    mass = {value: sum(_of(place, str(value))) for value in values}
+    mass = {value: sum(_probabilities(position, str(value))) for value in values}
     for value in values:
         longer = [v for v in values if v > 9 and str(v).startswith(str(value)) and v != value]
-        if not longer or any(_of(place, str(v)) for v in longer):
-            continue  # none is longer, or the tokenizer knows the longer ones as tokens
-        if _trim(place.text) != str(value) or at + 1 >= len(places):
-            chosen = _trim(place.text) == str(value)  # and the reply ends behind it
-            mass[value] = mass[value] if chosen else 0.0
+        if not longer or any(_probabilities(position, str(v)) for v in longer):
+            continue  # no number extends this one, or the tokenizer has tokens for those that do
+        if _trim(position.text) != str(value) or at + 1 >= len(positions):
+            complete = _trim(position.text) == str(value)  # the reply ends with this token
+            mass[value] = mass[value] if complete else 0.0
             continue
-        follows = places[at + 1]
+        following = positions[at + 1]
         for v in longer:
-            share = sum(_of(follows, str(v)[len(str(value)) :]))
+            share = sum(_probabilities(following, str(v)[len(str(value)) :]))
             mass[v] = mass[value] * share
         mass[value] = max(mass[value] - sum(mass[v] for v in longer), 0.0)
     total = sum(mass.values())
@@ -174,24 +180,30 @@ def _expectation(places: Sequence[Place], scale: tuple[int, int], said: str) -> 
     return min(max(sum(value * p for value, p in mass.items()) / total, low), high)
 
 
-def _mass(place: Place, word: str) -> float:
-    """Return a word's probability; one that the server does not name has less than any it does."""
-    found = _of(place, word)
-    if found:
-        return max(sum(found), _SMALLEST)
-    rest = 1.0 - sum(place.options.values())
-    return max(min(rest, *place.options.values()), _SMALLEST)
+def _mass(position: Position, word: str) -> float:
+    """Return a word's probability; if the server does not list it, an upper bound.
+
+    The server lists the most probable tokens: any other has no more than the least of these, and
+    no more than the rest.
+    """
+    listed = _probabilities(position, word)
+    if listed:
+        return max(sum(listed), _SMALLEST)
+    rest = 1.0 - sum(position.options.values())
+    return max(min(rest, *position.options.values()), _SMALLEST)
 
 
-def _of(place: Place, word: str) -> list[float]:
-    return [p for token, p in place.options.items() if _trim(token) == word]
+def _probabilities(position: Position, word: str) -> list[float]:
+    """Return the probabilities of all spellings of a word, such as with a space before it."""
+    return [p for token, p in position.options.items() if _trim(token) == word]
 
 
 def _trim(token: str) -> str:
     return token.strip(_TRIMMED)
 
 
-def _said(choice: Mapping[str, Any], after: str | None) -> str | None:
+def _text(choice: Mapping[str, Any], after: str | None) -> str | None:
+    """Return the reply's text behind the last `after`; None if `after` is missing."""
     message = choice.get("message")
     text = message.get("content") if isinstance(message, Mapping) else None
     text = text if isinstance(text, str) else ""
@@ -201,45 +213,50 @@ def _said(choice: Mapping[str, Any], after: str | None) -> str | None:
 
 
 def _first_word(text: str) -> tuple[str, str]:
-    """Return what a reply begins with, where it is one word or ends behind it, and the rest."""
+    """Return the first word and the rest; "" if a sentence begins with the word.
+
+    The word must be followed by punctuation, a line break or the end: "A is better" has no verdict
+    as its first word, since "A" may be an article.
+    """
     text = text.lstrip(_TRIMMED)
-    found = re.match(r"(\w+)(?=$|[^\w\s]|\s*$|\s*\n)", text)
-    return (found[1], text[found.end() :]) if found else ("", text)
+    match = re.match(r"(\w+)(?=$|[^\w\s]|\s*$|\s*\n)", text)
+    return (match[1], text[match.end() :]) if match else ("", text)
 
 
-def _places(choice: Mapping[str, Any], after: str | None) -> list[Place]:
-    """Return the reply's tokens, from the last `after` on; none without log-probabilities."""
+def _positions(choice: Mapping[str, Any], after: str | None) -> list[Position]:
+    """Return the tokens after the last `after`; empty without log-probabilities."""
     logprobs = choice.get("logprobs")
     content = logprobs.get("content") if isinstance(logprobs, Mapping) else None
     if not isinstance(content, list):
         return []
-    places = [_place(entry) for entry in content if isinstance(entry, Mapping)]
+    positions = [_position(entry) for entry in content if isinstance(entry, Mapping)]
     if after is None:
-        return places
-    text = "".join(place.text for place in places)
-    start, seen = text.rfind(after) + len(after), 0
-    for i, place in enumerate(places):
-        seen += len(place.text)
-        # A token may begin with the blank that `after` ends in; it counts by what is behind it.
-        if after in text and seen > start and text[start:seen].strip():
-            return places[i:]
+        return positions
+    text = "".join(position.text for position in positions)
+    start, end = text.rfind(after) + len(after), 0
+    for i, position in enumerate(positions):
+        end += len(position.text)
+        # A token may span the end of `after`; it counts if it has text, not only spaces, behind.
+        if after in text and end > start and text[start:end].strip():
+            return positions[i:]
     return []
 
 
-def _place(entry: Mapping[str, Any]) -> Place:
-    named = entry.get("top_logprobs")
+def _position(entry: Mapping[str, Any]) -> Position:
+    listed = entry.get("top_logprobs")
     options: dict[str, float] = {}
-    for one in [entry, *(named if isinstance(named, list) else [])]:
-        if not isinstance(one, Mapping):
+    for option in [entry, *(listed if isinstance(listed, list) else [])]:
+        if not isinstance(option, Mapping):
             continue
-        token, logprob = one.get("token"), one.get("logprob")
+        token, logprob = option.get("token"), option.get("logprob")
         if isinstance(logprob, bool) or not isinstance(logprob, int | float):
             continue
+        # Rounding may make a log-probability slightly positive; anything more is not one.
         if isinstance(token, str) and logprob <= 1e-3:
             options[token] = math.exp(max(min(logprob, 0), _LEAST))
     text = entry.get("token")
-    return Place(text if isinstance(text, str) else "", options)
+    return Position(text if isinstance(text, str) else "", options)
 
 
 def _shown(choice: Mapping[str, Any]) -> str:
-    return repr((_said(choice, None) or "")[:80])
+    return repr((_text(choice, None) or "")[:80])

@@ -1,9 +1,9 @@
-"""What a judge is asked, as data: a JSON file with places for the texts.
+"""Rubrics: the question to a judge as a JSON file with placeholders for the texts.
 
-A text cannot end its own place: the lines around it bear a digest of all texts of the question,
-which a text would have to contain, and so to know, itself. What looks like a chat template's
-control token is broken up, since a server would take it for one. Knows texts; knows nothing of
-servers or of scores.
+Texts are untrusted and may try to give the judge instructions. Each text is fenced by lines that
+contain a digest of all texts of the question, so a text cannot forge the end of its fence: it would
+have to contain a digest of itself. Control tokens of chat templates are broken up, since a server
+would parse them. Must not know servers or scores.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ RubricKind: TypeAlias = Literal["pairwise", "pointwise"]
 
 FOLDER = Path(__file__).with_name("rubrics")
 SHIPPED = ("pairwise", "pairwise_ties", "pointwise")
-"""Names of the rubrics that come with the library."""
+"""Names of the rubrics of this library."""
 
 _FORMAT = 1
-_PLACE = re.compile(r"\{(prompt|first|second|completion|nonce)\}")
+_PLACEHOLDER = re.compile(r"\{(prompt|first|second|completion|nonce)\}")
 _TEXTS = {"pairwise": ("prompt", "first", "second"), "pointwise": ("prompt", "completion")}
 _TITLES = {"prompt": "request", "first": "answer A", "second": "answer B", "completion": "answer"}
-# Of ChatML, Llama, Mistral, Gemma, DeepSeek, Phi and their relatives.
+# Control tokens of ChatML, Llama, Mistral, Gemma, DeepSeek, Phi and related templates.
 _CONTROL = re.compile(
     r"<\|[^<>|\n]{1,40}\|>|<｜[^<>｜\n]{1,40}｜>|</?s>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS)\]"
     r"|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|</?think>"
@@ -44,26 +44,26 @@ class Rubric:
     Attributes
     ----------
     name : str
-        For provenance.
+        Name in reports and provenance.
     kind : {"pairwise", "pointwise"}
-        Whether two answers are compared or one is rated.
+        Whether the judge compares two answers or rates one.
     system, user : str
-        The two messages, with the places ``{prompt}``, ``{first}`` and ``{second}``, or
-        ``{prompt}`` and ``{completion}``, each once in `user`, and ``{nonce}``, the digest in the
-        lines around each text, wherever it helps.
+        The two messages. `user` contains the placeholders ``{prompt}``, ``{first}`` and
+        ``{second}``, or ``{prompt}`` and ``{completion}``, each once. Both messages may contain
+        ``{nonce}``, the digest in the fence of each text.
     verdicts : tuple of str
-        Pairwise: the words for the first, for the second and, where a tie may be stored, for it.
+        Pairwise: the words for first, second and, if ties are allowed, tie.
     scale : tuple of int
         Pointwise: the lowest and the highest rating.
     after : str, optional
-        The verdict stands behind the last of these, for judges that reason first.
+        The verdict follows the last occurrence of this text, for judges that reason first.
     max_tokens : int
-        Most tokens of a reply.
+        Maximum tokens of a reply.
 
     Raises
     ------
     OptionError
-        If a place is missing or repeated, or another part cannot be used.
+        If a placeholder is missing or repeated, or another field is invalid.
     """
 
     name: str
@@ -78,14 +78,16 @@ class Rubric:
     def __post_init__(self) -> None:
         if self.kind not in _TEXTS:
             raise OptionError(f"a rubric's kind must be pairwise or pointwise, not {self.kind!r}")
-        places = [m for m in _PLACE.findall(self.user) if m != "nonce"]
-        if sorted(places) != sorted(_TEXTS[self.kind]):
+        placeholders = [m for m in _PLACEHOLDER.findall(self.user) if m != "nonce"]
+        if sorted(placeholders) != sorted(_TEXTS[self.kind]):
             raise OptionError(
-                f"rubric {self.name!r}: `user` must hold each of {_TEXTS[self.kind]} once, in "
-                f"braces, and holds {places}"
+                f"rubric {self.name!r}: `user` must contain each of the placeholders "
+                f"{_TEXTS[self.kind]} once, in braces; it contains {placeholders}"
             )
-        if set(_PLACE.findall(self.system)) - {"nonce"}:
-            raise OptionError(f"rubric {self.name!r}: texts stand in `user`, not in `system`")
+        if set(_PLACEHOLDER.findall(self.system)) - {"nonce"}:
+            raise OptionError(
+                f"rubric {self.name!r}: placeholders of texts belong in `user`, not in `system`"
+            )
         if self.kind == "pairwise" and not (
             len(self.verdicts) in (2, 3)
             and len(set(self.verdicts)) == len(self.verdicts)
@@ -93,19 +95,24 @@ class Rubric:
         ):
             raise OptionError(
                 f"rubric {self.name!r}: verdicts must be two or three different words without "
-                f"blanks, not {self.verdicts}"
+                f"spaces, not {self.verdicts}"
             )
         low, high = self.scale
         if not 0 <= low < high:
-            raise OptionError(f"rubric {self.name!r}: scale must rise from 0 or more: {self.scale}")
-        after: object = self.after  # a file may hold anything
+            raise OptionError(
+                f"rubric {self.name!r}: scale must be (low, high) with 0 ≤ low < high, not "
+                f"{self.scale}"
+            )
+        after: object = self.after  # a file may contain any type
         if after is not None and (not isinstance(after, str) or after == ""):
             raise OptionError(
-                f"rubric {self.name!r}: `after` must be a text that is not empty, not "
-                f"{after!r}; leave it out where the verdict stands first"
+                f"rubric {self.name!r}: `after` must be a nonempty text, not {after!r}; "
+                "leave it out if the verdict comes first"
             )
         if self.max_tokens < 1:
-            raise OptionError(f"rubric {self.name!r}: max_tokens must be at least 1")
+            raise OptionError(
+                f"rubric {self.name!r}: max_tokens must be at least 1, not {self.max_tokens}"
+            )
 
     def ask(self, prompt: Prompt, **texts: str) -> list[dict[str, str]]:
         """Return the messages for one question.
@@ -119,17 +126,17 @@ class Rubric:
         filled = {"prompt": flatten(prompt, cue=False)} | texts
         filled = {name: _CONTROL.sub(_broken, text) for name, text in filled.items()}
         nonce = _nonce(filled)
-        places = {name: _fenced(_TITLES[name], text, nonce) for name, text in filled.items()}
-        places["nonce"] = nonce
-        # One pass: what stands in a text is never taken for a place.
-        fill = lambda match: places[match.group(1)]  # noqa: E731
+        values = {name: _fenced(_TITLES[name], text, nonce) for name, text in filled.items()}
+        values["nonce"] = nonce
+        # In one pass, so that a placeholder inside a text is not filled.
+        fill = lambda match: values[match.group(1)]  # noqa: E731
         return [
-            {"role": "system", "content": _PLACE.sub(fill, self.system)},
-            {"role": "user", "content": _PLACE.sub(fill, self.user)},
+            {"role": "system", "content": _PLACEHOLDER.sub(fill, self.system)},
+            {"role": "user", "content": _PLACEHOLDER.sub(fill, self.user)},
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `read_rubric` reads."""
+        """Return the rubric as JSON values; `read_rubric` reads them."""
         stored: dict[str, Any] = {"format": _FORMAT, "name": self.name, "kind": self.kind}
         stored |= {"system": self.system, "user": self.user}
         if self.kind == "pairwise":
@@ -146,7 +153,7 @@ def read_rubric(source: str | Path | Mapping[str, Any] | Rubric) -> Rubric:
     Parameters
     ----------
     source : str, Path, mapping or Rubric
-        The name of a shipped one, a JSON file, or its content.
+        Name of a rubric of this library, a JSON file, or its content.
 
     Returns
     -------
@@ -155,7 +162,7 @@ def read_rubric(source: str | Path | Mapping[str, Any] | Rubric) -> Rubric:
     Raises
     ------
     OptionError
-        If there is none, or it cannot be used.
+        If there is no such rubric, or it is invalid.
     """
     if isinstance(source, Rubric):
         return source
@@ -166,17 +173,17 @@ def read_rubric(source: str | Path | Mapping[str, Any] | Rubric) -> Rubric:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(
-            f"no rubric {str(source)!r} ({error.strerror}): name a JSON file or one of "
+            f"no rubric {str(source)!r} ({error.strerror}); name a JSON file or one of "
             f"{', '.join(SHIPPED)}"
         ) from error
     except ValueError as error:
-        raise OptionError(f"{path} is no JSON: {error}") from error
+        raise OptionError(f"{path} is not valid JSON: {error}") from error
     return _from_json(stored, str(path))
 
 
 def _from_json(stored: object, source: str) -> Rubric:
     if not isinstance(stored, Mapping) or stored.get("format") != _FORMAT:
-        raise OptionError(f"{source} is no rubric of format {_FORMAT}")
+        raise OptionError(f'{source} is not a rubric: "format" must be {_FORMAT}')
     try:
         options: dict[str, Any] = {}
         if stored["kind"] == "pairwise":
@@ -184,8 +191,7 @@ def _from_json(stored: object, source: str) -> Rubric:
             words = [verdicts["first"], verdicts["second"]]
             if None in words:
                 raise OptionError(
-                    f"{source}: of the verdicts only `tie` may be null, and first and second are "
-                    f"{words}"
+                    f"{source}: only the verdict `tie` may be null; first and second are {words}"
                 )
             if verdicts.get("tie") is not None:
                 words.append(verdicts["tie"])
@@ -205,11 +211,11 @@ def _from_json(stored: object, source: str) -> Rubric:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, OptionError):
             raise
-        raise OptionError(f"{source} is no rubric: {error!r}") from error
+        raise OptionError(f"{source} is not a valid rubric: {error!r}") from error
 
 
 def _broken(match: re.Match[str]) -> str:
-    """Put a blank behind a control token's first character: it can be read, and is no token."""
+    """Put a space behind a control token's first character: readable, but no longer a token."""
     return f"{match.group(0)[0]} {match.group(0)[1:]}"
 
 
@@ -218,10 +224,14 @@ def _fenced(title: str, text: str, nonce: str) -> str:
 
 
 def _nonce(texts: Mapping[str, str]) -> str:
-    """Digest the texts, whichever side they stand on, so that both orders ask alike."""
+    """Return a digest of the texts that none of them contains.
+
+    It does not depend on their order, so that the two questions about a pair differ in nothing
+    else.
+    """
     whole = json.dumps(sorted(texts.values())).encode()
     for salt in range(2**16):
         nonce = hashlib.sha256(salt.to_bytes(2, "big") + whole).hexdigest()[:16]
         if not any(nonce in text for text in texts.values()):
             return nonce
-    raise AssertionError("no digest that the texts do not contain")
+    raise AssertionError("every digest tried is contained in a text")

@@ -1,9 +1,8 @@
-"""A judge model that rates one answer, as a member: its rating is the score."""
+"""A judge model as a member: its rating of a completion is the score."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,53 +11,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import RemoteError, RemoteFailureWarning
+from ensemble_rm.errors import RemoteError
 from ensemble_rm.members.judges.asking import Judge, JudgeOptions, Messages, Reply
 from ensemble_rm.members.judges.base import RubricJudge
 from ensemble_rm.members.judges.replies import Rating, read_rating
 from ensemble_rm.members.judges.rubric import Rubric
-from ensemble_rm.members.judges.usage import Usage
+from ensemble_rm.members.judges.usage import Price, Usage
 from ensemble_rm.members.remote.address import Token
-from ensemble_rm.members.remote.failures import count_failures
+from ensemble_rm.members.remote.client import ClientOptions
 from ensemble_rm.members.remote.loop_thread import Pending
-from ensemble_rm.members.remote.storage import StoredElsewhere
+from ensemble_rm.members.remote.server_scorer import ServerScorer
 from ensemble_rm.members.scorer import MemberScores, Truncation
 from ensemble_rm.progress import Progress, silent
 
 
-class JudgeScorer(RubricJudge, StoredElsewhere):
+class JudgeScorer(RubricJudge, ServerScorer):
     """Rates completions by asking a judge model; the rating is the raw score.
 
-    The rating is the expectation over the ratings' tokens (Liu et al. 2023, arXiv 2303.16634)
-    where the server offers log-probabilities, and the stated number where it does not, which
-    makes ties. A reply that is no rating is NaN, by the aggregator's policy for missing members.
+    If the server returns log-probabilities, the rating is the expectation over the ratings' tokens
+    (Liu et al. 2023, arXiv 2303.16634). Otherwise it is the number in the reply, which produces
+    ties. A reply without a rating is NaN, and the aggregator's policy for missing members applies.
 
     Parameters
     ----------
     url : str
-        Of an OpenAI-compatible server, such as ``http://localhost:8000/v1``; saved.
+        Address of an OpenAI-compatible server, such as ``http://localhost:8000/v1``; saved.
     model : str
         Name of the judge on that server.
     name : str
         Name of the column.
     rubric : str, Path, mapping or Rubric, optional
-        What is asked: ``"pointwise"`` (default), a JSON file or its content; saved as it is.
+        The question: ``"pointwise"`` (default), a JSON file or its content; its content is saved.
+    logprobs : bool
+        Whether to request log-probabilities; if the server refuses them, requests omit them.
+    extra : mapping of str to JSON values, optional
+        Fields that are added to the request or replace its own; None removes a field.
+    price : Price, optional
+        Price of the judge's tokens.
+    client : ClientOptions, optional
+        Attempts, pauses, deadline, concurrency, circuit breaker.
+    token_variable : str, optional
+        Environment variable in which the command line finds the token.
     token : str or callable, optional
         Bearer token, or a function that returns the current one. Never saved.
     transport : httpx.AsyncBaseTransport, optional
         Replaces the network, in tests and for proxies.
-    **options : Any
-        The other fields of `JudgeOptions`.
 
     Attributes
     ----------
     usage : Usage
-        What all scores of this member took, including those that were cancelled.
+        Usage of all scores of this member, cancelled ones included.
 
     Raises
     ------
     OptionError
-        If an option or the rubric cannot be used.
+        If an option or the rubric is invalid.
     MissingExtraError
         If httpx is not installed.
     """
@@ -73,15 +80,28 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         model: str,
         name: str,
         rubric: str | Path | Mapping[str, Any] | Rubric | None = None,
+        logprobs: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        price: Price | None = None,
+        client: ClientOptions | None = None,
+        token_variable: str | None = None,
         token: Token | None = None,
         transport: Any = None,
-        **options: Any,
     ) -> None:
         super().__init__(
-            url, model=model, rubric=rubric, token=token, transport=transport, **options
+            url,
+            model=model,
+            rubric=rubric,
+            logprobs=logprobs,
+            extra=extra,
+            price=price,
+            client=client,
+            token_variable=token_variable,
+            token=token,
+            transport=transport,
         )
         self.names = (name,)
-        self._unread = 0
+        self._unread = 0  # replies without a rating, over all scores
 
     @property
     def address(self) -> str:
@@ -90,9 +110,9 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
 
     @property
     def usage(self) -> Usage:
-        """What all scores of this member took together."""
-        taken = self._judge.usage
-        return taken.with_read(taken.calls - self._unread)
+        """Usage of all scores of this member."""
+        usage = self._judge.usage
+        return usage.with_read(usage.calls - self._unread)
 
     @property
     def token(self) -> Token | None:
@@ -101,20 +121,21 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
 
     @property
     def token_variable(self) -> str | None:
-        """The environment variable in which the command line finds the token."""
+        """Environment variable in which the command line finds the token."""
         return self.judge_options.token_variable
 
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, 1) ratings; NaN where there is none, with a warning.
 
-        The warning counts failures and names the first one's kind: it quotes no reply.
+        The warning states the number of failures and the kind of the first; `score_detailed`
+        returns the errors.
 
         Raises
         ------
         RemoteUnavailableError
             If the judge could not be reached for any sample.
         RemoteRefusalError
-            If it refuses the address, the token or the model.
+            If the server refuses the address, the token or the model.
         """
         return self.begin(samples).result().scores
 
@@ -126,23 +147,23 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
         self,
         samples: Sequence[Sample],
         *,
-        features: bool = False,  # noqa: ARG002 - a judge has none
+        features: bool = False,  # noqa: ARG002 - judges return no features
         progress: Progress = silent,  # noqa: ARG002
     ) -> MemberScores:
-        """Rate as `score` does; what failed is in `errors`, by row, and not in a warning."""
+        """Rate as `score` does; failures are in `errors`, by row, without a warning."""
         return self._begin(self._questions(samples), self._detailed).result()
 
     def _questions(self, samples: Sequence[Sample]) -> list[Messages]:
         return [self.rubric.ask(s.prompt, completion=s.completion) for s in samples]
 
-    def _detailed(self, answer: tuple[list[Reply], Usage]) -> MemberScores:
-        """Read the replies; those that are no rating are errors."""
-        replies, taken = answer
+    def _detailed(self, result: tuple[list[Reply], Usage]) -> MemberScores:
+        """Read the replies; a reply without a rating is an error."""
+        replies, usage = result
         ratings = [self._read(reply) for reply in replies]
         errors = {
             row: rating for row, rating in enumerate(ratings) if isinstance(rating, Exception)
         }
-        self._unread += taken.calls - (len(ratings) - len(errors))
+        self._unread += usage.calls - (len(ratings) - len(errors))
         scores = [rating.value if isinstance(rating, Rating) else np.nan for rating in ratings]
         return MemberScores(
             np.array(scores, dtype=np.float64).reshape(-1, 1),
@@ -150,18 +171,10 @@ class JudgeScorer(RubricJudge, StoredElsewhere):
             errors=errors,
         )
 
-    def _warned(self, answer: tuple[list[Reply], Usage]) -> MemberScores:
-        detailed = self._detailed(answer)
-        if detailed.errors:
-            text = count_failures(
-                detailed.errors.values(),
-                len(detailed.scores),
-                what="rating",
-                where=f"{self.names[0]!r} at {self.judge_options.url}",
-                unreadable="a reply that is no rating",
-            )
-            warnings.warn(text, RemoteFailureWarning, stacklevel=4)
-        return detailed
+    def _warned(self, result: tuple[list[Reply], Usage]) -> MemberScores:
+        scores = self._detailed(result)
+        self._warn_of_failures(scores, what="rating", unreadable="a reply without a rating")
+        return scores
 
     def with_token(self, token: Token | None) -> Self:
         """Return the same member with another token."""

@@ -1,4 +1,4 @@
-"""What judgments cost: calls, tokens, money, time."""
+"""Usage of a judge: requests, tokens, cost, time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ensemble_rm.errors import OptionError
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What a judge's tokens cost, in any currency, a million.
+    """Price of a judge's tokens, per million tokens, in any currency.
 
     Attributes
     ----------
     prompt, completion : float
-        ≥ 0.
+        Of the question's and of the reply's tokens; ≥ 0.
     """
 
     prompt: float
@@ -24,29 +24,29 @@ class Price:
 
     def __post_init__(self) -> None:
         if not (self.prompt >= 0 and self.completion >= 0):
-            raise OptionError(f"a price must be ≥ 0 a million tokens, not {self}")
+            raise OptionError(f"prices must be ≥ 0 per million tokens, not {self}")
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What was asked of a judge, and what it took.
+    """Requests to a judge and their tokens, cost and time.
 
     Attributes
     ----------
     calls : int
-        Requests whose reply could be read; a comparison is two.
+        Requests whose reply was read; a comparison takes two.
     failed : int
-        Other requests that the server rejected, or answered with something else; answers have
-        their tokens and their price, too.
+        Requests that were rejected or cancelled, or whose reply could not be read. A reply counts
+        with its tokens and cost even if it could not be read.
     prompt_tokens, completion_tokens : int
         As the server counts them.
     seconds : float
-        Sum of the requests' latencies, tries and pauses included; they run side by side.
+        Sum of the latencies of all requests, including retries and pauses. Requests run
+        concurrently, so this is more than the elapsed time.
     cost : float, optional
-        In the price's currency; None where no price is known.
+        In the price's currency; None without a price.
     unreached : int
-        Questions that took nothing: the server was out of reach, then or for one before, or it
-        was not asked before all were given up.
+        Questions that the server never got: it was unreachable, or they were cancelled before.
     """
 
     calls: int = 0
@@ -59,13 +59,13 @@ class Usage:
 
     @property
     def latency(self) -> float:
-        """Mean seconds a request; NaN where there was none."""
-        asked = self.calls + self.failed
-        return self.seconds / asked if asked else float("nan")
+        """Mean seconds per request; NaN without requests."""
+        requests = self.calls + self.failed
+        return self.seconds / requests if requests else float("nan")
 
     def __add__(self, other: Usage) -> Usage:
-        """Return both together; what one of them does not know the price of has none."""
-        costs = [one.cost for one in (self, other) if one.calls or one.cost is not None]
+        """Return the sum; its cost is None if either has requests without a price."""
+        costs = [usage.cost for usage in (self, other) if usage.calls or usage.cost is not None]
         return Usage(
             self.calls + other.calls,
             self.failed + other.failed,
@@ -77,7 +77,7 @@ class Usage:
         )
 
     def with_read(self, replies: int) -> Usage:
-        """Return the same where only so many replies could be read; the others have failed."""
+        """Return the same usage with `replies` requests as read and all others as failed."""
         return replace(self, calls=replies, failed=self.calls + self.failed - replies)
 
     def to_json(self) -> dict[str, Any]:
@@ -93,14 +93,15 @@ class Usage:
         }
 
 
-def read_usage(answer: Mapping[str, Any], seconds: float, price: Price | None) -> Usage:
-    """Return what one answered request took; a server that counts no tokens counts none."""
-    said = answer.get("usage")
+def read_usage(response: Mapping[str, Any], seconds: float, price: Price | None) -> Usage:
+    """Return the usage of one request; token counts are 0 if the server reports none."""
+    usage = response.get("usage")
+    # Servers are not trusted: a count that is not a whole number in range counts as 0.
     counts = [
         value if type(value) is int and 0 <= value < 2**63 else 0
         for value in (
-            (said.get("prompt_tokens"), said.get("completion_tokens"))
-            if isinstance(said, Mapping)
+            (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+            if isinstance(usage, Mapping)
             else (0, 0)
         )
     ]

@@ -1,1 +1,1 @@
-"""Members that other servers run: addresses, wire formats, tries, one scorer."""
+"""Members that other servers run: addresses, protocols, retries, one scorer."""

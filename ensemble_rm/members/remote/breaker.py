@@ -1,7 +1,7 @@
-"""A circuit breaker [1]_: a server that fails again and again is left alone, then asked once.
+"""A circuit breaker [1]_: stops requests to a server that keeps failing, then probes it.
 
-An open circuit does not fail a request: it says how long to wait. Whether that is too long is the
-request's own deadline's business, so a server that comes back in time costs nobody a score.
+An open circuit does not fail a request; it returns how long to wait. Only the request's deadline
+ends it, so no score is lost if the server comes back in time.
 
 References
 ----------
@@ -16,25 +16,25 @@ from typing import Literal, TypeAlias
 
 State: TypeAlias = Literal["closed", "open", "half-open"]
 
-_POLLS = 4  # looks at a probe that is under way, a cool-down
+_POLLS = 4  # times per `reset_after` that a waiting request checks a probe in progress
 
 
 class Breaker:
-    """Counts failures in a row; belongs to one event loop, and is shared by all its requests.
+    """Counts consecutive failures of one server; shared by all requests of one event loop.
 
     Parameters
     ----------
     open_after : int
-        Failures in a row that open the circuit.
+        Consecutive failures that open the circuit.
     reset_after : float
         Seconds until one request, the probe, may try again.
     clock : callable
-        Seconds that only grow.
+        Returns monotonic time in seconds.
 
     Attributes
     ----------
     answered : float
-        When the server answered last, by that clock; −∞ where it has not.
+        Time of the server's last response, by `clock`; −∞ before the first.
     """
 
     def __init__(self, open_after: int, reset_after: float, *, clock: Callable[[], float]) -> None:
@@ -47,13 +47,13 @@ class Breaker:
 
     @property
     def state(self) -> State:
-        """Closed: all requests; open: none; half-open: one probe."""
+        """State of the circuit: closed sends all requests, open none, half-open one probe."""
         if self._opened is None:
             return "closed"
         return "half-open" if self._clock() - self._opened >= self.reset_after else "open"
 
-    def admit(self, who: object) -> float:
-        """Return 0 where `who` may try now, and must report; else seconds to wait."""
+    def admit(self, request: object) -> float:
+        """Return 0 if `request` may be sent now (it must report its result), else seconds to wait."""
         if self._opened is None:
             return 0.0
         left = self._opened + self.reset_after - self._clock()
@@ -61,30 +61,30 @@ class Breaker:
             return left
         if self._probe is not None:
             return self.reset_after / _POLLS
-        self._probe = who
+        self._probe = request
         return 0.0
 
     def succeeded(self) -> None:
-        """Report that the server answered: the circuit closes."""
+        """Report a response of the server: the circuit closes."""
         self.answered = self._clock()
         self._failures, self._opened, self._probe = 0, None, None
 
-    def failed(self, who: object) -> None:
-        """Report a failure: the last of too many in a row, or the probe's, opens the circuit.
+    def failed(self, request: object) -> None:
+        """Report a failure: the probe's, or the `open_after`-th in a row, opens the circuit.
 
-        One that began before the circuit opened changes nothing: the probe is still under way.
+        A request that started before the circuit opened does not restart the waiting time.
         """
         self._failures += 1
-        if self._probe is who or (self._opened is None and self._failures >= self.open_after):
+        if self._probe is request or (self._opened is None and self._failures >= self.open_after):
             self._opened = self._clock()
-        self.abandoned(who)
+        self.abandoned(request)
 
-    def broken(self, who: object) -> None:
-        """Report an error inside the server: a failure where it is the probe's, else nothing."""
-        if self._probe is who:
-            self.failed(who)
+    def broken(self, request: object) -> None:
+        """Report a server error: it counts as a failure only if `request` is the probe."""
+        if self._probe is request:
+            self.failed(request)
 
-    def abandoned(self, who: object) -> None:
-        """Report that a try ended without telling anything of the server: it was cancelled."""
-        if self._probe is who:
+    def abandoned(self, request: object) -> None:
+        """Report that an attempt was cancelled, which says nothing about the server."""
+        if self._probe is request:
             self._probe = None

@@ -1,6 +1,6 @@
-"""Posts JSON to one server, again where that can help, until a deadline: an httpx client.
+"""An httpx client that posts JSON to one server, with retries, a deadline and a circuit breaker.
 
-Knows statuses, pauses and the circuit; knows nothing of scores or of what is posted.
+Must not know scores or the content of requests.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members.remote.address import Token, bearer
 from ensemble_rm.members.remote.breaker import Breaker
-from ensemble_rm.members.remote.retries import Meaning, meaning, pause, retry_after
+from ensemble_rm.members.remote.retries import Outcome, outcome_of, pause, retry_after
 
-_SHOWN = 200  # characters of an error's body that a message shows
-_LEAST = 0.01  # of the deadline: with less left, no further try begins
+_SHOWN = 200  # characters of a response that an error message shows
+_LEAST = 0.01  # share of the deadline: no attempt starts with less time left
 
 
 class RejectedError(RemoteError):
-    """A server rejects a request, and may accept another; the caller decides what it means.
+    """The server rejects this request but may accept others; the caller decides what follows.
 
     Attributes
     ----------
     kind : str
         The status, without the server's text.
-    said : str
+    body : str
         The server's text.
     """
 
-    def __init__(self, message: str, kind: str, said: str = "") -> None:
-        super().__init__(message, kind, said)  # all arguments, so that a copy has them
-        self.kind, self.said = kind, said
+    def __init__(self, message: str, kind: str, body: str = "") -> None:
+        super().__init__(message, kind, body)  # pickle and copy rebuild an exception from `args`
+        self.kind, self.body = kind, body
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -52,24 +52,24 @@ class RejectedError(RemoteError):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientOptions:
-    """How a server is asked.
+    """Timeouts, retries and concurrency of requests to one server.
 
     Attributes
     ----------
     timeout : float
-        Seconds that one try may take.
+        Seconds of one attempt.
     deadline : float
-        Seconds that a request may take with all its tries and pauses. While it waits for one of
-        the places that `concurrency` sets, every answer to another request restarts them.
+        Seconds of a request with all its attempts and pauses. While a request waits because
+        `concurrency` others are in progress, each response to one of them restarts its deadline.
     attempts : int
-        Tries of a request that meets errors inside the server or times out. One that finds nobody,
-        or a busy server, is tried until the deadline.
+        Maximum attempts of a request that times out or gets a server error. If the server is
+        unreachable or busy, the request is repeated until the deadline.
     backoff, max_backoff : float
-        Seconds; before try n + 1 it waits a random time up to min(max_backoff, backoff·2ⁿ).
+        Seconds; the pause before attempt n + 1 is random, up to min(max_backoff, backoff·2ⁿ).
     concurrency : int
-        Requests, and connections, at once.
+        Maximum concurrent requests, and connections.
     open_after : int
-        Consecutive failures that open the circuit: then no request is sent for a while.
+        Consecutive failures that open the circuit, which stops requests for a while.
     reset_after : float
         Seconds until one request probes whether the server is back.
     seed : int, optional
@@ -120,32 +120,34 @@ class ClientOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Try:
-    """What came of one try."""
+class _Attempt:
+    """Result of one attempt."""
 
-    meaning: Meaning
+    outcome: Outcome
     reason: str
     kind: str = ""
-    said: str = ""
+    body: str = ""
     data: Any = None
     wait: float = 0.0
 
 
 class RemoteClient:
-    """Posts to one server; every request shares its connections and its circuit.
+    """Posts JSON to one server; all requests share connections and a circuit breaker.
 
-    Used from one event loop, in which its first request opens the connections. A forked child has
-    an event loop, connections and a circuit of its own.
+    To be used from one event loop; the first request opens the connections. A forked child opens
+    its own connections and starts with a closed circuit.
 
     Parameters
     ----------
     options : ClientOptions
     token : str or callable, optional
-        Sent as a bearer token; a callable is asked at every try.
+        Bearer token, or a function that returns it, called at every attempt.
     transport : httpx.AsyncBaseTransport, optional
-        In the place of the network: a proxy, own certificates, a test. A forked child shares it.
-    clock, sleep : callable
-        Seconds that only grow, and what waits for some.
+        Replaces the network: a proxy, own certificates, a test. A forked child shares it.
+    clock : callable
+        Returns monotonic time in seconds.
+    sleep : callable
+        Takes seconds, returns an awaitable.
 
     Raises
     ------
@@ -166,79 +168,84 @@ class RemoteClient:
         self.options = options
         self._token, self._transport = token, transport
         self._clock, self._sleep = clock, sleep
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
-        """Begin in this process, with nothing open; what a parent has open stays open there."""
+    def _reset(self) -> None:
+        """Start in this process with no connection; a parent's connections stay open there."""
         options = self.options
         self._process = os.getpid()
         self.breaker = Breaker(options.open_after, options.reset_after, clock=self._clock)
         self._generator = random.Random(options.seed)
         self._http: Any = None
-        self._places: asyncio.Semaphore | None = None
+        self._slots: asyncio.Semaphore | None = None
 
     async def post(self, url: str, body: Mapping[str, Any], *, attempts: int | None = None) -> Any:
-        """Return the JSON that the server answers.
+        """Post JSON and return the JSON of the response.
 
         Parameters
         ----------
         url : str
         body : mapping of str to JSON values
         attempts : int, optional
-            In the place of the options' own.
+            Replaces the options' `attempts`.
 
         Raises
         ------
         RejectedError
-            If this request is rejected, or met errors inside the server at every try.
+            If the server rejects this request, or every attempt ends in a server error.
         RemoteUnavailableError
             If there was no response before the deadline, or within `timeout` at the last attempt.
         RemoteRefusalError
-            If the server refuses whatever is asked.
+            If the server refuses all requests, such as for a wrong address or token.
         RemoteAnswerError
             If the response is not valid JSON.
         """
         self._open()
-        assert self._places is not None
+        assert self._slots is not None
         began = self._clock()
-        async with self._places:
-            # Who waited while others were answered waited for a place; else for the server.
+        async with self._slots:
+            # While the server answers other requests, waiting for a slot is not its fault: the
+            # deadline counts from its last response.
             end = max(began, self.breaker.answered) + self.options.deadline
-            return await self._tried(url, body, end, attempts or self.options.attempts)
+            return await self._retry(url, body, end, attempts or self.options.attempts)
 
     async def aclose(self) -> None:
         """Close the connections; the next request opens new ones."""
         if self._process != os.getpid():
-            self._begin()
-        http, self._http, self._places = self._http, None, None
+            self._reset()
+        http, self._http, self._slots = self._http, None, None
         if http is not None:
             await http.aclose()
 
-    async def _tried(self, url: str, body: Mapping[str, Any], end: float, attempts: int) -> Any:
+    async def _retry(self, url: str, body: Mapping[str, Any], end: float, attempts: int) -> Any:
+        """Post until a response is final, `attempts` are used up, or the time `end` is reached."""
         content = json.dumps(body, ensure_ascii=True, allow_nan=False).encode()
-        who, failed, broken, last = object(), 0, 0, "nor did it answer anybody else"
+        request = object()  # identifies this request to the breaker
+        failed, errors, last = 0, 0, "it answered no other request either"
         self._left(end, url, last)
         while True:
-            wait = self.breaker.admit(who)
+            wait = self.breaker.admit(request)
             if wait > 0 and await self._wait(wait, end, url, last):
-                continue  # else the circuit is open beyond the end, and there is time for a try
-            found = await self._once(url, content, end, who)
-            if found.meaning is Meaning.DONE:
+                continue
+            # Here the circuit is closed, or it stays open beyond the deadline: then one attempt
+            # is made all the same, since there is nothing to lose.
+            result = await self._attempt(url, content, end, request)
+            if result.outcome is Outcome.DONE:
                 self.breaker.succeeded()
-                return found.data
-            if found.meaning is Meaning.REFUSED:
+                return result.data
+            if result.outcome is Outcome.REFUSED:
                 self.breaker.succeeded()
-                raise RemoteRefusalError(f"{url} refuses: {found.reason}")
-            self._tell(found.meaning, who)
-            broken += found.meaning in (Meaning.BROKEN, Meaning.SILENT)
-            if found.meaning is Meaning.SILENT and broken >= attempts:
+                raise RemoteRefusalError(f"{url} refuses: {result.reason}")
+            self._report(result.outcome, request)
+            errors += result.outcome in (Outcome.SERVER_ERROR, Outcome.TIMEOUT)
+            if result.outcome is Outcome.TIMEOUT and errors >= attempts:
                 raise RemoteUnavailableError(
-                    f"{url} gave no score in {broken} tries: {found.reason}; raise `timeout`, or "
-                    "send less at once"
+                    f"no response from {url} in {errors} attempts: {result.reason}; raise "
+                    "`timeout`, or send smaller requests"
                 )
-            if found.meaning is Meaning.REJECTED or broken >= attempts:
-                raise RejectedError(found.reason, found.kind, found.said)
-            last = found.reason
+            if result.outcome is Outcome.REJECTED or errors >= attempts:
+                raise RejectedError(result.reason, result.kind, result.body)
+            last = result.reason
             wait = pause(
                 failed,
                 backoff=self.options.backoff,
@@ -246,84 +253,92 @@ class RemoteClient:
                 generator=self._generator,
             )
             failed += 1
-            await self._wait(wait, end, url, last, asked=found.wait)
+            await self._wait(wait, end, url, last, minimum=result.wait)
 
     async def _wait(
-        self, seconds: float, end: float, url: str, last: str, *, asked: float = 0.0
+        self, seconds: float, end: float, url: str, last: str, *, minimum: float = 0.0
     ) -> bool:
-        """Wait; return whether it was for as long as we meant to.
+        """Wait `minimum` seconds, which the server asked for, and `seconds` more.
 
-        A server may come back until the last moment: what we chose to wait leaves at least a
-        quarter of the time that is left to another try. What the server `asked` for is kept.
+        A pause of our own is shortened where it would leave less than a quarter of the remaining
+        time to another attempt: the server may come back until the last moment.
+
+        Returns
+        -------
+        bool
+            False if the pause was shortened.
         """
-        left = self._left(end - asked, url, last)
-        whole = seconds <= 0.75 * left
-        if not whole:
+        left = self._left(end - minimum, url, last)
+        complete = seconds <= 0.75 * left
+        if not complete:
             seconds = self._generator.uniform(0.25, 0.75) * left
-        await self._sleep(asked + seconds)
-        return whole
+        await self._sleep(minimum + seconds)
+        return complete
 
     def _left(self, end: float, url: str, last: str) -> float:
-        """Return the seconds that are left for tries; where hardly any are, give up."""
+        """Return the seconds until `end`; raise if they do not suffice for another attempt."""
         left = end - self._clock()
         if left <= _LEAST * self.options.deadline:
             raise RemoteUnavailableError(
-                f"{url} gave no score in {self.options.deadline:g} s: {last}; start the server, or "
-                "raise `deadline`"
+                f"no response from {url} within {self.options.deadline:g} s: {last}; start the "
+                "server, or raise `deadline`"
             )
         return left
 
-    def _tell(self, means: Meaning, who: object) -> None:
-        """Tell the breaker of a failed try.
+    def _report(self, outcome: Outcome, request: object) -> None:
+        """Report a failed attempt to the breaker.
 
-        An error inside the server says something of the server only where it meets the probe: of
-        many samples that the model cannot take, none must keep all others waiting.
+        A server error opens the circuit only where it is the probe's: it may be about this sample
+        alone, and samples that the model cannot read must not stop all others.
         """
-        if means in (Meaning.AWAY, Meaning.SILENT):
-            self.breaker.failed(who)
-        elif means is Meaning.BROKEN:
-            self.breaker.broken(who)
+        if outcome in (Outcome.UNREACHABLE, Outcome.TIMEOUT):
+            self.breaker.failed(request)
+        elif outcome is Outcome.SERVER_ERROR:
+            self.breaker.broken(request)
         else:
             self.breaker.succeeded()
 
-    async def _once(self, url: str, content: bytes, end: float, who: object) -> _Try:
-        """Try once; one that is cancelled, or raises, tells nothing of the server."""
+    async def _attempt(self, url: str, content: bytes, end: float, request: object) -> _Attempt:
+        """Send once; an attempt that is cancelled, or raises, says nothing about the server."""
         try:
             return await self._send(url, content, min(self.options.timeout, end - self._clock()))
         except BaseException:
-            self.breaker.abandoned(who)
+            self.breaker.abandoned(request)
             raise
 
-    async def _send(self, url: str, content: bytes, timeout: float) -> _Try:
+    async def _send(self, url: str, content: bytes, timeout: float) -> _Attempt:
         import httpx
 
         headers = {"Content-Type": "application/json"} | bearer(self._token)
         try:
-            async with asyncio.timeout(max(timeout, 1e-3)):  # httpx limits each read alone
-                answer = await self._http.post(url, content=content, headers=headers, timeout=None)
+            # httpx's own timeout limits each read alone, not the request as a whole.
+            async with asyncio.timeout(max(timeout, 1e-3)):
+                response = await self._http.post(
+                    url, content=content, headers=headers, timeout=None
+                )
         except TimeoutError:
-            return _Try(Meaning.SILENT, f"no answer in {timeout:.3g} s")
+            return _Attempt(Outcome.TIMEOUT, f"no response within {timeout:.3g} s")
         except httpx.DecodingError as error:
-            raise RemoteAnswerError(f"{url} answers what cannot be decoded: {error}") from error
+            raise RemoteAnswerError(f"the response of {url} cannot be decoded: {error}") from error
         except httpx.UnsupportedProtocol as error:
             raise RemoteRefusalError(f"{url}: {error}") from error
         except httpx.TransportError as error:
-            return _Try(Meaning.AWAY, f"{type(error).__name__}: {error}")
-        means = meaning(answer.status_code)
-        if means is not Meaning.DONE:
-            kind = f"status {answer.status_code}"
-            reason, wait = f"{kind}: {answer.text[:_SHOWN]}", answer.headers.get("Retry-After")
-            return _Try(means, reason, kind, answer.text, wait=retry_after(wait))
+            return _Attempt(Outcome.UNREACHABLE, f"{type(error).__name__}: {error}")
+        outcome = outcome_of(response.status_code)
+        if outcome is not Outcome.DONE:
+            kind = f"status {response.status_code}"
+            reason, wait = f"{kind}: {response.text[:_SHOWN]}", response.headers.get("Retry-After")
+            return _Attempt(outcome, reason, kind, response.text, wait=retry_after(wait))
         try:
-            return _Try(Meaning.DONE, "", data=answer.json())
-        except (ValueError, RecursionError) as error:  # the latter: nested too deep
+            return _Attempt(Outcome.DONE, "", data=response.json())
+        except (ValueError, RecursionError) as error:  # deep nesting raises RecursionError
             raise RemoteAnswerError(
-                f"the response of {url} is not valid JSON: {answer.text[:_SHOWN]!r}"
+                f"the response of {url} is not valid JSON: {response.text[:_SHOWN]!r}"
             ) from error
 
     def _open(self) -> None:
         if self._process != os.getpid():
-            self._begin()
+            self._reset()
         if self._http is None:
             import httpx
 
@@ -331,17 +346,17 @@ class RemoteClient:
             self._http = httpx.AsyncClient(
                 transport=self._transport,
                 limits=httpx.Limits(max_connections=size, max_keepalive_connections=size),
-                follow_redirects=False,  # a token is for this server alone
-                trust_env=False,  # the library reads no environment
+                follow_redirects=False,  # the token is meant for this server alone
+                trust_env=False,  # the library never reads the environment
             )
-            self._places = asyncio.Semaphore(size)
+            self._slots = asyncio.Semaphore(size)
 
 
 def require_httpx() -> None:
-    """Raise `MissingExtraError` where httpx is not installed."""
+    """Raise `MissingExtraError` if httpx is not installed."""
     try:
         import httpx  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
-            "members and judges behind HTTP need httpx: pip install 'ensemble-rm[remote]'"
+            "members and judges on other servers need httpx: pip install 'ensemble-rm[remote]'"
         ) from error

@@ -1,4 +1,7 @@
-"""An event loop in its own thread, so that synchronous code can await, inside a loop or not."""
+"""An event loop in its own thread, so that synchronous code can run coroutines.
+
+The callers may themselves run in an event loop, which forbids `asyncio.run`.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,17 @@ from ensemble_rm.errors import RemoteUnavailableError
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-_JOIN = 5.0  # seconds that a closing loop may take
+_JOIN = 5.0  # maximum seconds to wait for a loop to close
 
 
 class Pending(Generic[T]):
-    """A coroutine that runs in a loop's thread: wait for its result, or cancel it.
+    """A coroutine running in a loop's thread: wait for its result, or cancel it.
 
     Parameters
     ----------
     future : concurrent.futures.Future
     read : callable
-        Turns the future's result into what `result` returns, in the waiting thread.
+        Converts the future's result to that of `result`; called in the waiting thread.
     """
 
     def __init__(self, future: Future[Any], read: Callable[[Any], T]) -> None:
@@ -39,32 +42,34 @@ class Pending(Generic[T]):
         Raises
         ------
         RemoteUnavailableError
-            If the loop was closed before it was done.
+            If the loop was closed before the coroutine ended.
         """
         try:
-            found = self._future.result()
+            value = self._future.result()
         except CancelledError:
             raise RemoteUnavailableError(
-                "a member was closed while its server was asked; ask again, and close it when "
-                "nobody waits for it"
+                "the member was closed while a request was pending; score again, and close the "
+                "member only when no request is pending"
             ) from None
         except BaseException:
             self._future.cancel()
             raise
-        return self._read(found)
+        return self._read(value)
 
     def cancel(self) -> None:
-        """Cancel the coroutine if it is not done."""
+        """Cancel the coroutine unless it has ended."""
         self._future.cancel()
 
 
 class LoopThread:
-    """Runs coroutines for callers of any thread; starts at its first, ends with its owner.
+    """Runs coroutines for callers in any thread.
+
+    The thread starts with the first coroutine and ends when its owner is collected or closed.
 
     Parameters
     ----------
     closing : callable
-        Returns what is awaited in the loop before it ends.
+        Returns an awaitable that runs in the loop before it ends.
     """
 
     def __init__(self, closing: Callable[[], Awaitable[None]]) -> None:
@@ -73,19 +78,19 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = 0
         self._end: weakref.finalize[Any, Any] | None = None
-        _ALL.add(self)
+        _THREADS.add(self)
 
     def begin(self, coroutine: Coroutine[Any, Any, Item], read: Callable[[Item], T]) -> Pending[T]:
-        """Begin a coroutine, whose result is read when it is waited for."""
-        with self._lock:  # the loop cannot close before it has the coroutine
+        """Start a coroutine; `read` converts its result when a caller waits for it."""
+        with self._lock:  # the loop must not close before the coroutine is scheduled
             return Pending(asyncio.run_coroutine_threadsafe(coroutine, self._running()), read)
 
     def close(self) -> None:
-        """End the loop and its thread, and what goes on in it; another call starts new ones."""
-        with self._lock:  # until all is closed: two loops would share what is open
-            # Detached and called: at the exit of the process a finaliser itself does nothing.
-            known = self._end.detach() if self._end is not None else None
-            ending = known[1](*known[2]) if known is not None else None
+        """Cancel all coroutines and end the loop's thread; the next `begin` starts a new one."""
+        with self._lock:  # held until the end: two loops must not share open connections
+            # Detached and called directly, since finalisers do nothing while the process exits.
+            finaliser = self._end.detach() if self._end is not None else None
+            ending = finaliser[1](*finaliser[2]) if finaliser is not None else None
             self._loop = self._end = None
             if ending is not None and threading.current_thread() is not ending[1]:
                 done, thread = ending
@@ -94,8 +99,8 @@ class LoopThread:
                 thread.join(_JOIN)
 
     def _running(self) -> asyncio.AbstractEventLoop:
-        """Return the loop; the caller holds the lock."""
-        # A forked child has the loop and not its thread.
+        """Return the loop, started if necessary; the caller holds the lock."""
+        # A forked child inherits the loop but not its thread.
         if self._loop is None or self._process != os.getpid():
             if self._end is not None:
                 self._end.detach()
@@ -106,25 +111,26 @@ class LoopThread:
             thread.start()
             self._loop, self._process = loop, os.getpid()
             self._end = weakref.finalize(self, _end, loop, thread, self._closing)
-            self._end.atexit = False  # at the exit they are waited for
+            self._end.atexit = False  # `_close_all` closes them at exit and waits
         return self._loop
 
 
-_ALL: weakref.WeakSet[LoopThread] = weakref.WeakSet()
+_THREADS: weakref.WeakSet[LoopThread] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    for one in list(_ALL):
-        one.close()
+    for thread in list(_THREADS):
+        thread.close()
 
 
 def _renew_locks() -> None:
-    for one in list(_ALL):
-        one._lock = threading.Lock()
+    for thread in list(_THREADS):
+        thread._lock = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):  # a child has no thread that would give back what it held
+# A lock that another thread held at the fork would stay locked in the child forever.
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
 
@@ -140,10 +146,11 @@ def _end(
     thread: threading.Thread,
     closing: Callable[[], Awaitable[None]],
 ) -> tuple[Future[None], threading.Thread] | None:
-    """Ask a loop to end, and wait for nothing.
+    """Tell a loop to end, without waiting for it.
 
-    A garbage collection calls this in any thread, the loop's own too, whatever locks it holds; the
-    loop may need one of them, an import's, to close its connections.
+    The garbage collector may call this in any thread, the loop's own included, while the thread
+    holds any lock. Waiting could deadlock: to close its connections the loop may need one of these
+    locks, such as an import lock.
     """
 
     async def finish() -> None:
@@ -164,11 +171,11 @@ def _end(
 async def work_through(
     items: Iterable[Item], work: Callable[[Item], Awaitable[None]], *, places: int
 ) -> None:
-    """Work on items in their order, at most so many at once; the first error ends all of it."""
-    left = iter(items)
+    """Run `work` for every item, at most `places` at once; the first error cancels the rest."""
+    remaining = iter(items)
 
     async def worker() -> None:
-        for item in left:  # shared: each item is one worker's
+        for item in remaining:  # shared by all workers, so that each item is taken once
             await work(item)
 
     tasks = [asyncio.ensure_future(worker()) for _ in range(places)]

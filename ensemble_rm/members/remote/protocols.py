@@ -1,8 +1,9 @@
-"""Requests to and answers of each kind of server: pure functions, one `Wire` per protocol.
+"""Requests to and responses of each kind of server: pure functions, one `Wire` per protocol.
 
-Read from the released sources: vLLM 0.33 (``entrypoints/pooling``), SGLang 0.5.23
+Written from the released sources: vLLM 0.33 (``entrypoints/pooling``), SGLang 0.5.23
 (``srt/entrypoints/http_server.py``), text-embeddings-inference (``router/src/http``), OpenRLHF
-0.11.2 (``cli/serve_rm.py``). Each asks for raw logits where the server would do something to them.
+0.11.2 (``cli/serve_rm.py``). Where a server applies an activation by default, the request turns it
+off, since a sigmoid or softmax cannot be undone.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from ensemble_rm.members.remote.request_text import Rendered
 
 Body: TypeAlias = dict[str, Any]
 Scored: TypeAlias = float | RemoteAnswerError
-"""A score, or why there is none."""
+"""A score, or the reason why there is none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestOptions:
     """The fields of a request other than its texts.
 
     Attributes
     ----------
     model : str, optional
-        Name of the model on the server (default: its only one).
+        Name of the model on the server (default: its only model).
     special_tokens : bool
         Whether the server adds special tokens to a text.
     truncate : bool
-        Whether the server may silently cut a text that is too long; otherwise it rejects it.
+        Whether the server may silently cut a text that is too long; otherwise it rejects the text.
     """
 
     model: str | None = None
@@ -47,27 +48,27 @@ class Wire:
     Attributes
     ----------
     path : str
-        What follows the server's address.
+        Path of the URL.
     forms : tuple of str
-        Forms of a sample that it takes: ``"text"``, ``"pair"``, ``"messages"``, ``"sample"``.
+        Accepted forms of a sample: ``"text"``, ``"pair"``, ``"messages"``, ``"sample"``.
     request : callable
-        (rendered samples of one form, asked) → the body.
+        (rendered samples of one form, options) → body of the request.
     answer : callable
-        (the answer's JSON, number of samples) → their scores, or why one has none, in order.
-        Raises `RemoteAnswerError` where the answer as a whole cannot be read.
+        (response's JSON, number of samples) → a score or an error per sample, in order.
+        Raises `RemoteAnswerError` if the response as a whole cannot be read.
     batch : int
-        Samples a request, where the user names no other number.
+        Default number of samples per request.
     adds_special_tokens : bool
-        Whether the server adds special tokens to a text whatever is asked.
+        Whether the server always adds special tokens to a text.
     truncates : bool
-        Whether `Asked.truncate` can be asked of it.
+        Whether the server supports `RequestOptions.truncate`.
     names_model : bool
-        Whether `Asked.model` can be.
+        Whether the server supports `RequestOptions.model`.
     """
 
     path: str
     forms: tuple[str, ...]
-    request: Callable[[Sequence[Rendered], Asked], Body]
+    request: Callable[[Sequence[Rendered], RequestOptions], Body]
     answer: Callable[[Any, int], list[Scored]]
     batch: int = 64
     adds_special_tokens: bool = False
@@ -76,7 +77,7 @@ class Wire:
 
 
 def read_number(value: object) -> Scored:
-    """Return a finite number as it is, and of anything else why it is no score."""
+    """Return a finite number as a float; for anything else, the error that says why not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return RemoteAnswerError(f"the score is {value!r}, not a number"[:200])
     try:
@@ -87,63 +88,61 @@ def read_number(value: object) -> Scored:
 
 
 def _only(values: object, what: str) -> Scored:
-    """Read the one logit of a reward model."""
+    """Return the only number of a list: a reward model has one output."""
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         return RemoteAnswerError(f"{what} is {type(values).__name__}, not a list of numbers")
     if len(values) != 1:
-        return RemoteAnswerError(
-            f"{what} holds {len(values)} numbers; a reward model has one output"
-        )
+        return RemoteAnswerError(f"{what} has {len(values)} numbers; a reward model has one output")
     return read_number(values[0])
 
 
 def _listed(value: object, n: int, what: str) -> list[Any]:
     if not isinstance(value, list):
-        raise RemoteAnswerError(f"the answer's {what} is {type(value).__name__}, not a list")
+        raise RemoteAnswerError(f"{what} in the response is {type(value).__name__}, not a list")
     if len(value) != n:
-        raise RemoteAnswerError(f"the answer's {what} holds {len(value)} of {n} scores")
+        raise RemoteAnswerError(f"{what} in the response has {len(value)} of {n} scores")
     return value
 
 
 def _field(answer: object, name: str) -> Any:
     if not isinstance(answer, Mapping) or name not in answer:
         has = sorted(map(str, answer)) if isinstance(answer, Mapping) else type(answer).__name__
-        raise RemoteAnswerError(f"the answer has no {name!r}: {has}"[:300])
+        raise RemoteAnswerError(f"the response has no {name!r}, only {has}"[:300])
     return answer[name]
 
 
 # vLLM --------------------------------------------------------------------------------------------
 
 
-def _vllm_request(items: Sequence[Rendered], asked: Asked) -> Body:
-    # Without use_activation=false one logit goes through a sigmoid.
+def _vllm_request(items: Sequence[Rendered], options: RequestOptions) -> Body:
+    # Without use_activation=false, vLLM applies a sigmoid to a single logit.
     body: Body = {"use_activation": False}
-    if items[0].messages is not None:  # one conversation a request
+    if items[0].messages is not None:  # vLLM takes one conversation per request
         body["messages"] = items[0].messages
     else:
         body["input"] = [item.text for item in items]
-        body["add_special_tokens"] = asked.special_tokens
-    if asked.model is not None:
-        body["model"] = asked.model
-    if asked.truncate:
-        body["truncate_prompt_tokens"] = -1  # the model's own limit
+        body["add_special_tokens"] = options.special_tokens
+    if options.model is not None:
+        body["model"] = options.model
+    if options.truncate:
+        body["truncate_prompt_tokens"] = -1  # up to the model's own limit
     return body
 
 
-def _pooling_request(items: Sequence[Rendered], asked: Asked) -> Body:
-    return _vllm_request(items, asked) | {"encoding_format": "float"}
+def _pooling_request(items: Sequence[Rendered], options: RequestOptions) -> Body:
+    return _vllm_request(items, options) | {"encoding_format": "float"}
 
 
 def _by_index(answer: Any, n: int) -> list[Mapping[str, Any]]:
-    """Put the entries of `data` at the places that they name."""
+    """Return the entries of `data` in the order of their `index`."""
     entries = _listed(_field(answer, "data"), n, "'data'")
-    found: list[Any] = [None] * n
+    ordered: list[Any] = [None] * n
     for entry in entries:
         index = _field(entry, "index")
-        if not isinstance(index, int) or not 0 <= index < n or found[index] is not None:
-            raise RemoteAnswerError(f"the answer's index {index!r} is repeated or not below {n}")
-        found[index] = entry
-    return found
+        if not isinstance(index, int) or not 0 <= index < n or ordered[index] is not None:
+            raise RemoteAnswerError(f"index {index!r} in the response is repeated or not below {n}")
+        ordered[index] = entry
+    return ordered
 
 
 def _classify_answer(answer: Any, n: int) -> list[Scored]:
@@ -155,7 +154,7 @@ def _pooling_answer(answer: Any, n: int) -> list[Scored]:
 
 
 def _pooled(data: object) -> Scored:
-    """Read one logit; of a model that scores every token, the last token's."""
+    """Return the logit; for a model that scores every token, that of the last token."""
     if isinstance(data, list) and data and isinstance(data[-1], list):
         return _only(data[-1], "the last token's 'data'")
     return _only(data, "'data'")
@@ -164,40 +163,40 @@ def _pooled(data: object) -> Scored:
 # SGLang ------------------------------------------------------------------------------------------
 
 
-def _sglang_request(items: Sequence[Rendered], asked: Asked) -> Body:  # noqa: ARG001
-    # Not /v1/classify, which makes a softmax of one logit: 1.0, always.
+def _sglang_request(items: Sequence[Rendered], _: RequestOptions) -> Body:
+    # Not /v1/classify, which applies a softmax: over one logit that is always 1.
     return {"text": [item.text for item in items]}
 
 
 def _sglang_answer(answer: Any, n: int) -> list[Scored]:
-    entries = _listed(answer, n, "whole")
+    entries = _listed(answer, n, "the list")
     return [_only(_field(entry, "embedding"), "'embedding'") for entry in entries]
 
 
 # text-embeddings-inference -----------------------------------------------------------------------
 
 
-def _tei_request(items: Sequence[Rendered], asked: Asked) -> Body:
-    # A flat list of two texts would be one pair: every text is a list of its own.
+def _tei_request(items: Sequence[Rendered], options: RequestOptions) -> Body:
+    # Each text is a list of its own, since the server reads a flat list of two texts as one pair.
     inputs = [list(item.pair) if item.pair is not None else [item.text] for item in items]
-    return {"inputs": inputs, "raw_scores": True, "truncate": asked.truncate}
+    return {"inputs": inputs, "raw_scores": True, "truncate": options.truncate}
 
 
 def _tei_answer(answer: Any, n: int) -> list[Scored]:
-    found: list[Scored] = []
-    for labels in _listed(answer, n, "whole"):
+    scores: list[Scored] = []
+    for labels in _listed(answer, n, "the list"):
         if not isinstance(labels, list) or len(labels) != 1:
-            text = f"{labels!r} are not the scores of one label; a reward model has one"
-            found.append(RemoteAnswerError(text[:200]))
+            text = f"{labels!r} is not the score of one label; a reward model has one"
+            scores.append(RemoteAnswerError(text[:200]))
         else:
-            found.append(read_number(_field(labels[0], "score")))
-    return found
+            scores.append(read_number(_field(labels[0], "score")))
+    return scores
 
 
 # OpenRLHF ----------------------------------------------------------------------------------------
 
 
-def _openrlhf_request(items: Sequence[Rendered], asked: Asked) -> Body:  # noqa: ARG001
+def _openrlhf_request(items: Sequence[Rendered], _: RequestOptions) -> Body:
     prompts = [item.prompt_text for item in items]
     return {"query": [item.text for item in items], "prompts": prompts, "labels": [""] * len(items)}
 
@@ -212,10 +211,10 @@ def _openrlhf_answer(answer: Any, n: int) -> list[Scored]:
     ]
 
 
-# Our own -----------------------------------------------------------------------------------------
+# This library ------------------------------------------------------------------------------------
 
 
-def _own_request(items: Sequence[Rendered], asked: Asked) -> Body:  # noqa: ARG001
+def _own_request(items: Sequence[Rendered], _: RequestOptions) -> Body:
     samples: list[Body] = []
     for item in items:
         assert item.sample is not None
@@ -226,7 +225,8 @@ def _own_request(items: Sequence[Rendered], asked: Asked) -> Body:  # noqa: ARG0
         if item.sample.reference is not None:
             row["reference"] = item.sample.reference
         samples.append(row)
-    return {"samples": samples, "partial": True}  # a sample that fails there fails alone
+    # partial: a sample that the server cannot score does not fail the others.
+    return {"samples": samples, "partial": True}
 
 
 def _own_answer(answer: Any, n: int) -> list[Scored]:
@@ -262,16 +262,16 @@ WIRES: dict[str, Wire] = {
     "openrlhf": Wire("/get_reward", ("text",), _openrlhf_request, _openrlhf_answer),
     "ensemble-rm": Wire("/v1/score", ("sample",), _own_request, _own_answer),
 }
-"""Every protocol by its name."""
+"""The protocols by name."""
 
 
 def find_wire(protocol: str) -> Wire:
-    """Return a protocol.
+    """Return the protocol of a name.
 
     Raises
     ------
     OptionError
-        If there is none of that name.
+        If the name is unknown.
     """
     if protocol not in WIRES:
         raise OptionError(f"protocol must be one of {', '.join(WIRES)}, not {protocol!r}")

@@ -1,7 +1,7 @@
-"""Do a server's scores look like raw logits? A few probes whose scores must differ and go far.
+"""Checks whether a server returns raw logits, by the scores of a few probes.
 
-A sigmoid keeps every score in [0, 1]; a softmax over one logit makes each of them 1. Knows texts
-and numbers; knows nothing of servers.
+A sigmoid keeps every score in [0, 1], and a softmax over one logit is always 1. Probes of very
+different quality therefore need different scores, and some outside [0, 1].
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ PROBES: tuple[Sample, ...] = (
     Sample("Write one sentence about the sea.", "no " * 120),
     Sample("Thank you for your help!", "You are welcome. Is there anything else?"),
 )
-"""Answers that are right, wrong, rude, empty of sense, short and long: no scorer likes them all."""
+"""Correct, wrong, rude, meaningless, short and long answers: no reward model scores them alike."""
 
-_DRIFT = 0.1  # of the probes' range; low precision moves a score with its batch, but not so far
+# Share of the probes' range. In low precision a score depends a little on its batch, but less.
+_DRIFT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,9 @@ class RawLogitReport:
     Attributes
     ----------
     scores : tuple of float
-        Of the probes, in their order.
+        Scores of the probes, in order.
     problems : tuple of str
-        What is wrong; none where the scores can be raw logits.
+        What is wrong; empty if the scores may be raw logits.
     """
 
     scores: tuple[float, ...]
@@ -52,23 +53,23 @@ class RawLogitReport:
 
 
 def probe(score: Callable[[Sequence[Sample]], NDArray[np.float64]]) -> RawLogitReport:
-    """Score the probes, and again in reverse.
+    """Score the probes twice, the second time in reverse order.
 
     Parameters
     ----------
     score : callable
-        Samples → (n_samples,) scores, NaN where there is none.
+        Samples → (n_samples,) scores, NaN where a sample has none.
     """
     return compare_orders(score(PROBES), score(PROBES[::-1])[::-1])
 
 
 def compare_orders(forward: NDArray[np.float64], backward: NDArray[np.float64]) -> RawLogitReport:
-    """Say what two sets of the probes' scores tell: asked in their order, and asked in reverse.
+    """Check the probes' scores of a request in order and of one in reverse order.
 
     Parameters
     ----------
     forward, backward : ndarray, shape (n_probes,)
-        Both in the order of the probes; NaN where there is no score.
+        Both in the order of the probes; NaN where a probe has no score.
     """
     return RawLogitReport(tuple(forward.tolist()), tuple(_problems(forward, backward)))
 
@@ -79,18 +80,18 @@ def _problems(forward: NDArray[np.float64], backward: NDArray[np.float64]) -> li
         return [f"{int(missing.sum())} of {len(forward)} probes have no score"]
     low, high = float(forward.min()), float(forward.max())
     if math.isclose(low, high, rel_tol=1e-6, abs_tol=1e-9):
-        why = "; a softmax over one logit is 1, always" if math.isclose(high, 1.0) else ""
+        why = "; a softmax over one logit is always 1" if math.isclose(high, 1.0) else ""
         return [f"all {len(forward)} probes score {high:g}{why}"]
-    found = []
+    problems = []
     if low >= 0 and high <= 1:
-        found.append(
+        problems.append(
             f"all {len(forward)} probes score within [0, 1], from {low:.4g} to {high:.4g}: a "
-            "sigmoid is likely between the model and its answer"
+            "server probably applies a sigmoid"
         )
     drift = float(np.abs(forward - backward).max())
     if drift > _DRIFT * (high - low):
-        found.append(
-            f"a probe's score moved by {drift:.4g} when the order of the request was turned, of a "
-            f"range of {high - low:.4g}: scores belong to other samples, or depend on neighbours"
+        problems.append(
+            f"a probe's score changed by {drift:.4g} in a request in reverse order, while all "
+            f"scores span {high - low:.4g}: scores are in the wrong order, or depend on the batch"
         )
-    return found
+    return problems

@@ -1,7 +1,7 @@
-"""Sample → what a server reads: a text, a pair of texts, messages, or the sample itself.
+"""Renders samples for a server: as a text, a pair of texts, messages, or the sample itself.
 
-The template is always the user's choice: a server that takes texts cannot say which its model was
-trained with. Knows tokenizers' templates; knows nothing of protocols.
+The template is always the user's choice, since a server does not say which template its model was
+trained with. Must not know protocols.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from ensemble_rm.errors import ModelError, OptionError
 from ensemble_rm.members.encoding import flatten
 
 TextTemplate: TypeAlias = "str | Callable[[Sample], str]"
-"""``"chat"``, ``"plain"``, ``"pair"``, ``"messages"``, ``"sample"``, or a function to a text."""
+"""``"chat"``, ``"plain"``, ``"pair"``, ``"messages"``, ``"sample"``,
+or a function from a sample to a text."""
 
 FORMS = {
     "chat": "text",
@@ -25,25 +26,25 @@ FORMS = {
     "messages": "messages",
     "sample": "sample",
 }
-"""The form that each template makes."""
+"""The form of a rendered sample, by template."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A sample as a server reads it; one of `text`, `pair`, `messages` and `sample` is set.
+    """A sample as it is sent; exactly one of `text`, `pair`, `messages` and `sample` is set.
 
     Attributes
     ----------
     text : str, optional
-        Prompt and completion, whole.
+        Prompt and completion as one text.
     pair : tuple of str, optional
-        Prompt and completion, apart.
+        Prompt and completion as two texts.
     messages : list of dict, optional
         The conversation with the completion as its last turn.
     sample : Sample, optional
-        As it is.
+        The sample itself.
     prompt_text : str
-        The part of `text` that is the prompt; empty where it is not known.
+        The part of `text` that is the prompt; empty if unknown.
     """
 
     text: str | None = None
@@ -54,7 +55,7 @@ class Rendered:
 
 
 class Renderer:
-    """Renders samples in one template.
+    """Renders samples by one template.
 
     Parameters
     ----------
@@ -62,15 +63,15 @@ class Renderer:
         See `TextTemplate`; ``"chat"`` is the chat template of `tokenizer`, ``"plain"`` the prompt's
         text followed by the completion's.
     tokenizer : str or Path, optional
-        Folder or Hub id of the tokenizer whose chat template is used; read at the first sample.
+        Folder or Hub id of the tokenizer whose chat template is used; loaded at the first sample.
     strips_bos : bool
-        Leave out the chat template's BOS where the tokenizer itself adds one: for servers that add
-        special tokens to every text, so that there are not two.
+        Remove the chat template's BOS token if the tokenizer adds one itself. For servers that add
+        special tokens to every text: the model would read two BOS tokens.
 
     Raises
     ------
     OptionError
-        If the template is unknown, or it and `tokenizer` do not go together.
+        If the template is unknown, ``"chat"`` lacks a tokenizer, or another template has one.
     """
 
     def __init__(
@@ -82,8 +83,8 @@ class Renderer:
             )
         if (template == "chat") != (tokenizer is not None):
             raise OptionError(
-                "template 'chat' needs `tokenizer`, whose chat template it is, and no other "
-                f"template takes one; got template {template!r} and tokenizer {tokenizer!r}"
+                "template 'chat' needs `tokenizer`, and no other template uses one; got template "
+                f"{template!r} and tokenizer {tokenizer!r}"
             )
         self.template, self.tokenizer, self.strips_bos = template, tokenizer, strips_bos
         self._loaded: Any = None
@@ -91,30 +92,30 @@ class Renderer:
 
     @property
     def form(self) -> str:
-        """What it makes: ``"text"``, ``"pair"``, ``"messages"`` or ``"sample"``."""
+        """Form of the rendered samples: ``"text"``, ``"pair"``, ``"messages"`` or ``"sample"``."""
         return FORMS[self.template] if isinstance(self.template, str) else "text"
 
     def render(self, samples: Sequence[Sample]) -> list[Rendered]:
         """Render samples, in their order."""
-        return [self._one(sample) for sample in samples]
+        return [self._render(sample) for sample in samples]
 
-    def _one(self, sample: Sample) -> Rendered:
-        asked = flatten(sample.prompt, cue=self.template != "pair")
+    def _render(self, sample: Sample) -> Rendered:
+        prompt = flatten(sample.prompt, cue=self.template != "pair")
         if self.form == "sample":
             return Rendered(sample=sample)
         if self.form == "pair":
-            return Rendered(pair=(asked, sample.completion))
+            return Rendered(pair=(prompt, sample.completion))
         if self.form == "messages":
             return Rendered(messages=conversation(sample))
         if not isinstance(self.template, str):
             text = self.template(sample)
         elif self.template == "chat":
             text = self._chat(conversation(sample), cue=False)
-            asked = self._chat(turns(sample.prompt), cue=True)
+            prompt = self._chat(turns(sample.prompt), cue=True)
         else:
-            text = asked + sample.completion
-        # OpenRLHF's own clients send the prompt as it begins the text.
-        return Rendered(text=text, prompt_text=asked if text.startswith(asked) else "")
+            text = prompt + sample.completion
+        # OpenRLHF's server expects the prompt exactly as the text begins.
+        return Rendered(text=text, prompt_text=prompt if text.startswith(prompt) else "")
 
     def _chat(self, messages: list[dict[str, str]], *, cue: bool) -> str:
         if self._loaded is None:
@@ -130,22 +131,22 @@ class Renderer:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer))
         except (OSError, ValueError) as error:
-            raise ModelError(f"no tokenizer {self.tokenizer}: {error}") from error
+            raise ModelError(f"cannot load the tokenizer {self.tokenizer}: {error}") from error
         if not tokenizer.chat_template:
             raise OptionError(f"the tokenizer {self.tokenizer} has no chat template")
         if self.strips_bos and tokenizer.bos_token is not None:
-            ids = tokenizer("").input_ids
+            ids = tokenizer("").input_ids  # only the special tokens
             if ids and ids[0] == tokenizer.bos_token_id:
                 self._bos = tokenizer.bos_token
         self._loaded = tokenizer
 
 
 def turns(prompt: Prompt) -> list[dict[str, str]]:
-    """Return a prompt as messages; a text is the user's turn."""
-    told = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    return [{"role": turn.role, "content": turn.content} for turn in told]
+    """Return a prompt as messages; a text becomes one user message."""
+    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def conversation(sample: Sample) -> list[dict[str, str]]:
-    """Return a sample as messages, its completion the assistant's last turn."""
+    """Return a sample as messages; the completion is the last, by the assistant."""
     return [*turns(sample.prompt), {"role": "assistant", "content": sample.completion}]

@@ -1,6 +1,7 @@
-"""What a failed try means, and how long to wait before the next.
+"""Which failed attempts are repeated, and the pause before the next one.
 
-Pure functions over status codes, headers and a generator; knows nothing of httpx or of scores.
+Pure functions of status codes, headers and a random generator, so that they are tested without a
+server.
 
 References
 ----------
@@ -17,57 +18,59 @@ from email.utils import parsedate_to_datetime
 from enum import Enum
 
 
-class Meaning(Enum):
-    """What an answer's status says of the next try."""
+class Outcome(Enum):
+    """Outcome of an attempt; it decides whether there is another one."""
 
     DONE = "done"
-    BUSY = "busy"  # the server lives, and asks for patience: until the deadline
-    AWAY = "away"  # nobody answers, or only a proxy: until the deadline
-    BROKEN = "broken"  # this request met an error inside: a stated number of tries
-    SILENT = "silent"  # this try took too long: a stated number of tries
-    REFUSED = "refused"  # every request would be refused alike: never again
-    REJECTED = "rejected"  # this request would be refused again, another might not
+    BUSY = "busy"  # the server runs and asks to wait: retried until the deadline
+    UNREACHABLE = "unreachable"  # no response, or only a proxy's: retried until the deadline
+    SERVER_ERROR = "server error"  # retried `attempts` times
+    TIMEOUT = "timeout"  # retried `attempts` times
+    REFUSED = "refused"  # the server refuses every request of this kind: not retried
+    REJECTED = "rejected"  # the server rejects this request alone: not retried
 
 
-_MEANINGS = (
-    dict.fromkeys((429,), Meaning.BUSY)
-    | dict.fromkeys((502, 503, 504), Meaning.AWAY)
-    # 501: a vLLM whose model scores every token says so of /classify.
-    | dict.fromkeys((401, 403, 404, 405, 407, 410, 415, 421, 426, 501), Meaning.REFUSED)
-    # 408: the server tired of waiting. 424: text-embeddings-inference's own failure.
-    | dict.fromkeys((408, 424, 425), Meaning.BROKEN)
+_OUTCOMES = (
+    dict.fromkeys((429,), Outcome.BUSY)
+    | dict.fromkeys((502, 503, 504), Outcome.UNREACHABLE)
+    # 501: vLLM's /classify under a model that scores every token.
+    | dict.fromkeys((401, 403, 404, 405, 407, 410, 415, 421, 426, 501), Outcome.REFUSED)
+    # 408: the server timed out. 424: how text-embeddings-inference reports a failed inference.
+    | dict.fromkeys((408, 424, 425), Outcome.SERVER_ERROR)
 )
 
 
-def meaning(status: int) -> Meaning:
-    """Return what a status code means for the next try."""
+def outcome_of(status: int) -> Outcome:
+    """Return the outcome that an HTTP status code stands for."""
     if 200 <= status < 300:
-        return Meaning.DONE
-    if status in _MEANINGS:
-        return _MEANINGS[status]
+        return Outcome.DONE
+    if status in _OUTCOMES:
+        return _OUTCOMES[status]
     if status >= 500:
-        return Meaning.BROKEN
-    return Meaning.REJECTED if status >= 400 else Meaning.REFUSED  # nor are redirects followed
+        return Outcome.SERVER_ERROR
+    # Redirects are refused, not followed: the token is meant for this server alone.
+    return Outcome.REJECTED if status >= 400 else Outcome.REFUSED
 
 
 def pause(attempt: int, *, backoff: float, max_backoff: float, generator: random.Random) -> float:
-    """Return seconds before the next try: uniform in [0, min(max_backoff, backoff·2^attempt)] [1]_.
+    """Return the pause in seconds, uniform in [0, min(max_backoff, backoff·2^attempt)] [1]_.
 
     Parameters
     ----------
     attempt : int
-        Tries that failed before this one.
+        Number of attempts that failed before this one.
     backoff, max_backoff : float
         Seconds.
     generator : random.Random
         The client's own.
     """
+    # The exponent is bounded, since 2.0 ** 1024 overflows.
     ceiling = min(max_backoff, backoff * 2.0 ** min(attempt, 60))
     return generator.uniform(0.0, ceiling)
 
 
 def retry_after(value: str | None, *, now: datetime | None = None) -> float:
-    """Read a Retry-After header, seconds or a date [2]_; 0 where there is none that can be read."""
+    """Return the seconds of a Retry-After header [2]_, number or date; 0 if none is valid."""
     if value is None:
         return 0.0
     text = value.strip()

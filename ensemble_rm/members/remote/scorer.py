@@ -1,8 +1,8 @@
 """A reward model on another server, as one member.
 
 Batches are sent concurrently. A sample that the server cannot score is NaN, and the aggregator's
-policy for missing members applies. A server that cannot be reached is an error, unless `on_outage`
-is ``"nan"``.
+policy for missing members applies. An unreachable server is an error, unless `on_outage` is
+``"nan"``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from ensemble_rm.errors import (
     RemoteActivationWarning,
     RemoteAnswerError,
     RemoteError,
-    RemoteFailureWarning,
     RemoteUnavailableError,
 )
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
-from ensemble_rm.members.remote.failures import count_failures
 from ensemble_rm.members.remote.loop_thread import LoopThread, Pending, work_through
-from ensemble_rm.members.remote.protocols import Asked, Wire, find_wire
+from ensemble_rm.members.remote.protocols import RequestOptions, Wire, find_wire
 from ensemble_rm.members.remote.raw_logit_check import (
     PROBES,
     RAW_LOGIT_CHECKS,
@@ -40,20 +38,20 @@ from ensemble_rm.members.remote.raw_logit_check import (
     compare_orders,
 )
 from ensemble_rm.members.remote.request_text import Rendered, Renderer, TextTemplate
-from ensemble_rm.members.remote.storage import StoredElsewhere
+from ensemble_rm.members.remote.server_scorer import ServerScorer
 from ensemble_rm.members.scorer import MemberScores, Truncation
 from ensemble_rm.progress import Progress, silent
 
 T = TypeVar("T")
 Outage: TypeAlias = Literal["raise", "nan"]
-_Found: TypeAlias = float | RemoteError
-_Orders: TypeAlias = tuple[list[_Found], list[_Found]]
+_Score: TypeAlias = float | RemoteError
+_Orders: TypeAlias = tuple[list[_Score], list[_Score]]
 
-_SPLIT_ATTEMPTS = 2  # tries of a part of a batch that failed as a whole
+_SPLIT_ATTEMPTS = 2  # for each half of a failed batch: the whole has used up `attempts` already
 
 
-class RemoteScorer(StoredElsewhere):
-    """A reward model behind HTTP as one member.
+class RemoteScorer(ServerScorer):
+    """A reward model on an HTTP server as one member.
 
     Parameters
     ----------
@@ -66,14 +64,14 @@ class RemoteScorer(StoredElsewhere):
         Name of the column.
     template : str or callable
         How a sample is rendered for the server: ``"chat"``, the chat template of `tokenizer`;
-        ``"plain"``, prompt and completion in a row; ``"pair"``, the two segments of an encoder
-        (TEI); ``"messages"``, which the server renders (vLLM); ``"sample"`` (ensemble-rm); or a
-        function from a sample to a text, which cannot be saved. No default: only the
-        model's author knows what it was trained with.
+        ``"plain"``, prompt, then completion; ``"pair"``, the two segments of an encoder
+        (TEI); ``"messages"``, rendered by the server (vLLM); ``"sample"`` (ensemble-rm); or a
+        function from a sample to a text, which cannot be saved. There is no
+        default, since the template must be the one that the model was trained with.
     tokenizer : str or Path, optional
         Folder or Hub id, for ``"chat"``.
     model : str, optional
-        Name of the model on a vLLM server (default: its only one).
+        Name of the model on a vLLM server (default: its only model).
     token : str or callable, optional
         Bearer token, or a function that returns the current one. Never saved, never shown.
     token_variable : str, optional
@@ -98,7 +96,7 @@ class RemoteScorer(StoredElsewhere):
     Raises
     ------
     OptionError
-        If an option cannot be used.
+        If an option is invalid.
     MissingExtraError
         If httpx is not installed.
     """
@@ -133,8 +131,8 @@ class RemoteScorer(StoredElsewhere):
         self._check(model, batch_size, truncate, raw_logit_check, on_outage)
         if special_tokens is None:
             special_tokens = template == "plain"
-        self._asked = Asked(model, special_tokens, truncate)
-        single = self._renderer.form == "messages"
+        self._request_options = RequestOptions(model, special_tokens, truncate)
+        single = self._renderer.form == "messages"  # one conversation per request
         self.batch_size = 1 if single else batch_size or self._wire.batch
         self.raw_logit_check_mode, self.on_outage = raw_logit_check, on_outage
         self._token_variable = token_variable
@@ -153,17 +151,15 @@ class RemoteScorer(StoredElsewhere):
         form, wire = self._renderer.form, self._wire
         if form not in wire.forms:
             raise OptionError(
-                f"{self.protocol} takes {' or '.join(wire.forms)}, and template "
-                f"{self._renderer.template!r} makes {form}"
+                f"{self.protocol} accepts {' or '.join(wire.forms)}, but template "
+                f"{self._renderer.template!r} produces {form}"
             )
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
             raise OptionError(f"batch_size must be a whole number ≥ 1, not {batch_size!r}")
         if truncate and not wire.truncates:
-            raise OptionError(f"{self.protocol} cannot be asked to truncate; leave it out")
+            raise OptionError(f"{self.protocol} does not support truncate=True; leave it out")
         if model is not None and not wire.names_model:
-            raise OptionError(
-                f"{self.protocol} serves one model, and cannot be asked for {model!r}"
-            )
+            raise OptionError(f"{self.protocol} serves one model; leave out model={model!r}")
         if raw_logit_check not in RAW_LOGIT_CHECKS:
             raise OptionError(
                 f"raw_logit_check must be one of {RAW_LOGIT_CHECKS}, not {raw_logit_check!r}"
@@ -173,11 +169,11 @@ class RemoteScorer(StoredElsewhere):
 
     def _connect(self, token: Token | None) -> None:
         if isinstance(token, str):
-            bearer(token)  # refused before the first request
+            bearer(token)  # an invalid token fails here, not at the first request
         self._token = token
         self._client = RemoteClient(self.client, token=token, transport=self._transport)
         self._thread = LoopThread(self._client.aclose)
-        self._tested = self.raw_logit_check_mode == "off"
+        self._checked = self.raw_logit_check_mode == "off"
 
     def __repr__(self) -> str:
         return f"RemoteScorer({self.url!r}, protocol={self.protocol!r}, name={self.names[0]!r})"
@@ -202,8 +198,8 @@ class RemoteScorer(StoredElsewhere):
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, 1) raw logits; NaN where the server has no score, with a warning.
 
-        The warning counts failures and names the first one's kind, and quotes no server, which may
-        quote a sample; `score_detailed` returns the errors.
+        The warning states the number of failures and the kind of the first; `score_detailed`
+        returns the errors.
 
         Raises
         ------
@@ -212,7 +208,7 @@ class RemoteScorer(StoredElsewhere):
         RemoteRefusalError
             If the server refuses the address, the token or the model.
         RemoteActivationError
-            If the self-test fails, and is an error.
+            If the check for raw logits fails under ``"error"``.
         """
         return self.begin(samples).result().scores
 
@@ -224,14 +220,14 @@ class RemoteScorer(StoredElsewhere):
         self,
         samples: Sequence[Sample],
         *,
-        features: bool = False,  # noqa: ARG002 - a server sends none
+        features: bool = False,  # noqa: ARG002 - servers return no features
         progress: Progress = silent,  # noqa: ARG002
     ) -> MemberScores:
-        """Score as `score` does; what failed is in `errors`, by row, and not in a warning."""
-        return self._begin(samples, lambda answer: answer).result()
+        """Score as `score` does; failures are in `errors`, by row, without a warning."""
+        return self._begin(samples, lambda result: result).result()
 
     def raw_logit_check(self) -> RawLogitReport:
-        """Send the probes; warn or raise if the answers cannot be raw logits.
+        """Send the probes; warn or raise if the scores cannot be raw logits.
 
         Raises
         ------
@@ -239,56 +235,49 @@ class RemoteScorer(StoredElsewhere):
             Under ``"error"``.
         """
         call, probes = self._call(), self._renderer.render(PROBES)
-        return self._thread.begin(call.both_orders(probes, self.batch_size), self._tell).result()
+        return self._thread.begin(call.both_orders(probes, self.batch_size), self._report).result()
 
     def _begin(self, samples: Sequence[Sample], read: Callable[[MemberScores], T]) -> Pending[T]:
-        """Send the samples, after the probes where these were never answered."""
+        """Send the samples; before the first, send the probes, too."""
         call = self._call()
-        tests = not self._tested and len(samples) > 0
-        probes = self._renderer.render(PROBES) if tests else []
+        checks = not self._checked and len(samples) > 0
+        probes = self._renderer.render(PROBES) if checks else []
         items = self._renderer.render(samples)
 
-        async def ask() -> tuple[_Orders, list[_Found]]:
+        async def send() -> tuple[_Orders, list[_Score]]:
             orders = await call.both_orders(probes, self.batch_size)
             return orders, await call.score(items, self.batch_size)
 
-        def finish(answers: tuple[_Orders, list[_Found]]) -> T:
-            if tests and not self._tested:
-                self._tell(answers[0])
-            return read(self._scores(answers[1]))
+        def finish(results: tuple[_Orders, list[_Score]]) -> T:
+            orders, scores = results
+            if checks and not self._checked:  # another thread may have reported in the meantime
+                self._report(orders)
+            return read(self._scores(scores))
 
-        return self._thread.begin(ask(), finish)
+        return self._thread.begin(send(), finish)
 
     def _call(self) -> _Call:
-        return _Call(self._client, self._wire, self._asked, self._endpoint)
+        return _Call(self._client, self._wire, self._request_options, self._endpoint)
 
-    def _scores(self, answers: Sequence[_Found]) -> MemberScores:
-        away = [answer for answer in answers if isinstance(answer, RemoteUnavailableError)]
-        if self.on_outage == "raise" and answers and len(away) == len(answers):
-            raise away[0]
-        scores = [np.nan if isinstance(answer, Exception) else answer for answer in answers]
+    def _scores(self, scores: Sequence[_Score]) -> MemberScores:
+        """Separate scores from errors; raise if the server was unreachable for all samples."""
+        outages = [score for score in scores if isinstance(score, RemoteUnavailableError)]
+        if self.on_outage == "raise" and scores and len(outages) == len(scores):
+            raise outages[0]
+        values = [np.nan if isinstance(score, Exception) else score for score in scores]
         return MemberScores(
-            np.array(scores, dtype=np.float64).reshape(-1, 1),
-            Truncation.none(len(scores)),
-            errors={row: e for row, e in enumerate(answers) if isinstance(e, Exception)},
+            np.array(values, dtype=np.float64).reshape(-1, 1),
+            Truncation.none(len(values)),
+            errors={row: e for row, e in enumerate(scores) if isinstance(e, Exception)},
         )
 
-    def _warned(self, answer: MemberScores) -> MemberScores:
-        if answer.errors:
-            where = f"{self.names[0]!r} at {self.url}"
-            text = count_failures(
-                answer.errors.values(),
-                len(answer.scores),
-                what="score",
-                where=where,
-                unreadable="an answer that is no score",
-            )
-            warnings.warn(text, RemoteFailureWarning, stacklevel=4)
-        return answer
+    def _warned(self, result: MemberScores) -> MemberScores:
+        self._warn_of_failures(result, what="score", unreadable="a response that is not a score")
+        return result
 
-    def _tell(self, orders: _Orders) -> RawLogitReport:
-        """Report what the probes show; without an answer, they are sent again next time."""
-        report = compare_orders(*(self._scores(answers).scores[:, 0] for answers in orders))
+    def _report(self, orders: _Orders) -> RawLogitReport:
+        """Warn or raise by the probes' scores; if no probe was scored, check again next time."""
+        report = compare_orders(*(self._scores(scores).scores[:, 0] for scores in orders))
         if np.isnan(report.scores).all():
             return report
         if report.problems:
@@ -299,7 +288,7 @@ class RemoteScorer(StoredElsewhere):
                 )
             if self.raw_logit_check_mode == "warn":
                 warnings.warn(text, RemoteActivationWarning, stacklevel=4)
-        self._tested = True
+        self._checked = True
         return report
 
     def close(self) -> None:
@@ -325,11 +314,11 @@ class RemoteScorer(StoredElsewhere):
             "name": self.names[0],
             "template": template if isinstance(template, str) else repr(template),
             "tokenizer": None if tokenizer is None else str(tokenizer),
-            "model": self._asked.model,
+            "model": self._request_options.model,
             "token_variable": self._token_variable,
             "batch_size": self.batch_size,
-            "special_tokens": self._asked.special_tokens,
-            "truncate": self._asked.truncate,
+            "special_tokens": self._request_options.special_tokens,
+            "truncate": self._request_options.truncate,
             "raw_logit_check": self.raw_logit_check_mode,
             "on_outage": self.on_outage,
             "client": asdict(self.client),
@@ -343,43 +332,45 @@ class RemoteScorer(StoredElsewhere):
     @classmethod
     def _of(cls, stored: Mapping[str, Any]) -> Self:
         options = {name: value for name, value in stored.items() if name not in ("kind", "url")}
-        if "self_test" in options:  # as it was named before version 0.2
+        if "self_test" in options:  # the name before version 0.2
             options["raw_logit_check"] = options.pop("self_test")
         return cls(stored["url"], **options | {"client": ClientOptions(**stored["client"])})
 
 
 class _Call:
-    """One call's batches: asked concurrently, each in its own place."""
+    """The batches of one call, sent concurrently."""
 
-    def __init__(self, client: RemoteClient, wire: Wire, asked: Asked, url: str) -> None:
-        self._client, self._wire, self._asked, self._url = client, wire, asked, url
+    def __init__(self, client: RemoteClient, wire: Wire, options: RequestOptions, url: str) -> None:
+        self._client, self._wire, self._options, self._url = client, wire, options, url
         self._outage: RemoteUnavailableError | None = None
 
     async def both_orders(self, probes: Sequence[Rendered], size: int) -> _Orders:
-        """Ask in their order and in reverse; both answers in their order."""
+        """Score probes in order and in reverse order; return both in order."""
         forward = await self.score(probes, size)
         return forward, (await self.score(probes[::-1], size))[::-1]
 
-    async def score(self, items: Sequence[Rendered], size: int) -> list[_Found]:
-        found: list[_Found] = [np.nan] * len(items)
+    async def score(self, items: Sequence[Rendered], size: int) -> list[_Score]:
+        """Return a score or an error per sample, in order."""
+        scores: list[_Score] = [np.nan] * len(items)
 
-        async def ask(start: int) -> None:
-            found[start : start + size] = await self._batch(items[start : start + size])
+        async def send(start: int) -> None:
+            scores[start : start + size] = await self._batch(items[start : start + size])
 
         starts = range(0, len(items), size)
-        await work_through(starts, ask, places=self._client.options.concurrency)
-        return found
+        await work_through(starts, send, places=self._client.options.concurrency)
+        return scores
 
     async def _batch(
         self, items: Sequence[Rendered], *, attempts: int | None = None
-    ) -> list[_Found]:
-        """Ask for a batch; one that fails as a whole is halved until the culprits stand alone."""
-        if self._outage is not None:  # who waited for the whole deadline waited for all
+    ) -> list[_Score]:
+        """Score a batch; if it fails as a whole, halve it until only bad samples fail."""
+        # After one batch has waited for the whole deadline, the others do not wait again.
+        if self._outage is not None:
             return [self._outage] * len(items)
         try:
-            body = self._wire.request(items, self._asked)
-            answer = await self._client.post(self._url, body, attempts=attempts)
-            return [*self._wire.answer(answer, len(items))]
+            body = self._wire.request(items, self._options)
+            response = await self._client.post(self._url, body, attempts=attempts)
+            return [*self._wire.answer(response, len(items))]
         except RemoteUnavailableError as error:
             self._outage = error
             return [error] * len(items)

@@ -73,7 +73,7 @@ def test_an_answer_without_a_single_choice_is_paid_for(choices: Any) -> None:
     answer = completion("A", None) | {"choices": choices}
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json=answer))
     found = comparator(transport, price=Price(1.0, 1.0)).compare(PROMPTS, FIRST, SECOND)
-    assert "no single choice" in str(found.errors[0])
+    assert "exactly one choice" in str(found.errors[0])
     assert (found.usage.calls, found.usage.failed) == (0, 2 * N)
     assert found.usage.prompt_tokens == 2 * N * 100
     assert found.usage.cost == pytest.approx(2 * N * 101 / 1e6)

@@ -20,7 +20,7 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.members import ClientOptions
 from ensemble_rm.members.remote.client import RejectedError, RemoteClient
-from ensemble_rm.members.remote.retries import Meaning, meaning, pause, retry_after
+from ensemble_rm.members.remote.retries import Outcome, outcome_of, pause, retry_after
 
 URL = "http://server.test/score"
 Step = int | Exception | tuple[int, dict[str, str]]
@@ -202,8 +202,8 @@ def test_the_pauses_follow_the_seed() -> None:
 
 
 @given(st.integers(100, 599))
-def test_every_status_has_a_meaning(status: int) -> None:
-    assert (meaning(status) is Meaning.DONE) == (200 <= status < 300)
+def test_every_status_has_an_outcome(status: int) -> None:
+    assert (outcome_of(status) is Outcome.DONE) == (200 <= status < 300)
 
 
 # The circuit -------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_a_server_that_never_answers_is_left_at_the_time_out() -> None:
         finally:
             await client.aclose()
 
-    with pytest.raises(RemoteUnavailableError, match="2 tries: no answer"):
+    with pytest.raises(RemoteUnavailableError, match="2 attempts: no response"):
         asyncio.run(ask())
 
 

@@ -76,7 +76,7 @@ def test_scores_that_follow_the_place_and_not_the_text_are_named() -> None:
         return httpx.Response(200, json={"rewards": [3.0 * i for i in range(n)]})
 
     report = member(httpx.MockTransport(handle)).raw_logit_check()
-    assert "neighbours" in report.problems[0]
+    assert "reverse order" in report.problems[0]
 
 
 @pytest.mark.parametrize(("protocol", "app"), [("sglang", doubles.sglang), ("tei", doubles.tei)])

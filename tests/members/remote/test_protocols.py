@@ -20,7 +20,7 @@ from ensemble_rm.errors import (
     RemoteRefusalError,
 )
 from ensemble_rm.members import RemoteScorer
-from ensemble_rm.members.remote.protocols import WIRES, Asked, read_number
+from ensemble_rm.members.remote.protocols import WIRES, RequestOptions, read_number
 from ensemble_rm.members.remote.request_text import Rendered
 from tests.support import wire_doubles as doubles
 
@@ -216,7 +216,7 @@ def test_two_outputs_are_no_reward_model() -> None:
 
 def test_every_text_request_asks_for_raw_logits() -> None:
     items = [Rendered(text="a"), Rendered(text="b")]
-    asked = Asked(model="m", special_tokens=False)
+    asked = RequestOptions(model="m", special_tokens=False)
     assert WIRES["vllm-classify"].request(items, asked) == {
         "model": "m",
         "input": ["a", "b"],

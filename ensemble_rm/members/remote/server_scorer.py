@@ -1,0 +1,115 @@
+"""Base class of members on other servers: storage without a token, warnings without texts."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from ensemble_rm.errors import RemoteAnswerError, RemoteFailureWarning, StorageError
+from ensemble_rm.members.scorer import MemberScores, Scorer
+
+_FILE = "member.json"
+
+
+class ServerScorer(Scorer):
+    """A member on another server; a kind implements `describe`, `_of` and `_python`."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what is saved and reported, without the token."""
+
+    @classmethod
+    @abstractmethod
+    def _of(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the member from the result of `describe`."""
+
+    @abstractmethod
+    def _python(self) -> str | None:
+        """Name the constructor's Python code, which cannot be saved; None without any."""
+
+    def save(self, folder: Path) -> None:
+        """Write ``member.json``: the address and the options, never the token.
+
+        Raises
+        ------
+        StorageError
+            If the member uses Python code, such as a transport.
+        """
+        if (code := self._python()) is not None:
+            raise StorageError(
+                f"member {self.names[0]!r} has {code} that is Python code, which cannot be saved; "
+                "add the member again after loading"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.describe(), indent=1, ensure_ascii=False)
+        (folder / _FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        backbone: str | Path | None = None,  # noqa: ARG003 - no model in this process
+        device: str | None = None,  # noqa: ARG003
+        cache_dir: Path | None = None,  # noqa: ARG003
+    ) -> Self:
+        """Read what `save` wrote; the member has no token, see `with_token`.
+
+        Raises
+        ------
+        StorageError
+            If the folder is incomplete.
+        """
+        try:
+            return cls._of(json.loads((folder / _FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(
+                f"{folder} contains no saved {cls.kind} member: {error!r}"
+            ) from error
+
+    def _warn_of_failures(self, result: MemberScores, *, what: str, unreadable: str) -> None:
+        """Warn of samples without a score: their number, and the kind of the first error.
+
+        The warning quotes no server and no judge. They may quote a sample, and warnings end up in
+        logs.
+
+        Parameters
+        ----------
+        result : MemberScores
+        what : str
+            What the samples lack: a score or a rating.
+        unreadable : str
+            What the warning says of a response that arrived and is not a score.
+        """
+        if not result.errors:
+            return
+        first = failure_kind(next(iter(result.errors.values())), unreadable)
+        warnings.warn(
+            f"{len(result.errors)} of {len(result.scores)} samples have no {what} of "
+            f"{self.names[0]!r} at {self.address}; the first: {first}",
+            RemoteFailureWarning,
+            stacklevel=5,  # the caller of `score`, or of the pending result
+        )
+
+
+def failure_kind(error: Exception, unreadable: str) -> str:
+    """Return what a log may say about an error: never its text, which may quote a sample.
+
+    Parameters
+    ----------
+    error : Exception
+    unreadable : str
+        Returned for a response that arrived and is not a score.
+
+    Returns
+    -------
+    str
+        The status of a rejected request, `unreadable`, or the error's class.
+    """
+    if isinstance(error, RemoteAnswerError):
+        return unreadable
+    return str(getattr(error, "kind", type(error).__name__))
