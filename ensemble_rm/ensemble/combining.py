@@ -19,14 +19,14 @@ from ensemble_rm.ensemble.storage import FILE
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.full.scorer import FullScorer
-from ensemble_rm.members.scorer import Scorer, as_scorer
+from ensemble_rm.members.scorer import Scorer, ScorerLike, as_scorer
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.scoring.model_pool import ModelPool
 from ensemble_rm.scoring.pipeline import score_members
 
 
 def combine(
-    members: Mapping[str, Scorer | RewardEnsemble | str | Path],
+    members: Mapping[str, ScorerLike | RewardEnsemble | str | Path],
     reference: Preferences,
     *,
     aggregator: Aggregator | None = None,
@@ -39,8 +39,8 @@ def combine(
 
     Parameters
     ----------
-    members : mapping of str to Scorer, RewardEnsemble, str or Path
-        By name: a scorer, an ensemble, a saved ensemble's folder, or a
+    members : mapping of str to ScorerLike, RewardEnsemble, str or Path
+        By name: a scorer or an object like it, an ensemble, a saved ensemble's folder, or a
         sequence-classification model of one output (Hub id or folder).
     reference : Preferences
         Pairs whose completions set each member's offset and scale; their verdicts are not used.
@@ -138,7 +138,7 @@ def normalised(
 
 
 def _open(
-    name: str, member: Scorer | RewardEnsemble | str | Path, options: TrunkOptions
+    name: str, member: ScorerLike | RewardEnsemble | str | Path, options: TrunkOptions
 ) -> tuple[Scorer, ...]:
     if isinstance(member, str | Path):
         if not (Path(member).expanduser() / FILE).exists():
@@ -149,7 +149,7 @@ def _open(
     return (as_scorer(member),)
 
 
-def _source(member: Scorer | RewardEnsemble | str | Path) -> str:
+def _source(member: ScorerLike | RewardEnsemble | str | Path) -> str:
     if isinstance(member, RewardEnsemble) and member.origin is not None:
         return str(member.origin.folder)
     return str(member) if isinstance(member, str | Path) else type(member).__name__

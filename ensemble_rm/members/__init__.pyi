@@ -31,5 +31,6 @@ from .scorer import (
     MemberScores as MemberScores,
     PendingScores as PendingScores,
     Scorer as Scorer,
+    ScorerLike as ScorerLike,
     scorer_features as scorer_features,
 )

@@ -1,4 +1,4 @@
-"""The interface of comparators: an ensemble or a judge model that compares pairs."""
+"""The interface of comparators, such as an ensemble or a judge model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Compared(Protocol):
 
 @runtime_checkable
 class Comparator(Protocol):
-    """Compares pairs of completions; `RewardEnsemble` and `JudgeComparator` are comparators.
+    """Compares pairs of completions, as `RewardEnsemble` and `JudgeComparator` do.
 
     A comparator is symmetric: p(a, b) + p(b, a) = 1.
     """

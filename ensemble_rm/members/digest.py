@@ -1,7 +1,7 @@
-"""A member's identity: one digest of everything its raw scores depend on.
+"""A member's identity: a digest of everything that its raw scores depend on.
 
-Weights, tokenizer, config, template, truncation, dtype and the kind of device are part of it. A
-member's name and the size of its batches are not.
+It covers weights, tokenizer, config, template, truncation, dtype and the type of the device, but
+not the member's name or the batch size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.options import TrunkOptions
 
-FORMAT = 1  # increased when a change of this library changes scores
+FORMAT = 1  # increase it when a change to this library changes scores
 
 
 def member_digest(
@@ -27,26 +27,27 @@ def member_digest(
     details: Mapping[str, Any],
     weights: Mapping[str, Any],
 ) -> str:
-    """Digest a member.
+    """Return the digest of a member.
 
     Parameters
     ----------
     kind : str
-        The scorer's.
+        Kind of the scorer.
     backbone : Backbone
     options : TrunkOptions
-        How it reads text.
+        How the backbone reads text.
     details : mapping of str to JSON values
-        What else the scores depend on, such as views.
+        Everything else that the scores depend on, such as views.
     weights : mapping of str to ndarray or torch.Tensor
-        Those that are not the backbone's.
+        Weights in addition to the backbone's.
 
     Returns
     -------
     str
         SHA-256 in hexadecimal.
     """
-    read = {
+    # Renaming a key would invalidate every cached score.
+    identity = {
         "format": FORMAT,
         "kind": kind,
         "backbone": backbone.digest,
@@ -57,7 +58,7 @@ def member_digest(
         "device": bb.pick_device(options.device).type,
         "said": dict(details),
     }
-    digest = hashlib.sha256(json.dumps(read, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for name in sorted(weights):
         array = weights[name]
         digest.update(f"{name}|{array.dtype}|{tuple(array.shape)}|".encode())
@@ -67,6 +68,6 @@ def member_digest(
 
 def _bytes(array: Any) -> bytes:
     if isinstance(array, torch.Tensor):
-        # numpy has no bfloat16.
+        # As bytes, since numpy has no bfloat16.
         array = array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return np.ascontiguousarray(array).tobytes()

@@ -1,6 +1,7 @@
 """DPO's implicit reward as a member: β·log[π(y|x)/π_ref(y|x)], from any policy and its reference.
 
-The sum covers the completion's tokens, including those that end its turn, as in DPO's loss.
+The log-probabilities are summed over the completion's tokens, including the end of its turn, as in
+DPO's loss.
 
 References
 ----------
@@ -31,26 +32,27 @@ from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
 
-_LOGITS = 64 * 2**20  # bytes of a batch's float32 logits, without an explicit token budget
+# Maximum bytes of a batch's float32 logits: with a large vocabulary, these are the largest tensor.
+_LOGITS = 64 * 2**20
 
 
 class ImplicitScorer(ModelScorer):
     """A policy and its reference as one member: β·log[π(y|x)/π_ref(y|x)] [1]_.
 
-    The reward is fixed up to a function of the prompt, as a Bradley–Terry score is. Both models
-    read the same tokens, in the policy's template. A longer completion has more terms: check the
-    scores for a length bias.
+    Like a Bradley–Terry score, the reward is determined up to a function of the prompt. Both models
+    read the same tokens, in the policy's template. A longer completion adds more terms to the sum:
+    check the scores for a length bias.
 
     Parameters
     ----------
     backbone : Backbone
         The policy, a causal language model; see `from_names`.
     options : TrunkOptions, optional
-        Template, truncation, dtype, device; there is one pooling, and no prompt is shared.
+        Template, truncation, dtype, device. Prompts are not shared, whatever `share_prefix` is.
     reference : Backbone
         The model that the policy was trained from, with the same vocabulary.
     beta : float
-        > 0; that of its training. It only scales the scores, which normalisation removes.
+        The β of the policy's training, > 0. It scales all scores, which normalisation undoes.
     name : str, optional
         Name of the column (default: the policy's folder).
     """
@@ -93,11 +95,11 @@ class ImplicitScorer(ModelScorer):
         ModelError
             If there is no such model, or the two have different vocabularies.
         OptionError
-            If a model is no causal language model, or β is not > 0.
+            If a model is not a causal language model, or `beta` is not > 0.
         """
-        found = (bb.locate(model, cache_dir=cache_dir) for model in (policy, reference))
-        first, second = found
-        scorer = cls(first, options, reference=second, beta=beta, name=name)
+        backbone = bb.locate(policy, cache_dir=cache_dir)
+        other = bb.locate(reference, cache_dir=cache_dir)
+        scorer = cls(backbone, options, reference=other, beta=beta, name=name)
         scorer._open()
         return scorer
 
@@ -120,19 +122,19 @@ class ImplicitScorer(ModelScorer):
         )
         if tokenizer.get_vocab() != other.get_vocab():
             raise ModelError(
-                f"{self.backbone.name} and {self.reference.name} have different vocabularies; the "
-                "reference of a policy is the model that it was trained from"
+                f"{self.backbone.name} and {self.reference.name} have different vocabularies; "
+                "name the model that the policy was trained from as its reference"
             )
         encoder = TextEncoder(
             tokenizer, template=self.options.template, max_length=self.options.max_length
         )
         if encoder.template == "pair":
-            raise OptionError("template 'pair' is an encoder's; a policy reads 'chat' or 'plain'")
+            raise OptionError("template 'pair' is for encoders; use 'chat' or 'plain' for a policy")
         return encoder
 
     def _pick_budget(self, policy: Any) -> int:
         config = policy.config.get_text_config()
-        found = pick_token_budget(
+        budget = pick_token_budget(
             self.options.token_budget,
             policy,
             width=config.hidden_size,
@@ -140,11 +142,11 @@ class ImplicitScorer(ModelScorer):
             device=self.device,
         )
         if self.options.token_budget is not None:
-            return found
-        return max(min(found, _LOGITS // (4 * int(config.vocab_size))), 1)
+            return budget
+        return max(min(budget, _LOGITS // (4 * int(config.vocab_size))), 1)
 
-    def _forget(self) -> None:
-        self._models = None  # the tokenizer is small, and stays
+    def _drop_model(self) -> None:
+        self._models = None  # the tokenizer is small and is kept
 
     @in_turn
     @torch.inference_mode()
@@ -152,13 +154,14 @@ class ImplicitScorer(ModelScorer):
         self,
         samples: Sequence[Sample],
         *,
-        features: bool = False,  # noqa: ARG002 - these members have none
+        features: bool = False,  # noqa: ARG002 - this kind has no features
         progress: Progress = silent,
     ) -> MemberScores:
-        """Return the scores and which samples were cut."""
+        """Return the scores and which samples were truncated."""
         encoder, models = self._open()
         encoded = encoder.encode(samples)
-        # An empty text has no token: its probability is 1 under both. In a chat its end has one.
+        # An empty completion has no tokens in a plain text: its probability is 1 under both models.
+        # In a chat template it has the token that ends its turn.
         empty = [encoder.template == "plain" and not sample.completion for sample in samples]
         out, done = np.zeros((len(encoded), 1)), 0
         for batch in batches(encoded, token_budget=self._budget, device=self.device):
@@ -174,7 +177,7 @@ class ImplicitScorer(ModelScorer):
 
     @cached_property
     def digest(self) -> str:
-        """Equal where the scores of equal samples are."""
+        """SHA-256 of everything that the scores depend on."""
         settings = {
             "beta": self.beta,
             "reference": self.reference.digest,
@@ -190,30 +193,30 @@ class ImplicitScorer(ModelScorer):
             "reference_digest": self.reference.digest,
         }
 
-    def _write(self, folder: Path) -> dict[str, Any]:  # noqa: ARG002 - both models lie elsewhere
+    def _write(self, folder: Path) -> dict[str, Any]:  # noqa: ARG002 - no weights of its own
         return {}
 
     @classmethod
     def _read(
         cls,
-        folder: Path,  # noqa: ARG003 - both models lie elsewhere
+        folder: Path,  # noqa: ARG003 - no weights of its own
         saved: Mapping[str, Any],
     ) -> dict[str, Any]:
         reference = bb.locate_same(saved["reference"], saved["reference_digest"])
         return {"reference": reference, "beta": float(saved["beta"]), "name": saved["name"]}
 
     @classmethod
-    def _place(
+    def _model_name(
         cls,
-        folder: Path,  # noqa: ARG003 - both models lie elsewhere
+        folder: Path,  # noqa: ARG003 - no weights of its own
         saved: Mapping[str, Any],
-        backbone: str | Path | None,  # noqa: ARG003 - others have one, a policy is its own
+        backbone: str | Path | None,  # noqa: ARG003 - names the backbone of other members
     ) -> str | Path:
         return str(saved["backbone"])
 
 
 def token_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each token, given all before it, from the first completion's begin on.
+    """Return the log-probabilities of tokens, from where the batch's first completion begins.
 
     Parameters
     ----------
@@ -224,33 +227,34 @@ def token_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tenso
     Returns
     -------
     tuple of torch.Tensor
-        (B, W) float64 log-probabilities in nats, and (B, W) bool: the completion's tokens. A
-        sequence's very first token has no probability, and is left out.
+        (B, W) float64 log-probabilities in nats, and (B, W) bool, whether a token belongs to the
+        completion. The first token of a sequence has no probability and is omitted.
     """
     width = batch.ids.shape[1]
-    begin = int(batch.starts.min().clamp(min=1))  # nothing before it is read
+    begin = int(batch.starts.min().clamp(min=1))  # tokens before it are not needed
     options: dict[str, Any] = {"use_cache": False}
+    # Logits of the prompt would take most of the memory, so models that can leave them out do.
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = width - begin + 1
     with _contiguous_input(model.get_output_embeddings()):
         logits = model(**batch.model_inputs(), **options).logits[:, -(width - begin + 1) : -1]
     log_probs = logits.float().log_softmax(dim=-1)
-    taken = log_probs.gather(-1, batch.ids[:, begin:, None])[..., 0].double()
-    place = torch.arange(begin, width, device=batch.ids.device)
-    inside = (place >= batch.starts[:, None]) & (place < batch.lengths[:, None])
-    return taken, inside
+    chosen = log_probs.gather(-1, batch.ids[:, begin:, None])[..., 0].double()
+    position = torch.arange(begin, width, device=batch.ids.device)
+    inside = (position >= batch.starts[:, None]) & (position < batch.lengths[:, None])
+    return chosen, inside
 
 
 @contextmanager
 def _contiguous_input(head: torch.nn.Module | None) -> Iterator[None]:
-    """Copy the slice of states that a head is given.
+    """Make the input of a model's output layer contiguous.
 
-    In bfloat16 on a CPU, the product of a slice with gaps takes a hundred times as long.
+    In bfloat16 on a CPU, the matrix product of a noncontiguous slice takes 100 times as long.
     """
     if head is None:
         yield
         return
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
         yield
     finally:
@@ -259,5 +263,5 @@ def _contiguous_input(head: torch.nn.Module | None) -> Iterator[None]:
 
 def completion_log_probs(model: Any, batch: Batch) -> torch.Tensor:
     """Sum each completion's log-probabilities; (B,) float64, nats."""
-    taken, inside = token_log_probs(model, batch)
-    return torch.where(inside, taken, 0.0).sum(dim=1)
+    log_probs, inside = token_log_probs(model, batch)
+    return torch.where(inside, log_probs, 0.0).sum(dim=1)

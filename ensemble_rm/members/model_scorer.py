@@ -1,4 +1,7 @@
-"""Members with a model in this process: loaded at the first score, used by one thread at a time."""
+"""Base class of members with a model in this process.
+
+The model is loaded at the first score and used by one thread at a time.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ S = TypeVar("S", bound="ModelScorer")
 
 
 def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-    """Run a scorer's method in one thread at a time: its model and tokenizer keep state."""
+    """Let one thread at a time run a scorer's method: models and tokenizers are not thread-safe."""
 
     @wraps(method)
     def alone(self: S, /, *args: P.args, **options: P.kwargs) -> T:
@@ -40,9 +43,9 @@ def in_turn(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P
 
 
 class ModelScorer(Scorer):
-    """A scorer that loads a model at its first score, and is saved as JSON and safetensors.
+    """A scorer that loads a model at its first score and is saved as JSON and safetensors.
 
-    A kind implements `score_detailed`, its constructor's other arguments, and how they are saved.
+    A subclass implements `score_detailed` and the storage of its other constructor arguments.
 
     Parameters
     ----------
@@ -72,29 +75,29 @@ class ModelScorer(Scorer):
     def score_detailed(
         self, samples: Sequence[Sample], *, features: bool = False, progress: Progress = silent
     ) -> MemberScores:
-        """Return the scores, which samples were cut and, if asked, the features."""
+        """Return the scores, which samples were truncated and, if requested, the features."""
 
     @in_turn
     def unload(self) -> None:
         """Free the model until the next score."""
-        self._forget()
+        self._drop_model()
         bb.empty_cache(bb.pick_device(self.options.device))
 
     @abstractmethod
-    def _forget(self) -> None:
-        """Drop every reference to the model."""
+    def _drop_model(self) -> None:
+        """Delete every reference to the model."""
 
     def unloaded(self) -> Self:
         """Return the same members with no model in memory yet."""
         return self.with_options(self.options)
 
     def with_options(self, options: TrunkOptions) -> Self:
-        """Return the same members under other options; the model is loaded at the first score."""
+        """Return the same members with other options; the model is loaded at the first score."""
         return type(self)(self.backbone, options, **self._parts())
 
     @abstractmethod
     def _parts(self) -> dict[str, Any]:
-        """Return the constructor's arguments after backbone and options."""
+        """Return the constructor's keyword arguments after `backbone` and `options`."""
 
     def describe(self) -> dict[str, Any]:
         """Return what provenance and reports record, as JSON values."""
@@ -128,16 +131,16 @@ class ModelScorer(Scorer):
         scorers : sequence of ModelScorer
             All of this class.
         folder : Path, optional
-            For a kind whose weights are a whole model: where that is written; must not exist.
+            New folder to write to, for a kind whose weights are a whole model.
 
         Raises
         ------
         ModelError
-            If the weights of this kind, or of these members, have no mean.
+            If weights of this kind, or of these members, cannot be averaged.
         """
         raise ModelError(
-            f"weights of {cls.__name__} have no mean; only those of branches and "
-            "of full members have one"
+            f"weights of {cls.__name__} cannot be averaged; only those of branches and of full "
+            "members can"
         )
 
     @classmethod
@@ -155,17 +158,17 @@ class ModelScorer(Scorer):
         ----------
         folder : Path
         backbone : str or Path, optional
-            Where the backbone is now, if it has moved since training; a whole model as a member
-            has none.
+            Where the backbone is now, if it has moved since training. A whole model as a
+            member has no backbone.
         device : str, optional
             Device of the model (default: the best available).
         cache_dir : Path, optional
-            For converted GGUF weights.
+            Folder for converted GGUF weights.
 
         Raises
         ------
         ModelError
-            If the backbone's weights are not those that the members were saved with.
+            If the backbone's weights differ from those at saving.
         MissingExtraError
             If a package that the kind needs is not installed.
         StorageError
@@ -175,12 +178,12 @@ class ModelScorer(Scorer):
             saved = json.loads((folder / "member.json").read_text())
             options = replace(TrunkOptions(**saved["options"]), device=device)
             parts = cls._read(folder, saved)
-            place, digest = cls._place(folder, saved, backbone), saved["digest"]
+            name, digest = cls._model_name(folder, saved, backbone), saved["digest"]
         except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
             raise StorageError(
                 f"{folder} contains no saved {cls.kind} member: {error!r}"
             ) from error
-        return cls(bb.locate_same(place, digest, cache_dir=cache_dir), options, **parts)
+        return cls(bb.locate_same(name, digest, cache_dir=cache_dir), options, **parts)
 
     @classmethod
     @abstractmethod
@@ -188,7 +191,7 @@ class ModelScorer(Scorer):
         """Return the `_parts` of a saved member."""
 
     @classmethod
-    def _place(
+    def _model_name(
         cls,
         folder: Path,  # noqa: ARG003 - for kinds that save the model itself
         saved: Mapping[str, Any],

@@ -288,6 +288,30 @@ class Scorer(ABC):
         return f"member {', '.join(map(repr, self.names))} ({type(self).__name__})"
 
 
+class ScorerLike(Protocol):
+    """What `RewardEnsemble` needs of a member: `names` and `score`.
+
+    Every `Scorer` is one, and so is any other class with these two.
+
+    Examples
+    --------
+    >>> class Brevity:
+    ...     names = ("brevity",)
+    ...
+    ...     def score(self, samples: Sequence[Sample]) -> Floats:
+    ...         return np.array([[-float(len(sample.completion))] for sample in samples])
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per column."""
+        ...
+
+    def score(self, samples: Sequence[Sample], /) -> Floats:
+        """Return (n_samples, n_members) raw scores, in the order of the samples."""
+        ...
+
+
 class FunctionScorer(Scorer):
     """A Python function as a member: a rule, a verifier, a length penalty.
 
@@ -320,24 +344,22 @@ class AdaptedScorer(Scorer):
 
     Parameters
     ----------
-    member : object
-        Kept under this name.
+    member : ScorerLike
     """
 
-    def __init__(self, member: Any) -> None:
+    def __init__(self, member: ScorerLike) -> None:
         self.member = member
         self.names = tuple(member.names)
 
     def score(self, samples: Sequence[Sample]) -> Floats:
         """Return the object's scores."""
-        scores: Floats = self.member.score(samples)
-        return scores
+        return self.member.score(samples)
 
     def _title(self) -> str:
         return f"member {', '.join(map(repr, self.names))} ({type(self.member).__name__})"
 
 
-def as_scorer(member: object) -> Scorer:
+def as_scorer(member: ScorerLike) -> Scorer:
     """Return a member as a `Scorer`; an object with `names` and `score` alone is adapted.
 
     Raises

@@ -1,1 +1,1 @@
-"""backbone."""
+"""Backbones: checkpoints, trunks, features and token states."""

@@ -1,4 +1,4 @@
-"""Where features, token states and converted weights are cached where no folder is given."""
+"""Default folder for cached features, token states and converted weights."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""A backbone's name → its folder, digest, tokenizer and model.
+"""Locates and loads a backbone: folder, digest, tokenizer, model.
 
-A backbone is a hub id, a local folder, or a folder that holds one GGUF file. GGUF weights are
-converted once to safetensors in the cache, since dequantising takes longer than all else.
-Knows nothing of samples or heads.
+A backbone is a Hub id, a local folder, or a folder with one GGUF file. GGUF weights are converted
+to safetensors once and cached, since dequantising takes longer than the rest of loading. Must not
+know samples or heads.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
+# Suffixes of the files that decide how text becomes tokens, and of the config.
 _READING = {".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt"}
 
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A pretrained model on this disk.
+    """A pretrained model on the local disk.
 
     Attributes
     ----------
     name : str
-        As the user gave it: hub id or folder.
+        As the user gave it: Hub id or folder.
     folder : Path
-        Where config, tokenizer and weights lie now.
+        Folder of config, tokenizer and weights.
     digest : str
-        SHA-256 over the weight files; what a saved ensemble compares at loading.
+        SHA-256 over the weight files; checked when a saved ensemble is loaded.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Backbone:
 
 
 def read_shape(backbone: Backbone) -> tuple[int, int]:
-    """Return a backbone's number of blocks and the width of its states, from its config."""
+    """Return a backbone's number of blocks and hidden size, from its config."""
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(str(backbone.folder))
@@ -71,7 +72,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device named, or the best that this machine has: cuda, then mps, then cpu."""
+    """Return the named device; without a name, cuda, mps or cpu, the first that is available."""
     if name is not None:
         return torch.device(name)
     if torch.cuda.is_available():
@@ -80,7 +81,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give the memory that a device's allocator keeps back to the device."""
+    """Return the memory that a device's allocator caches to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -88,19 +89,21 @@ def empty_cache(device: torch.device) -> None:
 
 
 def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backbone:
-    """Find a backbone's folder; fetch it from the hub where it is no folder.
+    """Return a backbone; a name that is not a folder is downloaded from the Hub.
 
     Raises
     ------
     ModelError
-        If there is no such folder and the hub does not deliver it, or the folder holds no model.
+        If there is no such folder or Hub model, or the folder contains no model.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         gguf = sorted(folder.glob("*.gguf"))
         if gguf and not (folder / "config.json").exists():
             if len(gguf) > 1:
-                raise ModelError(f"{folder} holds {len(gguf)} GGUF files; leave one in a folder")
+                raise ModelError(
+                    f"{folder} contains {len(gguf)} GGUF files; keep one file per folder"
+                )
             converted = convert_gguf(gguf[0], cache_dir=cache_dir)
             return Backbone(str(name), converted, weights_digest(converted))
     elif str(name).count("/") > 1 or str(name).startswith((".", "/", "~")):
@@ -108,27 +111,28 @@ def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backb
     else:
         folder = _download(str(name))
     if not (folder / "config.json").exists():
-        raise ModelError(f"{folder} holds no model: config.json is missing")
+        raise ModelError(f"{folder} contains no model: config.json is missing")
     return Backbone(str(name), folder, weights_digest(folder))
 
 
 def locate_same(
     name: str | Path, digest: str, *, cache_dir: Path | None = DEFAULT_CACHE
 ) -> Backbone:
-    """Find a backbone again, and hold its weights against the digest of those it had.
+    """Return a backbone after checking that its weights have the saved digest.
 
     Raises
     ------
     ModelError
-        If the weights are others.
+        If the weights differ.
     """
-    found = locate(name, cache_dir=cache_dir)
-    if found.digest != digest:
+    backbone = locate(name, cache_dir=cache_dir)
+    if backbone.digest != digest:
         raise ModelError(
-            f"the weights of {found.name} (SHA-256 {found.digest[:12]}…) are not those of the "
-            f"saved ensemble ({digest[:12]}…); name the right folder with backbone=… or --backbone"
+            f"the weights of {backbone.name} (SHA-256 {backbone.digest[:12]}…) are not those of "
+            f"the saved ensemble ({digest[:12]}…); name the right folder with backbone=… or "
+            "--backbone"
         )
-    return found
+    return backbone
 
 
 def _download(name: str) -> Path:
@@ -142,22 +146,22 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"{name!r} is neither a folder here nor a model that the hub delivers ({reason})"
+            f"{name!r} is neither a local folder nor an available Hub model ({reason})"
         ) from error
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's weight files.
+    """Return the SHA-256 over the names and contents of a folder's weight files.
 
     Raises
     ------
     ModelError
-        If there is no safetensors file: other formats are pickles.
+        If there is no safetensors file; other formats are pickles, which can run code.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(
-            f"{folder} holds no .safetensors weights; convert the model with "
+            f"{folder} contains no .safetensors weights; convert the model with "
             "save_pretrained(safe_serialization=True) first"
         )
     digest = hashlib.sha256()
@@ -169,7 +173,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def reading_digest(folder: Path) -> str:
-    """SHA-256 over what says how a model reads: its config, tokenizer and chat template."""
+    """Return the SHA-256 over a model's config, tokenizer and chat template."""
     digest = hashlib.sha256()
     for file in sorted(f for f in folder.iterdir() if f.suffix in _READING and f.is_file()):
         digest.update(file.name.encode())
@@ -178,17 +182,21 @@ def reading_digest(folder: Path) -> str:
 
 
 def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
-    """Convert a GGUF file to a folder of safetensors, tokenizer and config, once.
+    """Convert a GGUF file to a folder of safetensors, tokenizer and config; return the folder.
+
+    A file that was converted before is not converted again.
 
     Raises
     ------
     MissingExtraError
         If the package ``gguf`` is not installed.
     OptionError
-        If there is no cache to convert into.
+        If there is no cache folder.
     """
     if cache_dir is None:
-        raise OptionError(f"{path} must be converted once; give a cache_dir to keep the result in")
+        raise OptionError(
+            f"{path} must be converted to safetensors; pass a cache_dir for the result"
+        )
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     target = cache_dir.expanduser() / "gguf" / digest[:32]
@@ -209,7 +217,8 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     )
-    # A model that remembers its quantisation refuses to be saved: pour it into a fresh one.
+    # transformers refuses to save a model with a quantisation config: copy the weights to a new
+    # model.
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     fresh.load_state_dict(model.state_dict(), assign=True)
@@ -221,7 +230,7 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
         tokenizer.save_pretrained(scratch)
         try:
             scratch.rename(target)
-        except OSError:  # another process was first
+        except OSError:  # another process has converted it in the meantime
             if not (target / "config.json").exists():
                 raise
     finally:
@@ -252,7 +261,7 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
     ModelError
         If the checkpoint lacks weights that transformers would initialise at random.
     OptionError
-        If the model is no causal language model.
+        If the model is not a causal language model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -260,7 +269,7 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except ValueError as error:
-        raise OptionError(f"{folder} holds no causal language model: {error}") from error
+        raise OptionError(f"{folder} contains no causal language model: {error}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{folder} lacks the weights {missing}; name a trained policy")
@@ -268,14 +277,14 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
 
 
 def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
-    """Load a sequence-classification model of one output.
+    """Load a sequence-classification model with one output.
 
     Parameters
     ----------
     folder : Path
     dtype : str
     new_head : bool
-        Give it a fresh head (for training); otherwise a head that is absent is an error.
+        Whether to initialise a new head, for training. Otherwise a missing head is an error.
 
     Raises
     ------
@@ -305,4 +314,4 @@ def _outputs(folder: Path) -> int:
     if "num_labels" in config:
         return int(config["num_labels"])
     labels = config.get("id2label")
-    return len(labels) if labels else 2  # transformers' default
+    return len(labels) if labels else 2  # the default of transformers

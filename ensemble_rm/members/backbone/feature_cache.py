@@ -1,7 +1,7 @@
-"""Pooled features on disk: each text is read by a trunk once.
+"""A cache of pooled features on disk, so that a trunk reads each text once.
 
-The key covers all that a feature depends on: the weights' digest, the dtype, the tokens after
-template and truncation, layer and pooling.
+The key covers everything that a feature depends on: the weights' digest, the dtype, the tokens
+after template and truncation, the layer and the pooling.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEFAULT_MAX_BYTES = 4 * 2**30
 
 
 class FeatureCache(VectorStore):
-    """A bounded store of float32 features under byte keys.
+    """A bounded store of float32 features.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class FeatureCache(VectorStore):
         parts: Sequence[tuple[int, str]],
         width: int,
     ) -> dict[int, NDArray[np.float32]]:
-        """Return the features of texts that are stored with all their parts.
+        """Return the features of those texts of which every part is stored.
 
         Parameters
         ----------
@@ -51,7 +51,7 @@ class FeatureCache(VectorStore):
         parts : sequence of (int, str)
             Layers and pooling rules.
         width : int
-            Of a part; a vector of another width counts as missing.
+            Number of features of a part; a vector of another width counts as missing.
 
         Returns
         -------
@@ -59,13 +59,15 @@ class FeatureCache(VectorStore):
             By row.
         """
         keys = {row: _keys(model, text, parts) for row, text in texts.items()}
-        stored = self.get([key for own in keys.values() for key in own])
-        whole = {}
-        for row, own in keys.items():
-            vectors = [stored[key] for key in own if key in stored]
-            if len(vectors) == len(own) and all(vector.shape == (width,) for vector in vectors):
-                whole[row] = np.stack(vectors)
-        return whole
+        stored = self.get([key for row_keys in keys.values() for key in row_keys])
+        features = {}
+        for row, row_keys in keys.items():
+            vectors = [stored[key] for key in row_keys if key in stored]
+            if len(vectors) == len(row_keys) and all(
+                vector.shape == (width,) for vector in vectors
+            ):
+                features[row] = np.stack(vectors)
+        return features
 
     def add(
         self,
@@ -80,7 +82,7 @@ class FeatureCache(VectorStore):
 
 
 def text_digest(encoded: Encoded, *, model: str) -> bytes:
-    """Digest of a model and the tokens it reads."""
+    """Return a digest of a model and the tokens of a text."""
     digest = hashlib.sha256(model.encode())
     digest.update(np.asarray([encoded.start, *encoded.ids], dtype="<i8").tobytes())
     if encoded.types is not None:

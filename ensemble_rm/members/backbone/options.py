@@ -1,4 +1,4 @@
-"""How a backbone reads text and computes."""
+"""Options of a backbone: template, truncation, dtype, device, batches."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ class TrunkOptions:
     Attributes
     ----------
     template : {"auto", "chat", "pair", "plain"}
+        How prompt and completion become one text; ``"auto"`` chooses by the tokenizer.
     max_length : int
         Maximum length of a sequence in tokens.
     dtype : {"float32", "bfloat16", "float16"}
-        Of the trunk's weights and states; pooling and heads are float32 or better.
+        Dtype of the trunk's weights and states; pooling and heads use float32 or float64.
     device : str, optional
-        The best available one by default.
+        Name of the device (default: the best available).
     token_budget : int, optional
-        Padded tokens in a batch; derived from the model and its device by default.
+        Padded tokens per batch (default: derived from the model and the device).
     share_prefix : bool
-        Read each prompt once for all its completions, where the model keeps a cache.
+        Whether each prompt is read once for all its completions, if the model has a key–value
+        cache.
     """
 
     template: Template = field(

@@ -1,7 +1,7 @@
-"""Token states of a trunk on disk, memory-mapped: what branches are trained on.
+"""Token states of a trunk in a memory-mapped file: the inputs that branches are trained on.
 
-One flat file, each sample's states one after another, in the trunk's dtype. Its name is a digest of
-all that the states depend on: weights, dtype, layer, and the tokens in their order.
+The file contains the states of all samples, one sample after another, in the trunk's dtype. Its
+name is a digest of everything that the states depend on: weights, dtype, layer, and tokens.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class TokenStates:
     Parameters
     ----------
     trunk : Trunk
-        That made the states.
+        Computed the states.
     encoded : sequence of Encoded
-        The samples, whose numbers `batch` takes.
+        The samples; `batch` takes their indices.
     path : Path, optional
-        Of the file; None under branches that share no block, which need no states.
+        Path of the file; None if branches share no block, so that they need no states.
     """
 
     def __init__(self, trunk: Trunk, encoded: Sequence[Encoded], path: Path | None) -> None:
@@ -65,14 +65,14 @@ class TokenStates:
         return 0 if self._flat is None else self._flat.nbytes
 
     def take(self, rows: NDArray[np.int64]) -> TokenStates:
-        """Return some of the samples over the same file."""
-        found = copy.copy(self)
-        found.encoded = [self.encoded[row] for row in rows]
-        found.lengths, found._begins = self.lengths[rows], self._begins[rows]
-        return found
+        """Return some of the samples; the file is shared."""
+        taken = copy.copy(self)
+        taken.encoded = [self.encoded[row] for row in rows]
+        taken.lengths, taken._begins = self.lengths[rows], self._begins[rows]
+        return taken
 
     def batch(self, rows: Sequence[int]) -> tuple[Batch, torch.Tensor | None]:
-        """Return the padded batch of some samples and their states, (B, T, width), if any."""
+        """Return a padded batch of samples and their states, (B, T, width); None without a file."""
         batch = collate(self.encoded, list(rows), device=self.trunk.device)
         if self._flat is None:
             return batch, None
@@ -85,6 +85,7 @@ class TokenStates:
 
 def _map(path: Path, tokens: int, trunk: Trunk, *, writing: bool) -> torch.Tensor:
     dtype = torch_dtype(trunk.options.dtype)
+    # A shared mapping writes to the file; a private one never does.
     try:
         flat = torch.from_file(str(path), shared=writing, size=tokens * trunk.width, dtype=dtype)
     except RuntimeError as error:
@@ -96,7 +97,7 @@ def _map(path: Path, tokens: int, trunk: Trunk, *, writing: bool) -> torch.Tenso
 def states_path(
     trunk: Trunk, encoded: Sequence[Encoded], folder: Path, *, top: int | None = None
 ) -> Path:
-    """Return the file of samples' token states after block `top`, the trunk's where not given."""
+    """Return the path of samples' token states after block `top` (default: the trunk's top)."""
     top = trunk.top if top is None else top
     model = f"{trunk.backbone.digest}|{trunk.options.dtype}|{top}"
     digest = hashlib.sha256()
@@ -113,28 +114,28 @@ def token_states(
     max_bytes: int = DEFAULT_MAX_BYTES,
     progress: Progress = silent,
 ) -> TokenStates:
-    """Run the trunk over samples once and keep the states of every token.
+    """Run the trunk over samples once and store the states of every token.
 
     Parameters
     ----------
     trunk : Trunk
     encoded : sequence of Encoded
     folder : Path
-        Of the file; one that is there already is used.
+        Folder of the file; a file of the same states is reused.
     max_bytes : int
-        Largest file that may be written.
+        Maximum size of the file, and of all such files in the folder.
     progress : callable
         Called with ("reading", done, total), in samples.
 
     Returns
     -------
     TokenStates
-        Without a file where the trunk ends below its first block.
+        Without a file if the trunk ends below its first block.
 
     Raises
     ------
     StorageError
-        If the states would outgrow `max_bytes` or the disk; nothing is written then.
+        If the states exceed `max_bytes` or the free disk space; nothing is written.
         If the file cannot be mapped.
     """
     if trunk.top == 0:
@@ -142,11 +143,12 @@ def token_states(
     size = states_bytes(encoded, width=trunk.width, dtype=trunk.options.dtype)
     path = states_path(trunk, encoded, folder)
     if path.exists() and path.stat().st_size == size:
-        path.touch()
+        path.touch()  # the least recently used file is deleted first
         return TokenStates(trunk, encoded, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _make_room(path.parent, size, max_bytes=max_bytes, samples=len(encoded))
     _log.info("token states of %d samples: %.2f GB in %s", len(encoded), size / 1e9, path)
+    # Written under another name first, so that an interrupted run leaves no incomplete file.
     scratch = path.with_suffix(f".{os.getpid()}.new")
     try:
         _write(trunk, encoded, scratch, progress)
@@ -157,22 +159,22 @@ def token_states(
 
 
 def _make_room(folder: Path, size: int, *, max_bytes: int, samples: int) -> None:
-    """Forget the files that were used longest ago until `size` bytes fit under the cap."""
-    there = sorted(folder.glob("states-*.bin"), key=lambda file: file.stat().st_mtime)
-    sizes = [file.stat().st_size for file in there]
+    """Delete the least recently used files until `size` bytes fit."""
+    files = sorted(folder.glob("states-*.bin"), key=lambda file: file.stat().st_mtime)
+    sizes = [file.stat().st_size for file in files]
     free = shutil.disk_usage(folder).free
     if size > min(max_bytes, free + sum(sizes)):
         raise StorageError(
-            f"the token states of {samples} samples need {size / 1e9:.2f} GB; allowed are "
-            f"{max_bytes / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free: give fewer "
+            f"the token states of {samples} samples need {size / 1e9:.2f} GB; the limit is "
+            f"{max_bytes / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free; use fewer "
             "pairs, a shorter max_length, dtype='bfloat16', or a larger states_limit"
         )
-    held = sum(sizes)
-    for file, its in zip(there, sizes, strict=True):
-        if held + size <= max_bytes and size <= free:
+    used = sum(sizes)
+    for file, file_size in zip(files, sizes, strict=True):
+        if used + size <= max_bytes and size <= free:
             return
         file.unlink(missing_ok=True)
-        held, free = held - its, free + its
+        used, free = used - file_size, free + file_size
 
 
 def _write(trunk: Trunk, encoded: Sequence[Encoded], path: Path, progress: Progress) -> None:
@@ -181,7 +183,7 @@ def _write(trunk: Trunk, encoded: Sequence[Encoded], path: Path, progress: Progr
     done = 0
     for batch in batches(encoded, token_budget=trunk.token_budget, device=trunk.device):
         states = trunk.states(batch).cpu()
-        for row, one, length in zip(batch.rows, states, batch.lengths.tolist(), strict=True):
-            flat[int(offsets[row]) : int(offsets[row]) + length] = one[:length]
+        for row, padded, length in zip(batch.rows, states, batch.lengths.tolist(), strict=True):
+            flat[int(offsets[row]) : int(offsets[row]) + length] = padded[:length]
         done += len(batch.rows)
         progress("reading", done, len(encoded))

@@ -1,6 +1,6 @@
-"""Vectors on disk under byte keys: an SQLite file that several processes may share.
+"""A store of vectors under byte keys: an SQLite file that several processes may share.
 
-Bounded: a full store deletes its oldest entries.
+Its size is bounded: a full store deletes its oldest entries.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ensemble_rm.sqlite import BUSY_SECONDS, read_blobs, set_wal
 
 
 class VectorStore:
-    """A bounded store of vectors under byte keys.
+    """A bounded key–value store of vectors.
 
     Parameters
     ----------
     folder : Path
         Folder of ``NAME.sqlite``; created if missing.
     name : str
-        Of the file and its table.
+        Name of the file and its table.
     dtype : str
-        Of the vectors, with its byte order: ``"<f4"`` or ``"<f8"``.
+        Dtype of the vectors, with byte order: ``"<f4"`` or ``"<f8"``.
     max_bytes : int
         Maximum size of vectors and `overhead`; beyond it, the oldest are deleted.
     overhead : int
@@ -47,7 +47,7 @@ class VectorStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(
-                f"cannot make the cache folder {self.path.parent}: {error}"
+                f"cannot create the cache folder {self.path.parent}: {error}"
             ) from error
         with self._open() as db:
             set_wal(db)
@@ -55,6 +55,7 @@ class VectorStore:
                 f"CREATE TABLE IF NOT EXISTS {name} "
                 "(id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL, vector BLOB NOT NULL)"
             )
+            # A running total: summing all lengths at every write would read the whole table.
             db.execute("CREATE TABLE IF NOT EXISTS held (id INTEGER PRIMARY KEY, bytes INTEGER)")
             db.execute(
                 "INSERT OR IGNORE INTO held (id, bytes) SELECT 1, "
@@ -69,7 +70,7 @@ class VectorStore:
                 yield db
         except sqlite3.Error as error:
             raise StorageError(
-                f"the cache {self.path} cannot be used ({error}); delete it, or name another folder"
+                f"cannot use the cache {self.path} ({error}); delete it, or use another folder"
             ) from error
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[Any]]:
@@ -82,25 +83,26 @@ class VectorStore:
         """Store one vector per key; a stored key keeps its vector."""
         cost = vectors.shape[1] * self._dtype.itemsize + self._overhead
         with self._open() as db:
-            # The first write takes the lock: what follows sees no other process's half.
+            # The first write takes SQLite's lock, so that no other process writes before the
+            # total is updated.
             added = db.executemany(
                 f"INSERT OR IGNORE INTO {self._table} (key, vector) VALUES (?, ?)",
                 zip(keys, (v.astype(self._dtype).tobytes() for v in vectors), strict=True),
             ).rowcount
             db.execute("UPDATE held SET bytes = bytes + ?", (max(added, 0) * cost,))
-            self._forget(db)
+            self._delete_oldest(db)
 
-    def _forget(self, db: sqlite3.Connection) -> None:
-        """Delete the oldest until the others fit."""
+    def _delete_oldest(self, db: sqlite3.Connection) -> None:
+        """Delete the oldest entries until the rest fits."""
         (held,) = db.execute("SELECT bytes FROM held").fetchone()
-        gone, last = 0, 0
+        freed, last = 0, 0
         oldest = db.execute(f"SELECT id, LENGTH(vector) FROM {self._table} ORDER BY id")
-        while held - gone > self.max_bytes and (row := oldest.fetchone()) is not None:
-            last, gone = row[0], gone + row[1] + self._overhead
+        while held - freed > self.max_bytes and (row := oldest.fetchone()) is not None:
+            last, freed = row[0], freed + row[1] + self._overhead
         oldest.close()
         if last:
             db.execute(f"DELETE FROM {self._table} WHERE id <= ?", (last,))
-            db.execute("UPDATE held SET bytes = bytes - ?", (gone,))
+            db.execute("UPDATE held SET bytes = bytes - ?", (freed,))
 
     def __len__(self) -> int:
         with self._open() as db:

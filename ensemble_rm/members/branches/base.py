@@ -105,7 +105,7 @@ class Branched(ModelScorer):
                     ) from error
             return self._branching, self._members
 
-    def _forget(self) -> None:
+    def _drop_model(self) -> None:
         self._branching, self._members = None, []
 
     @in_turn

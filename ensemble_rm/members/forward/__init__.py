@@ -1,1 +1,1 @@
-"""forward."""
+"""Forward passes: batches, shared prompts, kernels for CPUs."""

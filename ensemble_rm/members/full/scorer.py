@@ -215,7 +215,7 @@ class FullScorer(ModelScorer):
                 self._model = model.eval().requires_grad_(requires_grad=False).to(self.device)
             return self._encoder, self._model
 
-    def _forget(self) -> None:
+    def _drop_model(self) -> None:
         self._model = None  # the tokenizer is small, and stays
 
     @in_turn
@@ -299,7 +299,7 @@ class FullScorer(ModelScorer):
         }
 
     @classmethod
-    def _place(
+    def _model_name(
         cls,
         folder: Path,
         saved: Mapping[str, Any],

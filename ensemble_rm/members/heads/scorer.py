@@ -95,7 +95,7 @@ class HeadScorer(ModelScorer):
             trunk=self._trunk,
         )
 
-    def _forget(self) -> None:
+    def _drop_model(self) -> None:
         self._trunk = None
 
     def score_detailed(

@@ -53,7 +53,7 @@ class Breaker:
         return "half-open" if self._clock() - self._opened >= self.reset_after else "open"
 
     def admit(self, request: object) -> float:
-        """Return 0 if `request` may be sent now (it must report its result), else seconds to wait."""
+        """Return 0 if `request` may be sent and must report back, else seconds to wait."""
         if self._opened is None:
             return 0.0
         left = self._opened + self.reset_after - self._clock()

@@ -1,8 +1,8 @@
-"""Attention to a prompt once for all its completions (cascade), on a CPU.
+"""Cascade attention on a CPU: completions attend to their prompt without copying its keys [1]_.
 
-The queries of all completions of a prompt form one row against its keys, which are not copied;
-each completion attends to itself apart from that, and the two results are put together by the
-log-sum-exp of their scores. This is attention itself, split where the keys are.
+The queries of all completions of a prompt are concatenated to one sequence, which attends to the
+prompt's keys. Separately, each completion attends to its own tokens. The two outputs are averaged
+with weights from the log-sum-exp of their scores, which gives exactly the attention over all keys.
 
 References
 ----------
@@ -18,14 +18,15 @@ from typing import Any
 import torch
 
 KEYWORD = "shared_prompts"
-"""Under which a forward pass hands them down to attention, as transformers' models do."""
+"""Keyword argument of the forward pass that carries `SharedPrompts` down to attention."""
 LAST = "last_keys"
-"""Under which goes the place of the block whose keys are the last that anyone wants."""
-_LONGER = 2  # times a completion: shorter prompts are copied as quickly
+"""Keyword argument with the index of the last block whose keys are needed."""
+# A prompt must be this many times as long as the completions; shorter ones are cheaper to copy.
+_LONGER = 2
 
 
-class KeysKept(Exception):  # noqa: N818 - no error: it ends a pass that has done its work
-    """The last block has put its keys and values into the cache."""
+class KeysKept(Exception):  # noqa: N818 - control flow, not an error
+    """Ends a forward pass once the last block has cached its keys and values."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class SharedPrompts:
     layers : sequence of transformers cache layers
         Keys and values, (N, groups, P, D), of prompts padded on the right.
     runs : list of (int, int, int)
-        Of rows that stand side by side and continue one prompt: which prompt, how many of its
-        first keys are tokens, how many rows.
+        Adjacent rows that continue the same prompt, as (index of the prompt, its number of
+        tokens, number of rows).
     seen : set of int
-        The layers that attended to them.
+        Indices of the layers that attended to the prompts.
     """
 
     layers: Sequence[Any]
@@ -51,14 +52,14 @@ class SharedPrompts:
     def of(
         cls, layers: Sequence[Any], lengths: torch.Tensor, owners: torch.Tensor
     ) -> SharedPrompts:
-        """Find the runs of rows; `lengths`, (N,), are the prompts', `owners`, (B,), the rows'."""
+        """Find the runs of rows, from the prompts' `lengths` (N,) and the rows' `owners` (B,)."""
         chosen, counts = torch.unique_consecutive(owners, return_counts=True)
         runs = zip(chosen.tolist(), lengths[chosen].tolist(), counts.tolist(), strict=True)
         return cls(layers, list(runs))
 
 
 def pays(prompt: int, completion: int, device: torch.device) -> bool:
-    """Say whether attention in parts is quicker, by the padded lengths (benchmarks/LOG.md)."""
+    """Return whether cascade attention is faster, by the padded lengths (benchmarks/LOG.md)."""
     return device.type == "cpu" and prompt >= _LONGER * completion
 
 
@@ -70,19 +71,19 @@ def cascade_attention(
     layer: int,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attend to the prompts, and causally to the completions' own tokens.
+    """Compute attention to the prompts and, causally, to the completions' own tokens.
 
     Parameters
     ----------
     query : torch.Tensor
         (B, heads, T, D), padded on the right.
     key, value : torch.Tensor
-        (B, groups, T, D) of the completions.
+        (B, groups, T, D), of the completions.
     prompts : SharedPrompts
     layer : int
-        Whose keys and values of the prompts are read.
+        Index of the layer, whose keys and values of the prompts are read.
     scaling : float, optional
-        Of the scores; 1/√D where it is not given.
+        Factor of the scores (default: 1/√D).
 
     Returns
     -------
@@ -91,18 +92,19 @@ def cascade_attention(
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     prompts.seen.add(layer)
-    kept = prompts.layers[layer]
+    cached = prompts.layers[layer]
     own, own_lse = flash(query, key, value, is_causal=True, scale=scaling)
     out: torch.Tensor = own.transpose(1, 2)
     by_token, own_lse = query.transpose(1, 2), own_lse.transpose(1, 2)
     start = 0
     for prompt, length, rows in prompts.runs:
-        its = slice(start, start + rows)
-        folded = by_token[its].flatten(0, 1)[None].transpose(1, 2)  # (1, heads, rows·T, D)
-        keys, values = (x[prompt : prompt + 1, :, :length] for x in (kept.keys, kept.values))
-        found, lse = flash(folded, keys, values, scale=scaling)
-        weight = torch.sigmoid(lse[0].T.view_as(own_lse[its]) - own_lse[its])
-        found = found[0].transpose(0, 1).view_as(out[its])
-        out[its].lerp_(found, weight[..., None].to(out.dtype))
+        run = slice(start, start + rows)
+        folded = by_token[run].flatten(0, 1)[None].transpose(1, 2)  # (1, heads, rows·T, D)
+        keys, values = (x[prompt : prompt + 1, :, :length] for x in (cached.keys, cached.values))
+        attended, lse = flash(folded, keys, values, scale=scaling)
+        # The share of the prompt in the softmax over all keys: e^a / (e^a + e^b) = σ(a − b).
+        weight = torch.sigmoid(lse[0].T.view_as(own_lse[run]) - own_lse[run])
+        attended = attended[0].transpose(0, 1).view_as(out[run])
+        out[run].lerp_(attended, weight[..., None].to(out.dtype))
         start += rows
     return out.contiguous()

@@ -1,8 +1,9 @@
-"""Masked attention over grouped key–value heads, without copying them, and cascade, on a CPU.
+"""Attention on a CPU that does not copy grouped key–value heads.
 
-transformers repeats the heads of keys and values wherever there is a mask, since a GPU's kernels
-want that. A CPU's do not, and the copies cost more than the attention. What stands here is
-transformers' own sdpa attention but for that case, under a name of its own in its registry.
+With a mask, transformers repeats the heads of keys and values, since kernels for GPUs require it.
+Kernels for CPUs do not, and the copies cost more than the attention itself. This is transformers'
+sdpa attention except in that case and for cascade attention, under its own name in the registry of
+transformers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ensemble_rm.members.forward.cpu.cascade_attention import (
 )
 
 NAME = "ensemble_rm_grouped_sdpa"
+# Arguments that change attention; with any of them, transformers' function runs.
 _SPECIAL = ("position_bias", "cache", "softcap", "s_aux")
 
 
@@ -36,7 +38,7 @@ def grouped_attention(
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers' sdpa does.
+    """Compute attention with the signature and the result of transformers' sdpa.
 
     Parameters
     ----------
@@ -50,8 +52,8 @@ def grouped_attention(
     dropout, scaling, is_causal
         As transformers passes them.
     **more
-        What only some models pass; then transformers' function answers. Prompts that the rows
-        continue come as `KEYWORD`, and the last block whose keys are wanted as `LAST`.
+        `KEYWORD`: prompts that the rows continue. `LAST`: index of the last block whose keys are
+        needed. Other arguments are passed on to transformers' function.
 
     Returns
     -------
@@ -61,13 +63,13 @@ def grouped_attention(
     Raises
     ------
     KeysKept
-        In the last block whose keys are wanted, in the place of attention.
+        In the last block whose keys are needed, instead of attention.
     """
     plain = attention_mask is None or query.shape[1] == key.shape[1]
     special = any(more.get(name) is not None for name in _SPECIAL)
     prompts, last = more.pop(KEYWORD, None), more.pop(LAST, None)
     if last is not None and last == getattr(module, "layer_idx", None):
-        raise KeysKept  # transformers caches before it attends
+        raise KeysKept  # transformers has cached the keys before it calls this
     if prompts is not None and more.get("sliding_window") is None and not special:
         layer: Any = module.layer_idx
         return cascade_attention(query, key, value, prompts, layer, scaling), None
@@ -83,7 +85,7 @@ def grouped_attention(
 
 
 def group_heads(model: Any, device: torch.device) -> None:
-    """Give a model this attention, where it has transformers' sdpa and runs on a CPU."""
+    """Use this attention in a model that runs on a CPU with transformers' sdpa."""
     if device.type == "cpu" and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, grouped_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,9 +1,9 @@
-"""Norms, rotary embedding and gated activation in fewer passes over memory, on a CPU.
+"""Faster norms, rotary embeddings and gated activations on a CPU, by fewer passes over memory.
 
-transformers writes each as a chain of operators on whole tensors, which on a CPU take as long as
-the matrix products. What stands here computes the same by fewer of them. It is put into single
-modules, never into transformers' own, and only where it gave the module's own result on random
-input. Wherever gradients are wanted, the module's own forward pass runs.
+transformers computes each by a chain of operators on whole tensors, which on a CPU take as long as
+the matrix products. The functions here compute the same with fewer operators. They replace the
+forward pass of single modules, never of transformers' classes, and only if they reproduce the
+module's own result on random input. If gradients are enabled, the module's own forward pass runs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def use_cpu_kernels(model: Any, *others: torch.nn.Module) -> None:
 
 
 def quicken(modules: Iterable[torch.nn.Module], device: torch.device) -> None:
-    """Give every module below these its quicker forward pass, where it has one and runs on a CPU.
+    """Install the faster forward passes in all submodules on a CPU that have one.
 
-    Copies of the modules have it, too.
+    Copies of the modules keep them.
     """
     if device.type != "cpu":
         return
@@ -75,23 +75,23 @@ def _agrees(
     dtype: torch.dtype = torch.float32,
     rtol: float = 1e-5,
 ) -> bool:
-    """Compare a module's own forward pass, in float32, with the quick one, in a dtype.
+    """Return whether the fast forward pass in `dtype` agrees with the module's own in float32.
 
-    The norm of the difference is at most `rtol` of the result's.
+    The norm of the difference must be at most `rtol` times that of the result.
     """
     states = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = quick(copy.deepcopy(module).to(dtype), states).float()
-    wanted = type(module).forward(copy.deepcopy(module).float(), states.float())
-    if found.shape != wanted.shape:
+    result = quick(copy.deepcopy(module).to(dtype), states).float()
+    expected = type(module).forward(copy.deepcopy(module).float(), states.float())
+    if result.shape != expected.shape:
         return False
-    return bool((found - wanted).norm() <= rtol * wanted.norm())
+    return bool((result - expected).norm() <= rtol * expected.norm())
 
 
 # Norms ---------------------------------------------------------------------------------------
 
 
 def _is_rms_norm(module: Any) -> bool:
-    """Say whether it is an RMSNorm as Llama's: x/√(mean x² + ε), rounded, times the weight."""
+    """Say whether a module is an RMSNorm like Llama's: x/√(mean x² + ε), rounded, times weight."""
     if not hasattr(module, "variance_epsilon") or next(module.children(), None) is not None:
         return False
     parameters = dict(module.named_parameters())
@@ -104,7 +104,7 @@ def _rms_norm(self: Any, states: torch.Tensor) -> torch.Tensor:
     wide = states.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = norm.square_().div_(wide.shape[-1]).add_(self.variance_epsilon).rsqrt_()
-    # A float32 state is its own float copy, and not ours to change.
+    # In float32, `wide` is the input itself, which must not be changed.
     scaled = wide * scale if wide is states else wide.mul_(scale)
     return scaled.to(states.dtype).mul_(self.weight)
 
@@ -120,9 +120,9 @@ def _gated(self: Any, states: torch.Tensor) -> torch.Tensor:
 
 
 def _fused(self: Any, states: torch.Tensor) -> torch.Tensor:
-    """Let oneDNN apply the activation and the gate while a product's result is at hand."""
+    """Let oneDNN fuse the activation and the gate with the matrix products."""
     if not all(type(layer) is torch.nn.Linear for layer in (self.gate_proj, self.up_proj)):
-        return _gated(self, states)  # such as one with an adapter
+        return _gated(self, states)  # a layer with an adapter, for example
     gate, up = self.gate_proj, self.up_proj
     linear = torch.ops.mkldnn._linear_pointwise
     active = linear(states, gate.weight, gate.bias, "swish", [], "")
@@ -131,7 +131,7 @@ def _fused(self: Any, states: torch.Tensor) -> torch.Tensor:
 
 
 def _quick_gated(module: Any) -> Callable[[Any, torch.Tensor], torch.Tensor] | None:
-    """Return the quickest that is equal here, by dtype and by what torch offers, if any is."""
+    """Return the fastest function that agrees with the module; None if none does."""
     gate = module.gate_proj
     if not isinstance(gate, torch.nn.Linear) or not _agrees(module, _gated, gate.in_features):
         return None
@@ -141,7 +141,7 @@ def _quick_gated(module: Any) -> Callable[[Any, torch.Tensor], torch.Tensor] | N
         return _gated
     try:
         equal = _agrees(module, _fused, gate.in_features, dtype=torch.bfloat16, rtol=0.02)
-    except (AttributeError, RuntimeError):  # not on this processor, or no longer in torch
+    except (AttributeError, RuntimeError):  # not supported by this processor or this torch
         return _gated
     return _fused if equal else _gated
 
@@ -159,7 +159,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def _quick_rotary(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return transformers' function of the rotary embedding with a quicker one before it."""
+    """Return a faster rotary embedding that falls back to transformers' own."""
 
     def rotary(
         q: torch.Tensor,
@@ -181,10 +181,11 @@ def _quick_rotary(plain: Callable[..., Any]) -> Callable[..., Any]:
 @lru_cache
 @torch.inference_mode()
 def _with_quick_rotary(forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Return an attention's forward pass that finds a quicker rotary embedding under its name.
+    """Return an attention's forward pass that calls the faster rotary embedding.
 
-    The code is transformers' own; the function that it calls stands in its globals, of which this
-    one has a copy. None where it calls none, or another than the quicker one computes.
+    The code is transformers' own. The rotary embedding is a global of its module, so the returned
+    function has a copy of these globals with the faster one. None if the code calls no rotary
+    embedding, or one that computes something else.
     """
     code = getattr(forward, "__code__", None)
     plain = getattr(forward, "__globals__", {}).get(_ROTARY)
@@ -196,14 +197,14 @@ def _with_quick_rotary(forward: Callable[..., Any]) -> Callable[..., Any] | None
     quick = _quick_rotary(plain)
     try:
         pairs = zip(quick(q, k, cos, sin), plain(q, k, cos, sin), strict=True)
-        agree = all(torch.allclose(one, two, rtol=1e-5, atol=1e-6) for one, two in pairs)
-    except (TypeError, ValueError, RuntimeError):  # a function of another kind under that name
+        agree = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+    except (TypeError, ValueError, RuntimeError):  # another function with the same name
         return None
     if not agree:
         return None
-    known = forward.__globals__ | {_ROTARY: quick}
+    names = forward.__globals__ | {_ROTARY: quick}
     twin = types.FunctionType(
-        code, known, forward.__name__, forward.__defaults__, forward.__closure__
+        code, names, forward.__name__, forward.__defaults__, forward.__closure__
     )
     twin.__kwdefaults__ = forward.__kwdefaults__
     return twin
