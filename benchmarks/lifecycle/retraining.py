@@ -59,7 +59,7 @@ from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.heads.scorer import HeadScorer
 from ensemble_rm.members.heads.training import solve_heads
 from ensemble_rm.members.learning.seeds import member_seeds
-from ensemble_rm.retraining.candidate import deal
+from ensemble_rm.retraining.candidate import sufficient_parts
 from ensemble_rm.retraining.options import RetrainingOptions
 from ensemble_rm.retraining.unit_matching import reward_units
 
@@ -292,7 +292,7 @@ class Trial:
         if found.ensemble is not None:
             arm.ensemble = found.ensemble
         elif blind and found.candidate is not None:
-            parts = deal(arm.judgments, self.old, options)
+            parts = sufficient_parts(arm.judgments, self.old, options)
             held = Preferences((*parts.calibration, *parts.gate))
             arm.ensemble = self.calibrated(found.candidate, held)
 

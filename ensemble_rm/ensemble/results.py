@@ -44,9 +44,16 @@ class Scores:
 
     Examples
     --------
-    >>> scores = ensemble.score(samples, on_error="record")
-    >>> for row, error in scores.failed.items():
-    ...     print(row, type(error).__name__)
+    >>> from ensemble_rm import FunctionScorer, RewardEnsemble, Sample
+    >>> from ensemble_rm.aggregation import mean
+    >>> from ensemble_rm.calibration import Normaliser
+    >>> inverse = FunctionScorer("inverse", lambda sample: 1 / len(sample.completion))
+    >>> ensemble = RewardEnsemble((inverse,), Normaliser.identity(1), mean())
+    >>> scores = ensemble.score([Sample("Why?", "Yes."), Sample("Why?", "")], on_error="record")
+    >>> scores.reward
+    array([0.25,  nan])
+    >>> scores.failed
+    {1: ZeroDivisionError('division by zero')}
     """
 
     names: tuple[str, ...]

@@ -85,7 +85,7 @@ class PinnedEnsemble:
 
     Examples
     --------
-    >>> reward = trl_reward(PinnedEnsemble("runs/hh", device="cuda"))
+    >>> reward = trl_reward(PinnedEnsemble("runs/hh", device="cuda"))  # doctest: +SKIP
     """
 
     def __init__(

@@ -251,7 +251,7 @@ def test_damage_is_named(ensemble: RewardEnsemble, tmp_path: Path) -> None:
         RewardEnsemble.from_pretrained(folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear")
-    with pytest.raises(StorageError, match="something else"):
+    with pytest.raises(StorageError, match="contains no ensemble"):
         ensemble.save_pretrained(tmp_path / "mine")
     assert (tmp_path / "mine" / "diary.txt").exists()
 

@@ -143,7 +143,7 @@ def test_a_fitted_baseline_leaves_the_scale_and_centres_on_the_references() -> N
     old = without.to_json()
     del old["baseline"]
     assert Normaliser.from_json(old) == without
-    with pytest.raises(BaselineError, match="references' scores"):
+    with pytest.raises(BaselineError, match="the scores of the references"):
         with_it(scores)
     with pytest.raises(OptionError, match="no baseline"):
         without(scores, below)

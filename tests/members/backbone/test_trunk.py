@@ -210,7 +210,7 @@ def test_no_backbone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="safetensors"):
         locate(tmp_path)
-    with pytest.raises(ModelError, match="neither a folder here nor a model"):
+    with pytest.raises(ModelError, match="neither a local folder nor an available Hub model"):
         locate("nobody/no-such-model")  # the hub is off
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "two").mkdir(exist_ok=True)
