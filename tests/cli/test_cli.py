@@ -453,7 +453,7 @@ def test_the_demo(tmp_path: Path, minilm_folder: Path, capsys: pytest.CaptureFix
     assert found["simulated_annotator"]
     truth = found["against_truth"]
     assert truth["nll_of_the_truth"] < truth["nll_after"] < 0.6931
-    own = next(row for row in found["evaluation"]["rows"] if row["name"] == "mean")
+    own = next(row for row in found["evaluation"]["rows"] if row["name"] == "mean()")
     assert own["before"]["accuracy"]["estimate"] >= 0.65
     assert set(found["hacks"]["fooled"]) >= {"one head", "mean", "minimum"}
     page = Path(found["page"]).read_text(encoding="utf-8")

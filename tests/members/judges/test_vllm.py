@@ -108,7 +108,7 @@ def test_without_log_probabilities_the_words_count(url: str) -> None:
 def test_a_model_that_says_something_else_has_no_judgment(url: str) -> None:
     found = judge(url).compare(PROMPTS[:1], GOOD[:1], BAD[:1])
     assert np.isnan(found.probability).all()
-    assert "none of A, B" in str(found.errors[0])
+    assert "is not one of A, B" in str(found.errors[0])
     rater = JudgeScorer(url, model="judge", name="judge")
     with pytest.warns(RemoteFailureWarning, match="no rating"):
         rated = rater.score([Sample(PROMPTS[0], GOOD[0])])
