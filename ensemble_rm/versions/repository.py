@@ -353,6 +353,7 @@ class Versions:
             newest = self.pointer.newest if self.versioned else 0
             leftovers = [*self.folder.glob(f".{CURRENT}.*")]
             for path in (self.folder / "versions").glob("*"):
+                # Above the newest: killed after the rename, before the pointer changed.
                 unpublished = path.name.isdigit() and int(path.name) > newest
                 if unpublished or path.name.startswith(SCRATCH):
                     leftovers.append(path)
