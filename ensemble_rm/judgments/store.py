@@ -319,6 +319,7 @@ def in_batches(rows: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
     """Split rows into lists of `size`, each with whether it is the last; at least one list."""
     batch: list[T] = []
     for row in rows:
+        # A full batch is kept until the next row shows that it is not the last.
         if len(batch) == size:
             yield batch, False
             batch = []

@@ -238,6 +238,7 @@ def holders(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[st
     for judgment in rows:
         by_source.setdefault(judgment.source, set()).add(judgment.external_id)
     for source, external_ids in by_source.items():
+        # In parts, because `ROWS_AT_ONCE` bounds an IN clause.
         for part in _parts(external_ids):
             query = select(judgments.c.external_id, judgments.c.id).where(
                 judgments.c.source == source, judgments.c.external_id.in_(part)
