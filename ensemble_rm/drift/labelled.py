@@ -223,8 +223,8 @@ class JudgedRows:
         """Return one payoff per prompt, in the order of their first judgments."""
         u = self.sizes / edge
         p = np.asarray(expit(u))
-        # The loss of the first is u·σ(−u), which is bounded; that of the second grows with u, hence
-        # the cap.
+        # Overconfident: a loss is at most u·σ(−u), which is bounded. Underconfident: it grows with
+        # u, hence the cap.
         z = u * (p - self.verdicts) if over else np.minimum(u, REACH) * (self.verdicts - p)
         number: dict[str, int] = {}
         prompt = np.array([number.setdefault(key, len(number)) for key in self.keys])

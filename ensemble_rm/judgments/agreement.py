@@ -208,6 +208,7 @@ class _Tally:
             return
         # By prompt, because judgments of one prompt are dependent.
         group = int.from_bytes(judged[0].prompt[:8]) % GROUPS
+        # Without repeats: an annotator counts once per pair, with the last verdict.
         last: dict[str, int] = {}
         orders = np.zeros((2, 2))  # per order: points of the side shown first, judgments
         for one in judged:

@@ -155,6 +155,7 @@ class JudgmentStore:
             If the store cannot be written.
         """
         added = already = done = 0
+        # Corrections wait for their target, which may come in a later batch.
         waiting: list[Judgment] = []
         with self.writer() as writer:
             for batch, last in in_batches(judgments, BATCH):

@@ -160,7 +160,7 @@ def _gated(
     newest, fit, kept = data.take(parts.gate), parts.fit, data
     sizes = results["sizes"]
     sizes |= {"gate": _size(newest), "fit": _size(data.take(fit))}
-    # Before the fit, which could not be gated.
+    # Before the fit: without a gate, its candidate could not be published.
     if effective_sample_size(newest.weights) < options.min_judgments:
         raise TooFewJudgmentsError(
             f"the newest part has {len(newest)} judgments with an effective number of "

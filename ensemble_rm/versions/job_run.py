@@ -145,7 +145,7 @@ class Job:
             return None
         known = last.get("details", {})
         same = all(known.get(name) == value for name, value in details.items())
-        # After a pin the same inputs may lead to another outcome, once it is removed.
+        # Once the pin is removed, the same inputs may be published.
         return last if same and not known.get("pinned") else None
 
     def _log(self, line: dict[str, Any]) -> None:
