@@ -185,6 +185,7 @@ def _unlabelled(
     evidence = _evidence(versions, version)
     if evidence is None:
         raise DataError(f"version {version.number} was stored without scores to compare with")
+    # Judgments of the version's own fit are its reference, and cannot show a shift from it.
     fresh = window.times >= life_start(version, calibration) + 1
     members, groups, distance = _whole(*_sides(window, table, np.flatnonzero(fresh)))
     names = tuple(f"member {i}" for i in range(evidence.members))
@@ -192,8 +193,10 @@ def _unlabelled(
 
     def scores(members: Any) -> Scores:
         reward, cut = aggregator(members), Truncation.none(len(members))
+        # Raw scores are not stored, and the test does not use them.
         return Scores(names, members, members, reward, cut)
 
+    # Either side counts as a sample: (2·n_pairs, n_members).
     then = np.concatenate([evidence.first, evidence.second])
     labels = np.concatenate([evidence.groups, evidence.groups])
     far = evidence.distances.T.reshape(-1) if evidence.distances.size else None
@@ -226,6 +229,7 @@ def _sides(window: Window, table: ScoreTable, rows: Any) -> tuple[Any, Any, Any]
 
     The distances are None if a pair has none: its ensemble has no feature space.
     """
+    # A pair judged several times has one pair of scores.
     pairs, first = np.unique(window.pairs[rows], return_index=True)
     far = table.distances(window.keys[pairs])
     scores, prompts, distances = [], [], []
@@ -233,6 +237,7 @@ def _sides(window: Window, table: ScoreTable, rows: Any) -> tuple[Any, Any, Any]
         scores.append(np.concatenate([sides[:, 0], sides[:, 1]]))
         prompt = window.groups[rows[first[found]]]
         prompts.append(np.concatenate([prompt, prompt]))
+        # Transposed: all first sides, then all second ones, as the scores are concatenated.
         distances.append(far[found].T.reshape(-1))
     if not scores:
         raise DataError("no judgment is newer than the version's own, or none has stored scores")
@@ -244,6 +249,7 @@ def _sides(window: Window, table: ScoreTable, rows: Any) -> tuple[Any, Any, Any]
 def _raters(store: JudgmentStore, where: JudgmentFilter, options: DriftCheckOptions) -> RaterDrift:
     if not options.anchors:
         raise DataError("no anchor set is given; name its batches with `anchors` (--anchors)")
+    # Without `since`: each anchor is compared with its first month.
     anchors = JudgmentFilter(until=where.until, batch=options.anchors)
     return rater_drift(
         anchor_votes(store.read(anchors)), alpha=options.alpha, checks=options.checks

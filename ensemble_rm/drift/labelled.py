@@ -98,6 +98,7 @@ class Bets:
         """Log of the total capital, cash included; 0 before the first payoff."""
         if not self.taken:
             return 0.0
+        # taken − 1: an entry that is due now is made by the next `take`.
         return float(np.logaddexp(logsumexp(self.capital), math.log(_cash(self.taken - 1))))
 
     def take(self, payoffs: ArrayLike) -> tuple[Bets, Floats]:
@@ -123,12 +124,15 @@ class Bets:
             raise OptionError(
                 f"a payoff of {z.min():.4g} ruins a stake of {max(self.stakes)}; use smaller stakes"
             )
+        # Log of 0: no bettor has entered yet.
         capital = np.array(self.capital or [-math.inf] * len(self.stakes))
         path, taken, done = np.empty(len(z)), self.taken, 0
         while done < len(z):
             if taken % SLOT == 0:
                 capital = np.logaddexp(capital, math.log(_entry(taken) / len(self.stakes)))
+            # Only up to the next entry: until then, capital grows by plain cumulative sums.
             part = z[done : done + SLOT - taken % SLOT]
+            # (n_part, n_stakes); in logs, because products over a long life overflow.
             grown = capital + np.cumsum(np.log1p(np.outer(part, self.stakes)), axis=0)
             total = logsumexp(grown, axis=1)
             path[done : done + len(part)] = np.logaddexp(total, math.log(_cash(taken)))
@@ -144,6 +148,7 @@ def _entry(taken: int) -> float:
 
 def _cash(taken: int) -> float:
     """Return the share of capital still in cash once payoff number `taken` is settled."""
+    # 1 minus all entries so far: the sum of 1/((k + 1)(k + 2)) telescopes.
     return 1 / (taken // SLOT + 2)
 
 
@@ -218,9 +223,12 @@ class JudgedRows:
         """Return one payoff per prompt, in the order of their first judgments."""
         u = self.sizes / edge
         p = np.asarray(expit(u))
+        # Overconfident: a loss is at most u·σ(−u), which is bounded. Underconfident: it grows with
+        # u, hence the cap.
         z = u * (p - self.verdicts) if over else np.minimum(u, REACH) * (self.verdicts - p)
         number: dict[str, int] = {}
         prompt = np.array([number.setdefault(key, len(number)) for key in self.keys])
+        # Horvitz–Thompson weights [4]_, scaled to at most 1: a larger one could ruin a bettor.
         paid = np.bincount(prompt, self.counts * z * (min_inclusion / self.inclusion))
         return np.asarray(paid / np.bincount(prompt, self.counts), dtype=np.float64)
 
@@ -401,8 +409,10 @@ class DriftTest:
             raise OptionError(f"tolerance must be ≥ 0, not {tolerance}")
         if not 0 < promise < 1:
             raise OptionError(f"promise must be in (0, 1), not {promise}")
+        # Two-sided at promise/2; the other half is the level of the test.
         quantile = float(student.ppf(1 - promise / 4, max(fit.prompts - 1, 1)))
         reach = max(quantile * fit.log_se, math.log1p(tolerance))
+        # exp overflows above 709.
         low = min(fit.low, fit.temperature * math.exp(-min(reach, 700.0)))
         high = max(fit.high, fit.temperature * math.exp(min(reach, 700.0)))
         seen = frozenset(map(prompt_digest, known))
@@ -411,11 +421,13 @@ class DriftTest:
     @property
     def log_e(self) -> float:
         """Log of the current e-value."""
+        # The mean of two e-values is an e-value, whatever their dependence.
         return float(np.logaddexp(self.over.log_e, self.under.log_e)) - math.log(2)
 
     @property
     def prompts(self) -> int:
         """Number of prompts that have paid."""
+        # Both bettors take every payoff, so either count is the number of prompts.
         return self.over.taken
 
     @property
@@ -476,6 +488,7 @@ class DriftTest:
             self,
             over=over,
             under=under,
+            # Over the path: the bound allows an alarm after any payoff, not only after a batch.
             peak=max(self.peak, float(path.max())),
             seen=self.seen.union(taken.keys),
         )

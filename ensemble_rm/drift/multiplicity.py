@@ -21,6 +21,7 @@ def holm(p: ArrayLike) -> Floats:
     """Return adjusted p-values [1]_, shape (n,): P(any below α) ≤ α under every dependence."""
     values = np.asarray(p, dtype=np.float64)
     order = np.argsort(values, kind="stable")
+    # The running maximum keeps adjusted p-values in the order of the raw ones.
     raised = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
     adjusted = np.empty(len(values))
     adjusted[order] = np.minimum(raised, 1.0)
@@ -36,9 +37,12 @@ def level_of(alpha: float, checks: int) -> float:
 
 def permutations_for(level: float, tests: int) -> int:
     """Return how many permutations resolve `level` after Holm's correction."""
+    # The smallest p-value is 1/(1 + B); Holm multiplies it by `tests` at most. With the factor 4
+    # the product is below a quarter of the level.
     return max(999, math.ceil(4 * max(tests, 1) / level))
 
 
 def permutation_p(seen: float, redrawn: Floats) -> float:
     """Return the p-value of a statistic that is large under change [2]_; ties count as larger."""
+    # The tolerance: equal statistics differ by rounding, as sums are taken in another order.
     return float((1 + (redrawn >= seen - 1e-12).sum()) / (1 + len(redrawn)))

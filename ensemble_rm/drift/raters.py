@@ -280,6 +280,7 @@ def _marks(votes: Sequence[AnchorVote]) -> list[bool | None]:
     anchors = {pair: _most_frequent(panel) for pair, panel in panels.items()}
     marks: list[bool | None] = []
     for vote in votes:
+        # The first month made the anchor: comparing its votes would be circular.
         anchor = None if vote.month == begun[vote.pair] else anchors[vote.pair]
         marks.append(None if anchor is None else vote.verdict == anchor)
     return marks
@@ -287,6 +288,7 @@ def _marks(votes: Sequence[AnchorVote]) -> list[bool | None]:
 
 def _most_frequent(verdicts: Counter[float]) -> float | None:
     ranked = verdicts.most_common(2)
+    # A tie has no most frequent verdict to compare with.
     return None if len(ranked) == 2 and ranked[0][1] == ranked[1][1] else ranked[0][0]
 
 
@@ -321,6 +323,7 @@ def _annotators_position(votes: Sequence[AnchorVote], month: str) -> list[RaterT
     once: dict[str, dict[str, float]] = defaultdict(dict)
     for vote in votes:
         if vote.month == month and vote.outcome != 0.5:
+            # The binomial test needs independent votes: one per pair.
             once[vote.annotator].setdefault(vote.pair, vote.outcome)
     tests = []
     for annotator, seen in sorted(once.items()):
@@ -342,6 +345,7 @@ def _panel_agreement(
     pairs = [pair for pair in now if pair in then]
     if len(pairs) < MIN_VOTES:
         return None
+    # A mean per pair, because votes on one pair are dependent; both (n_pairs,).
     before, after = (np.array([np.mean(part[pair]) for pair in pairs]) for part in (then, now))
     p = _flipped(after - before, n, seed)
     return RaterTest("agreement", PANEL, float(before.mean()), float(after.mean()), p)
@@ -360,5 +364,6 @@ def _panel_position(votes: Sequence[AnchorVote], month: str, n: int, seed: int) 
 
 def _flipped(differences: Floats, n: int, seed: int) -> float:
     """Return the two-sided p-value of a mean of 0, signs flipped at random."""
+    # (n, n_differences)
     signs = np.random.default_rng(seed).integers(0, 2, (n, len(differences))) * 2.0 - 1
     return permutation_p(abs(float(differences.sum())), np.abs(signs @ differences))

@@ -93,11 +93,13 @@ class ScoredSet:
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(self.groups))
         rank = np.empty(len(order), dtype=np.int64)  # of a sample among those of its prompt
+        # A stable sort of shuffled rows: the order within each prompt is random.
         sorted_rows = order[np.argsort(self.groups[order], kind="stable")]
         counts = np.bincount(self.groups)
         rank[sorted_rows] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         kept = rng.permutation(self.prompts)[:prompts]
         rows = np.flatnonzero((rank < per_prompt) & np.isin(self.groups, kept))
+        # Renumbered without gaps, because `prompts` is the largest number plus 1.
         groups = np.unique(self.groups[rows], return_inverse=True)[1].astype(np.int64)
         far = None if self.distance is None else self.distance[rows]
         return ScoredSet(self.reward[rows], self.members[rows], groups, far)

@@ -104,8 +104,10 @@ def watch(
         state = DriftTest.start(calibration.fit, promise=options.alpha, tolerance=options.tolerance)
     # Provenance holds whole seconds.
     fresh = data.times >= life_start(version, calibration) + 1
+    # Prompts of the fit are not independent of it, so their later judgments are left out.
     fresh &= ~np.isin(data.groups, data.groups[~fresh])
     rows = np.flatnonzero(fresh)
+    # The test is sequential: its bettors must not see later judgments first.
     rows = rows[np.argsort(data.times[rows], kind="stable")]
     if not len(rows):
         return state

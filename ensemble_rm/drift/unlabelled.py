@@ -183,6 +183,7 @@ def unlabelled_drift(
     labels = _Labels(pooled.before, pooled.prompts, n, seed)
     found = [_ks_shift(name, x, pooled, labels) for name, x in columns.items()]
     if moments is not None:
+        # The order of reports: reward, std, correlation, distance.
         found.insert(2, _correlation_shift(moments, labels))
     adjusted = holm([shift.p for shift in found])
     shifts = tuple(
@@ -241,6 +242,7 @@ class _Labels:
 
     def blocks(self, width: int) -> Iterator[Floats]:
         """Yield permuted weights, (n, n_prompts) in blocks that suit `width` columns."""
+        # A new generator each time: every statistic is tested by the same permutations.
         rng = np.random.default_rng(self.seed)
         size = max(1, _CHUNK // max(width, self.prompts))
         for begin in range(0, self.n, size):
@@ -266,9 +268,11 @@ def _ks_shift(name: str, x: Floats, pooled: _Pooled, labels: _Labels) -> Shift:
     counts = np.bincount(groups)
     order = np.argsort(x, kind="stable")
     last = np.append(np.diff(x[order]) > 0, True)  # equal values jump together
+    # Each prompt has mass 1, divided among its samples; both (n_samples,).
     prompt, mass = groups[order], 1 / counts[groups[order]]
 
     def distance(weights: Floats) -> Floats:
+        # Difference of the two distribution functions, (n_draws, n_samples).
         steps = np.cumsum(weights[:, prompt] * mass, axis=1)
         return np.asarray(np.abs(steps[:, last]).max(axis=1), dtype=np.float64)
 
@@ -296,8 +300,10 @@ class _Moments:
         mean = weights @ self.sums / total
         flat = weights @ self.products.reshape(len(self.counts), k * k) / total
         cov = flat.reshape(-1, k, k) - mean[:, :, None] * mean[:, None, :]
+        # Rounding can leave a variance at 0 or just below it.
         scale = np.sqrt(np.maximum(np.einsum("bii->bi", cov), 1e-300))
         rho = cov / (scale[:, :, None] * scale[:, None, :])
+        # Mean off the diagonal, whose k entries are 1.
         return np.asarray((rho.sum(axis=(1, 2)) - k) / (k * (k - 1)), dtype=np.float64)
 
 
@@ -310,6 +316,7 @@ def _moments(pooled: _Pooled) -> tuple[_Moments | None, str]:
     sums = _sum_by(groups, x)
     if min(then.mean(), now.mean()) >= 0.5:
         x = x - (sums / counts[:, None])[groups]
+        # Deviations from a prompt's mean sum to 0 and have one degree of freedom less.
         sums, counts = np.zeros_like(sums), np.maximum(counts - 1, 0.0)
     k = x.shape[1]
     outer = (x[:, :, None] * x[:, None, :]).reshape(len(x), k * k)
@@ -319,6 +326,7 @@ def _moments(pooled: _Pooled) -> tuple[_Moments | None, str]:
         total = counts[part].sum()
         mean = sums[part].sum(axis=0) / total
         variance = np.einsum("pii->i", found.products[part]) / total - mean**2
+        # Relative to the mean square, from which the rounding error of the difference comes.
         if not (variance > 1e-12 * (1 + mean**2)).all():
             return None, "a member's scores do not vary"
     return found, ""

@@ -124,6 +124,7 @@ def forgetting(times: Floats, *, half_life: float | None) -> Floats:
         return np.ones(len(times))
     if not half_life > 0:
         raise OptionError(f"half_life must be > 0, not {half_life}")
+    # Bounded below, because exp2 underflows to 0 and weights must be > 0.
     return np.asarray(np.exp2(np.maximum((times - times.max()) / half_life, -500.0)))
 
 
@@ -267,6 +268,7 @@ def _score_missing(
     # The ensemble is loaded now in any case, so members that failed earlier are retried.
     failed = pairs.failed & pairs.stored
     done, total = 0, int((unknown | failed).sum())
+    # Unknown pairs first: without them there is no result, whereas retries are optional.
     for missing in (unknown, failed):
         for chunk in _unscored(window, store, missing):
             digests = list(chunk)
@@ -288,6 +290,7 @@ def _score_missing(
 
 def _keep_stored(table: ScoreTable, keys: Keys, sides: Floats) -> Floats:
     """Return new scores, with the stored one where a member failed only this time."""
+    # `ScoreTable.blocks` takes sorted keys.
     order = np.argsort(keys)
     kept = sides.copy()
     for block, old in table.blocks(keys[order]):

@@ -134,7 +134,7 @@ class ScoreTable:
         with self._open() as db, db:
             _insert(db, "scores", pairs, sides)
             if distances is not None:
-                _insert(db, "distances", pairs, distances)
+                _insert(db, "distances", pairs, distances)  # in the same transaction as the scores
 
 
 def _has(db: sqlite3.Connection, table: str) -> bool:
@@ -143,6 +143,7 @@ def _has(db: sqlite3.Connection, table: str) -> bool:
 
 
 def _insert(db: sqlite3.Connection, table: str, pairs: list[bytes], values: Floats) -> None:
+    # Little-endian on every machine, as `_blocks` reads it.
     rows = np.ascontiguousarray(values, dtype="<f8")
     db.executemany(
         f"INSERT OR REPLACE INTO {table} (pair, sides) VALUES (?, ?)",

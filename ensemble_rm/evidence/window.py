@@ -177,9 +177,11 @@ def read_window(
     -------
     Window
     """
+    # Packed buffers: lists of Python objects would take several times the memory.
     ids, pairs, prompts = bytearray(), bytearray(), bytearray()
     targets, inclusion, times = array("f"), array("d"), array("d")
     subsets, batches = array("i"), array("i")
+    # −1 for no subset, so that the others count from 0.
     subset_of: dict[str | None, int] = {None: -1}
     batch_of: dict[str | None, int] = {}
     for row in store.observations(where):
@@ -196,6 +198,7 @@ def read_window(
     keys, pair_of = np.unique(np.frombuffer(bytes(pairs), f"S{KEY}"), return_inverse=True)
     probabilities = np.frombuffer(inclusion).copy()
     names = sorted(name for name in subset_of if name is not None)
+    # From the order of first appearance to the sorted names, None first.
     order = np.array([names.index(n) if n is not None else -1 for n in subset_of], np.int32)
     codes = np.frombuffer(subsets, np.int32)
     return Window(
@@ -215,4 +218,5 @@ def read_window(
 
 
 def _digest(ids: bytes) -> str:
+    # Sorted, so that the digest does not depend on the order of reading.
     return hashlib.sha256(np.sort(np.frombuffer(ids, f"S{KEY}")).tobytes()).hexdigest()

@@ -206,7 +206,9 @@ class _Tally:
         if judged[0].equal:
             self.equal += len(judged)
             return
+        # By prompt, because judgments of one prompt are dependent.
         group = int.from_bytes(judged[0].prompt[:8]) % GROUPS
+        # Without repeats: an annotator counts once per pair, with the last verdict.
         last: dict[str, int] = {}
         orders = np.zeros((2, 2))  # per order: points of the side shown first, judgments
         for one in judged:
@@ -226,12 +228,14 @@ class _Tally:
             self._add_shared(group, last)
 
     def _add_shared(self, group: int, last: dict[str, int]) -> None:
+        # (3,): annotators by verdict.
         counts = np.bincount(list(last.values()), minlength=3).astype(np.float64)
         others = len(last) - 1
         self.items[group] += (1.0, item_agreement(counts), counts[TIE] / len(last))
         for name, outcome in last.items():
             tie = float(outcome == TIE)
             self.people[name].rest[group] += (
+                # Without the annotator's own vote.
                 *(1.0, (counts[outcome] - 1) / others),
                 *(tie, (counts[TIE] - tie) / others),
             )
@@ -244,6 +248,7 @@ class _Tally:
     def report(self) -> AgreementReport:
         """Compute the report from the sums."""
         shown = np.sum([person.shown for person in self.people.values()], axis=0)
+        # The sum over no annotators is a scalar.
         shown = np.zeros((GROUPS, 3)) + shown
         return AgreementReport(
             judgments=int(shown.sum()) + self.equal,

@@ -136,6 +136,7 @@ class Judgment:
     @property
     def pair_digest(self) -> bytes:
         """Digest of the pair, independent of the order of its sides, 16 bytes."""
+        # Sorted, so that a pair shown in the other order has the same digest.
         sides = sorted(self._texts[1:])
         return hashlib.sha256(b"".join((self.prompt_digest, *sides))).digest()[:16]
 
@@ -156,6 +157,7 @@ class Judgment:
         Judgment
             Its `corrects` is this one's `id`.
         """
+        # Empty: the old external id belongs to the judgment that is corrected.
         changes = {"external_id": "", **changes}
         return replace(self, outcome=outcome, judged_at=judged_at, corrects=self.id, **changes)
 
@@ -239,6 +241,7 @@ def _check_labels(judgment: Judgment) -> None:
             raise DataError(f"`{name}` must be text, not {value!r}")
         if not value and name != "external_id":
             raise DataError(f"`{name}` is empty; give a value, or leave it out if it is optional")
+        # NUL: PostgreSQL text cannot contain it.
         if "\0" in value or len(_encoded(name, value)) > LABEL_BYTES:
             raise DataError(
                 f"`{name}` has NUL or more than {LABEL_BYTES} bytes: {value[:60]!r}; shorten it"
@@ -281,6 +284,7 @@ def _probability(value: object, strategy: str | None) -> float | None:
                 "was selected: without it the judgment would count as drawn at random"
             )
         return None
+    # A bool is an int in Python, and True would count as a probability of 1.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise DataError(f"`inclusion` must be in (0, 1], not {value!r}")
     return float(value)

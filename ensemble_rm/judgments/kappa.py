@@ -90,6 +90,7 @@ def jackknife(sums: Floats, statistic: Callable[[Floats], float]) -> tuple[float
 def figure(sums: Floats, statistic: Callable[[Floats], float]) -> Interval:
     """Return a figure in [−1, 1] with its Student interval; NaN bounds with one group."""
     estimate, error, n = jackknife(sums, statistic)
+    # `not >=` also covers NaN.
     if not error >= 0 or math.isnan(estimate):
         return Interval(estimate, math.nan, math.nan)
     reach = float(student.ppf((1 + LEVEL) / 2, n - 1)) * error
@@ -115,9 +116,12 @@ def share(sums: Floats) -> Interval:
         return Interval(p, math.nan, math.nan)
     trials = float(sums[:, 1].sum())
     if not ROUNDING < p < 1 - ROUNDING:
+        # The error is 0 there, and gives no effective number.
         effective = float(n)
     else:
+        # At most the trials: dependent judgments must not narrow the interval.
         effective = trials if error == 0 else min(trials, p * (1 - p) / error**2)
+    # Student instead of normal: the error is estimated from n groups.
     z = float(student.ppf((1 + LEVEL) / 2, n - 1))
     middle = (p + z * z / (2 * effective)) / (1 + z * z / effective)
     reach = z / (1 + z * z / effective)

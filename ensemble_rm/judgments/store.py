@@ -155,6 +155,7 @@ class JudgmentStore:
             If the store cannot be written.
         """
         added = already = done = 0
+        # Corrections wait for their target, which may come in a later batch.
         waiting: list[Judgment] = []
         with self.writer() as writer:
             for batch, last in in_batches(judgments, BATCH):
@@ -319,6 +320,7 @@ def in_batches(rows: Iterable[T], size: int) -> Iterator[tuple[list[T], bool]]:
     """Split rows into lists of `size`, each with whether it is the last; at least one list."""
     batch: list[T] = []
     for row in rows:
+        # A full batch is kept until the next row shows that it is not the last.
         if len(batch) == size:
             yield batch, False
             batch = []

@@ -44,6 +44,7 @@ def to_preferences(judgments: Iterable[Judgment], *, source: str = "judgments") 
         count = counts.setdefault((one.pair_digest, one.subset), _Count(one))
         weight = 1.0 if one.inclusion is None else 1.0 / one.inclusion
         share = SHARES[one.outcome]
+        # Shown in the other order than the first judgment of this pair.
         if one.text_digests[1] != count.seen.text_digests[1]:
             share = 1.0 - share
         count.first += weight * share

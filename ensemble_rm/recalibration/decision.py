@@ -160,6 +160,7 @@ def _gated(
     newest, fit, kept = data.take(parts.gate), parts.fit, data
     sizes = results["sizes"]
     sizes |= {"gate": _size(newest), "fit": _size(data.take(fit))}
+    # Before the fit: without a gate, its candidate could not be published.
     if effective_sample_size(newest.weights) < options.min_judgments:
         raise TooFewJudgmentsError(
             f"the newest part has {len(newest)} judgments with an effective number of "
@@ -196,6 +197,7 @@ def _gated(
     final = results["final"] = fit_shrunk(
         kept, incumbent, slices=options.slices, minimum=options.min_judgments, part="window"
     )
+    # In sample: for the record, not for the decision, which the gate has made.
     before = losses(kept.margins, kept.targets, _temperatures(incumbent, kept))
     after = losses(kept.margins, kept.targets, _fitted_temperatures(final, kept))
     total = float(kept.weights.sum())

@@ -113,6 +113,7 @@ def fit_positive(data: DatedMargins) -> TemperatureFit:
         See `fit_signed`.
     """
     beta, fit = fit_signed(data)
+    # The delta method: the standard error of log T is that of β, relative to β.
     se = fit.log_se * abs(beta)
     if beta >= UNTRUNCATED * se:
         return fit
@@ -123,6 +124,7 @@ def fit_positive(data: DatedMargins) -> TemperatureFit:
     return replace(
         fit,
         temperature=1 / slope,
+        # T = 1/β reverses the interval.
         low=1 / high,
         high=1 / low,
         log_se=float(posterior.std()) / slope,
@@ -218,6 +220,7 @@ def require_enough(data: DatedMargins, minimum: int, part: str) -> float:
     TooFewJudgmentsError
         If it is below `minimum`.
     """
+    # At a margin of 0, p is ½ at every temperature: such a judgment says nothing about T.
     informative = data.margins != 0
     effective = effective_sample_size(data.weights[informative])
     if effective < minimum:
@@ -266,6 +269,7 @@ def fit_shrunk(
     effective = require_enough(data, minimum, part)
     own = _fit(data, data.margins) if incumbent is None else fit_positive(data)
     shrunk = shrink(own, None if incumbent is None else incumbent.fit)
+    # One factor for both bounds: in log T the interval keeps its width.
     moved = shrunk.temperature / own.temperature
     fit = replace(
         own,
@@ -320,6 +324,7 @@ def shrunk_mixture(data: DatedMargins, incumbent: Calibration | None, share: flo
     Above `MIXTURE_LIMIT` judgments an even subsample is used, which bounds memory and still
     determines T_mix to one per cent.
     """
+    # The step is rounded up, so that at most `MIXTURE_LIMIT` judgments are left.
     rows = slice(None, None, -(-len(data) // MIXTURE_LIMIT))
     members: NDArray[Any] = data.member_margins[rows]
     own = fit_mixture_temperature(members, data.targets[rows], weights=data.weights[rows])

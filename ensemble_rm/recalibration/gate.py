@@ -86,6 +86,7 @@ def clustered_mean(
     sums = np.bincount(labels, weights * (values - mean))
     g = len(sums)
     if g < 2:
+        # One group says nothing about the variance; no gate passes with an infinite error.
         return mean, math.inf, g
     return mean, math.sqrt(float((sums**2).sum()) * g / (g - 1)) / total, g
 

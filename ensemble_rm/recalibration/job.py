@@ -162,6 +162,7 @@ class _RecalibrationJob(Job):
             "key": key,
         }
         case = _Case(incumbent, calibration, details)
+        # Before any scoring, so that a repeated run costs only the reading of the window.
         if (repeated := self._repeated(incumbent, key)) is not None:
             verdict, reason, case.details["same_as"] = repeated
             return self._end(case, verdict, reason)
@@ -182,6 +183,7 @@ class _RecalibrationJob(Job):
             created=self.versions.clock().isoformat(timespec="seconds"),
         )
         case.details.update(_explain(decision, calibration) | {"flat": decision.flat})
+        # Deferred: the evidence is read only if something is published.
         return self._act(case, decision, lambda: evidence_of(window, table))
 
     def _watch(self, case: _Case, data: DatedMargins, window: Window) -> dict[str, Any] | None:
@@ -211,6 +213,7 @@ class _RecalibrationJob(Job):
             number = case.incumbent.number
             reason = f"version {number} is pinned; without the pin: {decision.reason}"
             return self._end(case, "kept", reason)
+        # A dry run does not adopt a plain ensemble, which would be version 1.
         number = self.versions.pointer.newest + 1 if self.versions.versioned else 2
         if not self.options.dry_run:
             provenance = {"reason": decision.reason, "alarm": case.alarm} | case.details
@@ -235,6 +238,7 @@ class _RecalibrationJob(Job):
             at, direction = case.alarm["alarmed_at"], case.alarm["direction"]
             reason = f"{direction} since {at}, and nothing better to publish ({verdict}: {reason})"
             verdict = "drift alarm"
+        # Published, but nearly p = ½ everywhere: somebody has to look at it.
         if verdict == "published" and case.details["flat"]:
             verdict = "drift alarm"
         old = case.calibration

@@ -115,6 +115,7 @@ def split_by_time(groups: Ints, times: Floats, *, share: float) -> TimeSplit:
 
 def _bit(digests: Ints) -> NDArray[np.bool_]:
     """Return a fair bit per digest: the last step of Steele et al.'s (2014) SplitMix64."""
+    # Unsigned: the products have to wrap around modulo 2⁶⁴.
     x = digests.astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -211,6 +212,7 @@ def _compare(newer: DatedMargins, older: DatedMargins, level: float) -> Confirma
     try:
         beta, _ = fit_signed(both)
     except CalibrationError as error:
+        # Without a common slope the parts cannot be compared, and nothing is confirmed.
         nan = math.nan
         return Confirmation(
             agrees=False, reason=str(error), z=nan, newest=nan, previous=nan, level=level
@@ -235,8 +237,10 @@ def _one_step(part: DatedMargins, beta: float) -> tuple[float, float]:
     score = part.weights * (part.targets - p) * part.margins
     curvature = float((part.weights * p * (1 - p) * part.margins**2).sum())
     if not curvature > 0:
+        # No information about the slope: with an infinite variance, z is 0.
         return beta, math.inf
     labels = np.unique(part.groups, return_inverse=True)[1]
     sums = np.bincount(labels, score)
     slope = beta + float(score.sum()) / curvature
+    # Centred, because the scores of one part do not sum to 0 at the common slope.
     return slope, float(((sums - sums.mean()) ** 2).sum()) / curvature**2

@@ -191,6 +191,7 @@ def _judge(
     progress: Progress,
 ) -> Retraining:
     held, aggregator = parts.calibration, incumbent.aggregator
+    # Both temperatures from the same judgments, so that the gate compares members only.
     before = _incumbent_temperature(incumbent, incumbent.judge(held, progress=progress))
     try:
         after = _temperature(candidate.judge(held, progress=progress), aggregator)
@@ -246,6 +247,7 @@ def _calibrated(
     progress: Progress,
 ) -> RewardEnsemble:
     """Calibrate by the incumbent's method, on all judgments that no member was trained on."""
+    # The gate has decided, so its judgments can be used for the final fit.
     held = Preferences((*parts.calibration, *parts.gate), parts.calibration.source)
     calibrated = candidate.calibrate(
         held,

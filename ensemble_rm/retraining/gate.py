@@ -119,6 +119,7 @@ def gate_members(
     if nll.passed and accuracy.passed:
         reason = f"{nll.reason}; {_accuracy_text(accuracy)}"
         return RetrainingGate("publish", reason, nll, accuracy)
+    # No number of judgments like these would show an improvement.
     if nll.difference >= 0:
         reason = f"the retrained members are not better on the newest prompts ({_nll_text(nll)})"
         return RetrainingGate("keep", reason, nll, accuracy)
@@ -161,6 +162,7 @@ def _more(rise: float, se: float, delta: float, reach: float) -> float:
     """Return the factor of judgments that excludes a rise above delta; ∞ if none can."""
     if rise + reach * se <= delta:
         return 1.0
+    # The standard error falls with the square root of the number of judgments.
     return (reach * se / (delta - rise)) ** 2 if rise < delta else math.inf
 
 

@@ -138,6 +138,7 @@ class _RetrainingJob(Job):
         details = self._inputs(incumbent)
         if (repeated := self._repeated(incumbent, details)) is not None:
             return self._end(incumbent, *repeated, details)
+        # Before training, whose result could not be published.
         if self.versions.pinned:
             reason = f"version {incumbent.number} is pinned; unpin it, then retrain"
             return self._end(incumbent, "kept", reason, details | {"pinned": True})
@@ -158,6 +159,7 @@ class _RetrainingJob(Job):
             progress=self.progress,
         )
         outcome = self._act(incumbent, result, details)
+        # Only after the outcome is logged: until then, a killed run can resume from them.
         for leftover in self.versions.folder.glob(f"{WORK}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         return outcome

@@ -101,6 +101,7 @@ def split_judgments(
     prompts = np.array([int.from_bytes(judgment.prompt_digest[:7]) for judgment in new])
     split = split_by_time(prompts, times, share=gate_share)
     older = fresh[split.fit]
+    # Of the judgments that the gate leaves.
     share = calibration_share / (1 - gate_share)
     held = np.array([_is_held(new[int(i)], share, seed=seed) for i in split.fit], dtype=bool)
     rows = {
@@ -173,6 +174,7 @@ def weighted_votes(
     """
     by_design: dict[Design, list[Judgment]] = {}
     for judgment in judgments:
+        # Without an inclusion probability, judgments count equally.
         plain = judgment if weighted else replace(judgment, strategy=None, inclusion=None)
         by_design.setdefault(_design(judgment), []).append(plain)
     pairs: list[Preference] = []

@@ -64,6 +64,7 @@ def same_units(
     own = fit_normaliser(scores, groups, nan=incumbent.aggregator.nan)
     aggregator = incumbent.aggregator.bind(candidate.names)
     factor = _factor(own(scores), groups, aggregator, target.scale[0])
+    # After the scaling: the mean of an aggregate need not be proportional to the factor.
     level = reward_units(aggregator(factor * own(scores)), groups).offset[0]
     normaliser = _chain(candidate.normaliser, own, factor, target.offset[0] - level)
     return replace(candidate, normaliser=normaliser, aggregator=aggregator, calibration=None)
@@ -87,9 +88,11 @@ def _factor(members: Floats, groups: object, aggregator: Aggregator, target: flo
         reward = aggregator(math.exp(log_factor) * members)
         return reward_units(reward, groups).scale[0] - target  # type: ignore[arg-type]
 
+    # excess(0) + target is the spread at factor 1, so this is exact for a homogeneous aggregate.
     start = math.log(target) - math.log(excess(0.0) + target)
     if abs(excess(start)) <= 1e-12 * target:
         return math.exp(start)
+    # Widen in small steps on both sides, to find the root nearest to `start`.
     step = 0.02
     while step <= math.log(_REACH):
         for low, high in ((start, start + step), (start - step, start)):
@@ -106,6 +109,7 @@ def _chain(first: Normaliser, then: Normaliser, factor: float, shift: float) -> 
     """Return x ↦ factor·then(first(x)) + shift as one normaliser."""
     s, o = np.array(first.scale), np.array(first.offset)
     b, a = np.array(then.scale), np.array(then.offset)
+    # Solve factor·((x − o)/s − a)/b + shift = (x − offset)/scale; each (n_members,).
     scale = s * b / factor
     offset = o + s * a - shift * scale
     return Normaliser(tuple(offset.tolist()), tuple(scale.tolist()), first.baseline)

@@ -32,10 +32,12 @@ def replace_file(path: Path, data: bytes) -> None:
     try:
         write_file(scratch, data)
         scratch.replace(path)
+    # Ctrl-C must not leave a scratch file either.
     except BaseException:
         with suppress(OSError):
             scratch.unlink()
         raise
+    # The rename changes the folder; without this, a power cut could undo it.
     sync_folder(path.parent)
 
 
@@ -61,6 +63,7 @@ def sync_tree(folder: Path) -> None:
 
 def json_bytes(value: Any) -> bytes:
     """Return a JSON value as the bytes of a readable file."""
+    # NaN is not valid JSON, and strict parsers reject it.
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

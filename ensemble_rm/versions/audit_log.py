@@ -28,6 +28,7 @@ class AuditLog:
     def append(self, event: Mapping[str, Any]) -> None:
         """Append one line, in one call, and wait until it is on the disk."""
         line = (json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        # O_APPEND and a single write: lines of two processes do not mix.
         opened = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             if os.lseek(opened, 0, os.SEEK_END) > 0:
@@ -44,6 +45,7 @@ class AuditLog:
         """Yield the events, oldest first."""
         if not self.path.exists():
             return
+        # A line may be cut inside a character; that must not make the others unreadable.
         with self.path.open(encoding="utf-8", errors="replace") as stream:
             for line in stream:
                 try:

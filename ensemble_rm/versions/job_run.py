@@ -145,6 +145,7 @@ class Job:
             return None
         known = last.get("details", {})
         same = all(known.get(name) == value for name, value in details.items())
+        # Once the pin is removed, the same inputs may be published.
         return last if same and not known.get("pinned") else None
 
     def _log(self, line: dict[str, Any]) -> None:

@@ -144,6 +144,7 @@ class Versions:
             raise VersionError(f"no such folder: {self.folder}")
         with storage_errors(f"locking {self.folder}"):
             try:
+                # A timeout of −1 waits without limit.
                 taken = self._lock.acquire(timeout=-1 if wait else 0)
             except Timeout:
                 raise LockedError(
@@ -303,6 +304,7 @@ class Versions:
             if target is None:
                 raise VersionError(f"version {now.number} is the first; there is none before it")
             version = self.show(target)
+            # `newest` stays, so that the next version does not reuse a number.
             self._point(Pointer(version.number, pointer.newest))
             self._log("rolled back", version=version.number, before=now.number)
         return version
@@ -351,6 +353,7 @@ class Versions:
             newest = self.pointer.newest if self.versioned else 0
             leftovers = [*self.folder.glob(f".{CURRENT}.*")]
             for path in (self.folder / "versions").glob("*"):
+                # Above the newest: killed after the rename, before the pointer changed.
                 unpublished = path.name.isdigit() and int(path.name) > newest
                 if unpublished or path.name.startswith(SCRATCH):
                     leftovers.append(path)
@@ -375,9 +378,11 @@ class Versions:
         if pointer.pinned:
             raise VersionError(f"version {pointer.version} is pinned; unpin it, then publish")
         self.clean()
+        # From `newest`, not from the current version, which may be older after a rollback.
         return self.current(), pointer.newest + 1
 
     def _scratch(self) -> Path:
+        # Next to its final place: a rename is atomic only within one file system.
         scratch = self.folder / "versions" / f"{SCRATCH}{os.getpid()}-{secrets.token_hex(4)}"
         with storage_errors(f"publishing in {self.folder}"):
             scratch.mkdir(parents=True)
@@ -395,6 +400,7 @@ class Versions:
     def _finish(self, version: Version, scratch: Path) -> None:
         with storage_errors(f"publishing in {self.folder}"):
             write_file(scratch / DESCRIPTION, json_bytes(version.to_json()))
+            # Before the rename, so that a numbered folder is never incomplete after a power cut.
             sync_tree(scratch)
             target = version_folder(self.folder, version.number)
             scratch.rename(target)
@@ -442,6 +448,7 @@ def digest_members(folder: Path) -> str:
     digest.update(json.dumps([row["members"], row["normaliser"]], sort_keys=True).encode())
     for path in sorted((folder / MEMBERS).rglob("*")):
         if path.is_file():
+            # Names as well: two members whose files are exchanged are another ensemble.
             digest.update(path.relative_to(folder).as_posix().encode())
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -123,6 +123,7 @@ def migrate(database: Database) -> None:
     StorageError
         If the store's schema is newer than the library.
     """
+    # Imported here, because a store with the current schema needs no Alembic.
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
     from alembic.script import ScriptDirectory
@@ -135,6 +136,7 @@ def migrate(database: Database) -> None:
 
     engine = database.engine.execution_options(writer=True)
     with engine.connect() as connection, connection.begin():
+        # SQLite is locked by BEGIN IMMEDIATE already.
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
         with EnvironmentContext(Config(), script) as environment:
@@ -144,6 +146,7 @@ def migrate(database: Database) -> None:
                 version_table=VERSION_TABLE,
                 transactional_ddl=True,
             )
+            # Again, under the lock: another process may have migrated the store in between.
             database.require_known(environment.get_context().get_current_revision())
             environment.run_migrations()
 
@@ -180,10 +183,13 @@ def _sqlite(path: Path, *, read_only: bool) -> Engine:
     uri = f"file:{quote(str(path.absolute()))}?{mode}"
 
     def connect() -> sqlite3.Connection:
+        # No isolation level: `begin` below starts the transactions, not the driver.
         opened = sqlite3.connect(
             uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
+        # Off by default in SQLite, and set per connection.
         opened.execute("PRAGMA foreign_keys=ON")
+        # Negative: in KiB instead of pages.
         opened.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         return opened
 

@@ -44,6 +44,7 @@ def counting(where: JudgmentFilter) -> Select[Any]:
 
 def conversations(where: JudgmentFilter) -> Select[Any]:
     """Select one judgment whose prompt is a list of messages."""
+    # Bodies are JSON: a text starts with a quotation mark, a list of messages with a bracket.
     query = select(judgments.c.id).join(texts, texts.c.digest == judgments.c.prompt)
     return query.where(texts.c.body.startswith("["), *conditions(where)).limit(1)
 
@@ -55,6 +56,7 @@ def ids(where: JudgmentFilter) -> Select[Any]:
 
 def whole(where: JudgmentFilter) -> Select[Any]:
     """Select whole judgments, by time and id."""
+    # The same table three times: each distinct text is stored once.
     prompt, first, second = (texts.alias(name) for name in ("prompts", "firsts", "seconds"))
     return (
         select(
@@ -87,6 +89,7 @@ def verdicts(where: JudgmentFilter, *, by_pair: bool = False) -> Select[Any]:
 def read_verdict(row: Any) -> Verdict:
     """Return the verdict of a row of `verdicts`."""
     pair, prompt, annotator, outcome, first, second = row
+    # The outcome refers to the sides as shown; `flipped` relates it to the pair's own order.
     return Verdict(pair, prompt, annotator, outcome, first > second, first == second)
 
 
@@ -113,6 +116,7 @@ def read_judgment(row: Any, store: str) -> Judgment:
         corrects=corrects,
         **{name: getattr(row, name) for name in COLUMNS},
     )
+    # The id is a digest of the content, so it reveals a change.
     if judgment.id != row.id.hex():
         raise StorageError(
             f"{store}: judgment {row.id.hex()} was changed by hand (its content now has the id "
@@ -168,6 +172,7 @@ def read_observation(row: Any) -> Observation:
     """Return the observation of a row of `observations`."""
     id_, pair, prompt, judged_at, outcome, first, second, inclusion, subset, batch = row
     share = SHARES[outcome]
+    # The same pair may be shown in either order: votes refer to the lower digest.
     if first > second:
         share = 1.0 - share
     return Observation(id_, pair, prompt, judged_at, share, inclusion, subset, batch)

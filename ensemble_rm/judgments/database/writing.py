@@ -18,7 +18,7 @@ from ensemble_rm.judgments.database.tables import judgments, texts
 from ensemble_rm.judgments.judgment import Judgment, digest, text_body
 
 TRIES = 20
-DEADLOCKS = {"40P01", "40001"}
+DEADLOCKS = {"40P01", "40001"}  # PostgreSQL: deadlock detected, serialization failure
 CONTENT = ("outcome", "annotator", "batch", "policy", "subset", "strategy", "inclusion")
 
 
@@ -89,6 +89,7 @@ class Writer:
     def _insert_all(self, batch: Sequence[Judgment]) -> Written:
         written = Written(waiting=list(batch))
         while written.waiting:
+            # In rounds: a batch may correct judgments that it inserts itself, in any order.
             targets = {one.corrects for one in written.waiting if one.corrects is not None}
             stored: set[str | None] = {None, *existing(self._connection, targets)}
             ready, rest = _next_round(written.waiting, stored)
@@ -104,6 +105,7 @@ class Writer:
         written.added += added
         refused: list[Judgment] = []
         if added < len(distinct):
+            # Fewer rows than judgments: some were stored already, the others conflict.
             stored = existing(self._connection, distinct)
             refused = [one for one in ready if one.id not in stored]
             written.refused += zip(refused, self._reasons(refused), strict=True)
@@ -236,6 +238,7 @@ def holders(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[st
     for judgment in rows:
         by_source.setdefault(judgment.source, set()).add(judgment.external_id)
     for source, external_ids in by_source.items():
+        # In parts, because `ROWS_AT_ONCE` bounds an IN clause.
         for part in _parts(external_ids):
             query = select(judgments.c.external_id, judgments.c.id).where(
                 judgments.c.source == source, judgments.c.external_id.in_(part)

@@ -95,9 +95,11 @@ def import_judgments(
             reconciler.add(batch, result)
             progress(stage, result.verdicts, 0)
         reconciler.finish(result)
+        # `finish` reports pending corrections of earlier lines last.
         result.problems.sort(key=lambda problem: problem.line)
         return result
 
+    # A pass without writing first, so that a bad row leaves the store unchanged.
     if dry_run or not skip_bad:
         result = run("checking", Reconciler(store, str(path), correct=correct))
         if result.problems and not skip_bad:
@@ -148,6 +150,7 @@ def _rows(path: Path, reader: ImportFormat, options: ImportOptions) -> Iterator[
                     yield from reader.read_row(number, row, options)
                 except DataError as error:
                     yield Row(number, error)
+    # A truncated gzip raises EOFError, a damaged one zlib.error.
     except (EOFError, zlib.error, OSError) as error:
         raise DataError(f"{path} cannot be read to its end: {error}") from error
 

@@ -94,6 +94,7 @@ class Reconciler:
             later.append(new)
             self._lines[new.id] = entry.line
             first = new.id if old is None else old.first
+            # A later row of the same batch with this key must find this one.
             held[entry.key] = Held(first, new.id, content_of(new), new.judged_at)
             fresh[entry.key] = new
         if self._scratch is None:
@@ -108,6 +109,7 @@ class Reconciler:
         if self._scratch is None:
             self._write([], result, last=True)
             return
+        # A check writes nothing, so targets from the file itself are only in the scratch database.
         there = self._scratch.among({one.corrects or "" for one in self._pending})
         self._scratch.close()
         for one in self._pending:
@@ -130,6 +132,7 @@ class Reconciler:
             return None  # an older state of a verdict that has been corrected since
         if not self._correct:
             raise holds_another(judgment, old.first)
+        # The time makes the id unique per revision, and the same at a repeated import.
         name = f"{judgment.external_id}@{revised.isoformat()}"
         return replace(judgment, external_id=name, judged_at=revised, corrects=old.latest)
 
@@ -166,6 +169,7 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._database = sqlite3.connect("", isolation_level=None)
+        # Temporary data: nothing has to be recovered after a crash.
         self._database.execute("PRAGMA journal_mode=OFF")
         self._database.execute(
             "CREATE TABLE held (key BLOB PRIMARY KEY, first TEXT, latest TEXT, content BLOB, "
