@@ -192,7 +192,7 @@ def threshold_for_share(uncertainty: ArrayLike, share: float) -> float:
         raise NonFiniteScoreError(
             "a threshold needs finite uncertainties; some are NaN or infinite"
         )
-    # 1e-9: .1 · 30 is 3.0000000000000004 or 2.9999999999999996.
+    # 1e-9: share · n may round to just below a whole number.
     k = int(share * len(values) + 1e-9)
     if k == len(values):
         return float(values[-1])
@@ -305,7 +305,7 @@ def route(
     if judge is not None:
         # With a budget the most uncertain pairs go first.
         ranked = uncertain[np.argsort(-value[uncertain], kind="stable")]
-        # Back in the order of the pairs, which a judge's prompt cache may profit from.
+        # Back in the order of the pairs.
         rows = np.sort(ranked[: len(ranked) if budget is None else budget])
     by_judge, failures, usage = _ask(judge, pairs, rows)
     judged = np.isfinite(by_judge)

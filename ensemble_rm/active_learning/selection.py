@@ -184,7 +184,7 @@ def select_pairs(
         design = plan_draw(value, groups, **options)  # type: ignore[arg-type]
     drawn = design.draw(seed=seed)
     inclusion = design.inclusion
-    # Sides are shown in random order: annotators prefer the first.
+    # Sides in random order: annotators favour a position.
     coins = np.random.default_rng([seed, 1]).random(len(drawn)) < 0.5
     selected = [
         _selected(kept[int(i)], names[int(i)], strategy, float(inclusion[i]), swapped=bool(coin))
@@ -251,7 +251,6 @@ def _strata(pool: Preferences, names: list[str]) -> list[int]:
     first: dict[int, int] = {}
     numbers = (index_of[subset or ""] for subset in pool.subsets)
     return [
-        # A prompt's stratum must be one: its pairs are drawn together.
         first.setdefault(g, number) for g, number in zip(pool.groups.tolist(), numbers, strict=True)
     ]
 

@@ -151,7 +151,6 @@ def _scores_in(
         if scorer.options is None or scorer.options.dtype == dtype:
             return scorer
         return scorer.with_options(replace(scorer.options, dtype=dtype))
-# Same weights, other dtype: what differs is rounding alone.
 
     return replace(ensemble, scorers=tuple(map(converted, ensemble.scorers))).score(
         samples, progress=progress

@@ -113,7 +113,7 @@ def read_query(
 
 def without_stops(text: str, stop: Sequence[str]) -> str:
     """Return a text without the tokens that end turns, and white space, at its end."""
-    # Longest first: "<|end|>\n" must not be cut to "\n" by a shorter word.
+    # Longest first: a shorter stop may be the end of a longer one.
     words = sorted(filter(None, stop), key=len, reverse=True)
     end = len(text)
     while True:

@@ -94,7 +94,6 @@ def shape_rewards(rewards: ArrayLike, kl: ArrayLike, *, beta: float) -> Floats:
     """
     r, d = np.asarray(rewards, dtype=np.float64), np.asarray(kl, dtype=np.float64)
     if r.shape != d.shape:
-        # −0.0 and NaN are caught with the negatives.
         raise OptionError(f"rewards and KL must have one shape, not {r.shape} and {d.shape}")
     _check("beta", beta, beta >= 0, "≥ 0")
     return np.asarray(r - beta * d, dtype=np.float64)
