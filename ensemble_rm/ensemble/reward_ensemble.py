@@ -32,7 +32,7 @@ from ensemble_rm.ensemble.results import (
     aggregate_recorded,
     compare_scored,
 )
-from ensemble_rm.errors import OptionError, ScoringError
+from ensemble_rm.errors import OptionError, ScoringError, StorageError
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.scorer import (
     Scorer,
@@ -575,7 +575,10 @@ class RewardEnsemble:
             parts["calibration"] = located.calibration
         number = None if located.version is None else located.version.number
         members = None if located.version is None else located.version.ensemble
-        loaded = cls(**parts, origin=Origin(folder, number, members, fixed, options))
+        try:
+            loaded = cls(**parts, origin=Origin(folder, number, members, fixed, options))
+        except OptionError as error:  # the parts do not fit together
+            raise StorageError(f"{located.ensemble} is damaged: {error}") from error
         if (limit := options["max_loaded_models"]) is None:
             return loaded
         return replace(loaded, model_pool=ModelPool(limit))

@@ -22,11 +22,16 @@ from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.errors import OptionError, StorageError, VersionError
 from ensemble_rm.members.registry import member_kind
 from ensemble_rm.members.scorer import Scorer
+from ensemble_rm.saved_json import at, reading
 from ensemble_rm.uncertainty.distance import FeatureSpace
-from ensemble_rm.versions.version import EVIDENCE, FEATURES, is_versioned, read_evidence
-
-FORMAT = 1
-FILE = "ensemble.json"
+from ensemble_rm.versions.manifest import FILE, FORMAT, read_manifest
+from ensemble_rm.versions.version import (
+    EVIDENCE,
+    FEATURES,
+    is_versioned,
+    read_evidence,
+    subset_names,
+)
 
 
 def save(
@@ -121,39 +126,33 @@ def load(
     folder: Path, *, backbone: str | Path | None, device: str | None, cache_dir: Path | None
 ) -> dict[str, Any]:
     """Return the parts of an ensemble by the names of its fields."""
+    manifest = read_manifest(folder)
+    calibration, stored = None, manifest.calibration
+    # Before the members: a damaged file should not cost the loading of a model.
+    with reading(folder / FILE):
+        kinds = []
+        for i, member in enumerate(manifest.members):
+            with at("members", i, "kind"):
+                kinds.append(member_kind(member.kind))
+        if stored is not None:
+            evidence = read_evidence(folder / EVIDENCE, subset_names(stored))
+            with at("calibration"):
+                calibration = Calibration.from_json(stored, evidence=evidence)
     try:
-        manifest = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{folder} contains no ensemble: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise StorageError(
-            f"{folder} has format {manifest.get('format')!r}; this version reads format {FORMAT}"
-        )
-    try:
-        scorers = []
-        for member in manifest["members"]:
-            try:
-                kind = member_kind(member["kind"])
-            except OptionError as error:
-                raise StorageError(f"{folder}: {error}") from error
-            scorers.append(
-                kind.scorer_class().load(
-                    folder / member["folder"],
-                    backbone=backbone,
-                    device=device,
-                    cache_dir=cache_dir,
-                )
+        feature_space = _feature_space(folder / FEATURES)
+        scorers = [
+            kind.scorer_class().load(
+                folder / member.folder, backbone=backbone, device=device, cache_dir=cache_dir
             )
-        evidence, stored = None, manifest["calibration"]
-        if stored:
-            evidence = read_evidence(folder / EVIDENCE, stored.get("subset_names", ()))
-        return {
-            "scorers": tuple(scorers),
-            "normaliser": Normaliser.from_json(manifest["normaliser"]),
-            "aggregator": Aggregator.from_json(manifest["aggregator"]),
-            "calibration": stored and Calibration.from_json(stored, evidence=evidence),
-            "provenance": manifest["provenance"],
-            "feature_space": _feature_space(folder / FEATURES),
-        }
-    except (KeyError, IndexError, TypeError, OSError, SafetensorError, OptionError) as error:
+            for kind, member in zip(kinds, manifest.members, strict=True)
+        ]
+    except (LookupError, TypeError, OSError, SafetensorError, OptionError) as error:
         raise StorageError(f"{folder} is damaged: {error!r}") from error
+    return {
+        "scorers": tuple(scorers),
+        "normaliser": manifest.normaliser,
+        "aggregator": manifest.aggregator,
+        "calibration": calibration,
+        "provenance": manifest.provenance,
+        "feature_space": feature_space,
+    }

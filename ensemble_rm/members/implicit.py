@@ -31,6 +31,7 @@ from ensemble_rm.members.forward.batching import Batch, batches, pick_token_budg
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import get
 
 # Maximum bytes of a batch's float32 logits: with a large vocabulary, these are the largest tensor.
 _LOGITS = 64 * 2**20
@@ -202,8 +203,14 @@ class ImplicitScorer(ModelScorer):
         folder: Path,  # noqa: ARG003 - no weights of its own
         saved: Mapping[str, Any],
     ) -> dict[str, Any]:
-        reference = bb.locate_same(saved["reference"], saved["reference_digest"])
-        return {"reference": reference, "beta": float(saved["beta"]), "name": saved["name"]}
+        reference = bb.locate_same(
+            get(saved, "reference", str), get(saved, "reference_digest", str)
+        )
+        return {
+            "reference": reference,
+            "beta": get(saved, "beta", float),
+            "name": get(saved, "name", str),
+        }
 
     @classmethod
     def _model_name(
@@ -212,7 +219,7 @@ class ImplicitScorer(ModelScorer):
         saved: Mapping[str, Any],
         backbone: str | Path | None,  # noqa: ARG003 - names the backbone of other members
     ) -> str | Path:
-        return str(saved["backbone"])
+        return get(saved, "backbone", str)
 
 
 def token_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.scorer import MemberScores, Scorer
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import as_object, at, get, read_json, reading
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -174,16 +175,19 @@ class ModelScorer(Scorer):
         StorageError
             If the folder is incomplete.
         """
+        path = folder / "member.json"
         try:
-            saved = json.loads((folder / "member.json").read_text())
-            options = replace(TrunkOptions(**saved["options"]), device=device)
-            parts = cls._read(folder, saved)
-            name, digest = cls._model_name(folder, saved, backbone), saved["digest"]
-        except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
-            raise StorageError(
-                f"{folder} contains no saved {cls.kind} member: {error!r}"
-            ) from error
-        return cls(bb.locate_same(name, digest, cache_dir=cache_dir), options, **parts)
+            with reading(path):
+                saved = as_object(read_json(path))
+                options = get(saved, "options", TrunkOptions)
+                digest = get(saved, "digest", str)
+                with at():
+                    parts = cls._read(folder, saved)
+                    name = cls._model_name(folder, saved, backbone)
+        except (OSError, SafetensorError, StorageError) as error:
+            raise StorageError(f"{folder} contains no saved {cls.kind} member: {error}") from error
+        located = bb.locate_same(name, digest, cache_dir=cache_dir)
+        return cls(located, replace(options, device=device), **parts)
 
     @classmethod
     @abstractmethod
@@ -198,4 +202,4 @@ class ModelScorer(Scorer):
         backbone: str | Path | None,
     ) -> str | Path:
         """Return the model's folder or Hub id."""
-        return backbone or str(saved["backbone"])
+        return backbone or get(saved, "backbone", str)

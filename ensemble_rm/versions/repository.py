@@ -22,10 +22,9 @@ from filelock import FileLock, Timeout
 from safetensors.numpy import save
 
 from ensemble_rm.calibration.calibration import Calibration
-from ensemble_rm.errors import LockedError, StorageError, VersionError
+from ensemble_rm.errors import LockedError, VersionError
 from ensemble_rm.versions.atomic_files import (
     json_bytes,
-    read_json,
     replace_file,
     storage_errors,
     sync_folder,
@@ -33,6 +32,7 @@ from ensemble_rm.versions.atomic_files import (
     write_file,
 )
 from ensemble_rm.versions.audit_log import AuditLog
+from ensemble_rm.versions.manifest import FILE as ENSEMBLE_FILE, Manifest, read_manifest
 from ensemble_rm.versions.version import (
     CURRENT,
     DESCRIPTION,
@@ -50,7 +50,6 @@ from ensemble_rm.versions.version import (
 
 LOCK = ".lock"
 SCRATCH = ".new-"
-ENSEMBLE_FILE = "ensemble.json"
 MEMBERS = "members"
 
 
@@ -297,16 +296,19 @@ class Versions:
             If no earlier version exists, or the current one is pinned.
         """
         with self.lock():
-            pointer, now = self.pointer, self.current()
+            pointer = self.pointer
             if pointer.pinned:
-                raise VersionError(f"version {now.number} is pinned; unpin it first")
-            target = now.parent if to is None else to
+                raise VersionError(f"version {pointer.version} is pinned; unpin it first")
+            # With a number, a current version that cannot be read is no obstacle.
+            target = self.current().parent if to is None else to
             if target is None:
-                raise VersionError(f"version {now.number} is the first; there is none before it")
+                raise VersionError(
+                    f"version {pointer.version} is the first; there is none before it"
+                )
             version = self.show(target)
             # `newest` stays, so that the next version does not reuse a number.
             self._point(Pointer(version.number, pointer.newest))
-            self._log("rolled back", version=version.number, before=now.number)
+            self._log("rolled back", version=version.number, before=pointer.version)
         return version
 
     def pin(self, number: int | None = None) -> Version:
@@ -420,7 +422,7 @@ class Versions:
 # Plain ensembles ------------------------------------------------------------------------------
 
 
-def describe_ensemble(folder: Path) -> dict[str, Any]:
+def describe_ensemble(folder: Path) -> Manifest:
     """Read an ensemble's ``ensemble.json``.
 
     Raises
@@ -432,10 +434,7 @@ def describe_ensemble(folder: Path) -> dict[str, Any]:
     """
     if not (folder / ENSEMBLE_FILE).exists():
         raise VersionError(f"{folder} contains neither versions nor an ensemble")
-    row = read_json(folder / ENSEMBLE_FILE)
-    if not isinstance(row, dict) or not {"members", "normaliser", "aggregator"} <= set(row):
-        raise StorageError(f"{folder / ENSEMBLE_FILE} is damaged: members are missing in it")
-    return row
+    return read_manifest(folder)
 
 
 def digest_members(folder: Path) -> str:
@@ -443,7 +442,7 @@ def digest_members(folder: Path) -> str:
 
     It does not depend on the device: scores of a CPU and of a GPU count as equal.
     """
-    row = describe_ensemble(folder)
+    row = describe_ensemble(folder).row
     digest = hashlib.sha256()
     digest.update(json.dumps([row["members"], row["normaliser"]], sort_keys=True).encode())
     for path in sorted((folder / MEMBERS).rglob("*")):
@@ -459,7 +458,7 @@ def ensemble_version(
     folder: Path, *, number: int, parent: int | None, created_at: str, run: str, **provenance: Any
 ) -> Version:
     """Describe an ensemble's folder as a version."""
-    row = describe_ensemble(folder)
+    manifest = describe_ensemble(folder)
     return Version(
         number,
         "ensemble",
@@ -467,9 +466,9 @@ def ensemble_version(
         parent,
         created_at,
         digest_members(folder),
-        row.get("calibration"),
+        manifest.calibration,
         run,
-        {"training": row.get("provenance", {})} | provenance,
+        {"training": manifest.provenance} | provenance,
         library_versions(),
     )
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version as installed_version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -28,8 +29,14 @@ from safetensors.numpy import load_file
 
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.errors import EnsembleRMError, OptionError, StorageError, VersionError
-from ensemble_rm.versions.atomic_files import read_json
+from ensemble_rm.errors import (
+    EnsembleRMError,
+    OptionError,
+    SchemaError,
+    StorageError,
+    VersionError,
+)
+from ensemble_rm.saved_json import as_object, at, convert, from_row, read_json, reading
 
 CURRENT = "current.json"
 DESCRIPTION = "version.json"
@@ -82,11 +89,30 @@ class Version:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        try:
+            datetime.fromisoformat(self.created_at)
+        except ValueError:
+            raise OptionError(
+                f"created_at must be a time in ISO 8601, not {self.created_at!r}"
+            ) from None
+        if not 1 <= self.ensemble <= self.number:
+            raise OptionError(f"version {self.number} cannot belong to ensemble {self.ensemble}")
+        if self.kind == "ensemble" and self.ensemble != self.number:
+            raise OptionError(
+                f"version {self.number} has members, so it cannot belong to {self.ensemble}"
+            )
+        if self.kind == "calibration" and self.calibration is None:
+            raise OptionError(f"version {self.number} is a calibration and has none")
+        if self.parent is not None and not 1 <= self.parent < self.number:
+            raise OptionError(f"version {self.number} cannot have the parent {self.parent}")
+
     def read_calibration(self, *, evidence: ScoredPairs | None = None) -> Calibration | None:
         """Return the calibration, if there is one."""
         if self.calibration is None:
             return None
-        return Calibration.from_json(self.calibration, evidence=evidence)
+        with at("calibration"):
+            return Calibration.from_json(self.calibration, evidence=evidence)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that `from_json` reads."""
@@ -99,19 +125,18 @@ class Version:
         Raises
         ------
         StorageError
-            If its format is unknown, or it is damaged.
+            If its format is unknown.
+        SchemaError
+            If a value does not belong there.
         """
-        try:
-            values = dict(row)
-            written = values.pop("format")
-            if written != FORMAT:
-                raise StorageError(
-                    f"a version of format {written!r}; this library reads {FORMAT}: install the "
-                    "ensemble-rm that wrote it, or a newer one"
-                )
-            return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"a version's description is damaged: {error!r}") from error
+        values = as_object(row)
+        written = values.pop("format", None)
+        if written != FORMAT:
+            raise StorageError(
+                f"a version of format {written!r:.80}; this library reads {FORMAT}: install the "
+                "ensemble-rm that wrote it, or a newer one"
+            )
+        return from_row(cls, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +157,14 @@ class Pointer:
     newest: int
     pinned: bool = False
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.version <= self.newest:
+            raise OptionError(f"version {self.version} cannot be current of {self.newest}")
+
     @classmethod
     def from_json(cls, row: Any) -> Pointer:
-        """Read it; `StorageError` if it is damaged."""
-        try:
-            return cls(int(row["version"]), int(row["newest"]), bool(row["pinned"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"the current version's number is damaged: {error!r}") from None
+        """Read it; `SchemaError` if a value does not belong there."""
+        return from_row(cls, row)
 
 
 def library_versions() -> dict[str, str]:
@@ -174,7 +200,8 @@ def read_pointer(folder: Path) -> Pointer:
         raise VersionError(
             f"{folder} contains no versions; the first `ensemble-rm recalibrate` creates them"
         )
-    return Pointer.from_json(read_json(folder / CURRENT))
+    with reading(folder / CURRENT):
+        return Pointer.from_json(read_json(folder / CURRENT))
 
 
 def version_folder(folder: Path, number: int) -> Path:
@@ -196,10 +223,16 @@ def read_version(folder: Path, number: int | None = None) -> Version:
     chosen = pointer.version if number is None else number
     if not 1 <= chosen <= pointer.newest:
         raise VersionError(f"{folder} has versions 1 to {pointer.newest}, but not {chosen}")
+    path = version_folder(folder, chosen) / DESCRIPTION
     try:
-        return Version.from_json(read_json(version_folder(folder, chosen) / DESCRIPTION))
+        with reading(path):
+            version = Version.from_json(read_json(path))
+            if version.number != chosen:
+                raise SchemaError(f"must be {chosen}, not {version.number}", field="number")
+            version.read_calibration()  # its values belong to the file
     except StorageError as error:
         raise StorageError(f"version {chosen} of {folder}: {error}") from error
+    return version
 
 
 @dataclass(frozen=True)
@@ -242,13 +275,22 @@ def locate(folder: Path, number: int | None = None) -> Located:
 
 def read_calibration(folder: Path, version: Version) -> Calibration:
     """Return the calibration of a version of that kind, with its stored scores, if any."""
-    try:
-        row: Any = version.calibration
-        names = row.get("subset_names", ())
-        evidence = read_evidence(version_folder(folder, version.number) / EVIDENCE, names)
-        return Calibration.from_json(row, evidence=evidence)
-    except (KeyError, TypeError, AttributeError, OptionError, StorageError) as error:
-        raise StorageError(f"version {version.number} of {folder} is damaged: {error!r}") from error
+    own = version_folder(folder, version.number)
+    with reading(own / DESCRIPTION):
+        names = subset_names(version.calibration)
+        calibration = version.read_calibration(evidence=read_evidence(own / EVIDENCE, names))
+        if calibration is None:
+            raise SchemaError("missing", field="calibration")
+        return calibration
+
+
+def subset_names(calibration: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return the names of a stored calibration's subsets, which its evidence refers to."""
+    with at("calibration", "subset_names"):
+        names: tuple[str, ...] = convert(
+            tuple[str, ...], (calibration or {}).get("subset_names", [])
+        )
+    return names
 
 
 def read_evidence(path: Path, names: Any) -> ScoredPairs | None:
@@ -263,5 +305,5 @@ def read_evidence(path: Path, names: Any) -> ScoredPairs | None:
         return None
     try:
         return ScoredPairs.from_arrays(load_file(path), names)
-    except (OSError, SafetensorError, EnsembleRMError, TypeError, IndexError) as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
+    except (OSError, SafetensorError, EnsembleRMError, TypeError, LookupError) as error:
+        raise StorageError(f"{path} cannot be read: {error!r}") from error

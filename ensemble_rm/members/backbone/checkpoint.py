@@ -8,9 +8,9 @@ know samples or heads.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from ensemble_rm.errors import MissingExtraError, ModelError, OptionError
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.saved_json import as_object, get, read_json, reading
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -97,6 +98,8 @@ def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backb
         If there is no such folder or Hub model, or the folder contains no model.
     """
     folder = Path(name).expanduser()
+    if "\0" in str(name):
+        raise ModelError(f"no folder or Hub model is named {str(name)!r}")
     if folder.is_dir():
         gguf = sorted(folder.glob("*.gguf"))
         if gguf and not (folder / "config.json").exists():
@@ -310,8 +313,10 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
 
 
 def _outputs(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text())
-    if "num_labels" in config:
-        return int(config["num_labels"])
-    labels = config.get("id2label")
+    path = folder / "config.json"
+    with reading(path):
+        config = as_object(read_json(path))
+        if "num_labels" in config:
+            return int(get(config, "num_labels", int))
+        labels = get(config, "id2label", Mapping[str, Any] | None, None)
     return len(labels) if labels else 2  # the default of transformers

@@ -37,6 +37,7 @@ from ensemble_rm.members.learning.averaging import (
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import get
 
 ClassifierPooling: TypeAlias = Literal["published", "attended"]
 """Transformers' own rule, or the last attended token."""
@@ -292,10 +293,11 @@ class FullScorer(ModelScorer):
         saved: Mapping[str, Any],
     ) -> dict[str, Any]:
         return {
-            "name": saved["name"],
-            "pooling": saved["pooling"],
-            "own": bool(saved["own"]),
-            "start": saved.get("start"),  # not in ensembles that were saved before it was kept
+            "name": get(saved, "name", str),
+            "pooling": get(saved, "pooling", ClassifierPooling),
+            "own": get(saved, "own", bool),
+            # Not in ensembles that were saved before it was kept.
+            "start": get(saved, "start", str | None, None),
         }
 
     @classmethod
@@ -305,7 +307,7 @@ class FullScorer(ModelScorer):
         saved: Mapping[str, Any],
         backbone: str | Path | None,  # noqa: ARG003 - others have one, this is its own
     ) -> str | Path:
-        return folder / "model" if saved["own"] else str(saved["backbone"])
+        return folder / "model" if get(saved, "own", bool) else get(saved, "backbone", str)
 
     @classmethod
     def average(cls, scorers: Sequence[Self], folder: Path | None) -> Self:

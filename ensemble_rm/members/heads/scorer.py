@@ -26,6 +26,7 @@ from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.model_scorer import ModelScorer
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import get
 
 Floats = NDArray[np.float64]
 
@@ -161,8 +162,9 @@ class HeadScorer(ModelScorer):
 
     @classmethod
     def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
-        views = [View.parse(view) for view in saved["views"]]
-        return {"views": views, "weights": HeadWeights.load(folder), "names": saved["names"]}
+        views = [View.parse(view) for view in get(saved, "views", tuple[str, ...])]
+        names = get(saved, "names", tuple[str, ...])
+        return {"views": views, "weights": HeadWeights.load(folder), "names": names}
 
 
 def parts_of(read: NDArray[np.float32], views: Sequence[View]) -> NDArray[np.float32]:

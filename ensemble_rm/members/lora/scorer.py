@@ -21,6 +21,7 @@ from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.lora.adapters import merge_adapter, require_peft, with_adapter
 from ensemble_rm.members.lora.recipe import LoraOptions
+from ensemble_rm.saved_json import get
 
 
 class LoraScorer(Branched):
@@ -91,5 +92,5 @@ class LoraScorer(Branched):
         stored = load_file(folder / cls.file)
         start = f"{SHARED}."
         shared = {k.removeprefix(start): v for k, v in stored.items() if k.startswith(start)}
-        own = {"lora": LoraOptions(**saved["lora"]), "shared": shared or None}
+        own = {"lora": get(saved, "lora", LoraOptions), "shared": shared or None}
         return super()._read(folder, saved) | own

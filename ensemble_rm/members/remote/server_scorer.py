@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from ensemble_rm.errors import RemoteAnswerError, RemoteFailureWarning, StorageError
 from ensemble_rm.members.scorer import MemberScores, Scorer
+from ensemble_rm.saved_json import as_object, at, read_json, reading
 
 _FILE = "member.json"
 
@@ -64,12 +65,12 @@ class ServerScorer(Scorer):
         StorageError
             If the folder is incomplete.
         """
+        path = folder / _FILE
         try:
-            return cls._of(json.loads((folder / _FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(
-                f"{folder} contains no saved {cls.kind} member: {error!r}"
-            ) from error
+            with reading(path), at():
+                return cls._of(as_object(read_json(path)))
+        except StorageError as error:
+            raise StorageError(f"{folder} contains no saved {cls.kind} member: {error}") from error
 
     def _warn_of_failures(self, result: MemberScores, *, what: str, unreadable: str) -> None:
         """Warn of samples without a score: their number, and the kind of the first error.
