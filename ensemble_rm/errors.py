@@ -249,6 +249,14 @@ class SchemaError(StorageError):
         self.problem, self.field, self.file = problem, field, file
 
 
+class DigestMismatchError(StorageError, ModelError):
+    """A file is not the one that was saved: its digest differs."""
+
+
+class UnverifiedWarning(UserWarning):
+    """A saved ensemble has no digests of its files, so that changes to them go unnoticed."""
+
+
 class LockedError(StorageError):
     """Another process is working on the folder."""
 

@@ -20,14 +20,17 @@ from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.errors import OptionError, StorageError, VersionError
+from ensemble_rm.file_digests import FileCheck, Verify, digests_json, files_below, seal
 from ensemble_rm.members.registry import member_kind
 from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.saved_json import at, reading
 from ensemble_rm.uncertainty.distance import FeatureSpace
-from ensemble_rm.versions.manifest import FILE, FORMAT, read_manifest
+from ensemble_rm.versions.integrity import check_ensemble
+from ensemble_rm.versions.manifest import FILE, FORMAT
 from ensemble_rm.versions.version import (
     EVIDENCE,
     FEATURES,
+    Version,
     is_versioned,
     read_evidence,
     subset_names,
@@ -64,8 +67,9 @@ def save(
             "aggregator": aggregator.to_json(),
             "calibration": None if calibration is None else _calibration_json(calibration),
             "provenance": provenance,
+            "files": digests_json(FileCheck().digests(scratch, files_below(scratch))),
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
         (scratch / FILE).write_text(text + "\n", encoding="utf-8")
         scratch.chmod(0o755)
         _swap(scratch, folder)
@@ -123,10 +127,39 @@ def _swap(new: Path, folder: Path) -> None:
 
 
 def load(
-    folder: Path, *, backbone: str | Path | None, device: str | None, cache_dir: Path | None
+    folder: Path,
+    *,
+    backbone: str | Path | None,
+    device: str | None,
+    cache_dir: Path | None,
+    verify: Verify = "full",
+    version: Version | None = None,
 ) -> dict[str, Any]:
-    """Return the parts of an ensemble by the names of its fields."""
-    manifest = read_manifest(folder)
+    """Return the parts of an ensemble by the names of its fields.
+
+    Parameters
+    ----------
+    folder : Path
+        Of ``ensemble.json``.
+    backbone : str or Path, optional
+        Where the backbone is now.
+    device : str, optional
+    cache_dir : Path, optional
+        For converted GGUF weights.
+    verify : {"full", "stat"}
+        How the files are compared with their digests.
+    version : Version, optional
+        Whose members these are.
+
+    Raises
+    ------
+    DigestMismatchError
+        If a file is not the one that was saved.
+    StorageError
+        If there is no ensemble, or a damaged one.
+    """
+    check = FileCheck(verify)
+    manifest = check_ensemble(folder, version, check)
     calibration, stored = None, manifest.calibration
     # Before the members: a damaged file should not cost the loading of a model.
     with reading(folder / FILE):
@@ -142,7 +175,11 @@ def load(
         feature_space = _feature_space(folder / FEATURES)
         scorers = [
             kind.scorer_class().load(
-                folder / member.folder, backbone=backbone, device=device, cache_dir=cache_dir
+                folder / member.folder,
+                backbone=backbone,
+                device=device,
+                cache_dir=cache_dir,
+                check=check,
             )
             for kind, member in zip(kinds, manifest.members, strict=True)
         ]

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import ModelError, StorageError
+from ensemble_rm.errors import DigestMismatchError, ModelError, StorageError
+from ensemble_rm.file_digests import FileCheck, FileDigest, digests_json
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.options import TrunkOptions
@@ -116,7 +117,11 @@ class ModelScorer(Scorer):
     def save(self, folder: Path) -> None:
         """Write ``member.json`` and the members' own weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        saved = self.describe() | self._write(folder)
+        files = {
+            "files": digests_json(self.backbone.files),
+            "revision": self.backbone.revision,
+        }
+        saved = self.describe() | files | self._write(folder)
         (folder / "member.json").write_text(json.dumps(saved, indent=1) + "\n")
 
     @abstractmethod
@@ -152,6 +157,7 @@ class ModelScorer(Scorer):
         backbone: str | Path | None = None,
         device: str | None = None,
         cache_dir: Path | None = DEFAULT_CACHE,
+        check: FileCheck | None = None,
     ) -> Self:
         """Read what `save` wrote.
 
@@ -165,11 +171,13 @@ class ModelScorer(Scorer):
             Device of the model (default: the best available).
         cache_dir : Path, optional
             Folder for converted GGUF weights.
+        check : FileCheck, optional
+            How the backbone's files are compared with their digests (default: all are hashed).
 
         Raises
         ------
-        ModelError
-            If the backbone's weights differ from those at saving.
+        DigestMismatchError
+            If the backbone's files differ from those at saving.
         MissingExtraError
             If a package that the kind needs is not installed.
         StorageError
@@ -181,17 +189,24 @@ class ModelScorer(Scorer):
                 saved = as_object(read_json(path))
                 options = get(saved, "options", TrunkOptions)
                 digest = get(saved, "digest", str)
+                # Not in ensembles that were saved before they were recorded.
+                files = get(saved, "files", Mapping[str, FileDigest] | None, None)
+                revision = get(saved, "revision", str | None, None)
                 with at():
-                    parts = cls._read(folder, saved)
+                    parts = cls._read(folder, saved, check or FileCheck())
                     name = cls._model_name(folder, saved, backbone)
+        except DigestMismatchError:
+            raise
         except (OSError, SafetensorError, StorageError) as error:
             raise StorageError(f"{folder} contains no saved {cls.kind} member: {error}") from error
-        located = bb.locate_same(name, digest, cache_dir=cache_dir)
+        located = bb.locate_same(
+            name, digest, files=files, revision=revision, check=check, cache_dir=cache_dir
+        )
         return cls(located, replace(options, device=device), **parts)
 
     @classmethod
     @abstractmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(cls, folder: Path, saved: Mapping[str, Any], check: FileCheck) -> dict[str, Any]:
         """Return the `_parts` of a saved member."""
 
     @classmethod

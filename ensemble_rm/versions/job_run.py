@@ -110,7 +110,7 @@ class Job:
         with nullcontext() if dry_run else self.versions.lock(wait=self.options.wait):
             try:
                 if not dry_run:
-                    self.versions.adopt()
+                    self.versions.adopt(progress=self.progress)
                     self.versions.clean()
                     self.repair_log()
                 yield

@@ -13,6 +13,7 @@ from typing import Any
 from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.errors import OptionError, SchemaError, StorageError
+from ensemble_rm.file_digests import FileDigest, FileDigests, unseal
 from ensemble_rm.saved_json import as_object, at, from_row, read_json, reading
 
 FILE = "ensemble.json"
@@ -59,6 +60,8 @@ class Manifest:
         As `Calibration.to_json` wrote it, with the names of the evidence's subsets.
     provenance : mapping
         JSON values, as training recorded them.
+    files : mapping of str to FileDigest, optional
+        Digests of all other files in the folder; None in files of older versions.
     row : mapping
         The same as JSON, for digests.
     """
@@ -68,6 +71,7 @@ class Manifest:
     aggregator: Aggregator
     calibration: Mapping[str, Any] | None
     provenance: dict[str, Any]
+    files: FileDigests | None
     row: Mapping[str, Any] = field(repr=False)
 
 
@@ -79,6 +83,7 @@ class _ManifestRow:
     aggregator: Mapping[str, Any]
     calibration: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileDigest] | None = None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -88,6 +93,8 @@ def read_manifest(folder: Path) -> Manifest:
     ------
     StorageError
         If the folder contains no ensemble, or one of another format.
+    DigestMismatchError
+        If the file changed after it was saved.
     SchemaError
         If a value in the file does not belong there.
     """
@@ -95,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         raise StorageError(f"{folder} contains no ensemble: there is no {FILE}")
     with reading(path):
-        row = as_object(read_json(path))
+        row, _ = unseal(as_object(read_json(path)), path)
         if row.get("format") != FORMAT:
             raise StorageError(
                 f"{path} has format {row.get('format')!r:.80}; this version reads format {FORMAT}"
@@ -111,5 +118,6 @@ def read_manifest(folder: Path) -> Manifest:
         aggregator,
         saved.calibration,
         dict(saved.provenance),
+        saved.files,
         row,
     )

@@ -30,12 +30,14 @@ from safetensors.numpy import load_file
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.errors import (
+    DigestMismatchError,
     EnsembleRMError,
     OptionError,
     SchemaError,
     StorageError,
     VersionError,
 )
+from ensemble_rm.file_digests import SEAL, FileCheck, FileDigest, seal, unseal
 from ensemble_rm.saved_json import as_object, at, convert, from_row, read_json, reading
 
 CURRENT = "current.json"
@@ -76,6 +78,9 @@ class Version:
         Judgments (digest, dates, counts), options, the gate's verdict, metrics before and after.
     libraries : dict
         Versions of the libraries that computed it.
+    files : mapping of str to FileDigest, optional
+        Digests of the files in its folder; None in versions that were published before they were
+        recorded.
     """
 
     number: int
@@ -88,6 +93,7 @@ class Version:
     run: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, FileDigest] | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -116,7 +122,7 @@ class Version:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that `from_json` reads."""
-        return {"format": FORMAT} | asdict(self)
+        return seal({"format": FORMAT} | asdict(self))
 
     @classmethod
     def from_json(cls, row: Any) -> Version:
@@ -130,7 +136,10 @@ class Version:
             If a value does not belong there.
         """
         values = as_object(row)
-        written = values.pop("format", None)
+        values.pop(SEAL, None)  # `read_version` has compared it
+        if "format" not in values:
+            raise SchemaError("missing", field="format")
+        written = values.pop("format")
         if written != FORMAT:
             raise StorageError(
                 f"a version of format {written!r:.80}; this library reads {FORMAT}: install the "
@@ -226,10 +235,13 @@ def read_version(folder: Path, number: int | None = None) -> Version:
     path = version_folder(folder, chosen) / DESCRIPTION
     try:
         with reading(path):
-            version = Version.from_json(read_json(path))
+            row, _ = unseal(as_object(read_json(path)), path)
+            version = Version.from_json(row)
             if version.number != chosen:
                 raise SchemaError(f"must be {chosen}, not {version.number}", field="number")
             version.read_calibration()  # its values belong to the file
+    except DigestMismatchError:
+        raise
     except StorageError as error:
         raise StorageError(f"version {chosen} of {folder}: {error}") from error
     return version
@@ -245,12 +257,15 @@ class Located:
         Folder of the members, normaliser and aggregator.
     version : Version, optional
         None for a plain ensemble.
+    members : Version, optional
+        The version whose folder the members are in.
     calibration : Calibration, optional
         The version's own, if it is not the one stored with the members.
     """
 
     ensemble: Path
     version: Version | None
+    members: Version | None
     calibration: Calibration | None
 
 
@@ -265,17 +280,26 @@ def locate(folder: Path, number: int | None = None) -> Located:
         If the version is damaged.
     """
     if number is None and not is_versioned(folder):
-        return Located(folder, None, None)
+        return Located(folder, None, None, None)
     version = read_version(folder, number)
     ensemble = version_folder(folder, version.ensemble) / ENSEMBLE
     if version.kind == "ensemble":
-        return Located(ensemble, version, None)
-    return Located(ensemble, version, read_calibration(folder, version))
+        return Located(ensemble, version, version, None)
+    members = read_version(folder, version.ensemble)
+    if members.members != version.members:
+        raise DigestMismatchError(
+            f"version {version.number} of {folder} was published for members of digest "
+            f"{version.members[:12]}…, but version {members.number} has {members.members[:12]}…. "
+            "Restore the versions from a backup"
+        )
+    return Located(ensemble, version, members, read_calibration(folder, version))
 
 
 def read_calibration(folder: Path, version: Version) -> Calibration:
     """Return the calibration of a version of that kind, with its stored scores, if any."""
     own = version_folder(folder, version.number)
+    if version.files is not None:
+        FileCheck().compare(own, version.files, what=f"version {version.number}")
     with reading(own / DESCRIPTION):
         names = subset_names(version.calibration)
         calibration = version.read_calibration(evidence=read_evidence(own / EVIDENCE, names))

@@ -35,9 +35,8 @@ def json_values() -> st.SearchStrategy[Any]:
 def nodes(value: Any, path: Path = ()) -> Iterator[Path]:
     """Yield the path of every value in a JSON value, the value itself first."""
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value)
     if isinstance(value, dict | list):
-        for name, item in items:
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from nodes(item, (*path, name))
 
 

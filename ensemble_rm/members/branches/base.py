@@ -20,6 +20,7 @@ from torch.nn import ModuleList
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.file_digests import FileCheck
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.backbone.trunk import Trunk, View
@@ -175,7 +176,12 @@ class Branched(ModelScorer):
         return {}
 
     @classmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(
+        cls,
+        folder: Path,
+        saved: Mapping[str, Any],
+        check: FileCheck,  # noqa: ARG003 - no other model
+    ) -> dict[str, Any]:
         views = [View.parse(view) for view in get(saved, "views", tuple[str, ...])]
         tensors: list[Tensors] = [{} for _ in views]
         for name, tensor in load_file(folder / cls.file).items():

@@ -20,6 +20,7 @@ import torch
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import ModelError, OptionError
+from ensemble_rm.file_digests import FileCheck
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.options import TrunkOptions
@@ -192,6 +193,7 @@ class FullScorer(ModelScorer):
                     max_length=self.options.max_length,
                 )
             if self._model is None:
+                bb.require_unchanged(self.backbone)
                 model = bb.load_classifier(self.backbone.folder, dtype=self.options.dtype)
                 set_pad_token(model, self._encoder.tokenizer)
                 if self.device.type == "cpu":
@@ -283,6 +285,8 @@ class FullScorer(ModelScorer):
     def _write(self, folder: Path) -> dict[str, Any]:
         if not self.own:
             return {}
+        # Else a file that was changed after loading would be saved with a digest of its own.
+        bb.require_unchanged(self.backbone)
         shutil.copytree(self.backbone.folder, folder / "model")
         return {"backbone": "model"}
 
@@ -291,6 +295,7 @@ class FullScorer(ModelScorer):
         cls,
         folder: Path,  # noqa: ARG003 - the weights are the model's
         saved: Mapping[str, Any],
+        check: FileCheck,  # noqa: ARG003
     ) -> dict[str, Any]:
         return {
             "name": get(saved, "name", str),
@@ -341,7 +346,11 @@ class FullScorer(ModelScorer):
         shutil.copytree(sources[0], folder, ignore=shutil.ignore_patterns("*.safetensors"))
         for file in files[0]:
             average_files([source / file for source in sources], folder / file)
-        model = bb.Backbone(str(folder), folder, bb.weights_digest(folder))
         return cls(
-            model, first.options, name=NAME, pooling=first.pooling, own=True, start=first.start
+            bb.open_folder(folder),
+            first.options,
+            name=NAME,
+            pooling=first.pooling,
+            own=True,
+            start=first.start,
         )

@@ -202,7 +202,7 @@ def train_full(job: Job[FullRecipe]) -> Trained:
             _train_one(job, i, own, sets, tokenizer)
         record = as_object(read_json(own / _DONE))
         records.append(record)
-        model = bb.Backbone(str(own / _MODEL), own / _MODEL, bb.weights_digest(own / _MODEL))
+        model = bb.open_folder(own / _MODEL)
         scorers.append(
             FullScorer(
                 model,

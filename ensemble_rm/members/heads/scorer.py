@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import OptionError
+from ensemble_rm.file_digests import FileCheck
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.backbone.options import TrunkOptions
@@ -161,7 +162,12 @@ class HeadScorer(ModelScorer):
         return {}
 
     @classmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(
+        cls,
+        folder: Path,
+        saved: Mapping[str, Any],
+        check: FileCheck,  # noqa: ARG003 - no other model
+    ) -> dict[str, Any]:
         views = [View.parse(view) for view in get(saved, "views", tuple[str, ...])]
         names = get(saved, "names", tuple[str, ...])
         return {"views": views, "weights": HeadWeights.load(folder), "names": names}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ensemble_rm.errors import RemoteAnswerError, RemoteFailureWarning, StorageError
+from ensemble_rm.file_digests import FileCheck
 from ensemble_rm.members.scorer import MemberScores, Scorer
 from ensemble_rm.saved_json import as_object, at, read_json, reading
 
@@ -57,6 +58,7 @@ class ServerScorer(Scorer):
         backbone: str | Path | None = None,  # noqa: ARG003 - no model in this process
         device: str | None = None,  # noqa: ARG003
         cache_dir: Path | None = None,  # noqa: ARG003
+        check: FileCheck | None = None,  # noqa: ARG003
     ) -> Self:
         """Read what `save` wrote; the member has no token, see `with_token`.
 
