@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class EnsembleRMError(Exception):
@@ -224,6 +225,36 @@ class NotReadyError(RequestError):
 
 class StorageError(EnsembleRMError):
     """A saved directory or a cache cannot be read or written."""
+
+
+class SchemaError(StorageError):
+    """A saved JSON file has a value that does not belong there.
+
+    Attributes
+    ----------
+    problem : str
+        What is wrong with the value.
+    field : str
+        Where it is in the file, such as ``calibration.fit.temperature``; empty for all of it.
+    file : Path, optional
+        The file, where it is known.
+    """
+
+    def __init__(
+        self, problem: str, *, field: str = "", file: Path | None = None, remedy: str = ""
+    ) -> None:
+        place = ": ".join(str(part) for part in (file, field) if part)
+        message = f"{place}: {problem}" if place else problem
+        super().__init__(f"{message}; {remedy}" if remedy else message)
+        self.problem, self.field, self.file = problem, field, file
+
+
+class DigestMismatchError(StorageError, ModelError):
+    """A file is not the one that was saved: its digest differs."""
+
+
+class UnverifiedWarning(UserWarning):
+    """A saved ensemble has no digests of its files, so that changes to them go unnoticed."""
 
 
 class LockedError(StorageError):

@@ -18,6 +18,7 @@ FLOORS = {
     for floor, rooms in enumerate(
         (
             ("errors", "arrays", "field_help", "progress", "sqlite", "plotting", "text_table"),
+            ("saved_json", "file_digests"),
             ("data",),
             ("aggregation",),
             ("metrics",),

@@ -321,7 +321,7 @@ def _scalar(kind: Any, value: Any) -> Any:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{text!r} is not JSON ({error})") from None
 
 
@@ -407,7 +407,7 @@ def read_config(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--config {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise OptionError(f"--config {path} is not valid YAML or JSON: {error}") from None
     if not isinstance(values, dict):
         raise OptionError(f"--config {path} must hold a mapping of settings")

@@ -237,8 +237,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 # utf-8-sig: files from Windows begin with a byte order mark.
                 yield number, json.loads(raw.decode("utf-8-sig"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                # Yielded, not raised, so that the reader goes on with the next line.
+            except (ValueError, RecursionError) as error:
                 yield number, DataError(f"not JSON: {error}")
 
 

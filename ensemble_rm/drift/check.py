@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.drift.options import DriftCheckOptions
@@ -37,6 +36,7 @@ from ensemble_rm.evidence.window import Window, choose, read_window
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import reading
 from ensemble_rm.versions.atomic_files import storage_errors
 from ensemble_rm.versions.audit_log import AuditLog
 from ensemble_rm.versions.repository import Versions, describe_ensemble, now_utc
@@ -103,7 +103,8 @@ def past_checks(folder: str | Path) -> list[DriftReport]:
         Oldest first; without those of dry runs.
     """
     log = AuditLog(Path(folder).expanduser() / FOLDER, CHECKS)
-    return [DriftReport.from_json(row) for row in log.read()]
+    with reading(log.path):
+        return [DriftReport.from_json(row) for row in log.read()]
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,13 @@ class _Check:
         self, version: Version, calibration: Calibration, window: Window, table: ScoreTable
     ) -> tuple[Window, DatedMargins]:
         ensemble = describe_ensemble(self.versions.ensemble_folder(version))
-        require_calibration(calibration, Aggregator.from_json(ensemble["aggregator"]))
+        require_calibration(calibration, ensemble.aggregator)
         return date_margins(
             window,
             self.store,
             table,
             calibration.aggregator,
-            len(ensemble["normaliser"]["offset"]),
+            len(ensemble.normaliser.offset),
             lambda: load_members(self.versions, version, self.load),
             progress=self.progress,
         )

@@ -32,7 +32,8 @@ from ensemble_rm.ensemble.results import (
     aggregate_recorded,
     compare_scored,
 )
-from ensemble_rm.errors import OptionError, ScoringError
+from ensemble_rm.errors import OptionError, ScoringError, StorageError
+from ensemble_rm.file_digests import Verify
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.scorer import (
     Scorer,
@@ -528,6 +529,7 @@ class RewardEnsemble:
         device: str | None = None,
         cache_dir: str | Path | None = DEFAULT_CACHE,
         max_loaded_models: int | None = None,
+        verify: Verify = "full",
     ) -> Self:
         """Load what `save_pretrained` wrote, or a version of it; the scores are identical.
 
@@ -545,6 +547,12 @@ class RewardEnsemble:
             For converted GGUF weights.
         max_loaded_models : int, optional
             Maximum number of models in memory; see `with_max_loaded_models`.
+        verify : {"full", "stat"}
+            How the files that scores depend on (weights, configs, tokenizers, templates; the
+            backbone's, too) are compared with the digests that were recorded when the ensemble
+            was saved. ``"full"`` hashes every file. ``"stat"`` hashes files up to 1 MiB and
+            compares the sizes of larger ones: for workers that start often on files that another
+            process has checked.
 
         Returns
         -------
@@ -556,8 +564,15 @@ class RewardEnsemble:
             If the folder contains no ensemble.
         VersionError
             If it has no version of that number.
+        DigestMismatchError
+            If a file is not the one that was saved.
         ModelError
-            If the backbone's weights are not those of training.
+            If the backbone is not found.
+
+        Warns
+        -----
+        UnverifiedWarning
+            If the ensemble was saved by a version that recorded no digests.
         """
         path = Path(folder).expanduser()
         options = {
@@ -565,6 +580,7 @@ class RewardEnsemble:
             "device": device,
             "cache_dir": cache_dir,
             "max_loaded_models": max_loaded_models,
+            "verify": verify,
         }
         return cls._load(path, locate(path, version), fixed=version is not None, options=options)
 
@@ -576,13 +592,18 @@ class RewardEnsemble:
             backbone=options["backbone"],
             device=options["device"],
             cache_dir=None if cache_dir is None else Path(cache_dir),
+            verify=options["verify"],
+            version=located.members,
         )
         # A version may be a new calibration of an earlier version's members.
         if located.calibration is not None:
             parts["calibration"] = located.calibration
         number = None if located.version is None else located.version.number
         members = None if located.version is None else located.version.ensemble
-        loaded = cls(**parts, origin=Origin(folder, number, members, fixed, options))
+        try:
+            loaded = cls(**parts, origin=Origin(folder, number, members, fixed, options))
+        except OptionError as error:  # the parts do not fit together
+            raise StorageError(f"{located.ensemble} is damaged: {error}") from error
         if (limit := options["max_loaded_models"]) is None:
             return loaded
         return replace(loaded, model_pool=ModelPool(limit))

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
@@ -147,14 +146,14 @@ class _RecalibrationJob(Job):
     def work(self) -> Recalibration:
         incumbent = self.versions.incumbent()
         ensemble = describe_ensemble(self.versions.ensemble_folder(incumbent))
-        aggregator = Aggregator.from_json(ensemble["aggregator"])
+        aggregator = ensemble.aggregator
         calibration = incumbent.read_calibration()
         if calibration is not None:
             require_calibration(calibration, aggregator)
         where, future = choose(self.store, self.options, latest=self._latest_time(incumbent))
         window = read_window(self.store, where, future=future, progress=self.progress)
         options = self.options.decision_json()
-        key = digest_inputs(window.digest, incumbent.members, ensemble["aggregator"], options)
+        key = digest_inputs(window.digest, incumbent.members, ensemble.row["aggregator"], options)
         details: dict[str, Any] = {
             "judgments": {"store": self.store.name} | window.describe(),
             "members": incumbent.members,
@@ -167,7 +166,7 @@ class _RecalibrationJob(Job):
             verdict, reason, case.details["same_as"] = repeated
             return self._end(case, verdict, reason)
         table = ScoreTable(self.versions.folder, incumbent.members, read_only=self.options.dry_run)
-        members = len(ensemble["normaliser"]["offset"])
+        members = len(ensemble.normaliser.offset)
         loaded = partial(load_members, self.versions, incumbent, self.load)
         window, data = date_margins(
             window, self.store, table, aggregator, members, loaded, progress=self.progress

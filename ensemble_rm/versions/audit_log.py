@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ensemble_rm.errors import SchemaError
+from ensemble_rm.saved_json import parse_json
+
 FILE = "audit.jsonl"
 
 
@@ -49,8 +52,8 @@ class AuditLog:
         with self.path.open(encoding="utf-8", errors="replace") as stream:
             for line in stream:
                 try:
-                    event = json.loads(line)
-                except ValueError:
+                    event = parse_json(line)
+                except SchemaError:
                     continue
                 if isinstance(event, dict):
                     yield event

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.errors import EnsembleRMError
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import as_object, at, reading
 from ensemble_rm.versions.options import RunOptions
 from ensemble_rm.versions.repository import Versions
 
@@ -109,7 +110,7 @@ class Job:
         with nullcontext() if dry_run else self.versions.lock(wait=self.options.wait):
             try:
                 if not dry_run:
-                    self.versions.adopt()
+                    self.versions.adopt(progress=self.progress)
                     self.versions.clean()
                     self.repair_log()
                 yield
@@ -143,7 +144,8 @@ class Job:
         last = self.versions.audit.last(event=self.event)
         if last is None or last.get("verdict") == "error":
             return None
-        known = last.get("details", {})
+        with reading(self.versions.audit.path), at("details"):
+            known = as_object(last.get("details", {}))
         same = all(known.get(name) == value for name, value in details.items())
         # Once the pin is removed, the same inputs may be published.
         return last if same and not known.get("pinned") else None

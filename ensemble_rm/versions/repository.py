@@ -5,14 +5,13 @@ Knows files and descriptions; knows nothing of fits, gates or judgments.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from filelock import FileLock, Timeout
 from safetensors.numpy import save
 
 from ensemble_rm.calibration.calibration import Calibration
-from ensemble_rm.errors import LockedError, StorageError, VersionError
+from ensemble_rm.errors import LockedError, StorageError, UnverifiedWarning, VersionError
+from ensemble_rm.file_digests import FileCheck, files_below
+from ensemble_rm.progress import Progress, silent
 from ensemble_rm.versions.atomic_files import (
     json_bytes,
-    read_json,
     replace_file,
     storage_errors,
     sync_folder,
@@ -33,6 +33,8 @@ from ensemble_rm.versions.atomic_files import (
     write_file,
 )
 from ensemble_rm.versions.audit_log import AuditLog
+from ensemble_rm.versions.integrity import MEMBERS, check_ensemble, digest_members
+from ensemble_rm.versions.manifest import FILE as ENSEMBLE_FILE, Manifest, read_manifest
 from ensemble_rm.versions.version import (
     CURRENT,
     DESCRIPTION,
@@ -50,8 +52,6 @@ from ensemble_rm.versions.version import (
 
 LOCK = ".lock"
 SCRATCH = ".new-"
-ENSEMBLE_FILE = "ensemble.json"
-MEMBERS = "members"
 
 
 def now_utc() -> datetime:
@@ -154,11 +154,16 @@ class Versions:
         with taken:
             yield
 
-    def adopt(self) -> Version:
+    def adopt(self, *, progress: Progress = silent) -> Version:
         """Turn a plain ensemble into version 1; with existing versions, change nothing.
 
-        Its files are hard-linked, or copied if the file system has no hard links. The plain files
-        stay for processes that read them.
+        Its files are cloned where the file system can (a clone takes no space and is independent),
+        else copied. The plain files stay for processes that read them, and may be deleted.
+
+        Parameters
+        ----------
+        progress : callable
+            Called with (stage, done, total) in bytes; the stage says how much is copied.
 
         Returns
         -------
@@ -169,15 +174,28 @@ class Versions:
         ------
         VersionError
             If the folder contains no ensemble.
+        DigestMismatchError
+            If a file changed after the ensemble was saved.
+        StorageError
+            If the disk has no room for a copy.
         """
         with self.lock():
             if self.versioned:
                 return self.current()
             first = self._first()
             self.clean()
-            self._write(first, lambda target: copy_ensemble(self.folder, target / ENSEMBLE))
-            self._log("adopted", version=first.number)
-        return first
+            sizes: list[int] = []
+
+            def copy(target: Path) -> None:
+                sizes.append(copy_ensemble(self.folder, target / ENSEMBLE, progress=progress))
+                check_ensemble(target / ENSEMBLE, None, FileCheck())
+
+            with warnings.catch_warnings():
+                # From now on, the version has the digests that the plain ensemble lacks.
+                warnings.simplefilter("ignore", UnverifiedWarning)
+                self._write(first, copy)
+            self._log("adopted", version=first.number, copied_bytes=sizes[0])
+        return self.current()
 
     def publish_calibration(
         self,
@@ -297,16 +315,19 @@ class Versions:
             If no earlier version exists, or the current one is pinned.
         """
         with self.lock():
-            pointer, now = self.pointer, self.current()
+            pointer = self.pointer
             if pointer.pinned:
-                raise VersionError(f"version {now.number} is pinned; unpin it first")
-            target = now.parent if to is None else to
+                raise VersionError(f"version {pointer.version} is pinned; unpin it first")
+            # With a number, a current version that cannot be read is no obstacle.
+            target = self.current().parent if to is None else to
             if target is None:
-                raise VersionError(f"version {now.number} is the first; there is none before it")
+                raise VersionError(
+                    f"version {pointer.version} is the first; there is none before it"
+                )
             version = self.show(target)
             # `newest` stays, so that the next version does not reuse a number.
             self._point(Pointer(version.number, pointer.newest))
-            self._log("rolled back", version=version.number, before=now.number)
+            self._log("rolled back", version=version.number, before=pointer.version)
         return version
 
     def pin(self, number: int | None = None) -> Version:
@@ -399,7 +420,10 @@ class Versions:
 
     def _finish(self, version: Version, scratch: Path) -> None:
         with storage_errors(f"publishing in {self.folder}"):
-            write_file(scratch / DESCRIPTION, json_bytes(version.to_json()))
+            # What a publisher has just written is hashed once more: a disk may have lost some.
+            files = FileCheck().digests(scratch, files_below(scratch))
+            described = replace(version, files=files)
+            write_file(scratch / DESCRIPTION, json_bytes(described.to_json()))
             # Before the rename, so that a numbered folder is never incomplete after a power cut.
             sync_tree(scratch)
             target = version_folder(self.folder, version.number)
@@ -420,7 +444,7 @@ class Versions:
 # Plain ensembles ------------------------------------------------------------------------------
 
 
-def describe_ensemble(folder: Path) -> dict[str, Any]:
+def describe_ensemble(folder: Path) -> Manifest:
     """Read an ensemble's ``ensemble.json``.
 
     Raises
@@ -432,59 +456,88 @@ def describe_ensemble(folder: Path) -> dict[str, Any]:
     """
     if not (folder / ENSEMBLE_FILE).exists():
         raise VersionError(f"{folder} contains neither versions nor an ensemble")
-    row = read_json(folder / ENSEMBLE_FILE)
-    if not isinstance(row, dict) or not {"members", "normaliser", "aggregator"} <= set(row):
-        raise StorageError(f"{folder / ENSEMBLE_FILE} is damaged: members are missing in it")
-    return row
-
-
-def digest_members(folder: Path) -> str:
-    """Return the SHA-256 of the files that an ensemble's normalised scores depend on.
-
-    It does not depend on the device: scores of a CPU and of a GPU count as equal.
-    """
-    row = describe_ensemble(folder)
-    digest = hashlib.sha256()
-    digest.update(json.dumps([row["members"], row["normaliser"]], sort_keys=True).encode())
-    for path in sorted((folder / MEMBERS).rglob("*")):
-        if path.is_file():
-            # Names as well: two members whose files are exchanged are another ensemble.
-            digest.update(path.relative_to(folder).as_posix().encode())
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return read_manifest(folder)
 
 
 def ensemble_version(
     folder: Path, *, number: int, parent: int | None, created_at: str, run: str, **provenance: Any
 ) -> Version:
     """Describe an ensemble's folder as a version."""
-    row = describe_ensemble(folder)
+    manifest = describe_ensemble(folder)
     return Version(
         number,
         "ensemble",
         number,
         parent,
         created_at,
-        digest_members(folder),
-        row.get("calibration"),
+        digest_members(folder, files=manifest.files),
+        manifest.calibration,
         run,
-        {"training": row.get("provenance", {})} | provenance,
+        {"training": manifest.provenance} | provenance,
         library_versions(),
     )
 
 
-def copy_ensemble(source: Path, target: Path) -> None:
-    """Hard-link an ensemble's files into `target`; copy them if the file system has no hard links.
+def copy_ensemble(source: Path, target: Path, *, progress: Progress = silent) -> int:
+    """Clone an ensemble's files into `target`, or copy those that the file system cannot clone.
 
-    The plain files stay, because a process that loaded the ensemble may still read them.
+    Never a hard link: what overwrites one of its names changes the other. The plain files stay,
+    because a process that loaded the ensemble may still read them.
+
+    Parameters
+    ----------
+    source, target : Path
+    progress : callable
+        Called with (stage, done, total) in bytes for what is copied; the stage says how much.
+
+    Returns
+    -------
+    int
+        Bytes that were copied; 0 if all files were cloned.
+
+    Raises
+    ------
+    StorageError
+        If the disk has no room for the copies.
     """
     own = [source / name for name in (ENSEMBLE_FILE, EVIDENCE, FEATURES)]
+    copies = []
     for path in [*own, *sorted((source / MEMBERS).rglob("*"))]:
         if path.is_file():
-            link = target / path.relative_to(source)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path.resolve(), link)
-            except OSError:
-                shutil.copyfile(path, link)
+            new = target / path.relative_to(source)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            if not _clone(path, new):
+                copies.append((path, new, path.stat().st_size))
+    total = sum(size for _, _, size in copies)
+    free = shutil.disk_usage(source).free
+    if total > free:
+        raise StorageError(
+            f"version 1 of {source} needs a copy of {_readable(total)}, and {_readable(free)} are "
+            "free; free some disk space"
+        )
+    done, stage = 0, f"copying {_readable(total)} into version 1"
+    for path, new, size in copies:
+        progress(stage, done, total)
+        shutil.copyfile(path, new)
+        done += size
+    return total
+
+
+_FICLONE = 0x40049409  # Linux: share a file's blocks until one of the two is written
+
+
+def _clone(source: Path, target: Path) -> bool:
+    """Make a file that shares its blocks with another; return whether the file system can."""
+    try:
+        import fcntl  # not on Windows
+
+        with source.open("rb") as old, target.open("xb") as new:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+    except (ImportError, OSError):
+        target.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

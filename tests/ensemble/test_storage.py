@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ensemble_rm.aggregation import mean, minimum
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import StorageError
 from ensemble_rm.members import HeadScorer
+from tests.support.saved_files import record_digests
 
 
 @pytest.fixture
@@ -46,13 +46,13 @@ def test_a_save_that_fails_leaves_the_old_ensemble(
     [
         ({"format": 2}, "reads format 1"),
         ({"members": [{"kind": "tree", "folder": "members/0"}]}, "no kind of member 'tree'"),
-        ({"members": [{}]}, "is damaged"),
+        ({"members": [{}]}, r"members\.0\.kind: missing"),
     ],
 )
 def test_what_cannot_be_read_is_said(
     ensemble: RewardEnsemble, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    file = ensemble.save_pretrained(tmp_path / "run") / "ensemble.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    folder = ensemble.save_pretrained(tmp_path / "run")
+    record_digests(folder, **change)
     with pytest.raises(StorageError, match=message):
-        RewardEnsemble.from_pretrained(file.parent)
+        RewardEnsemble.from_pretrained(folder)

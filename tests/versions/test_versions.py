@@ -258,9 +258,9 @@ def test_readers_during_publishing_see_whole_versions(run: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("current.json", "{", "cannot be read"),
-        ("current.json", "{}", "damaged"),
-        ("versions/0002/version.json", "{}", "version 2 of .* damaged"),
+        ("current.json", "{", r"current\.json: not valid JSON"),
+        ("current.json", "{}", r"current\.json: version: missing"),
+        ("versions/0002/version.json", "{}", r"version 2 of .*version\.json: format: missing"),
         ("versions/0002/version.json", '{"format": 9}', "format 9"),
     ],
 )

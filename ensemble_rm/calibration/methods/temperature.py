@@ -62,6 +62,22 @@ class TemperatureFit:
     judgments: int
     prompts: int
 
+    def __post_init__(self) -> None:
+        # A temperature ≤ 0 would turn probabilities round, and NaN would pass every comparison.
+        if not 0 < self.temperature < math.inf:
+            raise OptionError(f"temperature must be finite and > 0, not {self.temperature!r}")
+        if not 0 <= self.low <= self.temperature <= self.high:
+            raise OptionError(
+                f"low and high must bound the temperature {self.temperature!r}, not be "
+                f"{self.low!r} and {self.high!r}"
+            )
+        if not (self.log_se >= 0 and self.nll >= 0):
+            raise OptionError(f"log_se and nll must be ≥ 0, not {self.log_se!r} and {self.nll!r}")
+        if min(self.judgments, self.prompts) < 1:
+            raise OptionError(
+                f"a fit has judgments and prompts, not {self.judgments} and {self.prompts}"
+            )
+
 
 def _vector(values: ArrayLike | None, n: int, default: float) -> Floats:
     if values is None:

@@ -8,17 +8,20 @@ know samples or heads.
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ensemble_rm.errors import MissingExtraError, ModelError, OptionError
+from ensemble_rm.errors import DigestMismatchError, MissingExtraError, ModelError, OptionError
+from ensemble_rm.file_digests import FileCheck, FileDigests, Stamp, stamp
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.saved_json import as_object, get, read_json, reading
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -28,6 +31,13 @@ DTYPES: dict[str, torch.dtype] = {
 
 # Suffixes of the files that decide how text becomes tokens, and of the config.
 _READING = {".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt"}
+# Of those, the ones that scores depend on: no licence, no log of a training. A new file of such a
+# name counts as a change, too, because transformers would read it.
+_SCORE_FILES = re.compile(
+    r"config\.json|.*safetensors\.index\.json|.*\.(jinja|model|spm|tiktoken)"
+    r"|.*(token|vocab|merges|special|sentencepiece|template|processor|adapter|bpe).*\.(json|txt)"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +52,20 @@ class Backbone:
         Folder of config, tokenizer and weights.
     digest : str
         SHA-256 over the weight files; checked when a saved ensemble is loaded.
+    files : mapping of str to FileDigest
+        Digests of the weights, the config, the tokenizer and the chat template, checked as well.
+    revision : str, optional
+        Commit of a Hub model, from which a saved ensemble loads it again.
+    stamps : mapping of str to tuple
+        What `require_unchanged` compares before the model is loaded.
     """
 
     name: str
     folder: Path
     digest: str
+    files: FileDigests = field(default_factory=dict, compare=False, repr=False)
+    revision: str | None = field(default=None, compare=False)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_shape(backbone: Backbone) -> tuple[int, int]:
@@ -96,7 +115,14 @@ def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backb
     ModelError
         If there is no such folder or Hub model, or the folder contains no model.
     """
+    return open_folder(_find(name, cache_dir, revision=None), name=str(name))
+
+
+def _find(name: str | Path, cache_dir: Path | None, *, revision: str | None) -> Path:
+    """Return the folder of a model; a Hub model is downloaded, a GGUF file converted."""
     folder = Path(name).expanduser()
+    if "\0" in str(name):
+        raise ModelError(f"no folder or Hub model is named {str(name)!r}")
     if folder.is_dir():
         gguf = sorted(folder.glob("*.gguf"))
         if gguf and not (folder / "config.json").exists():
@@ -104,44 +130,137 @@ def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backb
                 raise ModelError(
                     f"{folder} contains {len(gguf)} GGUF files; keep one file per folder"
                 )
-            converted = convert_gguf(gguf[0], cache_dir=cache_dir)
-            return Backbone(str(name), converted, weights_digest(converted))
+            return convert_gguf(gguf[0], cache_dir=cache_dir)
     elif str(name).count("/") > 1 or str(name).startswith((".", "/", "~")):
         raise ModelError(f"no such folder: {name}")
     else:
-        folder = _download(str(name))
+        folder = _download(str(name), revision)
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} contains no model: config.json is missing")
-    return Backbone(str(name), folder, weights_digest(folder))
+    return folder
 
 
-def locate_same(
-    name: str | Path, digest: str, *, cache_dir: Path | None = DEFAULT_CACHE
-) -> Backbone:
-    """Return a backbone after checking that its weights have the saved digest.
+def open_folder(folder: Path, *, name: str | None = None) -> Backbone:
+    """Return the backbone in a folder of this disk, after hashing its files.
+
+    Parameters
+    ----------
+    folder : Path
+        With a config and safetensors.
+    name : str, optional
+        As the user gave it (default: the folder).
 
     Raises
     ------
     ModelError
-        If the weights differ.
+        If there are no safetensors.
     """
-    backbone = locate(name, cache_dir=cache_dir)
-    if backbone.digest != digest:
-        raise ModelError(
-            f"the weights of {backbone.name} (SHA-256 {backbone.digest[:12]}…) are not those of "
-            f"the saved ensemble ({digest[:12]}…); name the right folder with backbone=… or "
-            "--backbone"
-        )
-    return backbone
+    names = score_files(folder)
+    stamps = {file: stamp(folder / file) for file in names}
+    files = FileCheck().digests(folder, names)
+    digest = _weights_digest(folder, files)
+    return Backbone(name or str(folder), folder, digest, files, _commit(folder), stamps)
 
 
-def _download(name: str) -> Path:
+def _commit(folder: Path) -> str | None:
+    """Return the commit of a snapshot in the Hub's cache; None for any other folder."""
+    snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
+    return folder.name if snapshot else None
+
+
+def locate_same(
+    name: str | Path,
+    digest: str,
+    *,
+    files: FileDigests | None = None,
+    revision: str | None = None,
+    check: FileCheck | None = None,
+    cache_dir: Path | None = DEFAULT_CACHE,
+) -> Backbone:
+    """Return a backbone after checking that it is the one of a saved ensemble.
+
+    Parameters
+    ----------
+    name : str or Path
+        Folder or Hub id.
+    digest : str
+        Recorded digest of the weights.
+    files : mapping of str to FileDigest, optional
+        Recorded digests of all files that scores depend on; None in older ensembles, whose
+        weights alone are compared.
+    revision : str, optional
+        Commit of a Hub model.
+    check : FileCheck, optional
+        Whether files are hashed (default: all are).
+    cache_dir : Path, optional
+        Folder for converted GGUF weights.
+
+    Raises
+    ------
+    DigestMismatchError
+        If a file differs.
+    """
+    folder = _find(name, cache_dir, revision=revision)
+    if not files:
+        backbone = open_folder(folder, name=str(name))
+        if backbone.digest != digest:
+            raise DigestMismatchError(
+                f"the weights of {backbone.name} (SHA-256 {backbone.digest[:12]}…) are not those "
+                f"of the saved ensemble ({digest[:12]}…); {_OTHER_FOLDER}"
+            )
+        return backbone
+    present = score_files(folder)
+    stamps = {file: stamp(folder / file) for file in present}
+    try:
+        (check or FileCheck()).compare(folder, files, what="the backbone", unexpected=present)
+    except DigestMismatchError as error:
+        raise DigestMismatchError(f"{error}, or {_OTHER_FOLDER}") from error
+    return Backbone(str(name), folder, digest, files, revision or _commit(folder), stamps)
+
+
+_OTHER_FOLDER = "name the folder of the right backbone with backbone=… or --backbone"
+
+
+def require_unchanged(backbone: Backbone) -> None:
+    """Check, before a model is loaded, that its files are those that were checked.
+
+    An ensemble loads its models at the first score, which may be hours after the check.
+
+    Raises
+    ------
+    DigestMismatchError
+        If a file was changed since.
+    """
+    changed = {
+        name: backbone.files[name]
+        for name, old in backbone.stamps.items()
+        if name in backbone.files
+        and (not (backbone.folder / name).exists() or stamp(backbone.folder / name) != old)
+    }
+    if changed:
+        FileCheck().compare(backbone.folder, changed, what="the backbone")
+
+
+def score_files(folder: Path) -> list[str]:
+    """Return the names of a model's files that scores depend on: weights, config, tokenizer."""
+    return sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.is_file() and (file.suffix == ".safetensors" or _SCORE_FILES.fullmatch(file.name))
+    )
+
+
+def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
-            snapshot_download(name, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"])
+            snapshot_download(
+                name,
+                revision=revision,
+                ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"],
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -150,25 +269,24 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def weights_digest(folder: Path) -> str:
-    """Return the SHA-256 over the names and contents of a folder's weight files.
+def _weights_digest(folder: Path, files: FileDigests) -> str:
+    """Return the SHA-256 over the names and digests of a folder's weight files.
 
     Raises
     ------
     ModelError
         If there is no safetensors file; other formats are pickles, which can run code.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    weights = sorted(name for name in files if name.endswith(".safetensors"))
+    if not weights:
         raise ModelError(
             f"{folder} contains no .safetensors weights; convert the model with "
             "save_pretrained(safe_serialization=True) first"
         )
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for name in weights:
+        digest.update(name.encode())
+        digest.update(bytes.fromhex(files[name].sha256))
     return digest.hexdigest()
 
 
@@ -310,8 +428,10 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
 
 
 def _outputs(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text())
-    if "num_labels" in config:
-        return int(config["num_labels"])
-    labels = config.get("id2label")
+    path = folder / "config.json"
+    with reading(path):
+        config = as_object(read_json(path))
+        if "num_labels" in config:
+            return int(get(config, "num_labels", int))
+        labels = get(config, "id2label", Mapping[str, Any] | None, None)
     return len(labels) if labels else 2  # the default of transformers

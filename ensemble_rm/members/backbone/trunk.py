@@ -243,6 +243,7 @@ class Trunk:
             template=options.template,
             max_length=options.max_length,
         )
+        bb.require_unchanged(backbone)
         model = bb.load_trunk(backbone.folder, dtype=options.dtype)
         self.path, blocks = find_blocks(model)
         self.depth = len(blocks)

@@ -43,6 +43,7 @@ from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.members.learning.loss import preference_loss
 from ensemble_rm.members.learning.seeds import global_seed, resample_counts
 from ensemble_rm.progress import Progress
+from ensemble_rm.saved_json import as_object, read_json
 
 _MODEL, _DONE = "model", "member.json"
 # Arguments that the recipe, the seeds or early stopping decide.
@@ -204,9 +205,9 @@ def train_full(job: Job[FullRecipe]) -> Trained:
                 _Rows(encoded[1], job.validation, np.ones(len(job.validation))),
             )
             _train_one(job, i, own, sets, tokenizer)
-        record = json.loads((own / _DONE).read_text())
+        record = as_object(read_json(own / _DONE))
         records.append(record)
-        model = bb.Backbone(str(own / _MODEL), own / _MODEL, bb.weights_digest(own / _MODEL))
+        model = bb.open_folder(own / _MODEL)
         scorers.append(
             FullScorer(
                 model,

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit
+
+from ensemble_rm.errors import StorageError
 
 Floats = NDArray[np.float64]
 
@@ -60,8 +63,18 @@ class HeadWeights:
 
     @classmethod
     def load(cls, folder: Path) -> HeadWeights:
-        """Read what `save` wrote."""
-        return cls(**load_file(folder / "heads.safetensors"))
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        StorageError
+            If the file is missing or damaged.
+        """
+        path = folder / "heads.safetensors"
+        try:
+            return cls(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise StorageError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ensemble_rm.members.judges.usage import Price, Usage, read_usage
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
 from ensemble_rm.members.remote.loop_thread import LoopThread, Pending, work_through
+from ensemble_rm.saved_json import from_row
 
 T = TypeVar("T")
 Messages: TypeAlias = list[dict[str, str]]
@@ -68,13 +69,8 @@ class JudgeOptions:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
-        price = stored["price"]
-        options = dict(stored) | {
-            "client": ClientOptions(**stored["client"]),
-            "price": None if price is None else Price(**price),
-        }
-        return cls(**options)
+        """Read what `to_json` wrote, else `SchemaError`."""
+        return from_row(cls, stored)
 
 
 class Judge:

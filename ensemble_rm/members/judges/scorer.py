@@ -15,7 +15,7 @@ from ensemble_rm.errors import RemoteError
 from ensemble_rm.members.judges.asking import Judge, JudgeOptions, Messages, Reply
 from ensemble_rm.members.judges.base import RubricJudge
 from ensemble_rm.members.judges.replies import Rating, read_rating
-from ensemble_rm.members.judges.rubric import Rubric
+from ensemble_rm.members.judges.rubric import Rubric, read_rubric
 from ensemble_rm.members.judges.usage import Price, Usage
 from ensemble_rm.members.remote.address import Token
 from ensemble_rm.members.remote.client import ClientOptions
@@ -23,6 +23,7 @@ from ensemble_rm.members.remote.loop_thread import Pending
 from ensemble_rm.members.remote.server_scorer import ServerScorer
 from ensemble_rm.members.scorer import MemberScores, Truncation
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import as_object, at, get
 
 
 class JudgeScorer(RubricJudge, ServerScorer):
@@ -204,6 +205,11 @@ class JudgeScorer(RubricJudge, ServerScorer):
 
     @classmethod
     def _of(cls, stored: Mapping[str, Any]) -> Self:
-        options = JudgeOptions.from_json(stored["judge"])
+        with at("judge"):
+            options = JudgeOptions.from_json(stored.get("judge"))
         fields = {name: getattr(options, name) for name in options.__dataclass_fields__}
-        return cls(name=stored["name"], rubric=stored["rubric"], **fields)
+        name = get(stored, "name", str)
+        # An object, never a path: a saved member must not read other files.
+        with at("rubric"):
+            rubric = read_rubric(as_object(stored.get("rubric")))
+        return cls(name=name, rubric=rubric, **fields)

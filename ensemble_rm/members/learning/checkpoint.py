@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ensemble_rm.errors import TrainingError
+from ensemble_rm.errors import SchemaError, TrainingError
+from ensemble_rm.saved_json import as_object, parse_json
 
 FILE = "checkpoint.safetensors"
 
@@ -46,8 +47,8 @@ def load_checkpoint(
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            state: dict[str, Any] = json.loads(stored.metadata()["state"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            state = as_object(parse_json(stored.metadata()["state"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, SchemaError) as error:
         raise TrainingError(f"the checkpoint {path} cannot be read ({error}); delete it") from error
     if state.get("recipe") != recipe:
         raise TrainingError(

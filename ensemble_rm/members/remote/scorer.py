@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
@@ -41,6 +41,7 @@ from ensemble_rm.members.remote.request_text import Rendered, Renderer, TextTemp
 from ensemble_rm.members.remote.server_scorer import ServerScorer
 from ensemble_rm.members.scorer import MemberScores, Truncation
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import from_row
 
 T = TypeVar("T")
 Outage: TypeAlias = Literal["raise", "nan"]
@@ -331,10 +332,30 @@ class RemoteScorer(ServerScorer):
 
     @classmethod
     def _of(cls, stored: Mapping[str, Any]) -> Self:
-        options = {name: value for name, value in stored.items() if name not in ("kind", "url")}
-        if "self_test" in options:  # the name before version 0.2
-            options["raw_logit_check"] = options.pop("self_test")
-        return cls(stored["url"], **options | {"client": ClientOptions(**stored["client"])})
+        # `self_test`: the name before version 0.2.
+        row = from_row(_RemoteRow, stored, former={"self_test": "raw_logit_check"})
+        options = {field.name: getattr(row, field.name) for field in fields(row)}
+        return cls(options.pop("url"), **{k: v for k, v in options.items() if k != "kind"})
+
+
+@dataclass(frozen=True, slots=True)
+class _RemoteRow:
+    """A member as JSON; what the values may be, `RemoteScorer` checks."""
+
+    kind: str
+    url: str
+    protocol: str
+    name: str
+    template: str
+    client: ClientOptions
+    raw_logit_check: RawLogitCheck
+    on_outage: Outage
+    tokenizer: str | None = None
+    model: str | None = None
+    token_variable: str | None = None
+    batch_size: int | None = None
+    special_tokens: bool | None = None
+    truncate: bool = False
 
 
 class _Call:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from ensemble_rm.errors import RemoteAnswerError, RemoteFailureWarning, StorageError
+from ensemble_rm.file_digests import FileCheck
 from ensemble_rm.members.scorer import MemberScores, Scorer
+from ensemble_rm.saved_json import as_object, at, read_json, reading
 
 _FILE = "member.json"
 
@@ -56,6 +58,7 @@ class ServerScorer(Scorer):
         backbone: str | Path | None = None,  # noqa: ARG003 - no model in this process
         device: str | None = None,  # noqa: ARG003
         cache_dir: Path | None = None,  # noqa: ARG003
+        check: FileCheck | None = None,  # noqa: ARG003
     ) -> Self:
         """Read what `save` wrote; the member has no token, see `with_token`.
 
@@ -64,12 +67,12 @@ class ServerScorer(Scorer):
         StorageError
             If the folder is incomplete.
         """
+        path = folder / _FILE
         try:
-            return cls._of(json.loads((folder / _FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(
-                f"{folder} contains no saved {cls.kind} member: {error!r}"
-            ) from error
+            with reading(path), at():
+                return cls._of(as_object(read_json(path)))
+        except StorageError as error:
+            raise StorageError(f"{folder} contains no saved {cls.kind} member: {error}") from error
 
     def _warn_of_failures(self, result: MemberScores, *, what: str, unreadable: str) -> None:
         """Warn of samples without a score: their number, and the kind of the first error.
