@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ensemble_rm.errors import OptionError, SchemaError, StorageError
 
@@ -185,7 +185,7 @@ def from_row(kind: type[T], row: Any, *, former: Mapping[str, str] | None = None
     for old, new in (former or {}).items():
         if old in values and new not in values:
             values[new] = values.pop(old)
-    schema = _schema(kind)
+    schema = _schema(cast("Hashable", kind))
     if unknown := [name for name in values if name not in schema]:
         raise SchemaError(f"unknown; the fields are {', '.join(schema)}", field=str(unknown[0]))
     built = {}
@@ -306,7 +306,7 @@ def _shown(value: Any) -> str:
 
 
 @lru_cache(maxsize=256)
-def _schema(kind: type) -> dict[str, tuple[Any, bool]]:
+def _schema(kind: type[Any]) -> dict[str, tuple[Any, bool]]:
     """Return a dataclass's fields: the type of each, and whether a row must have it."""
     hints = get_type_hints(kind)
     return {
@@ -314,6 +314,6 @@ def _schema(kind: type) -> dict[str, tuple[Any, bool]]:
             hints[field.name],
             field.default is MISSING and field.default_factory is MISSING,
         )
-        for field in fields(kind)  # type: ignore[arg-type]
+        for field in fields(kind)
         if field.init
     }

@@ -77,7 +77,7 @@ class Combine(Command):
 
 def _opened(member: str, device: str | None) -> RewardEnsemble | str:
     """Return a saved ensemble with its members' tokens; a model's name as it is."""
-    from ensemble_rm.ensemble.storage import FILE
+    from ensemble_rm.versions.manifest import FILE
 
     if not (Path(member).expanduser() / FILE).exists():
         return member

@@ -42,6 +42,11 @@ class Loading:
         metavar="N",
         shown="all",
     )
+    verify: Literal["full", "stat"] = option(
+        "how saved files are compared with their digests: every file is hashed, or small ones "
+        "only, and the others by their size",
+        default="full",
+    )
 
     def open(self, folder: Path, *, version: int | None = None) -> RewardEnsemble:
         """Load a saved ensemble; members on other servers get their tokens."""
@@ -55,6 +60,7 @@ class Loading:
                 backbone=self.backbone,
                 device=self.device,
                 max_loaded_models=self.max_loaded_models,
+                verify=self.verify,
             )
         )
 

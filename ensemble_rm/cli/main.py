@@ -99,10 +99,12 @@ exit codes:
 11   a job has too few judgments
 12   a job found drift that recalibration does not fix
 13   another job is running on the folder
+14   saved files are not the ones that were saved
 130  interrupted"""
 
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.DataError, 3),
+    (errors.DigestMismatchError, 14),
     (errors.ModelError, 4),
     (errors.LockedError, 13),
     (errors.StorageError, 4),

@@ -55,7 +55,8 @@ class DriftReport:
         """Read what `to_json` wrote, else `SchemaError`."""
         values = as_object(d)
         # Each kind by its own reader, which knows older reports.
-        for name, kind in zip(KINDS, (LabelledDrift, UnlabelledDrift, RaterDrift), strict=True):
+        kinds: tuple[Any, ...] = (LabelledDrift, UnlabelledDrift, RaterDrift)
+        for name, kind in zip(KINDS, kinds, strict=True):
             if values.get(name) is not None:
                 with at(name):
                     values[name] = kind.from_json(values[name])

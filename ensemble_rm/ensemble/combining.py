@@ -15,7 +15,6 @@ from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
-from ensemble_rm.ensemble.storage import FILE
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.full.scorer import FullScorer
@@ -23,6 +22,7 @@ from ensemble_rm.members.scorer import Scorer, ScorerLike, as_scorer
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.scoring.model_pool import ModelPool
 from ensemble_rm.scoring.pipeline import score_members
+from ensemble_rm.versions.manifest import FILE
 
 
 def combine(

@@ -230,7 +230,8 @@ class ImplicitScorer(ModelScorer):
         saved: Mapping[str, Any],
         backbone: str | Path | None,  # noqa: ARG003 - names the backbone of other members
     ) -> str | Path:
-        return get(saved, "backbone", str)
+        name: str = get(saved, "backbone", str)
+        return name
 
 
 def token_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,12 @@ from ensemble_rm.cli.options import leaves
 from ensemble_rm.cli.train import Train
 from ensemble_rm.data.loading import load_preferences
 from ensemble_rm.demo.data import FILE
-from ensemble_rm.errors import EnsembleRMError, LockedError, RemoteError
+from ensemble_rm.errors import (
+    DigestMismatchError,
+    EnsembleRMError,
+    LockedError,
+    RemoteError,
+)
 from ensemble_rm.members import member_kind, trained_kinds
 from ensemble_rm.versions import Versions
 
@@ -433,6 +438,7 @@ def test_every_error_has_an_exit_code() -> None:
     for kind in kinds(EnsembleRMError):
         codes = (13,) if issubclass(kind, LockedError) else range(2, 7)
         codes = (7,) if issubclass(kind, RemoteError) else codes
+        codes = (14,) if issubclass(kind, DigestMismatchError) else codes
         assert exit_code(kind.__new__(kind)) in codes, kind  # some take more than a message
 
 

@@ -206,7 +206,7 @@ class JudgeScorer(RubricJudge, ServerScorer):
     @classmethod
     def _of(cls, stored: Mapping[str, Any]) -> Self:
         with at("judge"):
-            options = JudgeOptions.from_json(stored.get("judge"))
+            options = JudgeOptions.from_json(as_object(stored.get("judge")))
         fields = {name: getattr(options, name) for name in options.__dataclass_fields__}
         name = get(stored, "name", str)
         # An object, never a path: a saved member must not read other files.
