@@ -128,9 +128,8 @@ class DeadlineProtocol(H11Protocol):
         # A proxy on this machine brings all clients under one address; a Unix socket has none.
         if not isinstance(peer, tuple) or is_loopback(peer[0]):
             return False
-        same = sum(
-            other.client is not None and other.client[0] == peer[0] for other in self.connections
-        )
+        clients = [getattr(other, "client", None) for other in self.connections]
+        same = sum(client is not None and client[0] == peer[0] for client in clients)
         return same >= self.most_per_address
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
