@@ -129,8 +129,8 @@ class DeadlineProtocol(H11Protocol):
         if not isinstance(peer, tuple) or is_loopback(peer[0]):
             return False
         clients = [getattr(other, "client", None) for other in self.connections]
-        same = sum(client is not None and client[0] == peer[0] for client in clients)
-        return same >= self.most_per_address
+        same: int = sum(client is not None and client[0] == peer[0] for client in clients)
+        return bool(same >= self.most_per_address)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         """Answer malformed HTTP as JSON, and close the connection."""
