@@ -108,6 +108,10 @@ class NoPositiveTemperatureError(CalibrationError):
     """The margins contradict the judgments or are all 0: no finite positive T fits."""
 
 
+class ClockError(CalibrationError):
+    """The clock is far ahead of the last run and of the newest judgment."""
+
+
 class TrainingError(EnsembleRMError):
     """A training run cannot continue."""
 
@@ -181,6 +185,12 @@ class UnauthorisedError(RequestError):
     status = 401
 
 
+class ForbiddenError(RequestError):
+    """A server without a token is addressed by another name, or from a web page of another site."""
+
+    status = 403
+
+
 class SlowRequestError(RequestError):
     """A request's body did not arrive in time."""
 
@@ -224,6 +234,10 @@ class NotReadyError(RequestError):
 
 class StorageError(EnsembleRMError):
     """A saved directory or a cache cannot be read or written."""
+
+
+class StoreIntegrityError(StorageError):
+    """A judgment store lost or changed judgments, or is not the store of the last run."""
 
 
 class LockedError(StorageError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,10 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
-def mask(request: pytest.FixtureRequest) -> int:
+def mask(request: pytest.FixtureRequest) -> Iterator[int]:
     before = os.umask(request.param)
-    request.addfinalizer(lambda: os.umask(before))
-    return int(request.param)
+    yield request.param
+    os.umask(before)
 
 
 def mode(path: Path) -> int:
