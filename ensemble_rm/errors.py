@@ -109,6 +109,10 @@ class NoPositiveTemperatureError(CalibrationError):
     """The margins contradict the judgments or are all 0: no finite positive T fits."""
 
 
+class ClockError(CalibrationError):
+    """The clock is far ahead of the last run and of the newest judgment."""
+
+
 class TrainingError(EnsembleRMError):
     """A training run cannot continue."""
 
@@ -180,6 +184,12 @@ class UnauthorisedError(RequestError):
     """A request has no token, or a wrong one."""
 
     status = 401
+
+
+class ForbiddenError(RequestError):
+    """A server without a token is addressed by another name, or from a web page of another site."""
+
+    status = 403
 
 
 class SlowRequestError(RequestError):
@@ -255,6 +265,10 @@ class DigestMismatchError(StorageError, ModelError):
 
 class UnverifiedWarning(UserWarning):
     """A saved ensemble has no digests of its files, so that changes to them go unnoticed."""
+
+
+class StoreIntegrityError(StorageError):
+    """A judgment store lost or changed judgments, or is not the store of the last run."""
 
 
 class LockedError(StorageError):

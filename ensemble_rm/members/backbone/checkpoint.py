@@ -20,6 +20,7 @@ import torch
 
 from ensemble_rm.errors import DigestMismatchError, MissingExtraError, ModelError, OptionError
 from ensemble_rm.file_digests import FileCheck, FileDigests, Stamp, stamp
+from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.saved_json import as_object, get, read_json, reading
 
@@ -346,6 +347,7 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     try:
         fresh.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        follow_umask(scratch)
         try:
             scratch.rename(target)
         except OSError:  # another process has converted it in the meantime

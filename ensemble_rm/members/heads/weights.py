@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 
 from ensemble_rm.errors import StorageError
+from ensemble_rm.file_modes import follow_umask
 
 Floats = NDArray[np.float64]
 
@@ -60,6 +61,7 @@ class HeadWeights:
         """Write ``heads.safetensors``."""
         arrays = {name: np.ascontiguousarray(a) for name, a in self.tensors().items()}
         save_file(arrays, folder / "heads.safetensors")
+        follow_umask(folder / "heads.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> HeadWeights:
