@@ -22,7 +22,7 @@ def test_a_templates_refusal_names_the_sample(minilm_folder: Path, tmp_path: Pat
     tokenizer.save_pretrained(tmp_path)
     renderer = Renderer("chat", tokenizer=tmp_path, strips_bos=False)
     system = (Message("system", "Be brief."), Message("user", "Hi"))
-    with pytest.raises(TemplateError, match="'Be brief.': System role not supported"):
+    with pytest.raises(TemplateError, match=r"'Be brief\.': System role not supported"):
         renderer.render([Sample("Hi", "a"), Sample(system, "a")])
     (rendered,) = renderer.render([Sample("Hi", "a")])
     assert rendered.text == "user: Hi\nassistant: a\n"
