@@ -18,7 +18,7 @@ from ensemble_rm.arrays import Floats
 from ensemble_rm.data.weights import inclusion_weights
 from ensemble_rm.errors import OptionError
 from ensemble_rm.evidence.score_table import KEY, Keys
-from ensemble_rm.judgments.filter import JudgmentFilter, TimeRange
+from ensemble_rm.judgments.filter import JobSelection, JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress
 
@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowOptions(TimeRange):
+class WindowOptions(JobSelection):
     """Which judgments a job reads.
 
     Attributes
@@ -38,6 +38,8 @@ class WindowOptions(TimeRange):
         Judged at or after, and before; with time zones.
     window : float, optional
         Days, counted back from the newest judgment; instead of `since`.
+    exclude_annotator, only_source
+        See `JobSelection`.
     """
 
     window: float | None = field(
@@ -70,6 +72,11 @@ class Window:
         Sorted.
     where : JudgmentFilter
         The selection.
+    annotators, days : ndarray of int, shape (n_judgments,)
+        Index into `annotator_names`; number of the day on which the store received the judgment, −1
+        where it does not know, or where the operator trusts the batch.
+    annotator_names : tuple of str
+        Sorted.
     future : int
         Judgments left out because they are dated after the clock.
     unscored : int
@@ -88,6 +95,9 @@ class Window:
     subset_names: tuple[str, ...]
     where: JudgmentFilter
     future: int
+    annotators: Ints
+    days: Ints
+    annotator_names: tuple[str, ...]
     unscored: int = 0
 
     def __len__(self) -> int:
@@ -97,7 +107,10 @@ class Window:
         """Return the window without judgments on pairs that could not be scored."""
         if scored.all():
             return self
-        columns = ("pairs", "targets", "inclusion", "weights", "groups", "times", "subsets")
+        columns = (
+            *("pairs", "targets", "inclusion", "weights", "groups", "times", "subsets"),
+            *("annotators", "days"),
+        )
         kept = {name: getattr(self, name)[scored] for name in columns}
         return replace(self, **kept, unscored=int((~scored).sum()))
 
@@ -148,15 +161,16 @@ def choose(
         raise OptionError("since and window exclude each other; give one of them")
     if days is not None and not days > 0:
         raise OptionError(f"window must be > 0 days, not {days}")
+    selected = replace(options.filter(), since=None, until=None)
     future = 0
     if until is None:
         horizon = latest + AHEAD
-        future = store.count(JudgmentFilter(since=horizon))
+        future = store.count(replace(selected, since=horizon))
         until = horizon if future else None
     if days is not None:
-        newest = store.newest(JudgmentFilter(until=until))
+        newest = store.newest(replace(selected, until=until))
         since = None if newest is None else newest - timedelta(days=days)
-    return JudgmentFilter(since=since, until=until), future
+    return replace(selected, since=since, until=until), future
 
 
 def read_window(
@@ -184,6 +198,7 @@ def read_window(
     # −1 for no subset, so that the others count from 0.
     subset_of: dict[str | None, int] = {None: -1}
     batch_of: dict[str | None, int] = {}
+    annotators, annotator_of = array("i"), dict[str, int]()
     for row in store.observations(where):
         ids += row.id
         pairs += row.pair
@@ -193,6 +208,7 @@ def read_window(
         times.append(row.judged_at.timestamp())
         subsets.append(subset_of.setdefault(row.subset, len(subset_of) - 1))
         batches.append(batch_of.setdefault(row.batch, len(batch_of)))
+        annotators.append(annotator_of.setdefault(row.annotator, len(annotator_of)))
         if len(targets) % 10_000 == 0:
             progress("reading judgments", len(targets), 0)
     keys, pair_of = np.unique(np.frombuffer(bytes(pairs), f"S{KEY}"), return_inverse=True)
@@ -201,6 +217,10 @@ def read_window(
     # From the order of first appearance to the sorted names, None first.
     order = np.array([names.index(n) if n is not None else -1 for n in subset_of], np.int32)
     codes = np.frombuffer(subsets, np.int32)
+    people = sorted(annotator_of)
+    # Codes follow the sorted names, so that they do not depend on the order of reading.
+    ranks = np.argsort(np.argsort(list(annotator_of)))
+    coded = ranks[np.frombuffer(annotators, np.int32)] if people else np.zeros(0, np.int64)
     return Window(
         _digest(bytes(ids)),
         keys,
@@ -214,6 +234,9 @@ def read_window(
         tuple(names),
         where,
         future,
+        coded,
+        np.full(len(targets), -1, np.int64),
+        tuple(people),
     )
 
 

@@ -49,9 +49,10 @@ EVENT = "recalibrated"
 class Recalibration(JobOutcome):
     """The outcome of one run of `recalibrate`.
 
-    A drift alarm is either an alarm without a better calibration to publish, or a published
-    temperature so large that probabilities carry almost no information. In both cases the members
-    need retraining.
+    A drift alarm is an alarm without a better calibration to publish, a published temperature so
+    large that probabilities carry almost no information, or annotators with a large share of the
+    weight who judge unlike the others. In the first two cases the members need retraining; in the
+    third a person has to read those annotators' judgments.
 
     Attributes
     ----------
@@ -205,6 +206,8 @@ class _RecalibrationJob(Job):
     def _act(
         self, case: _Case, decision: Decision, evidence: Callable[[], ScoredPairs | None]
     ) -> Recalibration:
+        if decision.answer == "rejected":
+            return self._end(case, "drift alarm", decision.reason)
         if decision.answer != "publish" or decision.calibration is None:
             too_few = decision.answer == "too few"
             return self._end(case, "too few" if too_few else "kept", decision.reason)
@@ -301,6 +304,7 @@ def _explain(decision: Decision, incumbent: Calibration | None) -> dict[str, Any
     """Return the figures behind a decision, for provenance and the audit log."""
     row: dict[str, Any] = {"sizes": decision.sizes, "metrics": decision.metrics}
     row["gate"] = None if decision.gate is None else asdict(decision.gate)
+    row["annotators"] = None if decision.annotators is None else asdict(decision.annotators)
     row["confirmation"] = None if decision.confirmation is None else asdict(decision.confirmation)
     for name in ("candidate", "final"):
         fitted = getattr(decision, name)

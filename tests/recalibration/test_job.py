@@ -384,3 +384,37 @@ def test_both_databases_are_read_alike(run: Path, store_place: str) -> None:
         first = min(one.judged_at for one in store.read())
         assert found.details["judgments"]["first"] == first.isoformat(timespec="seconds")
         assert store.newest() == max(one.judged_at for one in store.read())
+
+
+def test_an_account_that_inverts_is_left_out_listed_and_excluded(
+    run: Path, store: JudgmentStore
+) -> None:
+    inverted = {"first": "second", "second": "first"}
+    bad = [
+        replace(j, outcome=inverted[j.outcome], annotator="mallory", external_id="")
+        for j in judged(2.0, 800, seed=9, days=1 / 24, start=179.9)
+    ]
+    store.add(bad)
+    found = job(run, store, dry_run=True)
+    assert found.verdict == "published" and "left out" in found.reason
+    assert found.details["annotators"]["rejected"] == ["mallory"]
+    assert abs(math.log(found.temperature_after / 2.0)) < 0.15  # type: ignore[operator]
+    without = job(run, store, exclude_annotator=("mallory",), dry_run=True)
+    assert without.details["annotators"]["rejected"] == []
+    assert without.details["judgments"]["count"] == 3000
+    assert job(run, store, only_source=("nothing",), dry_run=True).verdict == "too few"
+
+
+def test_too_many_rejected_annotators_are_an_alarm_and_publish_nothing(
+    run: Path, store: JudgmentStore
+) -> None:
+    inverted = {"first": "second", "second": "first"}
+    store.add(
+        replace(j, outcome=inverted[j.outcome], annotator="mallory", external_id="")
+        for j in judged(2.0, 800, seed=9)
+    )
+    for _ in range(2):  # a repeated run says so again
+        found = job(run, store, max_rejected=0.0)
+        assert found.verdict == "drift alarm" and found.version is None
+        assert "mallory" in found.reason
+        assert audit(run)[-1]["verdict"] == "drift alarm"

@@ -31,6 +31,8 @@ def conditions(where: JudgmentFilter) -> list[ColumnElement[bool]]:
     if where.until is not None:
         clauses.append(judgments.c.judged_at < where.until)
     clauses += [judgments.c[name].in_(values) for name, values in where.names.items()]
+    if where.excluded:
+        clauses.append(judgments.c.annotator.not_in(where.excluded))
     if not where.with_corrected:
         newer = judgments.alias("newer")
         clauses.append(~select(newer.c.id).where(newer.c.corrects == judgments.c.id).exists())
@@ -143,6 +145,8 @@ class Observation(NamedTuple):
         The pair's selection probability.
     subset, batch : str, optional
         As in the judgment.
+    annotator : str
+        As in the judgment.
     """
 
     id: bytes
@@ -153,6 +157,7 @@ class Observation(NamedTuple):
     inclusion: float | None
     subset: str | None
     batch: str | None
+    annotator: str
 
 
 def observations(where: JudgmentFilter) -> Select[Any]:
@@ -161,7 +166,7 @@ def observations(where: JudgmentFilter) -> Select[Any]:
     return (
         select(
             *(c.id, c.pair_key, c.prompt_key, c.judged_at, c.outcome, c.first, c.second),
-            *(c.inclusion, c.subset, c.batch),
+            *(c.inclusion, c.subset, c.batch, c.annotator),
         )
         .where(*conditions(where))
         .order_by(c.judged_at, c.id)
@@ -170,12 +175,13 @@ def observations(where: JudgmentFilter) -> Select[Any]:
 
 def read_observation(row: Any) -> Observation:
     """Return the observation of a row of `observations`."""
-    id_, pair, prompt, judged_at, outcome, first, second, inclusion, subset, batch = row
+    id_, pair, prompt, judged_at, outcome, first, second, *rest = row
+    inclusion, subset, batch, annotator = rest
     share = SHARES[outcome]
     # The same pair may be shown in either order: votes refer to the lower digest.
     if first > second:
         share = 1.0 - share
-    return Observation(id_, pair, prompt, judged_at, share, inclusion, subset, batch)
+    return Observation(id_, pair, prompt, judged_at, share, inclusion, subset, batch, annotator)
 
 
 def newest(where: JudgmentFilter) -> Select[Any]:
