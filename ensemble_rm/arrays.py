@@ -22,9 +22,11 @@ def mean_of_present(values: Floats, *, fewest: int = 1) -> Floats:
         A row with fewer values gets NaN.
     """
     present = ~np.isnan(values)
+    # The common case needs no masks.
     if present.all() and values.shape[1] >= fewest:
         return np.asarray(values.mean(axis=1))
     counts = present.sum(axis=1)
+    # Not nanmean: it warns of empty rows.
     sums = np.where(present, values, 0.0).sum(axis=1)
     return np.where(counts >= fewest, sums / np.maximum(counts, 1), np.nan)
 

@@ -181,6 +181,12 @@ class UnauthorisedError(RequestError):
     status = 401
 
 
+class ForbiddenError(RequestError):
+    """A server without a token is addressed by another name, or from a web page of another site."""
+
+    status = 403
+
+
 class SlowRequestError(RequestError):
     """A request's body did not arrive in time."""
 

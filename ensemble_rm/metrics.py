@@ -70,6 +70,7 @@ def _read(p: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
             f"p and y must be equally long vectors, not {probability.shape} and {target.shape}"
         )
     for name, values in (("p", probability), ("y", target)):
+        # Negated, so that NaN counts as outside.
         outside = ~((values >= 0) & (values <= 1))
         if outside.any():
             raise OptionError(f"{name} must lie in [0, 1], not {values[outside][0]}")

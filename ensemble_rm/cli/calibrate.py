@@ -75,6 +75,7 @@ class Calibrate(Command):
 
         out = self.out or self.ensemble
         if not self.dry_run:
+            # Before scoring, which may take hours: a folder that is no ensemble is refused first.
             check_target(out)
         aggregator = self.aggregator.make()
         judgments = read_pairs(console, self.data, skip_bad=self.skip_bad)

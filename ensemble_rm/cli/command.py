@@ -54,6 +54,7 @@ def typer_command(name: str, kind: type[Command], epilog: str) -> Any:
         as_json = bool(given.pop("json"))
         values = {} if path is None else read_config(Path(path))
         for leaf in options:
+            # The command line wins over the file; an option that is not given leaves the file's.
             if (value := given["__".join(leaf.path)]) is not None:
                 _put(values, leaf.path, value)
         return Invocation(name, build(kind, values), as_json)
@@ -81,6 +82,7 @@ def typer_command(name: str, kind: type[Command], epilog: str) -> Any:
 def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for name in path[:-1]:
         below = values.get(name)
+        # A copy: the file's mapping stays as it was read.
         values[name] = dict(below) if isinstance(below, Mapping) else {}
         values = values[name]
     values[path[-1]] = value
@@ -111,6 +113,7 @@ def _annotation(leaf: Leaf) -> Any:
     }
     if leaf.is_argument:
         return Annotated[kind, typer.Argument(parser=_as_text, **given)]
+    # An option that is on by default needs a form that turns it off.
     if kind is bool:
         negative = f"/--no-{leaf.flag[2:]}" if leaf.default is True else ""
         return Annotated[kind, typer.Option(leaf.flag + negative, **given)]

@@ -141,10 +141,12 @@ def read_pairs(console: Console, source: str, *, skip_bad: bool) -> Preferences:
     pairs, report = read_preferences(source)
     for problem in report.problems:
         console.note(f"bad row: {problem}")
+    # These rows are used all the same; twenty are enough to see the kind.
     for problem in (*report.duplicates, *report.equal_sides)[:20]:
         console.note(f"note: {problem}")
     if report.problems or report.duplicates or report.equal_sides:
         console.note(report.summary())
+    # After every problem is listed, so that a file is corrected in one go.
     if report.problems and not skip_bad:
         raise BadRowsError(
             f"{len(report.problems)} of {report.rows} rows are bad; correct them, or leave them "
@@ -171,6 +173,7 @@ def write_jsonl(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
     with partial.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    # A rename within one folder: the file is complete or absent, whenever the run is killed.
     partial.replace(path)
 
 
@@ -195,6 +198,7 @@ def check_can_write(path: Path | None) -> None:
         raise OptionError(f"{path} is a folder; name a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_file(path)
+    # A killed run's partial file stays; only the one that this check makes is removed.
     left_over = partial.exists()
     partial.open("a", encoding="utf-8").close()
     if not left_over:

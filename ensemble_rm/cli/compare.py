@@ -75,6 +75,7 @@ def _rows(verdict: Comparison, *, several: bool) -> Iterator[dict[str, float | N
         }
         if verdict.tie_probability is not None:
             row["tie_probability"] = float(verdict.tie_probability[i])
+        # One member has no disagreement to split, and its mixture is the probability itself.
         if several:
             row |= {
                 "mixture_probability": finite_or_none(verdict.mixture_probability[i]),

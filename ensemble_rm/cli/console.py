@@ -70,6 +70,7 @@ class Progress:
 
     def _draw(self, stage: str, done: int, total: int) -> None:
         if self._display is None:
+            # Imported when a bar is drawn: most runs, and --help, draw none.
             from rich.console import Console as Terminal
             from rich.progress import (
                 BarColumn,
@@ -90,6 +91,7 @@ class Progress:
             )
             self._display.start()
         if self._task is None:
+            # One bar at a time: a finished stage's bar would stay and hide the present one's rate.
             for task in self._display.task_ids:
                 self._display.remove_task(task)
             self._task = self._display.add_task(stage, total=total or None, rate="")
@@ -124,6 +126,7 @@ class Console:
 
     def result(self, data: Mapping[str, Any], text: str) -> None:
         """Print the result: one JSON object with --json, else the text."""
+        # Standard output has the result alone, so that it can be piped.
         print(json.dumps(data, ensure_ascii=False) if self.json else text)
 
     def read(self, what: str) -> None:
@@ -159,6 +162,7 @@ class Console:
         """Print the final summary."""
         if self.json:
             return
+        # The order is the reader's, not that in which a command reports.
         order = ("read", "cut", "left out", "saved", "config", "next")
         lines = [*self._lines, *([] if config is None else [("config", str(config))])]
         for label, text in sorted(lines, key=lambda line: order.index(line[0])):

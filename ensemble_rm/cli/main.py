@@ -104,6 +104,7 @@ exit codes:
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.DataError, 3),
     (errors.ModelError, 4),
+    # The first match counts, so a subclass stands before its base.
     (errors.LockedError, 13),
     (errors.StorageError, 4),
     (errors.MissingExtraError, 4),
@@ -274,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Progress bars of other libraries would fill log files with control characters.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Tokenizers warn, and may deadlock, where a process forks after using threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # transformers warns about newly initialised heads, which training creates on purpose.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -286,16 +288,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.finish(_save_config(console, invocation))
     except KeyboardInterrupt:
         print("ensemble-rm: interrupted", file=sys.stderr)
+        # 128 + SIGINT, as shells report it.
         return 130
     except BrokenPipeError:
+        # The reader, such as `| head`, has what it wants; with stderr closed, the interpreter
+        # does not report the failed flush at exit.
         sys.stderr.close()
         return 0
     except (errors.EnsembleRMError, OSError) as error:
         code = exit_code(error)
+        # A script that reads standard output gets the error there too.
         if as_json:
             described = {"error": type(error).__name__, "message": str(error), "exit_code": code}
             print(json.dumps(described, ensure_ascii=False))
         help_hint = f"; see ensemble-rm {name} --help".replace("  ", " ")
+        # Only a missing option is answered by the help; other errors carry their own remedy.
         hint = help_hint if str(error).startswith("missing ") else ""
         print(f"ensemble-rm {name}".rstrip() + f": {error}{hint}", file=sys.stderr)
         return code

@@ -71,6 +71,7 @@ class MakePairs(Command):
             )
         if not self.dry_run:
             write_jsonl(self.out, (pair.to_json(soft=self.soft) for pair in pairs))
+        # One minus the mean P(chosen is preferred) is the expected share of wrong pairs.
         wrong = 1 - float(np.mean([pair.probability for pair in pairs])) if pairs else None
         prompts = len({prompt_key(sample.prompt) for sample in samples})
         data = {

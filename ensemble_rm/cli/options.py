@@ -60,6 +60,7 @@ def nested(kind: type, *, panel: str | None = None, **leaves: Any) -> Any:
         For fields of `kind` by name: metadata that replaces its own; None leaves the field out.
     """
     metadata = {"kind": kind, "panel": panel, "leaves": leaves}
+    # With a required option inside, the group itself has no default to be made from.
     if any(f.default is MISSING and f.default_factory is MISSING for f in fields(kind)):
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default_factory=kind, metadata=metadata)
@@ -150,6 +151,7 @@ def _leaves(
         if not field.init or (field.name in change and change[field.name] is None):
             continue
         metadata = dict(field.metadata) | dict(change.get(field.name, {}))
+        # The default of a nested field comes from the outer default, which may differ from its own.
         value = getattr(default, field.name) if is_dataclass(default) else _default(field)
         inner, optional = without_none(metadata.get("kind") or field_type(kind, field.name))
         here = (*path, field.name)
@@ -187,6 +189,7 @@ def without_none(kind: Any) -> tuple[Any, bool]:
         return kind, False
     rest = [part for part in get_args(kind) if part is not types.NoneType]
     optional = len(rest) < len(get_args(kind))
+    # Of a number or a tuple of numbers the tuple is taken: it reads both.
     several = [part for part in rest if get_origin(part) is tuple]
     # A Hub id stays text, since Path would turn "./x" into "x".
     return (several or [part for part in rest if part is str] or rest)[0], optional
@@ -295,6 +298,7 @@ def _pair(kind: Any, metavar: str) -> Callable[[Any], tuple[str, str]]:
 
 
 def _choice(value: Any, choices: Sequence[str]) -> str:
+    # A near miss gets the one suggestion; the full list only helps where nothing is near.
     if value not in choices:
         hint = did_you_mean(str(value), choices) or f"; choose from {', '.join(choices)}"
         raise ValueError(f"{value!r} is not known{hint}")
@@ -327,6 +331,7 @@ def _json(text: str) -> Any:
 
 def _number(kind: type[int] | type[float], value: Any) -> int | float:
     """Read a number; a fraction is not a whole number, and true is neither."""
+    # YAML reads `yes` as true, and int(True) is 1.
     wrong = isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1)
     try:
         return kind("" if wrong else value)
@@ -364,6 +369,7 @@ def read_days(text: str) -> float:
         days = float(text.strip().removesuffix("d"))
     except ValueError:
         days = math.nan
+    # NaN fails both comparisons, so text that is no number ends here too.
     if not 0 < days < math.inf:
         raise ValueError(f"{text!r} is not a number of days, such as 180d")
     return days

@@ -90,6 +90,7 @@ class Select(Command):
         pool = read_comparisons(self.pool)
         with console.progress() as progress:
             selected = select_pairs(
+                # Random picks need no scores, so no model is loaded.
                 None if self.strategy == "random" else self.loading.open(self.ensemble),
                 pool,
                 budget=self.budget,

@@ -40,6 +40,7 @@ def default_of(module: str, function: str, parameter: str) -> Any:
         body = node.body
     assert isinstance(node, ast.FunctionDef)
     given = node.args
+    # `ast` aligns positional defaults with the last parameters.
     positional = [*given.posonlyargs, *given.args]
     defaults = dict(
         zip(
@@ -69,6 +70,7 @@ def _tree(module: str) -> ast.Module:
 
 def _value(module: str, node: ast.expr) -> Any:
     if not isinstance(node, ast.Name):
+        # Literals only: evaluating an expression would need the module's imports.
         return ast.literal_eval(node)
     for statement in _tree(module).body:
         if isinstance(statement, ast.ImportFrom) and statement.module:

@@ -183,6 +183,7 @@ class Train(Command):
 
 
 def _write_parts(out: Path, parts: dict[str, Preferences]) -> Path:
+    # Next to the ensemble, not in it: a save replaces the ensemble's folder.
     folder = out.parent / f"{out.name}.parts"
     for name, part in parts.items():
         write_jsonl(folder / f"{name}.jsonl", (pair.to_json() for pair in part))

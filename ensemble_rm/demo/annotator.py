@@ -45,6 +45,7 @@ def utility(prompt: str, completion: str) -> float:
     words = _WORD.findall(completion.lower())
     if not words:
         return -5.0
+    # Common words occur in every answer, so they say nothing of the prompt.
     asked, content = set(content_words(prompt)), content_words(completion)
     taken_up = len(asked & set(content)) / max(len(asked), 1)
     variety = len(set(content)) / max(len(content), 1)

@@ -25,6 +25,7 @@ def true_probabilities() -> dict[str, float]:
 def truth_of(ids: list[str | None], targets: Floats) -> Floats:
     """Return P(first is preferred) of pairs whose sides may have been exchanged."""
     known = true_probabilities()
+    # The file's probabilities are of the chosen side; a target below ½ says it is now second.
     chosen_first = np.array([known[str(i)] for i in ids])
     return np.where(targets > 0.5, chosen_first, 1 - chosen_first)
 

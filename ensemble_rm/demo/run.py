@@ -133,6 +133,7 @@ def run_demo(
     )
     ensemble = trained.calibrate(held.shuffled_sides(seed=seed), progress=progress)
     folder = ensemble.save_pretrained(out / "ensemble")
+    # Loaded again: what is evaluated is what a user loads.
     ensemble = RewardEnsemble.from_pretrained(folder, backbone=model, cache_dir=out / "cache")
     evaluation = evaluate(ensemble, test, seed=seed, progress=progress)
     shuffled = test.shuffled_sides(seed=seed)
@@ -143,6 +144,7 @@ def run_demo(
     if simulated:
         truth = truth_of([pair.id for pair in shuffled], shuffled.targets)
         p = evaluation.probability
+        # logit(p) = margin/T, so this is σ(margin): the probability before calibration.
         raw = 1 / (1 + ((1 - p) / p) ** _temperature(ensemble))
         against = {
             "distance_before": float(np.abs(raw - truth).mean()),
@@ -205,6 +207,7 @@ def _plant(
     ensemble: RewardEnsemble, test: Preferences, progress: Progress
 ) -> tuple[HackReport, dict[str, Any]]:
     """Plant hacks in the test completions and score both."""
+    # A completion can occur in several pairs; it is scored once.
     texts = dict.fromkeys((p.prompt, text) for p in test for text in (p.chosen, p.rejected))
     samples = [Sample(*text) for text in texts]
     hacks = plant(samples)

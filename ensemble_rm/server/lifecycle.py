@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import signal
 import socket
@@ -119,6 +120,18 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def freeze_heap() -> None:
+    """Keep the garbage collector from visiting what is alive now.
+
+    A large request triggers full collections. Each would visit every object of the libraries and
+    models, and hold the event loop meanwhile.
+    """
+    # What an earlier call froze may be garbage by now: the version before a refresh.
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 def serve(
     load: Callable[[], RewardEnsemble],
     options: ServerOptions | None = None,
@@ -165,13 +178,14 @@ def serve(
         # uvicorn looks at this flag, since an exception in a task does not end it.
         server.should_exit = True
 
-    app = create_app(load, options, token=token, on_failure=fail)
+    app = create_app(load, options, token=token, on_failure=fail, on_loaded=freeze_heap)
     service = app.state.service
     config = uvicorn.Config(
         app,
         http=with_deadline(
             options.limits.header_seconds,
             connections=options.limits.max_connections,
+            per_address=options.limits.max_connections_per_address,
             refused=service.metrics.requests.labels("other", "503").inc,
         ),
         ws="none",

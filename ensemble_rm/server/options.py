@@ -88,6 +88,9 @@ class Limits:
         Time for a request's headers, and for its body, to arrive.
     max_connections : int
         Open connections.
+    max_connections_per_address : int
+        Open connections of one client's address; connections from this machine are exempt, since a
+        proxy here brings all clients under one address.
 
     Raises
     ------
@@ -108,6 +111,10 @@ class Limits:
         default=262_144, metadata={"help": "maximum estimated tokens of a request"}
     )
     max_connections: int = field(default=1024, metadata={"help": "maximum open connections"})
+    max_connections_per_address: int = field(
+        default=512,
+        metadata={"help": "maximum open connections of one address other than this machine's"},
+    )
     header_seconds: float = field(
         default=10.0, metadata={"help": "seconds for a request's headers to arrive"}
     )

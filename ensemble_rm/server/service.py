@@ -78,6 +78,8 @@ class RewardService:
     load : callable
         Returns the ensemble; called once, in a thread.
     options : ServerOptions
+    on_loaded : callable
+        Called in the same thread after an ensemble has been loaded and warmed up.
 
     Attributes
     ----------
@@ -86,9 +88,14 @@ class RewardService:
         Whether the server is shutting down.
     """
 
-    def __init__(self, load: Callable[[], RewardEnsemble], options: ServerOptions) -> None:
+    def __init__(
+        self,
+        load: Callable[[], RewardEnsemble],
+        options: ServerOptions,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
         self.options, self.metrics = options, Metrics()
-        self._load = load
+        self._load, self._on_loaded = load, on_loaded
         self._served: ServedEnsemble | None = None
         self._changing = asyncio.Lock()
         self._loading = CallThread("loading")
@@ -160,7 +167,7 @@ class RewardService:
         """Load the ensemble, warm it up, and begin to score."""
         # One change at a time: two refreshes would load twice.
         async with self._changing:
-            served = await self._loading.run(partial(_warmed_up, self._load, None))
+            served = await self._loading.run(partial(_warmed_up, self._load, None, self._on_loaded))
             self._served = served
         self.options.raw_text.check(served.ensemble.names)
         self.metrics.serve(served.version)
@@ -190,7 +197,7 @@ class RewardService:
             raise NotReadyError("the server is shutting down")
         async with self._changing:
             old = self.served
-            load = partial(_warmed_up, old.ensemble.refresh, old)
+            load = partial(_warmed_up, old.ensemble.refresh, old, self._on_loaded)
             new = self._served = await self._loading.run(load)
         if new is not old:
             self.metrics.serve(new.version)
@@ -274,7 +281,9 @@ def _failed(scores: Scores, errors: dict[int, Exception]) -> Scores:
     return replace(scores, reward=reward, members=members, errors=recorded)
 
 
-def _warmed_up(load: Callable[[], RewardEnsemble], old: ServedEnsemble | None) -> ServedEnsemble:
+def _warmed_up(
+    load: Callable[[], RewardEnsemble], old: ServedEnsemble | None, on_loaded: Callable[[], None]
+) -> ServedEnsemble:
     """Load an ensemble and score once, so that the first request is not slow."""
     ensemble = load()
     if old is not None and ensemble is old.ensemble:
@@ -283,6 +292,7 @@ def _warmed_up(load: Callable[[], RewardEnsemble], old: ServedEnsemble | None) -
     # The tuple is the same object when only the calibration changed.
     if old is None or ensemble.scorers is not old.ensemble.scorers:
         ensemble.score(_WARM_UP)
+    on_loaded()
     return ServedEnsemble(ensemble, name_version(ensemble))
 
 

@@ -42,6 +42,7 @@ from ensemble_rm.server import create_app
 from ensemble_rm.server.options import ServerOptions
 from ensemble_rm.server.wire.raw_text import RawText
 from ensemble_rm.uncertainty.disagreement import margin_correlation, member_std, split_uncertainty
+from tests.support.server_runs import LOCAL
 
 Floats = NDArray[np.float64]
 NOW = datetime(2026, 7, 10, tzinfo=UTC)
@@ -291,7 +292,7 @@ def test_the_server_says_null_where_nothing_is_known(
     asked = [
         {"prompt": p.prompt, "first": p.chosen, "second": p.rejected} for p in pairs.take(rows)
     ]
-    with TestClient(create_app(lambda: ensemble)) as client:
+    with TestClient(create_app(lambda: ensemble), LOCAL) as client:
         said = client.post("/v1/compare", json={"pairs": asked}).json()
     for part in ("epistemic", "aleatoric"):
         assert said[part][0] is None and said[part][1] >= 0
@@ -319,7 +320,7 @@ def test_a_trainers_logs_have_the_same_keys_for_every_sample(
     inside = openrlhf_reward(ensemble, stop=["<|im_end|>"])
     options = ServerOptions(raw_text=RawText(stop=("<|im_end|>",)))
     keys = {"member_mean", "member_std"} if nan == "raise" and len(names) > 1 else {"member_mean"}
-    with TestClient(create_app(lambda: ensemble, options)) as client:
+    with TestClient(create_app(lambda: ensemble, options), LOCAL) as client:
         for rows in [[text] for text in asked] + [asked]:
             body = {"query": rows, "prompts": [""] * len(rows), "labels": [label] * len(rows)}
             served = client.post("/get_reward", json=body).json()["extra_logs"]

@@ -51,11 +51,11 @@ def test_a_new_calibration_and_new_members_are_served_when_told(
         before = asking.post("/v1/compare", json=pair).json()
         reward = asking.post("/v1/score", json=one("A fox")).json()
         assert before["version"] == reward["version"] == "2"
-        assert asking.post("/v1/refresh").json() == {"version": "2", "changed": False}
+        assert asking.post("/v1/refresh", json={}).json() == {"version": "2", "changed": False}
 
         publish(versions, 0.3)
         assert asking.post("/v1/compare", json=pair).json() == before  # not before it is told
-        told = asking.post("/v1/refresh")
+        told = asking.post("/v1/refresh", json={})
         assert told.json() == {"version": "3", "changed": True}
         assert told.headers["x-ensemble-version"] == "3"
         after = asking.post("/v1/compare", json=pair).json()
@@ -66,7 +66,7 @@ def test_a_new_calibration_and_new_members_are_served_when_told(
 
         other = RewardEnsemble((two_heads(seed=5),), Normaliser.identity(2), UWO)
         versions.publish_ensemble(other.save_pretrained, provenance={"why": "retrained"})
-        assert asking.post("/v1/refresh").json() == {"version": "4", "changed": True}
+        assert asking.post("/v1/refresh", json={}).json() == {"version": "4", "changed": True}
         new = asking.post("/v1/score", json=one("A fox")).json()
         own = other.score([Sample("Hi", "A fox")])
         assert new["rewards"] == pytest.approx(own.reward, rel=1e-5)
@@ -80,7 +80,7 @@ def test_a_version_that_cannot_be_read_leaves_the_old_one(run: Path) -> None:
         broken = publish(versions, 0.3)
         for file in (run / "versions" / f"{broken.number:04}").rglob("*.json"):
             file.write_text("{")
-        answer = asking.post("/v1/refresh")
+        answer = asking.post("/v1/refresh", json={})
         assert answer.status_code == 500 and answer.json()["error"]["type"] == "StorageError"
         assert asking.post("/v1/score", json=one("A fox")).json()["version"] == "2"
 
@@ -103,7 +103,7 @@ def test_every_answer_is_of_the_version_that_it_names() -> None:
             body = {"samples": [{"prompt": "Hi", "completion": "slow" + "x" * (i % 7)}] * 3}
             asked.append(pool.submit(asking.post, "/v1/score", json=body))
             if i % 10 == 5:
-                asked.append(pool.submit(asking.post, "/v1/refresh"))
+                asked.append(pool.submit(asking.post, "/v1/refresh", json={}))
         answers = [f.result() for f in asked]
     assert all(answer.status_code == 200 for answer in answers)
     scored = [answer.json() for answer in answers if "rewards" in answer.json()]

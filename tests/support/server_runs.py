@@ -21,6 +21,8 @@ from ensemble_rm.server.http.auth import Token
 from ensemble_rm.server.options import ServerOptions
 from tests.support import CHECKOUT, SUPPORT
 
+LOCAL = "http://127.0.0.1"  # a server without a token answers no other name
+
 
 @contextmanager
 def client(
@@ -32,7 +34,7 @@ def client(
     """A client of a server in this process."""
     load = (lambda: ensemble) if isinstance(ensemble, RewardEnsemble) else ensemble
     app = create_app(load, options, token=None if token is None else Token(token))
-    with TestClient(app, raise_server_exceptions=True) as found:
+    with TestClient(app, LOCAL, raise_server_exceptions=True) as found:
         yield found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -27,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ensemble_rm.errors import (
     BadRequestError,
+    ForbiddenError,
     MediaTypeError,
     NotReadyError,
     RequestError,
@@ -42,8 +44,14 @@ from ensemble_rm.server.failures import (
     error_status,
     locate_error,
 )
-from ensemble_rm.server.http.auth import Token
-from ensemble_rm.server.http.openapi import OPERATIONS, UNGUARDED, VERSION_HEADER, describe
+from ensemble_rm.server.http.auth import Token, check_local
+from ensemble_rm.server.http.openapi import (
+    OPERATIONS,
+    UNGUARDED,
+    VERSION_HEADER,
+    RefreshRequest,
+    describe,
+)
 from ensemble_rm.server.metrics import Metrics
 from ensemble_rm.server.options import Limits, ServerOptions
 from ensemble_rm.server.service import TOKENS_PER_TURN, RequestContext, RewardService
@@ -56,6 +64,9 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 _LISTS = 4  # per-sample lists in a body
+_PER_ENTRY = 8  # brackets and commas of one list's entry: an object of some fields, its own lists
+# Possessive, and closed or not: it never tries again, so that its time is linear in the body.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+', re.DOTALL)
 _FAULTS_SHOWN = 5
 _CLIENT_GONE = 499  # nginx's code for a client that left; only the metrics see it
 _log = logging.getLogger(__name__)
@@ -67,6 +78,7 @@ def create_app(
     *,
     token: Token | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
+    on_loaded: Callable[[], None] = lambda: None,
 ) -> Starlette:
     """Make the ASGI application that serves an ensemble.
 
@@ -77,16 +89,19 @@ def create_app(
     options : ServerOptions, optional
     token : Token, optional
         Bearer token that requests must carry; an address that other machines reach needs one.
+        Without it, only requests whose ``Host`` and ``Origin`` are loopback addresses are answered.
     on_failure : callable, optional
         Called with the error if the ensemble cannot be loaded. Without it, the application waits
         for the ensemble when it starts, and fails with the error.
+    on_loaded : callable
+        Called in a thread after an ensemble has been loaded and warmed up, before it serves.
 
     Returns
     -------
     Starlette
         Its `state.service` is the `RewardService`.
     """
-    service = RewardService(load, options or ServerOptions())
+    service = RewardService(load, options or ServerOptions(), on_loaded)
     formats = routes_by_path()
     description = describe(formats)
 
@@ -190,8 +205,8 @@ async def read_json(request: Request, limits: Limits) -> Any:
                 check_bytes(len(body), limits)
     except TimeoutError:
         raise SlowRequestError(f"body did not arrive within {limits.body_seconds:g} s") from None
+    check_structure(body, limits)
     content = parse_json(bytes(body))
-    # Lists of millions of empty entries pass the limit of bytes.
     check_entries(content, limits)
     return content
 
@@ -288,13 +303,36 @@ def check_lists(body: object, limits: Limits) -> None:
         )
 
 
+def check_structure(body: bytes | bytearray, limits: Limits) -> None:
+    """Raise `TooLargeError` if a body has far more lists, objects and commas than it may have.
+
+    Millions of empty lists pass the limit of bytes, and parsing them would hold the event loop for
+    seconds. This counts them first, without making an object for each; `check_entries` then counts
+    the lists' entries exactly.
+    """
+    most = _PER_ENTRY * _most_entries(limits)
+
+    def count(text: bytes | bytearray) -> int:
+        return sum(map(text.count, (b"[", b"{", b",")))
+
+    # Texts may contain commas and brackets; strings are taken out only where it matters.
+    if count(body) > most and count(_STRING.sub(b"", body)) > most:
+        raise TooLargeError(
+            f"more than {most} lists, objects and commas in one request; send several requests"
+        )
+
+
+def _most_entries(limits: Limits) -> int:
+    return limits.max_tokens // TOKENS_PER_TURN + _LISTS * limits.max_samples
+
+
 def check_entries(body: object, limits: Limits) -> None:
     """Raise `TooLargeError` if a body's lists have more entries than its tokens allow.
 
     Each turn has some tokens, however short. To validate a body of hundreds of thousands of turns
     would block the event loop for seconds, only to refuse it.
     """
-    most = limits.max_tokens // TOKENS_PER_TURN + _LISTS * limits.max_samples
+    most = _most_entries(limits)
     count, pending = 0, [body]
     while pending:
         value = pending.pop()
@@ -316,7 +354,9 @@ def check_entries(body: object, limits: Limits) -> None:
 
 
 def _operations(service: RewardService) -> dict[str, Endpoint]:
-    async def refresh(_: Request) -> Response:
+    async def refresh(request: Request) -> Response:
+        # JSON, as for every route that changes something: a web page's form cannot send it.
+        read_model(RefreshRequest, await read_json(request, service.options.limits))
         version, changed = await service.refresh()
         return json_response({"version": version, "changed": changed}, version=version)
 
@@ -437,10 +477,14 @@ class Guard:
         path = scope["path"] if scope["path"] in self._paths else "other"
         try:
             # Before the body is read.
-            if self._token is not None and path not in UNGUARDED:
-                self._token.check(dict(scope["headers"]).get(b"authorization"))
+            if path not in UNGUARDED:
+                headers = dict(scope["headers"])
+                if self._token is None:
+                    check_local(headers)
+                else:
+                    self._token.check(headers.get(b"authorization"))
             await self.app(scope, receive, sending)
-        except UnauthorisedError as error:
+        except (ForbiddenError, UnauthorisedError) as error:
             await error_response(error)(scope, receive, sending)
         finally:
             # Also of requests that raised.

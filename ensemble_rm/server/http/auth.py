@@ -5,9 +5,11 @@ from __future__ import annotations
 import hmac
 import ipaddress
 from base64 import b64decode
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
-from ensemble_rm.errors import OptionError, ServerError, UnauthorisedError
+from ensemble_rm.errors import ForbiddenError, OptionError, ServerError, UnauthorisedError
 
 _MIN_LENGTH = 16
 
@@ -87,3 +89,40 @@ def check_bind(host: str, token: Token | None) -> None:
             f"{host!r} is reached from other machines and there is no token; give one by "
             "--token-file FILE or in ENSEMBLE_RM_TOKEN, or bind 127.0.0.1"
         )
+
+
+def check_local(headers: Mapping[bytes, bytes]) -> None:
+    """Refuse what a web page of another site can make a browser send to this machine.
+
+    A server without a token trusts whoever reaches the loopback address. A browser reaches it too,
+    for any page that it shows: directly, with the page's ``Origin``, or under the page's own name
+    that resolves to 127.0.0.1 (DNS rebinding), with that name as ``Host``.
+
+    Parameters
+    ----------
+    headers : mapping of bytes to bytes
+        By lower-case name.
+
+    Raises
+    ------
+    ForbiddenError
+        If ``Host`` or ``Origin`` is no loopback address.
+    """
+    host = headers.get(b"host", b"").decode("latin-1")
+    # HTTP/1.0 clients may send no Host; browsers always do.
+    if host and not is_loopback(_hostname(f"//{host}")):
+        raise ForbiddenError(
+            "Host is not a loopback address, and the server has no token; address it as "
+            "127.0.0.1, or give it a token"
+        )
+    origin = headers.get(b"origin")
+    # "null" (a sandboxed page, a file) has no host name, so it is foreign.
+    if origin is not None and not is_loopback(_hostname(origin.decode("latin-1"))):
+        raise ForbiddenError("Origin is another site, and the server has no token; give it a token")
+
+
+def _hostname(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # an unclosed bracket
+        return ""

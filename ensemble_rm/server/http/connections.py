@@ -19,8 +19,9 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from ensemble_rm.errors import NotReadyError, SlowRequestError
+from ensemble_rm.errors import BadRequestError, NotReadyError, SlowRequestError
 from ensemble_rm.server.failures import error_detail
+from ensemble_rm.server.http.auth import is_loopback
 
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 32 * 2**20
@@ -42,6 +43,11 @@ _FULL = _last_response(
     NotReadyError.__name__,
     "too many connections; retry later, or keep one open",
     f"retry-after: {NotReadyError.retry_after}",
+)
+
+
+_MALFORMED = _last_response(
+    "400 Bad Request", BadRequestError.__name__, "request is not valid HTTP/1.1"
 )
 
 
@@ -100,13 +106,14 @@ class DeadlineProtocol(H11Protocol):
 
     header_seconds: float = 10.0
     most: float = math.inf
+    most_per_address: float = math.inf
     refused: Callable[[], None] = staticmethod(lambda: None)
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first headers, or refuse the connection at the limit."""
         # Before a parser is made: a refused connection costs one write.
-        if len(self.connections) >= self.most:
+        if len(self.connections) >= self.most or self._address_is_full(transport):
             transport.write(_FULL)
             # The client may still be sending; closing at once would lose the response to a reset.
             transport.set_protocol(_Lingering(transport, self.loop, lambda _: None))
@@ -115,6 +122,22 @@ class DeadlineProtocol(H11Protocol):
         whole = OneWrite(transport, self.loop, self._close)
         super().connection_made(whole)  # type: ignore[arg-type]
         self._arm()
+
+    def _address_is_full(self, transport: asyncio.Transport) -> bool:
+        peer = transport.get_extra_info("peername")
+        # A proxy on this machine brings all clients under one address; a Unix socket has none.
+        if not isinstance(peer, tuple) or is_loopback(peer[0]):
+            return False
+        clients = [getattr(other, "client", None) for other in self.connections]
+        same: int = sum(client is not None and client[0] == peer[0] for client in clients)
+        return bool(same >= self.most_per_address)
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
+        """Answer malformed HTTP as JSON, and close the connection."""
+        # Amid another request's response the bytes would become part of that one.
+        if self._between_requests:
+            self.transport.write(_MALFORMED)
+        self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; the deadline ends with the last header."""
@@ -227,6 +250,7 @@ def with_deadline(
     header_seconds: float,
     *,
     connections: float = math.inf,
+    per_address: float = math.inf,
     refused: Callable[[], None] = lambda: None,
 ) -> type[DeadlineProtocol]:
     """Return the protocol class with these limits.
@@ -237,10 +261,15 @@ def with_deadline(
         Time for a request's headers to arrive.
     connections : int or inf
         Maximum of open connections; further ones are answered 503.
+    per_address : int or inf
+        Maximum of open connections of one address; loopback addresses are exempt.
     refused : callable
         Called for each connection that is refused.
     """
-    limits = {"header_seconds": header_seconds, "most": connections}
-    return type(
-        "DeadlineProtocol", (DeadlineProtocol,), limits | {"refused": staticmethod(refused)}
-    )
+    limits = {
+        "header_seconds": header_seconds,
+        "most": connections,
+        "most_per_address": per_address,
+        "refused": staticmethod(refused),
+    }
+    return type("DeadlineProtocol", (DeadlineProtocol,), limits)

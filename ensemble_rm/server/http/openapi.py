@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
 from ensemble_rm import __version__
@@ -33,6 +33,7 @@ _SUMMARIES = {
 _ERRORS = {
     400: "Body is not valid JSON.",
     401: "No token, or a wrong one.",
+    403: "The server has no token, and Host or Origin is not this machine.",
     408: "Body did not arrive in time.",
     409: "No calibration for this aggregator.",
     413: "A limit is exceeded.",
@@ -60,6 +61,12 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
+class RefreshRequest(BaseModel):
+    """Nothing: the version to serve is the folder's current one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 class RefreshAnswer(BaseModel):
     """The version that is served now."""
 
@@ -77,6 +84,7 @@ def describe(formats: Mapping[str, Sequence[Route]]) -> dict[str, Any]:
     """
     routes = [route for same in formats.values() for route in same]
     requests = [(route.request, "validation") for route in routes]
+    requests.append((RefreshRequest, "validation"))
     responses = [(route.response, "serialization") for route in routes]
     own = [(model, "serialization") for model in (RefreshAnswer, ErrorAnswer)]
     refs, definitions = models_json_schema(
@@ -86,12 +94,14 @@ def describe(formats: Mapping[str, Sequence[Route]]) -> dict[str, Any]:
     error = _json(refs[ErrorAnswer, "serialization"])
     paths = {path: _of_formats(path, same, refs, error) for path, same in formats.items()}
     for path, method in OPERATIONS.items():
-        codes = [503] if path in UNGUARDED else [401, 503]
+        codes = [503] if path in UNGUARDED else [401, 403, 503]
         operation = _operation(path, _SUMMARIES[path], codes, error)
         paths[path] = {method.lower(): operation}
         if path == "/v1/refresh":
             operation["responses"] |= _success(refs[RefreshAnswer, "serialization"])
-            operation["responses"] |= _errors([500], error)
+            operation["responses"] |= _errors([400, 408, 413, 415, 422, 500], error)
+            content = _json(refs[RefreshRequest, "validation"])
+            operation["requestBody"] = {"required": True, "content": content}
         if path == "/metrics":
             text = {"text/plain": {"schema": {"type": "string"}}}
             operation["responses"]["200"]["content"] = text

@@ -1,7 +1,8 @@
 """vLLM's ``/classify`` (0.33), for texts and for messages.
 
 As in vLLM, a single score goes through a sigmoid unless ``use_activation`` is false: the response
-is σ(reward), in (0, 1). A client that trains on rewards must send false. Fields that change how
+is σ(reward), in (0, 1). A client that trains on rewards must send false. ``activation`` and
+``softmax``, its names in older versions of vLLM, mean the same. Fields that change how
 vLLM tokenises are accepted and ignored: members have tokenizers and templates of their own.
 """
 
@@ -28,16 +29,41 @@ if TYPE_CHECKING:
 Texts = Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 
 
-class ClassifyText(BaseModel):
+class Activation(BaseModel):
+    """Whether a score goes through a sigmoid, by vLLM's present name and its two older ones."""
+
+    use_activation: bool | None = Field(
+        None, description="false for the reward itself (default: its sigmoid)"
+    )
+    activation: bool | None = Field(None, description="older name of use_activation")
+    softmax: bool | None = Field(None, description="older name of use_activation")
+
+    @property
+    def wants_sigmoid(self) -> bool:
+        """Whether the response is σ(reward).
+
+        Raises
+        ------
+        UnprocessableError
+            If the names contradict each other.
+        """
+        given = {self.use_activation, self.activation, self.softmax} - {None}
+        # A silent choice between the two would train a client on the wrong scale.
+        if len(given) > 1:
+            raise UnprocessableError(
+                "use_activation, activation and softmax are one setting and contradict each "
+                "other; send use_activation alone"
+            )
+        return False not in given
+
+
+class ClassifyText(Activation):
     """Texts in the policy's chat template."""
 
     input: Texts = Field(
         description="token ids are refused, since members have tokenizers of their own"
     )
     model: str | None = None
-    use_activation: bool | None = Field(
-        None, description="false for the reward itself (default: its sigmoid)"
-    )
     add_special_tokens: bool = True
 
 
@@ -48,12 +74,11 @@ class ChatTurn(BaseModel):
     content: str
 
 
-class ClassifyChat(BaseModel):
+class ClassifyChat(Activation):
     """One conversation, whose last message is by the assistant and is scored."""
 
     messages: list[ChatTurn] = Field(min_length=2, fail_fast=True)
     model: str | None = None
-    use_activation: bool | None = None
     add_special_tokens: bool = False
 
 
@@ -104,8 +129,9 @@ async def classify_chat(request: ClassifyChat, context: RequestContext) -> dict[
 async def _classify(
     samples: list[Sample], request: ClassifyText | ClassifyChat, context: RequestContext
 ) -> dict[str, Any]:
+    sigmoid = request.wants_sigmoid  # before scoring: a contradiction costs nothing
     reward = (await context.score(samples)).reward
-    values = reward if request.use_activation is False else expit(reward)
+    values = expit(reward) if sigmoid else reward
     return {
         "id": f"classify-{uuid4().hex}",
         "object": "list",

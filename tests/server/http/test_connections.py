@@ -243,3 +243,49 @@ def test_a_client_that_still_sends_is_read_on_behind_the_last_answer() -> None:
         return said
 
     assert answers(asyncio.run(go()), 1) == [b"long"]
+
+
+# Malformed HTTP, and a cap per address -----------------------------------------------------------
+
+
+MALFORMED = [b"\x00\x01\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n"]
+
+
+@pytest.mark.parametrize("raw", MALFORMED)
+def test_malformed_http_is_answered_as_json(raw: bytes) -> None:
+    transport = served(raw, b"never")
+    head, _, body = b"".join(transport.writes).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"content-type: application/json" in head
+    error = json.loads(body)["error"]
+    assert error["code"] == 400 and error["type"] == "BadRequestError"
+
+
+class From(Recorder):
+    """A connection from an address."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self.address = address
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return (self.address, 1234) if name == "peername" else default
+
+
+def test_one_address_cannot_take_every_connection() -> None:
+    async def go() -> list[bool]:
+        kind = with_deadline(10, connections=10, per_address=2)
+        config = uvicorn.Config(lambda: None, http=kind, lifespan="off", log_level="error")
+        config.load()
+        state, refused, opened = ServerState(), [], []
+        for address in ["192.0.2.1"] * 3 + ["192.0.2.2"] + ["127.0.0.1"] * 3:
+            connection: Any = kind(config, state, {})
+            transport = From(address)
+            connection.connection_made(transport)
+            refused.append(b"".join(transport.writes).startswith(b"HTTP/1.1 503 "))
+            opened.append(connection)
+        for connection, is_refused in zip(opened, refused, strict=True):
+            if not is_refused:
+                connection.connection_lost(None)
+        return refused
+
+    assert asyncio.run(go()) == [False, False, True, False, False, False, False]

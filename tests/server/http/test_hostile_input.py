@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies as st
 from starlette.testclient import TestClient
 
 from ensemble_rm.errors import OptionError, ServerError
+from ensemble_rm.server.http import app
 from ensemble_rm.server.http.auth import Token, check_bind
 from ensemble_rm.server.options import Limits, ServerOptions
 from ensemble_rm.server.wire.raw_text import RawText
@@ -57,7 +59,8 @@ RAW: dict[str, tuple[bytes, int]] = {
     "UTF-16": (json.dumps(sample()).encode("utf-16"), 400),
     "BOM": (b"\xef\xbb\xbf{}", 400),
     "deep": (deep(1_000), 400),
-    "very deep": (deep(90_000), 400),
+    "very deep": (deep(20_000), 400),
+    "deeper than is parsed": (deep(90_000), 413),
     "too large": (json.dumps(sample(prompt=MARK * 20_000)).encode(), 413),
     "two documents": (b"{}{}", 400),
 }
@@ -259,3 +262,43 @@ def test_a_token_that_is_none(secret: str) -> None:
         Token(secret)
     assert not secret or secret not in str(refused_token.value)
     assert SECRET not in repr(Token(SECRET))
+
+
+# Structure, counted before it is parsed ----------------------------------------------------------
+
+NESTED = [b"[" + b"[]," * 2_000_000 + b"[]]", b"{" + b'"a":{},' * 900_000 + b'"a":{}}']
+NESTED += [b'{"samples":' + b"[[[[[]]]]]," * 500_000 + b"[]}", b"[" + b"0," * 3_000_000 + b"0]"]
+
+
+@pytest.mark.parametrize("body", NESTED, ids=range(len(NESTED)))
+def test_a_body_of_nested_lists_is_never_parsed(
+    asking: TestClient, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "parse_json", lambda _: pytest.fail("it was parsed"))
+    answer = asking.post("/v1/score", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "text", ['a,[{"' * 150_000, ',"' * 300_000, "\\" * 500_000 + "," * 600_000]
+)
+def test_texts_may_have_any_number_of_commas(text: str) -> None:
+    app.check_structure(json.dumps(sample(completion=text)).encode(), Limits())
+
+
+json_texts = st.recursive(
+    st.none() | st.integers() | st.text('a,[]{}"\\'),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text('a,[{"\\'), inner),
+)
+
+
+@given(json_texts)
+def test_the_structure_counted_is_that_outside_texts(value: Any) -> None:
+    def count(value: Any) -> int:
+        if not isinstance(value, list | dict):
+            return 0
+        inner = value.values() if isinstance(value, dict) else value
+        return 1 + max(len(value) - 1, 0) + sum(map(count, inner))
+
+    bare = app._STRING.sub(b"", json.dumps(value).encode())
+    assert sum(map(bare.count, (b"[", b"{", b","))) == count(value)

@@ -30,6 +30,7 @@ from tests.support.server_runs import client, one
 CHAT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 TEXT = f"{CHAT}Hello<|im_end|>"
 MESSAGES = [{"role": "user", "content": "Hi"}]
+ANSWER = {"role": "assistant", "content": "Hello"}
 OPTIONS = ServerOptions(name="lengths", raw_text=RawText(policy_template="chatml"))
 HELLO = 7.5  # the mean of 5 and 10
 
@@ -289,3 +290,25 @@ def test_uncertainty_of_an_answer_is_the_mixtures() -> None:
         said = asking.post("/v1/compare", json={"pairs": [pair]}).json()
     split = split_uncertainty([[3.0, 6.0]], mixture_temperature=calibration.mixture_temperature)
     assert said["epistemic"] == pytest.approx(split.epistemic)
+
+
+# vLLM's older names of use_activation ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["use_activation", "activation", "softmax"])
+@pytest.mark.parametrize("body", [{"input": TEXT}, {"messages": [*MESSAGES, ANSWER]}])
+def test_every_name_of_the_activation_is_honoured(
+    asking: TestClient, name: str, body: dict[str, Any]
+) -> None:
+    def probability(**fields: bool) -> float:
+        answer = asking.post("/classify", json=body | fields)
+        assert answer.status_code == 200, answer.text
+        return float(answer.json()["data"][0]["probs"][0])
+
+    assert probability(**{name: False}) == HELLO
+    assert probability(**{name: True}) == probability() == pytest.approx(1 / (1 + np.exp(-HELLO)))
+
+
+def test_contradicting_names_of_the_activation_are_refused(asking: TestClient) -> None:
+    body = {"input": TEXT, "use_activation": False, "softmax": True}
+    assert asking.post("/classify", json=body).status_code == 422
