@@ -108,6 +108,10 @@ class NoPositiveTemperatureError(CalibrationError):
     """The margins contradict the judgments or are all 0: no finite positive T fits."""
 
 
+class ClockError(CalibrationError):
+    """The clock is far ahead of the last run and of the newest judgment."""
+
+
 class TrainingError(EnsembleRMError):
     """A training run cannot continue."""
 
@@ -230,6 +234,10 @@ class NotReadyError(RequestError):
 
 class StorageError(EnsembleRMError):
     """A saved directory or a cache cannot be read or written."""
+
+
+class StoreIntegrityError(StorageError):
+    """A judgment store lost or changed judgments, or is not the store of the last run."""
 
 
 class LockedError(StorageError):

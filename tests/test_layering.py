@@ -17,7 +17,16 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         (
-            ("errors", "arrays", "field_help", "progress", "sqlite", "plotting", "text_table"),
+            (
+                "errors",
+                "arrays",
+                "field_help",
+                "file_modes",
+                "progress",
+                "sqlite",
+                "plotting",
+                "text_table",
+            ),
             ("data",),
             ("aggregation",),
             ("metrics",),

@@ -1,4 +1,4 @@
-"""``ensemble-rm versions``: list, show, rollback, pin, unpin, repair."""
+"""``ensemble-rm versions``: list, show, rollback, pin, unpin, withdraw-run, repair."""
 
 from __future__ import annotations
 
@@ -125,6 +125,31 @@ class Unpin(Command):
 
         version = Versions(self.run_folder).unpin()
         console.result(version.to_json(), f"current: {describe(version)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithdrawRun(Command):
+    """Take a job's run out of account, such as one under a wrong clock or on a wrong store.
+
+    Its lines stay in RUN/audit.jsonl, and so does a version that it published.
+    """
+
+    run_folder: Path = argument(RUN, metavar="RUN")
+    withdrawn: str = argument("identifier of the job's run, as in audit.jsonl", metavar="ID")
+
+    example: ClassVar[str] = "  ensemble-rm versions withdraw-run runs/hh 6c1f0a2b9d3e4f58"
+
+    def run(self, console: Console) -> None:
+        """Withdraw it."""
+        from ensemble_rm.versions.repository import Versions
+
+        version = Versions(self.run_folder).withdraw_run(self.withdrawn)
+        number = None if version is None else version.number
+        text = f"withdrawn: run {self.withdrawn}"
+        if version is not None:
+            text += f"; version {number}, which it published, is still current"
+            console.next(f"ensemble-rm versions rollback {self.run_folder}")
+        console.result({"withdrawn": self.withdrawn, "published": number}, text)
 
 
 @dataclass(frozen=True, kw_only=True)

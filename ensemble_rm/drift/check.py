@@ -33,12 +33,14 @@ from ensemble_rm.drift.unlabelled import UnlabelledDrift, unlabelled_drift
 from ensemble_rm.errors import DataError, NotCalibratedError
 from ensemble_rm.evidence.dated_margins import DatedMargins, date_margins, load_members
 from ensemble_rm.evidence.score_table import ScoreTable
+from ensemble_rm.evidence.store_state import require_known_head
 from ensemble_rm.evidence.window import Window, choose, read_window
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.versions.atomic_files import storage_errors
 from ensemble_rm.versions.audit_log import AuditLog
+from ensemble_rm.versions.job_run import check_clock, known_time
 from ensemble_rm.versions.repository import Versions, describe_ensemble, now_utc
 from ensemble_rm.versions.version import EVIDENCE, Version, read_evidence, version_folder
 
@@ -80,7 +82,7 @@ def check_drift(
     ------
     NotCalibratedError
         If the current version has no calibration.
-    LockedError, StorageError
+    LockedError, StorageError, StoreIntegrityError, ClockError
         As in `recalibrate`.
     """
     versions = Versions(folder, clock=clock)
@@ -123,8 +125,16 @@ class _Check:
             )
         now = self.versions.clock()
         at = now.isoformat(timespec="seconds")
-        where, future = choose(self.store, self.options, latest=now)
-        window = read_window(self.store, where, future=future, progress=self.progress)
+        with self.store.snapshot() as chain:
+            require_known_head(
+                self.versions.audit,
+                chain,
+                self.store.name,
+                accept=self.options.accept_rewound_store,
+            )
+            check_clock(self.versions, self.options, self.store.newest())
+            where, future = choose(self.store, self.options, latest=known_time(self.versions))
+            window = read_window(self.store, where, future=future, progress=self.progress)
         table = ScoreTable(folder, version.members, read_only=self.options.dry_run)
         window, data = self._margins(version, calibration, window, table)
         state = watch(

@@ -46,7 +46,7 @@ class DriftCheckOptions(WindowOptions, DriftOptions, RunOptions):
         Which judgments; see `WindowOptions`.
     alpha, tolerance
         See `DriftOptions`.
-    dry_run, wait
+    dry_run, wait, accept_rewound_store, accept_clock, max_clock_lead
         See `RunOptions`.
     """
 

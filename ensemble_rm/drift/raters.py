@@ -211,6 +211,7 @@ def anchor_votes(judgments: Iterable[Judgment]) -> list[AnchorVote]:
             swapped=judgment.text_digests[1] > judgment.text_digests[2],
         )
         for judgment in judgments
+        if not judgment.is_retraction
     ]
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from ensemble_rm.arrays import Floats
 from ensemble_rm.ensemble.results import Scores
 from ensemble_rm.errors import DataError, NonFiniteScoreError, OptionError, StorageError
+from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.uncertainty.distance import FeatureSpace
 
 FORMAT = 1
@@ -187,6 +188,7 @@ class Reference:
             path.mkdir(parents=True, exist_ok=True)
             tensors = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
             save_file(tensors, path / "reference.safetensors")
+            follow_umask(path / "reference.safetensors")
             text = json.dumps(row, indent=1, ensure_ascii=False)
             (path / "reference.json").write_text(text + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:

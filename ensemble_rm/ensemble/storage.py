@@ -20,6 +20,7 @@ from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.errors import OptionError, StorageError, VersionError
+from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.registry import member_kind
 from ensemble_rm.members.scorer import Scorer
 from ensemble_rm.uncertainty.distance import FeatureSpace
@@ -64,8 +65,8 @@ def save(
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (scratch / FILE).write_text(text + "\n", encoding="utf-8")
-        # mkdtemp gives 0700, which another user's server could not enter.
-        scratch.chmod(0o755)
+        # Another user's server must be able to read what is saved.
+        follow_umask(scratch)
         _swap(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from ensemble_rm.evidence.dated_margins import (
     load_members,
 )
 from ensemble_rm.evidence.score_table import ScoreTable
+from ensemble_rm.evidence.store_state import chain_json, require_known_head
 from ensemble_rm.evidence.window import Window, choose, read_window
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
@@ -34,7 +35,9 @@ from ensemble_rm.versions.job_run import (
     Job,
     JobOutcome,
     Verdict,
+    check_clock,
     digest_inputs,
+    known_time,
 )
 from ensemble_rm.versions.repository import Versions, describe_ensemble, now_utc
 from ensemble_rm.versions.version import Version
@@ -116,6 +119,11 @@ def recalibrate(
         If something cannot be read or written; the current version stays current.
     AggregatorMismatchError
         If the ensemble's calibration belongs to another aggregator than its reward.
+    StoreIntegrityError
+        If the store lost or changed judgments, or lacks judgments that the last run read and
+        `accept_rewound_store` is not set.
+    ClockError
+        If the clock is more than `max_clock_lead` days ahead and `accept_clock` is not set.
     """
     job = _RecalibrationJob(
         versions=Versions(folder, clock=clock),
@@ -152,16 +160,28 @@ class _RecalibrationJob(Job):
         calibration = incumbent.read_calibration()
         if calibration is not None:
             require_calibration(calibration, aggregator)
-        where, future = choose(self.store, self.options, latest=self._latest_time(incumbent))
-        window = read_window(self.store, where, future=future, progress=self.progress)
+        with self.store.snapshot() as chain:
+            accepted = require_known_head(
+                self.versions.audit,
+                chain,
+                self.store.name,
+                accept=self.options.accept_rewound_store,
+            )
+            clock = check_clock(self.versions, self.options, self.store.newest())
+            where, future = choose(self.store, self.options, latest=known_time(self.versions))
+            window = read_window(self.store, where, future=future, progress=self.progress)
         options = self.options.decision_json()
         key = digest_inputs(window.digest, incumbent.members, ensemble["aggregator"], options)
         details: dict[str, Any] = {
-            "judgments": {"store": self.store.name} | window.describe(),
+            "judgments": {"store": self.store.name, "chain": chain_json(chain)} | window.describe(),
             "members": incumbent.members,
             "options": options,
             "key": key,
         }
+        if accepted:
+            details["accepted_rewound_store"] = True
+        if clock:
+            details["clock"] = clock
         case = _Case(incumbent, calibration, details)
         # Before any scoring, so that a repeated run costs only the reading of the window.
         if (repeated := self._repeated(incumbent, key)) is not None:
@@ -278,18 +298,11 @@ class _RecalibrationJob(Job):
         run = last["run"]
         return verdict, f"same judgments, members and options as run {run}: {last['reason']}", run
 
-    def _latest_time(self, incumbent: Version) -> datetime:
-        """Return the clock's time, or the last run's where the clock was set back since."""
-        times = [self.versions.clock(), datetime.fromisoformat(incumbent.created_at)]
-        last = self.versions.audit.last(event=EVENT)
-        if last is not None:
-            times.append(datetime.fromisoformat(last["at"]))
-        return max(time.astimezone(UTC) for time in times)
-
     def repair_log(self) -> None:
         """Write the audit line of a run that was killed between its publication and the line."""
         current = self.versions.current()
-        if not current.run or self.versions.audit.last(event=EVENT, run=current.run) is not None:
+        logged = (event.get("run") for event in self.versions.audit.read())
+        if not current.run or current.run in logged:
             return
         details = dict(current.provenance)
         reason = str(details.pop("reason", ""))

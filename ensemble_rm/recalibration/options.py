@@ -99,7 +99,7 @@ class RecalibrationOptions(WindowOptions, DecisionOptions, DriftOptions, RunOpti
         How a candidate is fitted and judged; see `DecisionOptions`.
     alpha, tolerance
         Of the drift test; see `DriftOptions`.
-    dry_run, wait
+    dry_run, wait, accept_rewound_store, accept_clock, max_clock_lead
         See `RunOptions`.
     """
 

@@ -96,6 +96,6 @@ class RetrainingRunOptions(JobSelection, RetrainingOptions, RunOptions):
         Of the gate; see `RetrainingOptions`.
     seed
         See `RetrainingOptions`.
-    dry_run, wait
+    dry_run, wait, accept_rewound_store, accept_clock, max_clock_lead
         See `RunOptions`. A dry run splits the judgments, reports the parts, and trains nothing.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "audit.jsonl"
+WITHDRAWN = "run withdrawn"
 
 
 class AuditLog:
@@ -55,10 +56,21 @@ class AuditLog:
                 if isinstance(event, dict):
                     yield event
 
+    def runs(self, **fields: Any) -> Iterator[dict[str, Any]]:
+        """Yield the events whose fields have the given values, without those of withdrawn runs.
+
+        `Versions.withdraw_run` withdraws a run; its lines stay in the log.
+        """
+        events = list(self.read())
+        withdrawn = {event.get("run") for event in events if event.get("event") == WITHDRAWN}
+        for event in events:
+            counts = event.get("run") is None or event["run"] not in withdrawn
+            if counts and all(event.get(name) == value for name, value in fields.items()):
+                yield event
+
     def last(self, **fields: Any) -> dict[str, Any] | None:
-        """Return the last event whose fields have the given values."""
+        """Return the last event of `runs`."""
         last = None
-        for event in self.read():
-            if all(event.get(name) == value for name, value in fields.items()):
-                last = event
+        for event in self.runs(**fields):
+            last = event
         return last

@@ -32,7 +32,7 @@ from ensemble_rm.versions.atomic_files import (
     sync_tree,
     write_file,
 )
-from ensemble_rm.versions.audit_log import AuditLog
+from ensemble_rm.versions.audit_log import WITHDRAWN, AuditLog
 from ensemble_rm.versions.version import (
     CURRENT,
     DESCRIPTION,
@@ -341,6 +341,36 @@ class Versions:
             self._log("unpinned", version=pointer.version)
         return self.current()
 
+    def withdraw_run(self, run: str) -> Version | None:
+        """Take a run out of account: jobs then decide as if its lines were not in the log.
+
+        For a run under a wrong clock, or on a wrong store. The lines themselves stay, and so does a
+        version that it published; `rollback` goes back from that.
+
+        Parameters
+        ----------
+        run : str
+            Identifier, as in the audit log.
+
+        Returns
+        -------
+        Version, optional
+            The current version, if this run published it.
+
+        Raises
+        ------
+        VersionError
+            If the log has no such run, or it was withdrawn already.
+        """
+        with self.lock():
+            if not any(event.get("run") == run for event in self.audit.read()):
+                raise VersionError(f"{self.audit.path} has no run {run!r}; see its lines")
+            if self.audit.last(run=run) is None:
+                raise VersionError(f"run {run} was withdrawn already")
+            self._log(WITHDRAWN, run=run)
+            current = self.current() if self.versioned else None
+        return current if current is not None and _published_by(current, run) else None
+
     def clean(self) -> list[str]:
         """Remove leftovers of killed processes: versions that were never published.
 
@@ -415,6 +445,11 @@ class Versions:
     def _log(self, event: str, **fields: Any) -> None:
         with storage_errors(f"writing the audit log of {self.folder}"):
             self.audit.append({"event": event, "at": self._time()} | fields)
+
+
+def _published_by(version: Version, run: str) -> bool:
+    # A retraining has its run in its provenance.
+    return run in (version.run, version.provenance.get("retraining", {}).get("run"))
 
 
 # Plain ensembles ------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ensemble_rm.errors import MissingExtraError, ModelError, OptionError
+from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 
 DTYPES: dict[str, torch.dtype] = {
@@ -228,6 +229,7 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     try:
         fresh.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        follow_umask(scratch)
         try:
             scratch.rename(target)
         except OSError:  # another process has converted it in the meantime

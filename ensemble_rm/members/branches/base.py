@@ -20,6 +20,7 @@ from torch.nn import ModuleList
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.backbone.trunk import Trunk, View
@@ -171,6 +172,7 @@ class Branched(ModelScorer):
         self.heads.save(folder)
         flat = {name: tensor.cpu().contiguous() for name, tensor in self._weights().items()}
         save_file(flat, folder / self.file)
+        follow_umask(folder / self.file)
         return {}
 
     @classmethod

@@ -27,6 +27,7 @@ from transformers import (
 
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.errors import OptionError, TrainingError
+from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.encoding import Encoded, TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import Batch, collate
@@ -335,6 +336,7 @@ def _train_one(
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
+    follow_umask(scratch)
     shutil.rmtree(folder / _MODEL, ignore_errors=True)
     scratch.rename(folder / _MODEL)
     record = {

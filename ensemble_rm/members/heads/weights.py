@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 
+from ensemble_rm.file_modes import follow_umask
+
 Floats = NDArray[np.float64]
 
 
@@ -57,6 +59,7 @@ class HeadWeights:
         """Write ``heads.safetensors``."""
         arrays = {name: np.ascontiguousarray(a) for name, a in self.tensors().items()}
         save_file(arrays, folder / "heads.safetensors")
+        follow_umask(folder / "heads.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> HeadWeights:

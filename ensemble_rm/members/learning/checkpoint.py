@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ensemble_rm.errors import TrainingError
+from ensemble_rm.file_modes import follow_umask
 
 FILE = "checkpoint.safetensors"
 
@@ -21,6 +22,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[
     scratch = folder / (FILE + ".new")
     flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(flat, scratch, metadata={"state": json.dumps(state)})
+    follow_umask(scratch)
     scratch.replace(folder / FILE)
 
 
