@@ -106,7 +106,7 @@ def cap_shares(
         return weights, ""
     coded = codes != UNKNOWN
     if exempt and not coded.all():
-        return _cap_coded(weights, codes, coded, share)
+        return _cap_coded(weights, codes, coded, share), ""
     if not coded.all():
         return weights, f"{int((codes == UNKNOWN).sum())} judgments have none"
     labels = np.unique(codes, return_inverse=True)[1]
@@ -118,19 +118,15 @@ def cap_shares(
     return weights * np.minimum(1.0, limit / totals)[labels], ""
 
 
-def _cap_coded(
-    weights: Floats, codes: Ints, coded: NDArray[np.bool_], share: float
-) -> tuple[Floats, str]:
+def _cap_coded(weights: Floats, codes: Ints, coded: NDArray[np.bool_], share: float) -> Floats:
     if not coded.any():
-        return weights, ""
+        return weights
     labels = np.unique(codes[coded], return_inverse=True)[1]
     totals: Floats = np.bincount(labels, weights[coded]).astype(np.float64)
     free = float(weights[~coded].sum())
-    if free / float(weights.sum()) + len(totals) * share < 1 - 1e-9:
-        return weights, f"{len(totals)} are too few for a share of {share:g}"
     capped = weights.copy()
     capped[coded] *= np.minimum(1.0, _limit(totals, share, free) / totals)[labels]
-    return capped, ""
+    return capped
 
 
 def _limit(totals: Floats, share: float, free: float = 0.0) -> float:
