@@ -100,6 +100,8 @@ def honest_store(rng: np.random.Generator, kind: str = "equal") -> DatedMargins:
     elif kind == "ids missing":
         annotators = np.full(n, -1)
     data = judge(rng, annotators, times, temperature=temperature)
+    # As in a job, the store's first day is exempt from the cap.
+    data = replace(data, days=np.where(data.days == 0, -1, data.days))
     if kind == "monthly batches":
         data = replace(data, days=(times // 30).astype(np.int64))
     return data
@@ -214,8 +216,8 @@ def add_honest(figures: Figures, seeds: int, first: int) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--years", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--years", type=int, default=120)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     args = parser.parse_args()
     if args.quick:

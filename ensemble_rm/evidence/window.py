@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from ensemble_rm.evidence.score_table import KEY, Keys
 from ensemble_rm.judgments.filter import JobSelection, JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress
+
+if TYPE_CHECKING:
+    from ensemble_rm.judgments.database.chain import Chain
 
 AHEAD = timedelta(days=1)  # tolerated lead over the clock: time zones, skew
 PROMPT_BYTES = 8  # of a prompt's digest; among a million prompts, P(any clash) is below 10⁻⁷
@@ -73,8 +77,7 @@ class Window:
     where : JudgmentFilter
         The selection.
     annotators, days : ndarray of int, shape (n_judgments,)
-        Index into `annotator_names`; number of the day on which the store received the judgment, −1
-        where it does not know, or where the operator trusts the batch.
+        Index into `annotator_names`; day of arrival, see `arrival_days`.
     annotator_names : tuple of str
         Sorted.
     future : int
@@ -174,7 +177,12 @@ def choose(
 
 
 def read_window(
-    store: JudgmentStore, where: JudgmentFilter, *, future: int = 0, progress: Progress
+    store: JudgmentStore,
+    where: JudgmentFilter,
+    *,
+    future: int = 0,
+    trusted: Collection[int] = (),
+    progress: Progress,
 ) -> Window:
     """Stream the selected judgments into arrays.
 
@@ -184,6 +192,8 @@ def read_window(
     where : JudgmentFilter
     future : int
         As `choose` returns it.
+    trusted : collection of int
+        Numbers of appended batches, as in the store's chain, to which no cap by day applies.
     progress : callable
         Called with (stage, done, total).
 
@@ -198,7 +208,8 @@ def read_window(
     # −1 for no subset, so that the others count from 0.
     subset_of: dict[str | None, int] = {None: -1}
     batch_of: dict[str | None, int] = {}
-    annotators, annotator_of = array("i"), dict[str, int]()
+    annotators, annotator_of, days = array("i"), dict[str, int](), array("q")
+    day_of = arrival_days(store.chain(), trusted)
     for row in store.observations(where):
         ids += row.id
         pairs += row.pair
@@ -208,6 +219,7 @@ def read_window(
         times.append(row.judged_at.timestamp())
         subsets.append(subset_of.setdefault(row.subset, len(subset_of) - 1))
         batches.append(batch_of.setdefault(row.batch, len(batch_of)))
+        days.append(day_of.get(row.link, -1))
         annotators.append(annotator_of.setdefault(row.annotator, len(annotator_of)))
         if len(targets) % 10_000 == 0:
             progress("reading judgments", len(targets), 0)
@@ -235,9 +247,35 @@ def read_window(
         where,
         future,
         coded,
-        np.full(len(targets), -1, np.int64),
+        np.frombuffer(days, np.int64).copy(),
         tuple(people),
     )
+
+
+def arrival_days(chain: Chain, trusted: Collection[int] = ()) -> dict[int, int]:
+    """Return the day on which each batch of a store arrived, in days since 1970 in UTC.
+
+    Parameters
+    ----------
+    chain : Chain
+    trusted : collection of int
+        Numbers of batches that an operator confirms.
+
+    Returns
+    -------
+    dict of int to int
+        By the batch's number; without trusted batches, those of an unknown day, and those of the
+        store's first day, which no later writer can join.
+    """
+    days = {
+        link.number: int(link.appended_at.timestamp() // 86400)
+        for link in chain.links
+        if link.appended_at is not None
+    }
+    known = [link.appended_at is not None for link in chain.links]
+    # A store from before the chain has a first day, too, that is unknown.
+    first = min(days.values()) if days and known[0] else None
+    return {k: day for k, day in days.items() if day != first and k not in set(trusted)}
 
 
 def _digest(ids: bytes) -> str:

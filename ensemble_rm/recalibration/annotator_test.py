@@ -56,6 +56,8 @@ class AnnotatorReport:
         Their share of the capped weight.
     capped : tuple of str
         Annotators whose weight was reduced.
+    capped_days : tuple of int
+        Days of arrival whose weight was reduced, in days since 1970.
     remarks : tuple of str
         Caps or tests that are off, and why.
     """
@@ -65,10 +67,13 @@ class AnnotatorReport:
     p_values: tuple[float, ...] = ()
     rejected_share: float = 0.0
     capped: tuple[str, ...] = ()
+    capped_days: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
-def cap_shares(weights: Floats, codes: Ints, share: float) -> tuple[Floats, str]:
+def cap_shares(
+    weights: Floats, codes: Ints, share: float, *, exempt: bool = False
+) -> tuple[Floats, str]:
     """Scale weights so that no code has more than a share of their sum.
 
     Parameters
@@ -79,6 +84,9 @@ def cap_shares(weights: Floats, codes: Ints, share: float) -> tuple[Floats, str]
         Annotator or day of each judgment; `UNKNOWN` where it has none.
     share : float
         In (0, 1]; 1 switches the cap off.
+    exempt : bool
+        Leave judgments without a code as they are, and cap the others; by default a judgment
+        without a code switches the cap off.
 
     Returns
     -------
@@ -96,7 +104,10 @@ def cap_shares(weights: Floats, codes: Ints, share: float) -> tuple[Floats, str]
         raise OptionError(f"a share must be in (0, 1], not {share}")
     if share == 1 or not len(weights):
         return weights, ""
-    if (codes == UNKNOWN).any():
+    coded = codes != UNKNOWN
+    if exempt and not coded.all():
+        return _cap_coded(weights, codes, coded, share), ""
+    if not coded.all():
         return weights, f"{int((codes == UNKNOWN).sum())} judgments have none"
     labels = np.unique(codes, return_inverse=True)[1]
     totals: Floats = np.bincount(labels, weights).astype(np.float64)
@@ -107,10 +118,21 @@ def cap_shares(weights: Floats, codes: Ints, share: float) -> tuple[Floats, str]
     return weights * np.minimum(1.0, limit / totals)[labels], ""
 
 
-def _limit(totals: Floats, share: float) -> float:
-    """Return λ with λ = share·Σ min(total, λ)."""
+def _cap_coded(weights: Floats, codes: Ints, coded: NDArray[np.bool_], share: float) -> Floats:
+    if not coded.any():
+        return weights
+    labels = np.unique(codes[coded], return_inverse=True)[1]
+    totals: Floats = np.bincount(labels, weights[coded]).astype(np.float64)
+    free = float(weights[~coded].sum())
+    capped = weights.copy()
+    capped[coded] *= np.minimum(1.0, _limit(totals, share, free) / totals)[labels]
+    return capped
+
+
+def _limit(totals: Floats, share: float, free: float = 0.0) -> float:
+    """Return λ with λ = share·(free + Σ min(total, λ))."""
     ordered = np.sort(totals)[::-1]
-    rest = float(ordered.sum())
+    rest = float(ordered.sum()) + free
     for k, total in enumerate(ordered):
         if 1 - k * share <= 1e-9:  # exactly 1/share codes: all get the smallest total
             return float(ordered[-1])
@@ -239,13 +261,20 @@ def check_annotators(
         raise OptionError(f"the annotators' level must be in [0, 1), not {level}")
     kept = np.ones(len(data), dtype=bool)
     codes = np.unique(data.annotators[data.annotators != UNKNOWN])
+    capped = cap_weights(data, share=share, day_share=day_share)
+    by_day, _ = cap_shares(data.weights, data.days, day_share, exempt=True)
+    days = tuple(int(d) for d in np.unique(data.days[by_day < data.weights * (1 - 1e-9)]))
+    reduced = np.unique(data.annotators[capped.weights < by_day * (1 - 1e-9)])
+    names = tuple(_name(data, int(code)) for code in reduced if code != UNKNOWN)
     remarks = _remarks(data, share, day_share)
     if len(codes) < 3 or level == 0:
         if level > 0:
             remarks += (f"annotators are not tested: {len(codes)} are fewer than 3",)
-        return kept, AnnotatorReport(annotators=len(codes), remarks=remarks)
+        report = AnnotatorReport(
+            annotators=len(codes), capped=names, capped_days=days, remarks=remarks
+        )
+        return kept, report
     rejected: dict[int, float] = {}
-    capped = cap_weights(data, share=share, day_share=day_share)
     for _ in range(len(codes)):
         rows = np.flatnonzero(kept)
         try:
@@ -273,20 +302,20 @@ def check_annotators(
             break
     ordered = sorted(rejected, key=lambda code: (rejected[code], code))
     total = float(capped.weights.sum())
-    reduced = np.unique(data.annotators[capped.weights < data.weights * (1 - 1e-9)])
     return kept, AnnotatorReport(
         annotators=len(codes),
         rejected=tuple(_name(data, code) for code in ordered),
         p_values=tuple(rejected[code] for code in ordered),
         rejected_share=float(capped.weights[~kept].sum()) / total,
-        capped=tuple(_name(data, int(code)) for code in reduced if code != UNKNOWN),
+        capped=names,
+        capped_days=days,
         remarks=remarks,
     )
 
 
 def cap_weights(data: DatedMargins, *, share: float, day_share: float) -> DatedMargins:
     """Return judgments with the weights of annotators and days capped; see `cap_shares`."""
-    weights, _ = cap_shares(data.weights, data.days, day_share)
+    weights, _ = cap_shares(data.weights, data.days, day_share, exempt=True)
     # Annotators last: theirs is the share that an attack on one account is bounded by.
     weights, _ = cap_shares(weights, data.annotators, share)
     return replace(data, weights=weights)
@@ -295,7 +324,7 @@ def cap_weights(data: DatedMargins, *, share: float, day_share: float) -> DatedM
 def _remarks(data: DatedMargins, share: float, day_share: float) -> tuple[str, ...]:
     reasons = {
         "annotators": cap_shares(data.weights, data.annotators, share)[1],
-        "days of arrival": cap_shares(data.weights, data.days, day_share)[1],
+        "days of arrival": cap_shares(data.weights, data.days, day_share, exempt=True)[1],
     }
     return tuple(
         f"the cap on {name} is off: {reason}" for name, reason in reasons.items() if reason

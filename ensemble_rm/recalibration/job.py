@@ -26,7 +26,7 @@ from ensemble_rm.evidence.dated_margins import (
 )
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.store_state import chain_json, require_known_head
-from ensemble_rm.evidence.window import Window, choose, read_window
+from ensemble_rm.evidence.window import Window, arrival_days, choose, read_window
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.recalibration.decision import FLATTENED, Decision, decide
@@ -169,7 +169,13 @@ class _RecalibrationJob(Job):
             )
             clock = check_clock(self.versions, self.options, self.store.newest())
             where, future = choose(self.store, self.options, latest=known_time(self.versions))
-            window = read_window(self.store, where, future=future, progress=self.progress)
+            window = read_window(
+                self.store,
+                where,
+                future=future,
+                trusted=self.options.trust_batch,
+                progress=self.progress,
+            )
         options = self.options.decision_json()
         key = digest_inputs(window.digest, incumbent.members, ensemble["aggregator"], options)
         details: dict[str, Any] = {
@@ -204,6 +210,13 @@ class _RecalibrationJob(Job):
             created=self.versions.clock().isoformat(timespec="seconds"),
         )
         case.details.update(_explain(decision, calibration) | {"flat": decision.flat})
+        if decision.annotators is not None and decision.annotators.capped_days:
+            days = arrival_days(chain, self.options.trust_batch)
+            capped = [k for k, day in days.items() if day in decision.annotators.capped_days]
+            case.details["capped_batches"] = capped
+            words = f"; batches {', '.join(map(str, capped[:20]))} of the store were reduced to "
+            words += f"{self.options.day_share:.0%} of the weight a day (--trust-batch)"
+            decision = replace(decision, reason=decision.reason + words)
         # Deferred: the evidence is read only if something is published.
         return self._act(case, decision, lambda: evidence_of(window, table))
 

@@ -32,6 +32,9 @@ class DecisionOptions:
     annotator_share, day_share : float
         Largest share of the weight of an annotator, and of the judgments that arrive on one day, in
         (0, 1]; 1 switches a cap off. See `recalibration.annotator_test`.
+    trust_batch : tuple of int
+        Numbers of appended batches, as in the store's chain, to which the cap by day does not
+        apply.
     annotator_level : float
         Level over all annotators of the test that rejects one; 0 switches it off.
     max_rejected : float
@@ -69,6 +72,10 @@ class DecisionOptions:
         default=0.2,
         metadata={"help": "largest share of one day's arrivals in a window's weight"},
     )
+    trust_batch: tuple[int, ...] = field(
+        default=(),
+        metadata={"help": "number of an appended batch without a cap by day; repeatable"},
+    )
     annotator_level: float = field(
         default=0.01,
         metadata={"help": "level, over all annotators, of the test that rejects one"},
@@ -95,7 +102,7 @@ class RecalibrationOptions(WindowOptions, DecisionOptions, DriftOptions, RunOpti
         Which judgments; see `WindowOptions`.
     half_life, gate_share, delta, level, min_judgments, slices, confirm
         How a candidate is fitted and judged; see `DecisionOptions`.
-    annotator_share, day_share, annotator_level, max_rejected
+    annotator_share, day_share, trust_batch, annotator_level, max_rejected
         How a candidate is fitted and judged; see `DecisionOptions`.
     alpha, tolerance
         Of the drift test; see `DriftOptions`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration.methods.temperature import clustered_meat, fit_temperature
 from ensemble_rm.errors import OptionError
 from ensemble_rm.evidence.dated_margins import DAY, DatedMargins, join_margins
+from ensemble_rm.evidence.window import arrival_days
+from ensemble_rm.judgments.database.chain import Chain, Link
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.recalibration.annotator_test import (
     annotator_p_values,
@@ -230,3 +233,27 @@ def test_days_are_capped_as_annotators_are() -> None:
     both = join_margins([replace(data, days=days), replace(late, days=np.full(2000, 99))])
     weights, _ = cap_shares(both.weights, both.days, 0.2)
     assert weights[both.days == 99].sum() / weights.sum() == pytest.approx(0.2)
+
+
+@given(rows=WEIGHTS, free=st.floats(0.1, 500), share=st.floats(0.05, 0.9))
+def test_trusted_batches_are_not_capped(
+    rows: list[tuple[int, float]], free: float, share: float
+) -> None:
+    codes = np.array([-1, *(code for code, _ in rows)])
+    weights = np.array([free, *(weight for _, weight in rows)])
+    capped, remark = cap_shares(weights, codes, share, exempt=True)
+    assert capped[0] == free and (capped <= weights * (1 + 1e-12)).all() and (capped > 0).all()
+    shares = np.bincount(codes[1:], capped[1:]) / capped.sum()
+    assert not remark and shares.max() <= share * (1 + 1e-6)
+
+
+def test_days_are_those_of_arrival_without_the_first_and_trusted_ones() -> None:
+    start = datetime(2026, 1, 1, 12, tzinfo=UTC)
+    times = [start, start, start + timedelta(days=3), start + timedelta(days=4)]
+    links = [Link(i + 1, 1, 0, b"", b"", at) for i, at in enumerate(times)]
+    first = int(start.timestamp() // 86400)
+    assert arrival_days(Chain(tuple(links))) == {3: first + 3, 4: first + 4}
+    assert arrival_days(Chain(tuple(links)), [4]) == {3: first + 3}
+    # Judgments from before the chain are the store's first day.
+    old = [Link(1, 1, 0, b"", b"", None), *links[2:]]
+    assert arrival_days(Chain(tuple(old))) == {3: first + 3, 4: first + 4}

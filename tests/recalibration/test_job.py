@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ensemble_rm.evidence.window as window_module
+import ensemble_rm.recalibration.job as job_module
 from ensemble_rm import Versions, recalibrate
 from ensemble_rm.cli.main import main
 from ensemble_rm.drift import DriftCheckOptions, check_drift, past_checks
 from ensemble_rm.errors import LockedError, StorageError
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.window import WindowOptions, choose, read_window
+from ensemble_rm.judgments.database.chain import Chain
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
@@ -420,3 +423,32 @@ def test_too_many_rejected_annotators_are_an_alarm_and_publish_nothing(
         assert found.verdict == "drift alarm" and found.version is None
         assert "mallory" in found.reason
         assert audit(run)[-1]["verdict"] == "drift alarm"
+
+
+def test_a_day_of_arrival_is_capped_until_the_operator_trusts_its_batch(
+    run: Path, store: JudgmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A later day, on which as many judgments arrive again by many annotators.
+    late = [
+        replace(j, annotator=f"late {i % 50}", external_id="")
+        for i, j in enumerate(judged(2.0, 3000, seed=21))
+    ]
+    real = window_module.arrival_days
+
+    def days_later(chain: Chain, trusted: Collection[int] = ()) -> dict[int, int]:
+        links = [
+            link._replace(appended_at=START + timedelta(days=200 + link.number))
+            for link in chain.links
+        ]
+        return real(Chain(tuple(links)), trusted)
+
+    store.add(late)
+    monkeypatch.setattr(window_module, "arrival_days", days_later)
+    monkeypatch.setattr(job_module, "arrival_days", days_later)
+    found = job(run, store, dry_run=True)
+    batch = found.details["capped_batches"]
+    assert len(batch) == 1 and f"batches {batch[0]} of the store were reduced" in found.reason
+    trusted = job(run, store, trust_batch=tuple(batch), dry_run=True)
+    assert "capped_batches" not in trusted.details and "reduced" not in trusted.reason
+    assert trusted.details["options"]["trust_batch"] == batch
+    assert trusted.details["key"] != found.details["key"]
