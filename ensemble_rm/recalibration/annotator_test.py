@@ -9,8 +9,9 @@ with fewer, the cap is off.
 `LOWEST` and `HIGHEST` times the slope 1/T of all. One who inverts or opposes the reward lies below,
 one who always agrees lies above. The statistic S = Σ(y − p)Δ has a known distribution at either end
 of the range, whose tail is computed by the saddlepoint approximation [1]_ because judgments may be
-few. Levels are those of Holm [2]_ over all annotators and both ends. The slope of all is fitted
-with capped weights, and again without those rejected, until nothing changes.
+few. The annotator with the smallest p-value is rejected if it is at most the level divided by the
+number of annotators that are left (Holm [2]_), until none is. The slope of all is fitted with
+capped weights, and again after each rejection.
 
 References
 ----------
@@ -140,7 +141,9 @@ def _limit(totals: Floats, share: float, free: float = 0.0) -> float:
         if total <= limit * (1 + 1e-9):
             return math.inf if k == 0 else limit
         rest -= float(total)
-    return float(ordered[-1])
+    # Every code is capped, relative to the weight without one.
+    left = 1 - len(ordered) * share
+    return share * free / left if left > 1e-9 else float(ordered[-1])
 
 
 def lower_tail(margins: Floats, targets: Floats, slope: float) -> float:
@@ -226,17 +229,6 @@ def annotator_p_values(data: DatedMargins, slope: float) -> tuple[Ints, Floats]:
     return codes, p_values
 
 
-def holm(p_values: Floats, level: float) -> NDArray[np.bool_]:
-    """Return which hypotheses are rejected with a family-wise error of at most `level`."""
-    order = np.argsort(p_values, kind="stable")
-    limits = level / np.arange(len(p_values), 0, -1)
-    passed = p_values[order] <= limits
-    count = len(passed) if passed.all() else int(np.argmin(passed))
-    rejected = np.zeros(len(p_values), dtype=bool)
-    rejected[order[:count]] = True
-    return rejected
-
-
 def check_annotators(
     data: DatedMargins, *, share: float, day_share: float, level: float
 ) -> tuple[NDArray[np.bool_], AnnotatorReport]:
@@ -285,18 +277,13 @@ def check_annotators(
         if slope <= 0:
             remarks += ("annotators are not tested: the judgments contradict the margins",)
             break
-        known = data.take(np.flatnonzero(data.annotators != UNKNOWN))
+        known = data.take(np.flatnonzero(kept & (data.annotators != UNKNOWN)))
         tested, p_values = annotator_p_values(known, slope)
-        bad = {
-            int(code): float(p)
-            for code, p, out in zip(tested, p_values, holm(p_values, level), strict=True)
-            if out
-        }
-        # Once rejected, always rejected: the loop ends, and the order of judgments is no matter.
-        new = {code: p for code, p in bad.items() if code not in rejected}
-        if not new:
+        # One at a time: a large account distorts the slope of all, against which others are tested.
+        worst = int(np.argmin(p_values))
+        if p_values[worst] > level / len(tested):
             break
-        rejected |= new
+        rejected[int(tested[worst])] = float(p_values[worst])
         kept = ~np.isin(data.annotators, list(rejected))
         if not kept.any():
             break

@@ -24,7 +24,6 @@ from ensemble_rm.recalibration.annotator_test import (
     annotator_p_values,
     cap_shares,
     check_annotators,
-    holm,
     lower_tail,
 )
 from ensemble_rm.recalibration.decision import decide
@@ -126,12 +125,6 @@ def test_tails_are_those_of_the_exact_distribution() -> None:
         least = np.where(x > 0, 0.0, 1.0)
         chance = np.where(x > 0, 1 - p, p).prod()
         assert lower_tail(x, least, slope) == pytest.approx(chance)
-
-
-def test_holm_rejects_step_by_step() -> None:
-    p = np.array([0.011, 0.5, 0.001, 0.02])
-    np.testing.assert_array_equal(holm(p, 0.05), [True, False, True, True])
-    np.testing.assert_array_equal(holm(p, 0.01), [False, False, True, False])
 
 
 def test_honest_annotators_are_rejected_at_most_at_the_level() -> None:
