@@ -450,5 +450,5 @@ def test_a_day_of_arrival_is_capped_until_the_operator_trusts_its_batch(
     assert len(batch) == 1 and f"batches {batch[0]} of the store were reduced" in found.reason
     trusted = job(run, store, trust_batch=tuple(batch), dry_run=True)
     assert "capped_batches" not in trusted.details and "reduced" not in trusted.reason
-    assert trusted.details["options"]["trust_batch"] == batch
+    assert list(trusted.details["options"]["trust_batch"]) == batch
     assert trusted.details["key"] != found.details["key"]
