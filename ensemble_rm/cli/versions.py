@@ -170,9 +170,11 @@ class Repair(Command):
         from ensemble_rm.versions.repository import Versions
 
         versions = Versions(self.run_folder)
-        versions.incumbent()  # a named error where there is no ensemble at all
         leftovers = [path.name for path in versions.leftovers()]
         unknown = versions.unknown()
+        # The plain ensemble may be gone where versions exist; without either, a named error.
+        if not unknown:
+            versions.incumbent()
         data: dict[str, Any] = {"leftovers": leftovers, "unknown": unknown, "repaired": False}
         if not leftovers and not unknown:
             console.result(data, "nothing to repair")
