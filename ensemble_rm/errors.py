@@ -65,7 +65,7 @@ class ModelError(EnsembleRMError):
 
 
 class TemplateError(ModelError):
-    """Prompt and completion cannot be separated in the rendered template."""
+    """The chat template refuses a sample, or hides where its completion begins."""
 
 
 class ScoringError(EnsembleRMError):
