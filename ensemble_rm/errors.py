@@ -246,3 +246,7 @@ class LockedError(StorageError):
 
 class VersionError(StorageError):
     """A version does not exist, or may not be moved or replaced."""
+
+
+class UnknownVersionsError(VersionError):
+    """Folders of versions exist that ``current.json`` does not know."""

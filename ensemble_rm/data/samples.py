@@ -118,16 +118,26 @@ class Sample:
     Attributes
     ----------
     prompt : str or tuple of Message
-        What was asked.
+        What was asked. A list of messages, also as mappings with role and content, becomes a tuple.
     completion : str
         One answer to it.
     reference : str, optional
         The prompt's reference completion, which a baseline subtracts.
+
+    Raises
+    ------
+    DataError
+        If the prompt is neither text nor messages.
     """
 
     prompt: Prompt
     completion: str
     reference: str | None = None
+
+    def __post_init__(self) -> None:
+        # A list of mappings, as files and trainers hold messages, has no hash to group samples by.
+        if not isinstance(self.prompt, str):
+            object.__setattr__(self, "prompt", as_prompt(self.prompt))
 
 
 @dataclass(frozen=True, slots=True)
