@@ -66,7 +66,7 @@ class ModelError(EnsembleRMError):
 
 
 class TemplateError(ModelError):
-    """Prompt and completion cannot be separated in the rendered template."""
+    """The chat template refuses a sample, or hides where its completion begins."""
 
 
 class ScoringError(EnsembleRMError):
@@ -277,3 +277,7 @@ class LockedError(StorageError):
 
 class VersionError(StorageError):
     """A version does not exist, or may not be moved or replaced."""
+
+
+class UnknownVersionsError(VersionError):
+    """Folders of versions exist that ``current.json`` does not know."""

@@ -103,7 +103,7 @@ exit codes:
 11   a job has too few judgments
 12   a job found drift that recalibration does not fix
 13   another job is running on the folder
-14   saved files are not the ones that were saved
+14   saved files changed, or versions exist that the pointer does not know
 15   a judgment store lost or changed judgments
 130  interrupted"""
 
@@ -113,6 +113,7 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.ModelError, 4),
     # The first match counts, so a subclass stands before its base.
     (errors.LockedError, 13),
+    (errors.UnknownVersionsError, 14),
     (errors.StoreIntegrityError, 15),
     (errors.StorageError, 4),
     (errors.MissingExtraError, 4),

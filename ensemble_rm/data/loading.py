@@ -21,6 +21,7 @@ from ensemble_rm.data.samples import (
     Prompt,
     Sample,
     as_prompt,
+    check_unicode,
     prompt_key,
 )
 from ensemble_rm.errors import (
@@ -254,7 +255,9 @@ def _sample(raw: object) -> Sample:
     if "prompt" not in row or "completion" not in row:
         raise DataError(f"needs `prompt` and `completion`; has {sorted(row)}")
     completion = _completion(row["completion"], "completion")
-    return Sample(as_prompt(row["prompt"]), completion, _reference(row))
+    prompt, reference = as_prompt(row["prompt"]), _reference(row)
+    check_unicode(prompt, completion=completion, reference=reference)
+    return Sample(prompt, completion, reference)
 
 
 def _preference(raw: object) -> Preference:
@@ -272,6 +275,8 @@ def _preference(raw: object) -> Preference:
         prompt, chosen, rejected = _implicit(row["chosen"], row["rejected"])
     if not prompt:
         raise DataError("the prompt is empty")
+    reference = _reference(row)
+    check_unicode(prompt, chosen=chosen, rejected=rejected, reference=reference)
     subset, identity = row.get("subset"), row.get("id")
     votes, ties = _votes(row)
     return Preference(
@@ -284,7 +289,7 @@ def _preference(raw: object) -> Preference:
         tie=_flag(row, "tie"),
         subset=None if subset is None else str(subset),
         id=None if identity is None else str(identity),
-        reference=_reference(row),
+        reference=reference,
         tie_votes=ties,
     )
 

@@ -42,7 +42,7 @@ class DriftCheckOptions(WindowOptions, DriftOptions, RunOptions):
         tests and for the raters'; the labelled test may be repeated at will.
     anchors : tuple of str
         Batches of judgments of the anchor set; without any, raters are not tested.
-    since, until, window
+    since, until, window, exclude_annotator, only_source
         Which judgments; see `WindowOptions`.
     alpha, tolerance
         See `DriftOptions`.

@@ -25,7 +25,7 @@ from ensemble_rm.evidence.dated_margins import (
 )
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.store_state import chain_json, require_known_head
-from ensemble_rm.evidence.window import Window, choose, read_window
+from ensemble_rm.evidence.window import Window, arrival_days, choose, read_window
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.recalibration.decision import FLATTENED, Decision, decide
@@ -51,9 +51,10 @@ EVENT = "recalibrated"
 class Recalibration(JobOutcome):
     """The outcome of one run of `recalibrate`.
 
-    A drift alarm is either an alarm without a better calibration to publish, or a published
-    temperature so large that probabilities carry almost no information. In both cases the members
-    need retraining.
+    A drift alarm is an alarm without a better calibration to publish, a published temperature so
+    large that probabilities carry almost no information, or annotators with a large share of the
+    weight who judge unlike the others. In the first two cases the members need retraining; in the
+    third a person has to read those annotators' judgments.
 
     Attributes
     ----------
@@ -167,7 +168,13 @@ class _RecalibrationJob(Job):
             )
             clock = check_clock(self.versions, self.options, self.store.newest())
             where, future = choose(self.store, self.options, latest=known_time(self.versions))
-            window = read_window(self.store, where, future=future, progress=self.progress)
+            window = read_window(
+                self.store,
+                where,
+                future=future,
+                trusted=self.options.trust_batch,
+                progress=self.progress,
+            )
         options = self.options.decision_json()
         key = digest_inputs(window.digest, incumbent.members, ensemble.row["aggregator"], options)
         details: dict[str, Any] = {
@@ -202,6 +209,13 @@ class _RecalibrationJob(Job):
             created=self.versions.clock().isoformat(timespec="seconds"),
         )
         case.details.update(_explain(decision, calibration) | {"flat": decision.flat})
+        if decision.annotators is not None and decision.annotators.capped_days:
+            days = arrival_days(chain, self.options.trust_batch)
+            capped = [k for k, day in days.items() if day in decision.annotators.capped_days]
+            case.details["capped_batches"] = capped
+            words = f"; batches {', '.join(map(str, capped[:20]))} of the store were reduced to "
+            words += f"{self.options.day_share:.0%} of the weight a day (--trust-batch)"
+            decision = replace(decision, reason=decision.reason + words)
         # Deferred: the evidence is read only if something is published.
         return self._act(case, decision, lambda: evidence_of(window, table))
 
@@ -224,6 +238,8 @@ class _RecalibrationJob(Job):
     def _act(
         self, case: _Case, decision: Decision, evidence: Callable[[], ScoredPairs | None]
     ) -> Recalibration:
+        if decision.answer == "rejected":
+            return self._end(case, "drift alarm", decision.reason)
         if decision.answer != "publish" or decision.calibration is None:
             too_few = decision.answer == "too few"
             return self._end(case, "too few" if too_few else "kept", decision.reason)
@@ -313,6 +329,7 @@ def _explain(decision: Decision, incumbent: Calibration | None) -> dict[str, Any
     """Return the figures behind a decision, for provenance and the audit log."""
     row: dict[str, Any] = {"sizes": decision.sizes, "metrics": decision.metrics}
     row["gate"] = None if decision.gate is None else asdict(decision.gate)
+    row["annotators"] = None if decision.annotators is None else asdict(decision.annotators)
     row["confirmation"] = None if decision.confirmation is None else asdict(decision.confirmation)
     for name in ("candidate", "final"):
         fitted = getattr(decision, name)

@@ -116,7 +116,7 @@ def retrain_run(
         progress=progress,
         old=old,
         store=store,
-        where=JudgmentFilter(since=options.since, until=options.until),
+        where=options.filter(),
         reference=reference,
         recipe=recipe,
         load=load,

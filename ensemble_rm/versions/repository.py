@@ -10,7 +10,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,13 @@ from filelock import FileLock, Timeout
 from safetensors.numpy import save
 
 from ensemble_rm.calibration.calibration import Calibration
-from ensemble_rm.errors import LockedError, StorageError, UnverifiedWarning, VersionError
+from ensemble_rm.errors import (
+    LockedError,
+    StorageError,
+    UnknownVersionsError,
+    UnverifiedWarning,
+    VersionError,
+)
 from ensemble_rm.file_digests import FileCheck, files_below
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.versions.atomic_files import (
@@ -52,6 +58,9 @@ from ensemble_rm.versions.version import (
 
 LOCK = ".lock"
 SCRATCH = ".new-"
+ASIDE = ".aside-"
+# Events of the audit log around a publication.
+INTENT, END, ABANDONED = "publishing", "version published", "publication abandoned"
 
 
 def now_utc() -> datetime:
@@ -114,7 +123,9 @@ class Versions:
         """Return all published versions, oldest first; none for a plain ensemble."""
         if not self.versioned:
             return []
-        return [self.show(number) for number in range(1, self.pointer.newest + 1)]
+        # A number whose version was set aside or lost is never used again.
+        numbers = (n for n in range(1, self.pointer.newest + 1) if self._path(n).is_dir())
+        return [self.show(number) for number in numbers]
 
     def ensemble_folder(self, version: Version) -> Path:
         """Return the folder of a version's members."""
@@ -180,6 +191,7 @@ class Versions:
             If the disk has no room for a copy.
         """
         with self.lock():
+            self.settle()
             if self.versioned:
                 return self.current()
             first = self._first()
@@ -393,7 +405,7 @@ class Versions:
         return current if current is not None and _published_by(current, run) else None
 
     def clean(self) -> list[str]:
-        """Remove leftovers of killed processes: versions that were never published.
+        """Remove scratch files of killed processes; never a numbered version.
 
         Returns
         -------
@@ -401,16 +413,70 @@ class Versions:
             Names of the removed files and folders.
         """
         with self.lock(), storage_errors(f"cleaning {self.folder}"):
-            newest = self.pointer.newest if self.versioned else 0
-            leftovers = [*self.folder.glob(f".{CURRENT}.*")]
-            for path in (self.folder / "versions").glob("*"):
-                # Above the newest: killed after the rename, before the pointer changed.
-                unpublished = path.name.isdigit() and int(path.name) > newest
-                if unpublished or path.name.startswith(SCRATCH):
-                    leftovers.append(path)
+            leftovers = self.leftovers()
             for path in leftovers:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return [path.name for path in leftovers]
+
+    def leftovers(self) -> list[Path]:
+        """Return scratch files and folders of killed processes."""
+        scratch = (self.folder / "versions").glob(f"{SCRATCH}*")
+        return sorted([*self.folder.glob(f".{CURRENT}.*"), *scratch])
+
+    def unknown(self) -> list[int]:
+        """Return the numbers of versions above the newest that the pointer knows, ascending."""
+        newest = self.pointer.newest if self.versioned else 0
+        return [number for number in self._numbers() if number > newest]
+
+    def settle(self) -> None:
+        """Finish the publication of a killed process, or set its version aside.
+
+        Raises
+        ------
+        UnknownVersionsError
+            If other versions exist that the pointer does not know: after a restore or a sync, they
+            may be published ones.
+        """
+        with self.lock():
+            number = self._open_intent()
+            if number is not None:
+                self._settle(number)
+            unknown = self.unknown()
+            if unknown:
+                names = ", ".join(str(self._path(number)) for number in unknown)
+                known = (
+                    f"knows versions up to {self.pointer.newest}"
+                    if self.versioned
+                    else "is missing"
+                )
+                raise UnknownVersionsError(
+                    f"{self.folder / CURRENT} {known}, but there is {names}; restore the file, or "
+                    f"run `ensemble-rm versions repair {self.folder}`"
+                )
+
+    def repair(self) -> tuple[list[int], list[int]]:
+        """Make the pointer know the versions above its newest; set aside those that are damaged.
+
+        The current version stays. Without a pointer, the highest readable version becomes current.
+        No version is deleted: one that is set aside is renamed ``versions/.aside-N-…``.
+
+        Returns
+        -------
+        (known, aside) : lists of int
+            Numbers of the versions that became known, and of those that were set aside.
+        """
+        with self.lock():
+            unknown = self.unknown()
+            known = [number for number in unknown if self._whole(number) is not None]
+            aside = [number for number in unknown if number not in known]
+            for number in aside:
+                self._set_aside(number)
+            if known:
+                before = self.pointer if self.versioned else Pointer(known[-1], 0)
+                self._point(Pointer(before.version, known[-1], before.pinned))
+            if unknown:
+                self._log("repaired", known=known, aside=aside)
+        return known, aside
 
     # Internals ---------------------------------------------------------------------------------
 
@@ -425,12 +491,73 @@ class Versions:
     def _next(self) -> tuple[Version, int]:
         if not self.versioned:
             self.adopt()
+        self.settle()
         pointer = self.pointer
         if pointer.pinned:
             raise VersionError(f"version {pointer.version} is pinned; unpin it, then publish")
         self.clean()
+        return self.current(), self._free_number()
+
+    def _free_number(self) -> int:
+        """Return a number that no version ever had, even where its folder was lost."""
         # From `newest`, not from the current version, which may be older after a rollback.
-        return self.current(), pointer.newest + 1
+        newest = self.pointer.newest if self.versioned else 0
+        aside = (self.folder / "versions").glob(f"{ASIDE}*")
+        used = [int(path.name.removeprefix(ASIDE).split("-")[0]) for path in aside]
+        ended = (event for event in self.audit.read() if event.get("event") == END)
+        used += [event["version"] for event in ended if isinstance(event.get("version"), int)]
+        return max([newest, *self._numbers(), *used]) + 1
+
+    def _path(self, number: int) -> Path:
+        return version_folder(self.folder, number)
+
+    def _numbers(self) -> list[int]:
+        names = (path.name for path in (self.folder / "versions").glob("*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _whole(self, number: int) -> Version | None:
+        """Return an unknown version if its description is its own; None if it is damaged."""
+        try:
+            version = read_version(self.folder, number)
+        except StorageError:
+            return None
+        return version if version.number == number else None
+
+    def _open_intent(self) -> int | None:
+        """Return the number whose publication the log begins and does not end."""
+        number = None
+        for event in self.audit.read():
+            if event.get("event") == INTENT and isinstance(event.get("version"), int):
+                number = event["version"]
+            elif event.get("event") in (END, ABANDONED):
+                number = None
+        return number
+
+    def _settle(self, number: int) -> None:
+        pointer = self.pointer if self.versioned else None
+        if pointer is not None and pointer.newest >= number:
+            # Killed after the pointer moved, before the log's line.
+            self._log(END, version=number, repaired=True)
+            return
+        if not self._path(number).exists():
+            self._log(ABANDONED, version=number)
+            return
+        version = self._whole(number)
+        current = None if pointer is None else pointer.version
+        pinned = pointer is not None and pointer.pinned
+        # A rollback or pin after the kill decides against the version that was on its way.
+        if version is not None and version.parent == current and not pinned:
+            self._point(Pointer(number, number))
+            self._log(END, version=number, repaired=True)
+        else:
+            self._set_aside(number)
+            self._log(ABANDONED, version=number)
+
+    def _set_aside(self, number: int) -> None:
+        aside = f"{ASIDE}{number:04d}-{secrets.token_hex(4)}"
+        with storage_errors(f"setting aside version {number} of {self.folder}"):
+            self._path(number).rename(self.folder / "versions" / aside)
+            sync_folder(self.folder / "versions")
 
     def _scratch(self) -> Path:
         # Next to its final place: a rename is atomic only within one file system.
@@ -456,11 +583,23 @@ class Versions:
             write_file(scratch / DESCRIPTION, json_bytes(described.to_json()))
             # Before the rename, so that a numbered folder is never incomplete after a power cut.
             sync_tree(scratch)
-            target = version_folder(self.folder, version.number)
-            scratch.rename(target)
-            sync_folder(target.parent)
-        # Last, so that a reader finds the new version only when all of it is on the disk.
-        self._point(Pointer(version.number, version.number))
+            target = self._path(version.number)
+            # Before the rename: a numbered folder without an intent is not this process's.
+            self._log(INTENT, version=version.number, parent=version.parent)
+        try:
+            with storage_errors(f"publishing in {self.folder}"):
+                scratch.rename(target)
+                sync_folder(target.parent)
+            # Last, so that a reader finds the new version only when all of it is on the disk.
+            self._point(Pointer(version.number, version.number))
+        except StorageError:
+            # What is reported as failed must not be published by the next job.
+            if version.number in self.unknown():
+                target.rename(scratch)
+            raise
+        # The version is published even if the disk has no room for this line; the next job adds it.
+        with suppress(StorageError):
+            self._log(END, version=version.number)
 
     def _point(self, pointer: Pointer) -> None:
         with storage_errors(f"changing the current version of {self.folder}"):

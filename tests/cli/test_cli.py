@@ -263,11 +263,17 @@ def test_repair_removes_what_a_killed_job_left(
     run = tmp_path / "run"
     shutil.copytree(run_folder / "run", run)
     Versions(run).adopt()
-    (run / "versions" / "0002").mkdir()  # whole, perhaps, but never published
-    assert main(["versions", "repair", str(run), "--json"]) == 0
-    assert said(capsys) == {"removed": ["0002"]}
+    (run / "versions" / "0002").mkdir()  # damaged: without a description
+    (run / "versions" / ".new-1-x").mkdir()
+    before = sorted(run.rglob("*"))
+    assert main(["versions", "repair", str(run), "--json"]) == 14
+    assert said(capsys) == {"leftovers": [".new-1-x"], "unknown": [2], "repaired": False}
+    assert sorted(run.rglob("*")) == before
+    assert main(["versions", "repair", str(run), "--yes", "--json"]) == 0
+    assert said(capsys)["aside"] == [2]
+    assert len(list((run / "versions").glob(".aside-0002-*"))) == 1
     assert main(["versions", "repair", str(run)]) == 0
-    assert "nothing to remove" in capsys.readouterr().out
+    assert "nothing to repair" in capsys.readouterr().out
     assert Versions(run).current().number == 1
     assert main(["versions", "repair", str(tmp_path / "none")]) == 4
 

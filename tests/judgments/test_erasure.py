@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from datetime import timedelta
 from pathlib import Path
 
@@ -171,9 +172,12 @@ def test_nothing_of_an_erased_text_is_left_in_the_file(tmp_path: Path) -> None:
         store.add([one, *many(3, start=1000 + 9 * secrets.index(one))])
     everything = b"".join(path.read_bytes() for path in tmp_path.glob("store.db*"))
     assert b"secret" in everything
+    keeper = sqlite3.connect(place)  # with another connection, closing does not empty the log
+    keeper.execute("SELECT count(*) FROM judgments").fetchall()
     store.erase([one.id for one in secrets])
     everything = b"".join(path.read_bytes() for path in tmp_path.glob("store.db*"))
     assert b"secret" not in everything and b"good answer 333" in everything
+    keeper.close()
     assert check_store(place).erased == 20
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ensemble_rm.evidence.window as window_module
+import ensemble_rm.recalibration.job as job_module
 from ensemble_rm import Versions, recalibrate
 from ensemble_rm.cli.main import main
 from ensemble_rm.drift import DriftCheckOptions, check_drift, past_checks
 from ensemble_rm.errors import LockedError, StorageError
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.window import WindowOptions, choose, read_window
+from ensemble_rm.judgments.database.chain import Chain
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
@@ -386,3 +389,66 @@ def test_both_databases_are_read_alike(run: Path, store_place: str) -> None:
         first = min(one.judged_at for one in store.read())
         assert found.details["judgments"]["first"] == first.isoformat(timespec="seconds")
         assert store.newest() == max(one.judged_at for one in store.read())
+
+
+def test_an_account_that_inverts_is_left_out_listed_and_excluded(
+    run: Path, store: JudgmentStore
+) -> None:
+    inverted = {"first": "second", "second": "first"}
+    bad = [
+        replace(j, outcome=inverted[j.outcome], annotator="mallory", external_id="")
+        for j in judged(2.0, 800, seed=9, days=1 / 24, start=179.9)
+    ]
+    store.add(bad)
+    found = job(run, store, dry_run=True)
+    assert found.verdict == "published" and "left out" in found.reason
+    assert found.details["annotators"]["rejected"] == ["mallory"]
+    assert abs(math.log(found.temperature_after / 2.0)) < 0.15  # type: ignore[operator]
+    without = job(run, store, exclude_annotator=("mallory",), dry_run=True)
+    assert without.details["annotators"]["rejected"] == []
+    assert without.details["judgments"]["count"] == 3000
+    assert job(run, store, only_source=("nothing",), dry_run=True).verdict == "too few"
+
+
+def test_too_many_rejected_annotators_are_an_alarm_and_publish_nothing(
+    run: Path, store: JudgmentStore
+) -> None:
+    inverted = {"first": "second", "second": "first"}
+    store.add(
+        replace(j, outcome=inverted[j.outcome], annotator="mallory", external_id="")
+        for j in judged(2.0, 800, seed=9)
+    )
+    for _ in range(2):  # a repeated run says so again
+        found = job(run, store, max_rejected=0.0)
+        assert found.verdict == "drift alarm" and found.version is None
+        assert "mallory" in found.reason
+        assert audit(run)[-1]["verdict"] == "drift alarm"
+
+
+def test_a_day_of_arrival_is_capped_until_the_operator_trusts_its_batch(
+    run: Path, store: JudgmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A later day, on which as many judgments arrive again by many annotators.
+    late = [
+        replace(j, annotator=f"late {i % 50}", external_id="")
+        for i, j in enumerate(judged(2.0, 3000, seed=21))
+    ]
+    real = window_module.arrival_days
+
+    def days_later(chain: Chain, trusted: Collection[int] = ()) -> dict[int, int]:
+        links = [
+            link._replace(appended_at=START + timedelta(days=200 + link.number))
+            for link in chain.links
+        ]
+        return real(Chain(tuple(links)), trusted)
+
+    store.add(late)
+    monkeypatch.setattr(window_module, "arrival_days", days_later)
+    monkeypatch.setattr(job_module, "arrival_days", days_later)
+    found = job(run, store, dry_run=True)
+    batch = found.details["capped_batches"]
+    assert len(batch) == 1 and f"batches {batch[0]} of the store were reduced" in found.reason
+    trusted = job(run, store, trust_batch=tuple(batch), dry_run=True)
+    assert "capped_batches" not in trusted.details and "reduced" not in trusted.reason
+    assert list(trusted.details["options"]["trust_batch"]) == batch
+    assert trusted.details["key"] != found.details["key"]

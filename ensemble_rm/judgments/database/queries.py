@@ -33,6 +33,8 @@ def conditions(where: JudgmentFilter) -> list[ColumnElement[bool]]:
     if where.until is not None:
         clauses.append(judgments.c.judged_at < where.until)
     clauses += [judgments.c[name].in_(values) for name, values in where.names.items()]
+    if where.excluded:
+        clauses.append(judgments.c.annotator.not_in(where.excluded))
     if not where.with_corrected:
         newer = judgments.alias("newer")
         clauses.append(~select(newer.c.id).where(newer.c.corrects == judgments.c.id).exists())

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from ensemble_rm.data.samples import Message, Prompt, Sample
 from ensemble_rm.errors import ModelError, OptionError
-from ensemble_rm.members.encoding import flatten
+from ensemble_rm.members.encoding import flatten, render_chat
 
 TextTemplate: TypeAlias = "str | Callable[[Sample], str]"
 """``"chat"``, ``"plain"``, ``"pair"``, ``"messages"``, ``"sample"``,
@@ -120,9 +120,7 @@ class Renderer:
     def _chat(self, messages: list[dict[str, str]], *, cue: bool) -> str:
         if self._loaded is None:
             self._load()
-        text = str(
-            self._loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue)
-        )
+        text = render_chat(self._loaded, messages, cue=cue)
         return text.removeprefix(self._bos) if self._bos else text
 
     def _load(self) -> None:
