@@ -85,7 +85,8 @@ class Calibration:
                 f"mixture_temperature must be finite and > 0, not {self.mixture_temperature!r}"
             )
         try:
-            datetime.fromisoformat(self.created)
+            # Empty where nobody stated it, as in a decision without a job.
+            datetime.fromisoformat(self.created or "1970-01-01")
         except ValueError:
             raise OptionError(f"created must be a time in ISO 8601, not {self.created!r}") from None
 

@@ -28,8 +28,9 @@ from ensemble_rm.errors import (
     UnverifiedWarning,
     VersionError,
 )
-from ensemble_rm.file_digests import FileCheck, files_below
+from ensemble_rm.file_digests import FileCheck, files_below, unseal
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import as_object, read_json
 from ensemble_rm.versions.atomic_files import (
     json_bytes,
     replace_file,
@@ -472,7 +473,7 @@ class Versions:
             for number in aside:
                 self._set_aside(number)
             if known:
-                before = self.pointer if self.versioned else Pointer(known[-1], 0)
+                before = self.pointer if self.versioned else Pointer(known[-1], known[-1])
                 self._point(Pointer(before.version, known[-1], before.pinned))
             if unknown:
                 self._log("repaired", known=known, aside=aside)
@@ -518,7 +519,9 @@ class Versions:
     def _whole(self, number: int) -> Version | None:
         """Return an unknown version if its description is its own; None if it is damaged."""
         try:
-            version = read_version(self.folder, number)
+            path = self._path(number) / DESCRIPTION
+            row, _ = unseal(as_object(read_json(path)), path)
+            version = Version.from_json(row)
         except StorageError:
             return None
         return version if version.number == number else None

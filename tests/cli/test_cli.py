@@ -25,6 +25,8 @@ from ensemble_rm.errors import (
     EnsembleRMError,
     LockedError,
     RemoteError,
+    StoreIntegrityError,
+    UnknownVersionsError,
 )
 from ensemble_rm.members import member_kind, trained_kinds
 from ensemble_rm.versions import Versions
@@ -252,8 +254,8 @@ def test_verify_finds_a_changed_file(
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert main(words) == 4
-    assert "1: members have digest" in capsys.readouterr().err
+    assert main(words) == 14
+    assert "1: the ensemble in " in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "none")]) == 4
 
 
@@ -444,7 +446,8 @@ def test_every_error_has_an_exit_code() -> None:
     for kind in kinds(EnsembleRMError):
         codes = (13,) if issubclass(kind, LockedError) else range(2, 7)
         codes = (7,) if issubclass(kind, RemoteError) else codes
-        codes = (14,) if issubclass(kind, DigestMismatchError) else codes
+        codes = (14,) if issubclass(kind, DigestMismatchError | UnknownVersionsError) else codes
+        codes = (15,) if issubclass(kind, StoreIntegrityError) else codes
         assert exit_code(kind.__new__(kind)) in codes, kind  # some take more than a message
 
 
