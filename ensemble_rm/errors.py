@@ -64,6 +64,10 @@ class ModelError(EnsembleRMError):
     """A model cannot be loaded or used."""
 
 
+class CustomCodeError(ModelError):
+    """A model needs custom code, which the caller has not allowed for it."""
+
+
 class TemplateError(ModelError):
     """Prompt and completion cannot be separated in the rendered template."""
 

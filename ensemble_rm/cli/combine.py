@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ensemble_rm.cli.command import Command
-from ensemble_rm.cli.common import AggregatorOptions, Loading, aggregator_options, read_pairs
+from ensemble_rm.cli.common import (
+    TRUSTED,
+    AggregatorOptions,
+    Loading,
+    aggregator_options,
+    read_pairs,
+)
 from ensemble_rm.cli.options import nested, option
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.options import TrunkOptions
@@ -40,6 +46,7 @@ class Combine(Command):
     max_loaded_models: int | None = option(
         "maximum number of models in memory at once", default=None, metavar="N", shown="all"
     )
+    trust_remote_code: tuple[str, ...] = option(TRUSTED, default=(), metavar="MODEL@DIGEST")
     text: TrunkOptions = nested(TrunkOptions, panel="Text")
     aggregator: AggregatorOptions = aggregator_options()
 
@@ -57,12 +64,13 @@ class Combine(Command):
 
         with console.progress() as progress:
             ensemble = combine(
-                {name: _opened(member, self.text.device) for name, member in members.items()},
+                {name: self._opened(member) for name, member in members.items()},
                 pairs,
                 aggregator=aggregator,
                 options=self.text,
                 baseline=self.baseline,
                 max_loaded_models=self.max_loaded_models,
+                trust_remote_code=self.trust_remote_code,
                 progress=progress,
             )
         ensemble.save_pretrained(self.out)
@@ -74,14 +82,14 @@ class Combine(Command):
         console.save(self.out)
         console.next(f"ensemble-rm calibrate {self.out} --data JUDGMENTS.jsonl")
 
+    def _opened(self, member: str) -> RewardEnsemble | str:
+        """Return a saved ensemble with its members' tokens; a model's name as it is."""
+        from ensemble_rm.ensemble.storage import FILE
 
-def _opened(member: str, device: str | None) -> RewardEnsemble | str:
-    """Return a saved ensemble with its members' tokens; a model's name as it is."""
-    from ensemble_rm.ensemble.storage import FILE
-
-    if not (Path(member).expanduser() / FILE).exists():
-        return member
-    return Loading(device=device).open(Path(member))
+        if not (Path(member).expanduser() / FILE).exists():
+            return member
+        loading = Loading(device=self.text.device, trust_remote_code=self.trust_remote_code)
+        return loading.open(Path(member))
 
 
 def _members(given: Sequence[str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ ENSEMBLE = "folder of a saved ensemble"
 RUN = "folder of a saved ensemble and its versions"
 STORE = "judgment store: a file (SQLite) or postgresql://user@host/name"
 JSON_ROWS = "JSON lines (.gz too)"
+TRUSTED = "models whose custom code may run, each with the digest of that code; repeated"
 _MAKE = ("ensemble_rm.aggregation.aggregator", "make_aggregator")
 
 
@@ -42,6 +43,7 @@ class Loading:
         metavar="N",
         shown="all",
     )
+    trust_remote_code: tuple[str, ...] = option(TRUSTED, default=(), metavar="MODEL@DIGEST")
 
     def open(self, folder: Path, *, version: int | None = None) -> RewardEnsemble:
         """Load a saved ensemble; members on other servers get their tokens."""
@@ -55,6 +57,7 @@ class Loading:
                 backbone=self.backbone,
                 device=self.device,
                 max_loaded_models=self.max_loaded_models,
+                trust_remote_code=self.trust_remote_code,
             )
         )
 

@@ -33,6 +33,7 @@ def combine(
     options: TrunkOptions | None = None,
     baseline: bool = False,
     max_loaded_models: int | None = None,
+    trust_remote_code: Sequence[str] = (),
     progress: Progress = silent,
 ) -> RewardEnsemble:
     """Combine reward models, and fit their offsets and scales.
@@ -53,6 +54,9 @@ def combine(
     max_loaded_models : int, optional
         Models in memory at once, here and in the ensemble; see
         `RewardEnsemble.with_max_loaded_models`.
+    trust_remote_code : sequence of str
+        Models whose custom code may run, each as ``MODEL@DIGEST``; see
+        `RewardEnsemble.from_pretrained`.
     progress : callable
         Called with (stage, done, total).
 
@@ -78,9 +82,9 @@ def combine(
     scorers: list[Scorer] = []
     for name, member in members.items():
         if pool is None:
-            scorers += _open(name, member, given)
+            scorers += _open(name, member, given, trust_remote_code)
         else:  # a model that was loaded for a check is freed before the next is loaded
-            scorers += [s.unloaded() for s in _open(name, member, given)]
+            scorers += [s.unloaded() for s in _open(name, member, given, trust_remote_code)]
     sources = {name: _source(member) for name, member in members.items()}
     return normalised(
         scorers,
@@ -138,12 +142,18 @@ def normalised(
 
 
 def _open(
-    name: str, member: ScorerLike | RewardEnsemble | str | Path, options: TrunkOptions
+    name: str,
+    member: ScorerLike | RewardEnsemble | str | Path,
+    options: TrunkOptions,
+    trust: Sequence[str],
 ) -> tuple[Scorer, ...]:
     if isinstance(member, str | Path):
         if not (Path(member).expanduser() / FILE).exists():
-            return (FullScorer.from_name(member, options, name=name),)
-        member = RewardEnsemble.from_pretrained(member, device=options.device)
+            scorer = FullScorer.from_name(member, options, name=name, trust_remote_code=trust)
+            return (scorer,)
+        member = RewardEnsemble.from_pretrained(
+            member, device=options.device, trust_remote_code=trust
+        )
     if isinstance(member, RewardEnsemble):
         return tuple(_renamed(scorer, name) for scorer in member.scorers)
     return (as_scorer(member),)

@@ -34,6 +34,7 @@ from ensemble_rm.ensemble.results import (
 )
 from ensemble_rm.errors import OptionError, ScoringError
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.members.backbone.custom_code import trusted_models
 from ensemble_rm.members.scorer import (
     Scorer,
     ScorerLike,
@@ -522,6 +523,7 @@ class RewardEnsemble:
         device: str | None = None,
         cache_dir: str | Path | None = DEFAULT_CACHE,
         max_loaded_models: int | None = None,
+        trust_remote_code: Sequence[str] = (),
     ) -> Self:
         """Load what `save_pretrained` wrote, or a version of it; the scores are identical.
 
@@ -539,6 +541,9 @@ class RewardEnsemble:
             For converted GGUF weights.
         max_loaded_models : int, optional
             Maximum number of models in memory; see `with_max_loaded_models`.
+        trust_remote_code : sequence of str
+            Models whose custom code may run, each as ``MODEL@DIGEST``. The saved files never
+            allow any; the error of a model that needs code states the digest of that code.
 
         Returns
         -------
@@ -546,6 +551,8 @@ class RewardEnsemble:
 
         Raises
         ------
+        CustomCodeError
+            If a model needs custom code that is not allowed; perhaps not before the first score.
         StorageError
             If the folder contains no ensemble.
         VersionError
@@ -559,6 +566,7 @@ class RewardEnsemble:
             "device": device,
             "cache_dir": cache_dir,
             "max_loaded_models": max_loaded_models,
+            "trust_remote_code": trusted_models(trust_remote_code),
         }
         return cls._load(path, locate(path, version), fixed=version is not None, options=options)
 
@@ -570,6 +578,7 @@ class RewardEnsemble:
             backbone=options["backbone"],
             device=options["device"],
             cache_dir=None if cache_dir is None else Path(cache_dir),
+            trust_remote_code=options["trust_remote_code"],
         )
         if located.calibration is not None:
             parts["calibration"] = located.calibration

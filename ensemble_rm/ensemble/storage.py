@@ -118,7 +118,12 @@ def _swap(new: Path, folder: Path) -> None:
 
 
 def load(
-    folder: Path, *, backbone: str | Path | None, device: str | None, cache_dir: Path | None
+    folder: Path,
+    *,
+    backbone: str | Path | None,
+    device: str | None,
+    cache_dir: Path | None,
+    trust_remote_code: Sequence[str],
 ) -> dict[str, Any]:
     """Return the parts of an ensemble by the names of its fields."""
     try:
@@ -142,6 +147,7 @@ def load(
                     backbone=backbone,
                     device=device,
                     cache_dir=cache_dir,
+                    trust_remote_code=trust_remote_code,
                 )
             )
         evidence, stored = None, manifest["calibration"]

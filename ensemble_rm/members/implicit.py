@@ -87,6 +87,7 @@ class ImplicitScorer(ModelScorer):
         beta: float = 0.1,
         name: str | None = None,
         cache_dir: Path | None = DEFAULT_CACHE,
+        trust_remote_code: Sequence[str] = (),
     ) -> ImplicitScorer:
         """Open Hub ids or local folders; the weights are loaded immediately.
 
@@ -97,8 +98,10 @@ class ImplicitScorer(ModelScorer):
         OptionError
             If a model is not a causal language model, or `beta` is not > 0.
         """
-        backbone = bb.locate(policy, cache_dir=cache_dir)
-        other = bb.locate(reference, cache_dir=cache_dir)
+        backbone, other = (
+            bb.locate(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+            for model in (policy, reference)
+        )
         scorer = cls(backbone, options, reference=other, beta=beta, name=name)
         scorer._open()
         return scorer
@@ -109,7 +112,9 @@ class ImplicitScorer(ModelScorer):
                 self._encoder = self._make_encoder()
             if self._models is None:
                 policy, reference = (
-                    bb.load_causal(model.folder, dtype=self.options.dtype).to(self.device)
+                    bb.load_causal(model.folder, dtype=self.options.dtype, code=model.code).to(
+                        self.device
+                    )
                     for model in (self.backbone, self.reference)
                 )
                 self._models = policy, reference
@@ -118,7 +123,8 @@ class ImplicitScorer(ModelScorer):
 
     def _make_encoder(self) -> TextEncoder:
         tokenizer, other = (
-            bb.load_tokenizer(model.folder) for model in (self.backbone, self.reference)
+            bb.load_tokenizer(model.folder, code=model.code)
+            for model in (self.backbone, self.reference)
         )
         if tokenizer.get_vocab() != other.get_vocab():
             raise ModelError(
@@ -201,8 +207,11 @@ class ImplicitScorer(ModelScorer):
         cls,
         folder: Path,  # noqa: ARG003 - no weights of its own
         saved: Mapping[str, Any],
+        trust_remote_code: Sequence[str],
     ) -> dict[str, Any]:
-        reference = bb.locate_same(saved["reference"], saved["reference_digest"])
+        reference = bb.locate_same(
+            saved["reference"], saved["reference_digest"], trust_remote_code=trust_remote_code
+        )
         return {"reference": reference, "beta": float(saved["beta"]), "name": saved["name"]}
 
     @classmethod

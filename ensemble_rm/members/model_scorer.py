@@ -151,6 +151,7 @@ class ModelScorer(Scorer):
         backbone: str | Path | None = None,
         device: str | None = None,
         cache_dir: Path | None = DEFAULT_CACHE,
+        trust_remote_code: Sequence[str] = (),
     ) -> Self:
         """Read what `save` wrote.
 
@@ -164,6 +165,8 @@ class ModelScorer(Scorer):
             Device of the model (default: the best available).
         cache_dir : Path, optional
             Folder for converted GGUF weights.
+        trust_remote_code : sequence of str
+            Models whose custom code may run, each as ``MODEL@DIGEST``.
 
         Raises
         ------
@@ -177,17 +180,22 @@ class ModelScorer(Scorer):
         try:
             saved = json.loads((folder / "member.json").read_text())
             options = replace(TrunkOptions(**saved["options"]), device=device)
-            parts = cls._read(folder, saved)
+            parts = cls._read(folder, saved, trust_remote_code)
             name, digest = cls._model_name(folder, saved, backbone), saved["digest"]
         except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
             raise StorageError(
                 f"{folder} contains no saved {cls.kind} member: {error!r}"
             ) from error
-        return cls(bb.locate_same(name, digest, cache_dir=cache_dir), options, **parts)
+        model = bb.locate_same(
+            name, digest, cache_dir=cache_dir, trust_remote_code=trust_remote_code
+        )
+        return cls(model, options, **parts)
 
     @classmethod
     @abstractmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(
+        cls, folder: Path, saved: Mapping[str, Any], trust_remote_code: Sequence[str]
+    ) -> dict[str, Any]:
         """Return the `_parts` of a saved member."""
 
     @classmethod

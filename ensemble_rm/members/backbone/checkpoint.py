@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from ensemble_rm.errors import MissingExtraError, ModelError, OptionError
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.members.backbone.custom_code import allowed_code, named_custom_code
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -42,18 +44,24 @@ class Backbone:
         Folder of config, tokenizer and weights.
     digest : str
         SHA-256 over the weight files; checked when a saved ensemble is loaded.
+    code : str, optional
+        Digest of the custom code that the caller allows to run; None where none may run.
     """
 
     name: str
     folder: Path
     digest: str
+    code: str | None = None
 
 
 def read_shape(backbone: Backbone) -> tuple[int, int]:
     """Return a backbone's number of blocks and hidden size, from its config."""
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(str(backbone.folder))
+    with named_custom_code(backbone.folder):
+        config: Any = AutoConfig.from_pretrained(
+            str(backbone.folder), trust_remote_code=backbone.code is not None
+        )
     text = config.get_text_config()
     return int(text.num_hidden_layers), int(text.hidden_size)
 
@@ -88,13 +96,28 @@ def empty_cache(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backbone:
+def locate(
+    name: str | Path,
+    *,
+    cache_dir: Path | None = DEFAULT_CACHE,
+    trust_remote_code: Sequence[str] = (),
+) -> Backbone:
     """Return a backbone; a name that is not a folder is downloaded from the Hub.
+
+    Parameters
+    ----------
+    name : str or Path
+    cache_dir : Path, optional
+        For converted GGUF weights.
+    trust_remote_code : sequence of str
+        Models whose custom code may run, each as ``MODEL@DIGEST``.
 
     Raises
     ------
     ModelError
         If there is no such folder or Hub model, or the folder contains no model.
+    CustomCodeError
+        If the model's custom code is allowed at another digest.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -112,20 +135,25 @@ def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backb
         folder = _download(str(name))
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} contains no model: config.json is missing")
-    return Backbone(str(name), folder, weights_digest(folder))
+    code = allowed_code(name, folder, trust_remote_code)
+    return Backbone(str(name), folder, weights_digest(folder), code)
 
 
 def locate_same(
-    name: str | Path, digest: str, *, cache_dir: Path | None = DEFAULT_CACHE
+    name: str | Path,
+    digest: str,
+    *,
+    cache_dir: Path | None = DEFAULT_CACHE,
+    trust_remote_code: Sequence[str] = (),
 ) -> Backbone:
-    """Return a backbone after checking that its weights have the saved digest.
+    """Return a backbone, as `locate` does, after checking that its weights have the saved digest.
 
     Raises
     ------
     ModelError
         If the weights differ.
     """
-    backbone = locate(name, cache_dir=cache_dir)
+    backbone = locate(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     if backbone.digest != digest:
         raise ModelError(
             f"the weights of {backbone.name} (SHA-256 {backbone.digest[:12]}…) are not those of "
@@ -211,16 +239,20 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
+        str(path.parent), gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
     )
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(path.parent), gguf_file=path.name, trust_remote_code=False
+    )
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     )
     # transformers refuses to save a model with a quantisation config: copy the weights to a new
     # model.
     with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        fresh = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
     fresh.load_state_dict(model.state_dict(), assign=True)
     fresh.tie_weights()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -238,28 +270,52 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     return target
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load the folder's fast tokenizer."""
+def load_tokenizer(folder: Path, *, code: str | None = None) -> Any:
+    """Load the folder's fast tokenizer.
+
+    Parameters
+    ----------
+    folder : Path
+    code : str, optional
+        `Backbone.code`: without it, custom code is an error.
+
+    Raises
+    ------
+    CustomCodeError
+        If it needs custom code that is not allowed.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder))
+    with named_custom_code(folder):
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code is not None)
 
 
-def load_trunk(folder: Path, *, dtype: str) -> torch.nn.Module:
-    """Load the transformer without a head, in evaluation mode, on the CPU."""
+def load_trunk(folder: Path, *, dtype: str, code: str | None = None) -> torch.nn.Module:
+    """Load the transformer without a head, in evaluation mode, on the CPU.
+
+    Raises
+    ------
+    CustomCodeError
+        If it needs custom code that is not allowed.
+    """
     from transformers import AutoModel
 
-    model: torch.nn.Module = AutoModel.from_pretrained(str(folder), dtype=torch_dtype(dtype))
+    with named_custom_code(folder):
+        model: torch.nn.Module = AutoModel.from_pretrained(
+            str(folder), dtype=torch_dtype(dtype), trust_remote_code=code is not None
+        )
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def load_causal(folder: Path, *, dtype: str) -> Any:
+def load_causal(folder: Path, *, dtype: str, code: str | None = None) -> Any:
     """Load a causal language model, in evaluation mode, on the CPU.
 
     Raises
     ------
     ModelError
         If the checkpoint lacks weights that transformers would initialise at random.
+    CustomCodeError
+        If it needs custom code that is not allowed.
     OptionError
         If the model is not a causal language model.
     """
@@ -267,7 +323,10 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
 
     options: dict[str, Any] = {"dtype": torch_dtype(dtype), "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        with named_custom_code(folder):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), trust_remote_code=code is not None, **options
+            )
     except ValueError as error:
         raise OptionError(f"{folder} contains no causal language model: {error}") from error
     model, info = loaded
@@ -276,7 +335,9 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
+def load_classifier(
+    folder: Path, *, dtype: str, new_head: bool = False, code: str | None = None
+) -> Any:
     """Load a sequence-classification model with one output.
 
     Parameters
@@ -285,9 +346,13 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
     dtype : str
     new_head : bool
         Whether to initialise a new head, for training. Otherwise a missing head is an error.
+    code : str, optional
+        `Backbone.code`: without it, custom code is an error.
 
     Raises
     ------
+    CustomCodeError
+        If it needs custom code that is not allowed.
     ModelError
         If the checkpoint lacks weights that transformers would initialise at random.
         If the model has more than one output.
@@ -299,7 +364,10 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
         options["num_labels"] = 1
     elif (outputs := _outputs(folder)) != 1:
         raise ModelError(f"{folder} has {outputs} outputs; a reward model has one (num_labels=1)")
-    model, info = AutoModelForSequenceClassification.from_pretrained(str(folder), **options)
+    with named_custom_code(folder):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            str(folder), trust_remote_code=code is not None, **options
+        )
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing and not new_head:
         raise ModelError(

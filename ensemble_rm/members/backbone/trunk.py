@@ -233,11 +233,11 @@ class Trunk:
         self.options = options
         self.device = bb.pick_device(options.device)
         self.encoder = TextEncoder(
-            bb.load_tokenizer(backbone.folder),
+            bb.load_tokenizer(backbone.folder, code=backbone.code),
             template=options.template,
             max_length=options.max_length,
         )
-        model = bb.load_trunk(backbone.folder, dtype=options.dtype)
+        model = bb.load_trunk(backbone.folder, dtype=options.dtype, code=backbone.code)
         self.path, blocks = find_blocks(model)
         self.depth = len(blocks)
         self.top = self.depth if top is None else top

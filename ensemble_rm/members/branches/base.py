@@ -174,7 +174,12 @@ class Branched(ModelScorer):
         return {}
 
     @classmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(
+        cls,
+        folder: Path,
+        saved: Mapping[str, Any],
+        trust_remote_code: Sequence[str],  # noqa: ARG003 - no second model
+    ) -> dict[str, Any]:
         views = [View.parse(view) for view in saved["views"]]
         tensors: list[Tensors] = [{} for _ in views]
         for name, tensor in load_file(folder / cls.file).items():

@@ -160,7 +160,12 @@ class HeadScorer(ModelScorer):
         return {}
 
     @classmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(
+        cls,
+        folder: Path,
+        saved: Mapping[str, Any],
+        trust_remote_code: Sequence[str],  # noqa: ARG003 - no second model
+    ) -> dict[str, Any]:
         views = [View.parse(view) for view in saved["views"]]
         return {"views": views, "weights": HeadWeights.load(folder), "names": saved["names"]}
 

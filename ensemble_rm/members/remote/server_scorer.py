@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,6 +56,7 @@ class ServerScorer(Scorer):
         backbone: str | Path | None = None,  # noqa: ARG003 - no model in this process
         device: str | None = None,  # noqa: ARG003
         cache_dir: Path | None = None,  # noqa: ARG003
+        trust_remote_code: Sequence[str] = (),  # noqa: ARG003
     ) -> Self:
         """Read what `save` wrote; the member has no token, see `with_token`.
 
