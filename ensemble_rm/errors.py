@@ -22,6 +22,10 @@ class OptionError(EnsembleRMError, ValueError):
     """An option has a value that cannot be used."""
 
 
+class RemoteNotAllowedError(OptionError):
+    """A saved ensemble has a member on a server that the caller has not allowed."""
+
+
 class MissingExtraError(EnsembleRMError, ImportError):
     """An optional package is not installed; the message names the extra to install."""
 

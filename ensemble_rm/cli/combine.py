@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.common import (
-    TRUSTED,
     AggregatorOptions,
-    Loading,
+    Trust,
     aggregator_options,
     read_pairs,
 )
@@ -21,7 +20,6 @@ from ensemble_rm.members.backbone.options import TrunkOptions
 
 if TYPE_CHECKING:
     from ensemble_rm.cli.console import Console
-    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class Combine(Command):
     max_loaded_models: int | None = option(
         "maximum number of models in memory at once", default=None, metavar="N", shown="all"
     )
-    trust_remote_code: tuple[str, ...] = option(TRUSTED, default=(), metavar="MODEL@DIGEST")
+    trust: Trust = nested(Trust, panel="Trust")
     text: TrunkOptions = nested(TrunkOptions, panel="Text")
     aggregator: AggregatorOptions = aggregator_options()
 
@@ -64,13 +62,13 @@ class Combine(Command):
 
         with console.progress() as progress:
             ensemble = combine(
-                {name: self._opened(member) for name, member in members.items()},
+                members,
                 pairs,
                 aggregator=aggregator,
                 options=self.text,
                 baseline=self.baseline,
                 max_loaded_models=self.max_loaded_models,
-                trust_remote_code=self.trust_remote_code,
+                **self.trust.arguments(),
                 progress=progress,
             )
         ensemble.save_pretrained(self.out)
@@ -81,15 +79,6 @@ class Combine(Command):
         )
         console.save(self.out)
         console.next(f"ensemble-rm calibrate {self.out} --data JUDGMENTS.jsonl")
-
-    def _opened(self, member: str) -> RewardEnsemble | str:
-        """Return a saved ensemble with its members' tokens; a model's name as it is."""
-        from ensemble_rm.ensemble.storage import FILE
-
-        if not (Path(member).expanduser() / FILE).exists():
-            return member
-        loading = Loading(device=self.text.device, trust_remote_code=self.trust_remote_code)
-        return loading.open(Path(member))
 
 
 def _members(given: Sequence[str]) -> dict[str, str]:

@@ -67,8 +67,10 @@ class TrainingRequest:
     trust_remote_code: tuple[str, ...] = field(
         default=(),
         metadata={
-            "help": "models whose custom code may run, each with the digest of that code; repeated",
+            "help": "model whose custom code may run, with the digest of that code; repeated",
             "metavar": "MODEL@DIGEST",
+            "shown": "none",
+            "from_file": False,
         },
     )
 
