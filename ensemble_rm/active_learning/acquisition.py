@@ -65,6 +65,7 @@ def score_pool(
         Called with (stage, done, total).
     """
     samples = (
+        # A generator with both sides next to each other: a chunk holds whole pairs' prompts.
         Sample(pair.prompt, text, pair.reference)
         for pair in pool
         for text in (pair.chosen, pair.rejected)
@@ -79,6 +80,7 @@ def score_pool(
     reward, all_members = np.concatenate(rewards), np.concatenate(members)
     calibration = ensemble.calibration
     return PoolMargins(
+        # Sides alternate: even rows are the first side.
         reward[::2] - reward[1::2],
         all_members[::2] - all_members[1::2],
         None if calibration is None else calibration.mixture_temperature,
@@ -113,6 +115,7 @@ def utility(margins: PoolMargins, strategy: str) -> Floats | None:
     if strategy == "random":
         return None
     if strategy == "margin":
+        # Near 0 the verdict is open, hence worth most.
         return -np.abs(margins.margin)
     if strategy == "disagreement":
         return _unknown_last(member_std(margins.member_margins, nan="omit"))
@@ -132,4 +135,5 @@ def utility(margins: PoolMargins, strategy: str) -> Floats | None:
 
 
 def _unknown_last(values: Floats) -> Floats:
+    # Below every known utility, which is never negative.
     return np.where(np.isnan(values), -1.0, values)

@@ -62,11 +62,15 @@ class Design:
 
     def draw(self, *, seed: int) -> Ints:
         """Draw pairs; return their positions in ascending order, shape (budget,)."""
+        # Prompts in random order within strata: systematic sampling then spreads over the pool.
         rng = np.random.default_rng(seed)
         positions = rng.permutation(int(self.groups.max()) + 1)  # of the prompts
+        # Pairs of a prompt lie next to each other, which keeps each prompt's limit exact.
         order = np.lexsort((rng.random(len(self.parts)), positions[self.groups], self.strata))
         ends = np.cumsum(self.parts[order])
+        # One random start and steps of one whole unit: exactly `budget` points.
         points = int(rng.integers(UNIT)) + UNIT * np.arange(self.budget)
+        # A pair is drawn when a point falls into its interval.
         return np.sort(order[np.searchsorted(ends, points, side="right")])
 
 
@@ -117,6 +121,7 @@ def plan_draw(
     n = len(labels)
     _check(n, budget, random_share, max_per_prompt, sharpness)
     sizes = np.bincount(labels) if n else np.zeros(0, dtype=np.int64)
+    # The most that a prompt can give: its pairs, or the limit.
     most = sizes if max_per_prompt is None else np.minimum(sizes, max_per_prompt)
     if budget > most.sum():
         limit = "" if max_per_prompt is None else f", at most {max_per_prompt} per prompt,"
@@ -127,6 +132,7 @@ def plan_draw(
     level = np.zeros(n, dtype=np.int64) if strata is None else np.asarray(strata, dtype=np.int64)
     if level.shape != (n,) or (level != level[_firsts(labels)][labels]).any():
         raise OptionError("strata must be one number per pair, the same for all pairs of a prompt")
+    # The uniform share gives every pair a positive probability, without which 1/π is undefined.
     pi = _spread(np.ones(n), labels, most, budget)
     if utility is not None:
         useful = _spread(_tempered(utility, n, sharpness), labels, most, budget)
@@ -156,6 +162,7 @@ def _tempered(utility: ArrayLike, n: int, sharpness: float) -> Floats:
     u = np.asarray(utility, dtype=np.float64)
     if u.shape != (n,) or not np.isfinite(u).all():
         raise OptionError(f"utility must be {n} finite numbers, not an array of shape {u.shape}")
+    # Ranks, not values: utilities of different strategies have no common unit.
     return np.asarray(rankdata(-u) ** -sharpness, dtype=np.float64)
 
 
@@ -165,6 +172,7 @@ def _spread(mass: Floats, labels: Ints, most: Ints, budget: int) -> Floats:
     shares = fill(sums, most.astype(np.float64), float(budget))
     pi = (shares / sums)[labels] * mass
     # What exceeds 1 goes to the other pairs of the prompt.
+    # 1e-12: rounding is no excess.
     for group, rows in _members(labels, np.unique(labels[pi > 1 + 1e-12])):
         pi[rows] = fill(mass[rows], np.ones(len(rows)), float(shares[group]))
     return np.minimum(pi, 1.0)
@@ -181,12 +189,15 @@ def _members(labels: Ints, groups: Ints) -> Iterator[tuple[int, Ints]]:
 
 def fill(mass: Floats, caps: Floats, total: float) -> Floats:
     """Return min(caps, λ·mass), λ such that they sum to `total` ≤ Σ caps."""
+    # Every cap is reached.
     if total >= caps.sum():
         return caps.copy()
+    # Items fill up in the order of cap/mass, as λ grows.
     ratio = caps / mass
     order = np.argsort(ratio, kind="stable")
     full = np.concatenate([[0.0], np.cumsum(caps[order])[:-1]])  # caps of those before each
     rest = np.cumsum(mass[order][::-1])[::-1]
+    # λ if the items before each are full; the first that stays below its own ratio is right.
     level = (total - full) / rest
     first = int(np.argmax(level <= ratio[order]))
     return np.asarray(np.minimum(caps, level[first] * mass), dtype=np.float64)
@@ -197,6 +208,7 @@ def _whole(pi: Floats, labels: Ints, most: Ints, budget: int) -> Ints:
     sizes = np.bincount(labels)
     sums = np.asarray(np.bincount(labels, pi) * UNIT, dtype=np.float64)
     totals = apportion(sums, budget * UNIT, sizes, most * UNIT)
+    # A prompt with one pair has its total; the others share theirs.
     parts = totals[labels]
     for group, rows in _members(labels, np.flatnonzero(sizes > 1)):
         ones = np.ones(len(rows), dtype=np.int64)
@@ -206,7 +218,9 @@ def _whole(pi: Floats, labels: Ints, most: Ints, budget: int) -> Ints:
 
 def apportion(shares: Floats, total: int, least: Ints, most: Ints) -> Ints:
     """Round shares to whole numbers within bounds that sum to `total` (largest remainders)."""
+    # At least `least`, so that no probability becomes 0 by rounding.
     counts = np.clip(np.floor(shares).astype(np.int64), least, most)
+    # One unit at a time per item, largest remainder first; bounds may need several rounds.
     while (short := total - int(counts.sum())) != 0:
         sign = 1 if short > 0 else -1
         free = np.flatnonzero(counts < most if short > 0 else counts > least)

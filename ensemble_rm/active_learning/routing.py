@@ -69,6 +69,7 @@ class Saving:
         u = self.usage
         calls = u.calls + u.failed
         if calls == 0:
+            # Calls per pair of those that were tried; unreached ones would have cost calls too.
             return None
         by = self.pairs / self.judged * (calls + u.unreached) / calls
         return Usage(
@@ -191,11 +192,13 @@ def threshold_for_share(uncertainty: ArrayLike, share: float) -> float:
         raise NonFiniteScoreError(
             "a threshold needs finite uncertainties; some are NaN or infinite"
         )
+    # 1e-9: share · n may round to just below a whole number.
     k = int(share * len(values) + 1e-9)
     if k == len(values):
         return float(values[-1])
     # The lowest value above the first one that exceeds the share.
     above = values[values > values[k]]
+    # All equal and too many: no pair reaches a threshold above them.
     return float(above[-1]) if len(above) else float(np.nextafter(values[0], np.inf))
 
 
@@ -300,7 +303,9 @@ def route(
     uncertain = np.flatnonzero(value >= threshold)
     rows = np.empty(0, dtype=np.int64)
     if judge is not None:
+        # With a budget the most uncertain pairs go first.
         ranked = uncertain[np.argsort(-value[uncertain], kind="stable")]
+        # Back in the order of the pairs.
         rows = np.sort(ranked[: len(ranked) if budget is None else budget])
     by_judge, failures, usage = _ask(judge, pairs, rows)
     judged = np.isfinite(by_judge)
@@ -309,8 +314,10 @@ def route(
         p[judged] = by_judge[judged]
     else:
         sides = (np.clip(q[judged], _NEAR, 1 - _NEAR) for q in (p, by_judge))
+        # Mean of the two logits: each side's doubt counts.
         p[judged] = expit(sum(map(logit, sides)) / 2)
     pending = np.zeros(len(pairs), dtype=np.bool_)
+    # Pairs that the judge could not answer go to humans.
     pending[uncertain] = True
     pool = pairs_for_humans(
         pairs,
@@ -367,6 +374,7 @@ def _ask(
     verdicts: Compared
     if isinstance(judge, RewardEnsemble):
         verdicts = _compare(judge, chosen, silent)
+    # An ensemble as judge takes references and subsets too.
     else:
         verdicts = judge.compare(
             [pair.prompt for pair in chosen],

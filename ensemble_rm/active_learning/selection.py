@@ -86,6 +86,7 @@ class SelectedPairs:
 
 def pair_name(pair: Preference) -> str:
     """Return a digest of a pair's texts, the same in either order: 32 hexadecimal digits."""
+    # Sorted: the same pair in the other order is the same pair.
     texts = (prompt_key(pair.prompt), *sorted((pair.chosen, pair.rejected)))
     digests = (hashlib.sha256(text.encode()).digest() for text in texts)
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
@@ -103,6 +104,7 @@ def pair_names(pairs: Preferences) -> list[str]:
     for pair in pairs:
         texts = pair_name(pair)
         name = pair.id or texts
+        # One id on two texts would give one judgment to both.
         if owners.setdefault(name, texts) != texts:
             raise DataError(
                 f"two different pairs of {pairs.source} have the id {name!r}; give each its own, "
@@ -175,12 +177,14 @@ def select_pairs(
     # Bad options raise before anything is scored.
     limits = {"budget": budget, "max_per_prompt": max_per_prompt, "sharpness": sharpness}
     options = limits | {"random_share": random_share, "strata": _strata(kept, subsets)}
+    # A design without utilities raises on bad options before hours of scoring.
     design = plan_draw(None, groups, **options)  # type: ignore[arg-type]
     if ensemble is not None and strategy != "random":
         value = utility(score_pool(ensemble, kept, chunk=chunk, progress=progress), strategy)
         design = plan_draw(value, groups, **options)  # type: ignore[arg-type]
     drawn = design.draw(seed=seed)
     inclusion = design.inclusion
+    # Sides in random order: annotators favour a position.
     coins = np.random.default_rng([seed, 1]).random(len(drawn)) < 0.5
     selected = [
         _selected(kept[int(i)], names[int(i)], strategy, float(inclusion[i]), swapped=bool(coin))
@@ -216,12 +220,14 @@ def pairs_for_humans(
         Name of the strategy in the result.
     """
     audit, sides = np.random.default_rng(seed).random((2, len(pairs)))
+    # Repeated pairs are asked once, under the name they share.
     _, first, name_of = np.unique(names, return_index=True, return_inverse=True)
     pending_names = np.zeros(len(first), dtype=np.bool_)
     np.logical_or.at(pending_names, name_of, pending)
     selected = []
     for index in np.argsort(first).tolist():  # in the order of the pairs
         row = int(first[index])
+        # Audit: a share of the certain pairs shows whether the certainty is right.
         if pending_names[index] or audit[row] < audit_share:
             inclusion = 1.0 if pending_names[index] else audit_share
             swap = bool(sides[row] < 0.5)

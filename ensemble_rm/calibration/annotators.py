@@ -147,6 +147,7 @@ def fit_reliability(
     """
     x, y, w = read_judgments(margins, targets, weights, min_judgments=min_judgments)
     names, annotator_of = np.unique(np.asarray(annotators, dtype=str), return_inverse=True)
+    # With one annotator the spread between annotators is not identified.
     if len(annotators) != len(x) or len(names) < 2:
         raise OptionError(
             f"reliability needs one annotator per judgment and at least two annotators, not "
@@ -155,16 +156,20 @@ def fit_reliability(
     rows = np.arange(len(x)) if groups is None else np.asarray(groups)
     if rows.shape != x.shape:
         raise OptionError(f"{rows.size} groups for {len(x)} judgments")
+    # Judgments of one annotator on one prompt are the clusters: they share both errors.
     both = np.stack([annotator_of, np.unique(rows, return_inverse=True)[1]])
     clusters = np.unique(both, axis=1, return_inverse=True)[1].reshape(-1)
     overall = fit_temperature(x, y, weights=w, groups=clusters, min_judgments=min_judgments)
     effect = _design_effect(x, w, overall.temperature, overall.log_se)
     grid = math.log(overall.temperature) + np.arange(-_REACH, _REACH + _STEP / 2, _STEP)
+    # Divided by the design effect: clustered judgments carry less information than their number.
     fits = _likelihoods(x, y, w, annotator_of, grid) / effect  # (n_annotators, n_grid)
     centre, spread = _prior(fits, grid)
     posterior = fits + _log_normal(grid, centre, spread)
+    # In logs, since likelihoods of thousands of judgments underflow.
     posterior = np.exp(posterior - logsumexp(posterior, axis=1, keepdims=True))
     mean = posterior @ grid
+    # A difference of squares may round below 0.
     sd = np.sqrt(np.maximum(posterior @ grid**2 - mean**2, 0.0))
     posteriors = [
         AnnotatorFit(
@@ -179,6 +184,7 @@ def _design_effect(x: Floats, w: Floats, temperature: float, log_se: float) -> f
     """Return the clustered variance of log T over that of independent judgments of weight w."""
     p = np.asarray(expit(x / temperature))
     information = float((w * p * (1 - p) * (x / temperature) ** 2).sum())
+    # At least 1: a lucky sample must not count for more than independent judgments.
     return max(1.0, log_se**2 * information)
 
 
@@ -205,14 +211,17 @@ def _prior(fits: Floats, grid: Floats) -> tuple[float, float]:
     def loss(point: Floats) -> float:
         centre, log_spread = point
         spread = math.exp(np.clip(log_spread, *np.log(_SPREADS)))
+        # A penalty, since Nelder-Mead knows no bounds.
         outside = max(0.0, float(abs(centre - grid.mean())) - _REACH)
         return outside - float(logsumexp(fits + _log_normal(grid, centre, spread), axis=1).sum())
 
     alone = int(np.argmax(fits.sum(axis=0)))
+    # Several starts: the marginal likelihood may have a second maximum at a large spread.
     starts = [np.array([grid[alone], math.log(spread)]) for spread in (0.1, 0.3, 1.0)]
     options = {"xatol": 1e-6, "fatol": 1e-9}
     runs = [minimize(loss, start, method="Nelder-Mead", options=options) for start in starts]
     best = min(runs, key=lambda run: float(run.fun))
+    # No gain over one common temperature: a spread of 0 is the simpler model.
     if best.fun >= -float(fits[:, alone].sum()) - 1e-9:
         return float(grid[alone]), 0.0
     return float(best.x[0]), float(math.exp(np.clip(best.x[1], *np.log(_SPREADS))))

@@ -74,6 +74,7 @@ class Calibration:
     tie_model: TieModel | None = None
 
     def __post_init__(self) -> None:
+        # A curve of another method would be evaluated in the wrong units.
         wanted = find_calibrator(self.method).curve
         if type(self.curve) is not (wanted or type(None)):
             raise OptionError(f"no calibration has method {self.method!r} and curve {self.curve}")
@@ -108,10 +109,12 @@ class Calibration:
         x = np.asarray(margins, dtype=np.float64)
         if self.curve is not None:
             return self.curve.probability(x)
+        # Without named slices one division serves all pairs.
         if subsets is None or not self.slices:
             return np.asarray(expit(x / self.temperature), dtype=np.float64)
         if x.shape != (len(subsets),):
             raise OptionError(f"{len(subsets)} subsets for margins of shape {x.shape}")
+        # Each slice is looked up once, not once per pair.
         known = {name: self.temperature_of(name) for name in dict.fromkeys(subsets)}
         divisors = np.array([known[name] for name in subsets])
         return np.asarray(expit(x / divisors), dtype=np.float64)
@@ -148,6 +151,7 @@ class Calibration:
             str(d["created"]),
             method,
             curve,
+            # Fields that older versions did not write have the values that those versions meant.
             tuple(SliceFit.from_json(fit) for fit in d.get("slices", ())),
             int(d.get("ties", 0)),
             evidence,
@@ -197,6 +201,7 @@ def fit_calibration(
     """
     if slices and find_calibrator(method).fit is not None:
         raise OptionError(f"slices=True works with method='temperature' only, not {method!r}")
+    # First: pairs whose reward is NaN must not enter the temperature either.
     pairs = pairs.rewarded(aggregator)
     margins = pairs.margins(aggregator)
     fit = fit_temperature(
@@ -208,6 +213,7 @@ def fit_calibration(
     )
     calibrator = find_calibrator(method)
     curve = calibrator.fit_curve(margins, pairs.targets, pairs.weights, temperature=fit.temperature)
+    # On the members' margins, not the reward's: the split of uncertainty uses the mixture.
     mixture = fit_mixture_temperature(pairs.member_margins, pairs.targets, weights=pairs.weights)
     return Calibration(
         aggregator,
@@ -255,6 +261,7 @@ def refit_calibration(old: Calibration | None, aggregator: Aggregator) -> Calibr
         slices=bool(old.slices),
         ties=None if old.tie_model is None else old.tie_model.model,
         digest=old.digest,
+        # These judgments were enough at the first fit; a stricter limit now would lose them.
         min_judgments=2,
     )
 
@@ -274,6 +281,7 @@ def require_calibration(calibration: Calibration | None, aggregator: Aggregator)
             "this ensemble has no calibration, so its margins are not probabilities; "
             "call calibrate(held) with judgments that it was not trained on"
         )
+    # Another aggregator's margins have another scale, so T would be wrong by a factor.
     if calibration.aggregator != aggregator:
         raise AggregatorMismatchError(
             f"the calibration was fitted with {calibration.aggregator}, not {aggregator}; "

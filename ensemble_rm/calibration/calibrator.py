@@ -35,7 +35,9 @@ class Curve(ABC):
     def probability(self, margins: ArrayLike) -> Floats:
         """Return P(first is preferred) of margins; ½ at 0, and NaN stays NaN."""
         x = np.asarray(margins, dtype=np.float64)
+        # Only sizes are mapped, so that p(Δ) + p(−Δ) = 1 holds exactly.
         above = self.above(np.abs(x))
+        # The sign decides; at 0 neither side is preferred.
         p = np.where(x > 0, above, np.where(x < 0, 1 - above, 0.5))
         return np.asarray(np.where(np.isnan(x), np.nan, p), dtype=np.float64)
 
@@ -55,6 +57,7 @@ class Curve(ABC):
             If it is a curve of another shape.
         """
         values = dict(d)
+        # The shape's name guards against the file of another method.
         if values.pop("shape", None) != cls.shape:
             raise OptionError(f"expected a curve of shape {cls.shape!r}, not {d!r}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -118,6 +121,7 @@ class Calibrator:
         """Fit the curve on judgments that `fit_temperature` accepted; None without a curve."""
         if self.fit is None:
             return None
+        # Margins of 0 say ½ under every curve and would only pull at the fit.
         rows = margins != 0
         data = CalibrationData(margins[rows], targets[rows], weights[rows], temperature)
         return self.fit(data)
@@ -136,9 +140,11 @@ class Calibrator:
 
     def count_ties(self, curve: Curve | None, margins: ArrayLike) -> int:
         """Return how many distinct |Δ| the curve does not tell apart from a smaller one."""
+        # A strictly rising curve tells all margins apart.
         if curve is None or self.strict:
             return 0
         sizes = np.unique(np.abs(np.asarray(margins, dtype=np.float64)))
+        # Two sizes of one probability are ranked the same: the curve made them ties.
         return len(sizes) - len(np.unique(curve.probability(sizes)))
 
 
@@ -165,6 +171,7 @@ def register(calibrator: Calibrator) -> Calibrator:
         If another calibrator has the name.
     """
     _register_own()
+    # Registering the same calibrator twice is harmless.
     if CALIBRATORS.setdefault(calibrator.name, calibrator) != calibrator:
         raise OptionError(
             f"a calibrator {calibrator.name!r} is registered already; use another name"

@@ -36,6 +36,7 @@ class Normaliser:
     def __post_init__(self) -> None:
         if len(self.offset) != len(self.scale) or not self.offset:
             raise OptionError(f"{len(self.offset)} offsets and {len(self.scale)} scales")
+        # A scale of 0 would turn scores into infinities.
         if not np.isfinite(self.offset + self.scale).all() or min(self.scale) <= 0:
             raise OptionError(f"offsets must be finite and scales > 0, not {self}")
 
@@ -50,6 +51,7 @@ class Normaliser:
             Raw scores of each sample's reference completion; required with a baseline.
         """
         if self.baseline and baseline is None:
+            # A reward without its baseline is off by a prompt's own level, silently.
             raise BaselineError(
                 "this normaliser subtracts a baseline; pass the scores of the references"
             )
@@ -130,6 +132,7 @@ def fit_normaliser(
         If a member scores all completions of each prompt alike, or no two of any prompt.
     """
     matrix = _above(score_matrix(scores), baseline)
+    # np.unique numbers the prompts 0, 1, …, as bincount needs them.
     labels = np.unique(np.asarray(groups), return_inverse=True)[1]
     fits = [_fit_member(i, column, labels, nan) for i, column in enumerate(matrix.T)]
     offset, scale = zip(*fits, strict=True)
@@ -149,8 +152,11 @@ def _fit_member(
         )
     counts = np.bincount(labels)
     sums = np.bincount(labels, x)
+    # Deviations from the prompt's mean, shape (n_samples,).
     within = x - (sums / np.maximum(counts, 1))[labels]
+    # A prompt with one completion has deviation 0 and says nothing about the spread.
     several = counts[labels] > 1
+    # Pooled within-group variance: each prompt's mean costs one degree of freedom.
     freedom = int(several.sum() - (counts > 1).sum())
     if freedom == 0:
         raise OptionError(
@@ -158,6 +164,7 @@ def _fit_member(
             "within prompts is undefined"
         )
     scale = float(np.sqrt((within[several] ** 2).sum() / freedom))
+    # Relative to the scores' size: rounding noise of a constant member is not a scale.
     if scale <= 1e-12 * max(float(np.abs(x).max()), 1e-30):
         raise OptionError(f"member {member} gives all completions of a prompt the same score")
     return float(x.mean()), scale

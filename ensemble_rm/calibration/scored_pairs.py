@@ -45,6 +45,7 @@ class ScoredPairs:
 
     def __post_init__(self) -> None:
         n = len(self.targets)
+        # Older files have no ties and no distances; zeros mean "none".
         object.__setattr__(self, "ties", self.ties if len(self.ties) else np.zeros(n))
         object.__setattr__(self, "subsets", tuple(self.subsets) or (None,) * n)
         if not len(self.distances):
@@ -81,6 +82,7 @@ class ScoredPairs:
 
         NaN where too few members scored a side; see `Aggregator.where_enough`.
         """
+        # NaN where too few members scored a side, which `rewarded` drops.
         return aggregator.where_enough(self.first) - aggregator.where_enough(self.second)
 
     def rewarded(self, aggregator: Aggregator) -> ScoredPairs:
@@ -92,6 +94,7 @@ class ScoredPairs:
 
     def take(self, rows: NDArray[np.int64]) -> ScoredPairs:
         """Return some of the pairs."""
+        # Through `arrays`: every field is cut by the same rows, also ones added later.
         chosen = {name: array[rows] for name, array in self.arrays().items()}
         return ScoredPairs.from_arrays(chosen, self.subset_names)
 
@@ -99,6 +102,7 @@ class ScoredPairs:
         """Return the arrays by name, as stored: subsets as indices into `subset_names`."""
         code_of: dict[str | None, int] = {name: i for i, name in enumerate(self.subset_names)}
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        # −1 is the code of None.
         codes = [code_of.get(name, -1) for name in self.subsets]
         return arrays | {"subsets": np.array(codes, dtype=np.int64)}
 

@@ -100,6 +100,8 @@ def fit_slices(
     for name in sorted(rows):
         try:
             fits[name] = _fit_one(pairs.take(np.array(rows[name])), aggregator)
+        # Too few or contradictory judgments: the slice gets the overall temperature, with the
+        # reason.
         except CalibrationError as error:
             refusals[name] = str(error)
     return shrink(fits, refusals, overall=overall)
@@ -125,11 +127,14 @@ def shrink(
 ) -> tuple[SliceFit, ...]:
     """Shrink the slices' fits towards the overall one; slices without a fit get the overall T."""
     logs = [math.log(fit.temperature) for fit in fits.values()]
+    # Between-slice variance of log T, after taking off what sampling alone explains.
     tau2 = between_variance(logs, [fit.log_se for fit in fits.values()])
     centre = math.log(overall.temperature)
     fitted = [SliceFit(name, overall.temperature, None, 0.0, why) for name, why in refusals.items()]
     for (name, fit), own in zip(fits.items(), logs, strict=True):
+        # A precise slice keeps its own T; an imprecise one moves to the overall one.
         share = tau2 / (tau2 + fit.log_se**2) if tau2 > 0 else 0.0
+        # On the log scale, where T's error is about normal.
         shrunk = overall.temperature * math.exp(share * (own - centre))
         fitted.append(SliceFit(name, shrunk, fit, share))
     return tuple(sorted(fitted, key=lambda fit: fit.name))

@@ -94,6 +94,7 @@ def load_preferences(
     """
     pairs, report = read_preferences(source, split=split)
     if report.problems and not skip_bad:
+        # Twenty rows show the pattern; a million would hide it.
         shown = "\n".join(str(problem) for problem in report.problems[:20])
         more = len(report.problems) - 20
         tail = f"\n… and {more} more" if more > 0 else ""
@@ -115,6 +116,7 @@ def read_preferences(
     DataError
         If no row is good; it lists the first reasons.
     """
+    # A generator: the source is read once, row by row.
     name, rows = _rows(source, split)
     pairs: list[Preference] = []
     problems: list[RowProblem] = []
@@ -129,11 +131,14 @@ def read_preferences(
         except DataError as error:
             problems.append(RowProblem(name, line, str(error)))
             continue
+        # By key of the prompt: a text and one user message of that text are the same prompt.
         key = (prompt_key(pair.prompt), pair.chosen, pair.rejected)
         if key in seen:
+            # Kept all the same: several annotators may judge the same pair.
             duplicates.append(RowProblem(name, line, f"repeats line {seen[key]} exactly"))
         seen.setdefault(key, line)
         if pair.chosen == pair.rejected:
+            # Kept as well, with a margin of 0: only the caller knows whether it is a mistake.
             equal.append(RowProblem(name, line, "chosen and rejected are the same text"))
         pairs.append(pair)
     if not pairs:
@@ -157,6 +162,7 @@ def read_samples(source: str | Path | Iterable[Row]) -> Iterator[Sample]:
             yield _sample(row)
         except DataError as error:
             problem = RowProblem(name, line, str(error))
+            # The stream stops at the first bad row: its scores would otherwise shift by a row.
             raise BadRowsError(str(problem), [problem]) from None
 
 
@@ -175,6 +181,8 @@ def read_comparisons(source: str | Path | Iterable[Row]) -> Preferences:
             fields = dict(_checked(row))
             for side, alias in (("chosen", "first"), ("rejected", "second")):
                 if alias in fields:
+                    # The rest of the fields (subset, id, reference) are read as those of judged
+                    # pairs.
                     fields[side] = fields[alias]
             pairs.append(_preference(fields))
         except DataError as error:
@@ -192,6 +200,7 @@ def _rows(source: str | Path | Iterable[Row], split: str) -> tuple[str, Iterator
         path = Path(source)
         if path.is_file():
             return str(source), read_jsonl(path)
+        # Anything that looks like a path is not sent to a hub, where it would fail much later.
         if path.exists() or path.suffix in {".jsonl", ".json", ".gz"} or _no_hub_id(str(source)):
             raise DataError(f"no such file: {source}")
         return str(source), enumerate(iter(_hub_rows(str(source), split)), start=1)
@@ -204,6 +213,7 @@ def _no_hub_id(text: str) -> bool:
 
 def _hub_rows(name: str, split: str) -> Iterable[Row]:
     try:
+        # Imported only here: the package is an extra and slow to import.
         import datasets
     except ImportError as error:
         raise MissingExtraError(
@@ -217,6 +227,7 @@ def _hub_rows(name: str, split: str) -> Iterable[Row]:
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the numbered rows of a JSONL file, gzipped or not; a bad line as a DataError."""
     with path.open("rb") as probe:
+        # By content, not by name: downloads lose their suffix.
         zipped = probe.read(2) == b"\x1f\x8b"
     opener: Any = gzip.open if zipped else open
     with opener(path, "rb") as lines:
@@ -224,8 +235,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             if not raw.strip():
                 continue
             try:
+                # utf-8-sig: files from Windows begin with a byte order mark.
                 yield number, json.loads(raw.decode("utf-8-sig"))
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                # Yielded, not raised, so that the reader goes on with the next line.
                 yield number, DataError(f"not JSON: {error}")
 
 
@@ -251,6 +264,7 @@ def _preference(raw: object) -> Preference:
     for side in ("chosen", "rejected"):
         if row.get(side) is None:
             raise DataError(f"needs `{side}`; has {sorted(row)}")
+    # A null prompt counts as none: exports write every column.
     if row.get("prompt") is not None:
         prompt = as_prompt(row["prompt"])
         chosen = _completion(row["chosen"], "chosen")
@@ -287,6 +301,7 @@ def _completion(value: object, field: str) -> str:
     """Read text, or the single assistant turn of the conversational shape."""
     if isinstance(value, str):
         return value
+    # Text is a completion as it is; message lists are TRL's conversational shape.
     turns = as_prompt(value, field=field)
     if len(turns) != 1 or not isinstance(turns[0], Message):
         raise DataError(f"`{field}` must be text or one assistant message, not {len(turns)} turns")
@@ -299,6 +314,7 @@ def _implicit(chosen: object, rejected: object) -> tuple[Prompt, str, str]:
     """Split the prompt off two whole conversations, or two texts that start the same."""
     first, second = as_prompt(chosen, field="chosen"), as_prompt(rejected, field="rejected")
     if isinstance(first, tuple) and isinstance(second, tuple):
+        # At least one turn of prompt and one of completion.
         if len(first) < 2 or len(second) < 2 or first[:-1] != second[:-1]:
             raise DataError("chosen and rejected must share every turn but the last")
         if first[-1].role != "assistant" or second[-1].role != "assistant":
@@ -320,9 +336,11 @@ def _shared_prefix(first: str, second: str) -> int:
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
         min(len(first), len(second)),
     )
+    # Anthropic's HH strings: the prompt ends with the marker of the assistant's turn.
     marker = first.rfind("\n\nAssistant:", 0, cut)
     if marker >= 0:
         return marker + len("\n\nAssistant:")
+    # A prefix that ends inside a word would leave half a word on both sides.
     while cut > 0 and not first[cut - 1].isspace():
         cut -= 1
     return cut
@@ -332,6 +350,7 @@ def _number(row: Row, key: str, default: float, *, positive: bool = False) -> fl
     value = row.get(key)
     if value is None:
         return default
+    # bool is an int in Python, and `true` is no weight.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise DataError(f"`{key}` must be a finite number, not {value!r}")
     if positive and value <= 0:
@@ -357,6 +376,7 @@ def _votes(row: Row) -> tuple[tuple[float, float] | None, float]:
         if unknown:
             raise DataError(f"`votes` has the keys chosen, rejected and tie, not {sorted(unknown)}")
         ties = _number(value, "tie", 0.0)
+        # A tie counts half for each side, as in the target ½.
         pair = tuple(_number(value, side, 0.0) + 0.5 * ties for side in ("chosen", "rejected"))
     elif isinstance(value, (list, tuple)) and len(value) == 2:
         numbered = {"chosen": value[0], "rejected": value[1]}

@@ -64,6 +64,7 @@ def _as_message(turn: object, position: int) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(f"message {position} must be an object, not {type(turn).__name__}")
     for key in ("role", "content"):
+        # null content (a tool call) is refused here, since no template could render it.
         if not isinstance(turn.get(key), str):
             raise DataError(f"message {position} needs text under {key!r}, not {turn.get(key)!r}")
     return Message(turn["role"], turn["content"])
@@ -79,9 +80,11 @@ def prompt_key(prompt: Prompt) -> str:
 
     A text and a conversation of that single user turn are the same prompt.
     """
+    # A text prompt and a single user message of it are one prompt: splits keep them together.
     if isinstance(prompt, tuple) and len(prompt) == 1 and prompt[0].role == "user":
         prompt = prompt[0].content
     text = json.dumps(prompt_json(prompt), ensure_ascii=False, sort_keys=True)
+    # 128 bits: enough against accidents, and half the length in every stored row.
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -148,6 +151,7 @@ class Preference:
     def target(self) -> float:
         """P(chosen is preferred) that the verdict states: 1, ½ for a tie, or the share of votes."""
         if self.votes is not None:
+            # Votes win over the tie flag: they carry how many of them were ties.
             return self.votes[0] / (self.votes[0] + self.votes[1])
         return 0.5 if self.tie else 1.0
 
@@ -163,6 +167,7 @@ class Preference:
 
         A hard verdict becomes votes (0, 1), so that nothing is lost.
         """
+        # Without votes the target is kept as votes that sum to 1.
         first, second = self.votes if self.votes is not None else (self.target, 1.0 - self.target)
         return replace(
             self,
@@ -190,6 +195,7 @@ class Preference:
             "reference": (self.reference, None),
             "tie_votes": (self.tie_votes, 0.0),
         }
+        # Defaults are left out, so that files of plain pairs stay plain.
         row.update({k: value for k, (value, default) in optional.items() if value != default})
         return row
 
@@ -272,6 +278,7 @@ class Preferences(Sequence[Preference]):
         """SHA-256 of the pairs in their order, for provenance."""
         digest = hashlib.sha256()
         for pair in self.pairs:
+            # sort_keys: the digest must not depend on the order in which fields were written.
             digest.update(json.dumps(pair.to_json(), sort_keys=True, ensure_ascii=False).encode())
             digest.update(b"\n")
         return digest.hexdigest()
@@ -317,16 +324,21 @@ class Preferences(Sequence[Preference]):
         OptionError
             If the fractions are not positive or sum to more than 1.
         """
+        # 1e-9: .7 + .2 + .1 is above 1 in floating point.
         if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
             raise OptionError(f"split fractions {fractions} must be positive and sum to at most 1")
         groups = self.groups
         sizes = np.bincount(groups, minlength=1)
         rest = max(0.0, 1.0 - sum(fractions))
+        # The last part collects what no fraction asks for, and is dropped.
         wanted = np.array([*fractions, rest]) * len(self)
         dealt = np.zeros(len(wanted))
         part_of = np.empty(len(sizes), dtype=np.int64)
+        # Whole prompts: pairs of one prompt in two parts would leak.
         for group in np.random.default_rng(seed).permutation(len(sizes)):
             # The part that lacks the largest share of what it should hold.
+            # Relative lack: an absolute one would fill the large part first and starve the small
+            # one.
             lack = np.where(wanted > 0.5, (wanted - dealt) / np.maximum(wanted, 1.0), -np.inf)
             part_of[group] = int(np.argmax(lack))
             dealt[part_of[group]] += sizes[group]
@@ -347,6 +359,7 @@ class Preferences(Sequence[Preference]):
         groups = self.groups
         sizes = np.bincount(groups)
         dealt, fold_of = np.zeros(k), np.empty(len(sizes), dtype=np.int64)
+        # The smallest fold takes the next prompt, which keeps the folds level.
         for group in np.random.default_rng(seed).permutation(len(sizes)):
             fold_of[group] = int(np.argmin(dealt))
             dealt[fold_of[group]] += sizes[group]

@@ -43,6 +43,7 @@ class SampleWeights:
     def remark(self) -> str:
         """One line for a person: what the weights cost."""
         n = len(self.weights)
+        # ptp ≤ 1e-9: weights that were scaled to mean 1 differ by rounding.
         if n == 0 or np.ptp(self.weights) <= 1e-9:
             return f"{n} with equal weights"
         return (
@@ -96,6 +97,7 @@ def effective_sample_size(weights: ArrayLike) -> float:
         raise OptionError(f"weights must be a vector of finite numbers > 0, not {weights!r}")
     if len(w) == 0:
         return 0.0
+    # Scaled first: squares of very large weights would overflow.
     w = w / w.max()
     return float(w.sum() ** 2 / (w**2).sum())
 
@@ -136,6 +138,7 @@ def inclusion_weights(
         raise OptionError(f"{len(numbers)} designs for {len(pi)} inclusion probabilities")
     counts = np.bincount(numbers)
     with_pi = np.bincount(numbers[known], minlength=len(counts))
+    # Half-known designs have no common scale: 1/π and 1 cannot be compared.
     mixed = np.flatnonzero((with_pi > 0) & (with_pi < counts))
     if len(mixed):
         first = int(np.flatnonzero(numbers == mixed[0])[0])
@@ -145,6 +148,7 @@ def inclusion_weights(
             "probability and the others have none; give the others a design of their own"
         )
     weights = 1.0 / np.where(known, pi, 1.0)
+    # Mean 1 per design: a design that drew few of many would otherwise outweigh the others.
     weights *= (counts / np.bincount(numbers, weights, minlength=len(counts)))[numbers]
     return SampleWeights(weights, effective_sample_size(weights))
 
@@ -184,4 +188,5 @@ def thin_to_equal(inclusion: ArrayLike, *, floor: float, seed: int) -> NDArray[n
     pi = np.asarray(inclusion, dtype=np.float64)
     if not 0 < floor <= 1 or not ((pi >= floor) & (pi <= 1)).all():
         raise OptionError(f"probabilities must lie in [floor, 1], and floor={floor!r} in (0, 1]")
+    # A stream of its own: the draw and the order of sides use others of the same seed.
     return np.asarray(np.random.default_rng([seed, 2]).random(len(pi)) * pi < floor)

@@ -92,6 +92,7 @@ def combine(
             scorers += _open(name, member, given, access)
         else:  # a model that was loaded for a check is freed before the next is loaded
             scorers += [s.unloaded() for s in _open(name, member, given, access)]
+    # Before the scorers replace them: the provenance names what the caller gave.
     sources = {name: _source(member) for name, member in members.items()}
     return normalised(
         scorers,
@@ -138,6 +139,7 @@ def normalised(
         tuple(scorers),
         fit_normaliser(
             result.raw,
+            # By prompt: rewards are compared between the completions of one prompt.
             reference.sample_groups(),
             baseline=result.baseline,
             nan=aggregator.nan,
@@ -172,6 +174,7 @@ def _source(member: ScorerLike | RewardEnsemble | str | Path) -> str:
 
 def _renamed(scorer: Scorer, name: str) -> Scorer:
     """Return a copy with the member's name before the names of its columns."""
+    # A caller's own scorer has no kind and cannot be renamed; its names are kept.
     if not scorer.kind:
         return scorer
     return scorer.with_names([f"{name}/{own}" for own in scorer.names])

@@ -88,6 +88,7 @@ class Scores:
     def join(cls, parts: Sequence[Scores]) -> Scores:
         """Return the scores of all parts, in their order: at least one, of the same members."""
         starts = np.cumsum([0, *map(len, parts)]).tolist()
+        # The distance of only some parts would not line up with the rows, so all have it or none.
         far = [part.distance for part in parts if part.distance is not None]
         return cls(
             parts[0].names,
@@ -142,7 +143,9 @@ def aggregate_recorded(
     Scores
         Rows without a reward are NaN, and their reason is in `errors`.
     """
+    # Rows of failed samples have no scores to aggregate; NaN stands for no reward.
     reward, errors = np.full(len(members), np.nan), dict(result.errors)
+    # One call for all rows is the common case; one call per row only after a failure.
     rows = np.flatnonzero(~result.failed)
     try:
         reward[rows] = aggregator(members[rows])
@@ -153,7 +156,9 @@ def aggregate_recorded(
             except Exception as error:  # noqa: BLE001 - recorded
                 errors[int(row), None] = error
     lost = np.isnan(reward)
+    # Copies: the arguments stay as the pipeline returned them.
     raw, members = result.raw.copy(), members.copy()
+    # A row without a reward shows no scores either, so that nobody averages half a row.
     raw[lost] = members[lost] = np.nan
     far = result.distance
     return Scores(names, members, raw, reward, result.truncation, errors, far)
@@ -239,11 +244,13 @@ def compare_scored(
     subsets : sequence of (str or None), optional
         Slice of each pair.
     """
+    # Sides alternate, (n_pairs, 2) flattened: even rows are the first side.
     margin = reward[::2] - reward[1::2]
     return Comparison(
         calibration.probability(margin, subsets=subsets),
         margin,
         members[::2] - members[1::2],
+        # T_mix, not T: the members' mixture is flatter than the aggregated margin.
         calibration.mixture_temperature,
         calibration.outcomes(margin),
     )

@@ -145,6 +145,7 @@ class RewardEnsemble:
             "feature_space": feature_space,
         }
         for name, value in values.items():
+            # The dataclass is frozen, so its fields are set through object.
             object.__setattr__(self, name, value)
         k = len(self.names)
         if k == 0:
@@ -153,6 +154,7 @@ class RewardEnsemble:
             raise OptionError(f"members' names must differ: {self.names}")
         if len(normaliser.offset) != k:
             raise OptionError(f"a normaliser of {len(normaliser.offset)} for {k} members")
+        # Binding checks that the aggregator's weights name these members.
         object.__setattr__(self, "aggregator", aggregator.bind(self.names))
 
     @property
@@ -357,7 +359,9 @@ class RewardEnsemble:
         )
         members = self.normaliser(result.raw, result.baseline)
         n, far = len(pairs), result.distance
+        # Rows 0 to n−1 are the chosen sides, n to 2n−1 the rejected ones: see Preferences.samples.
         verdicts = (pairs.targets, pairs.weights, pairs.groups, pairs.subsets, pairs.tie_shares)
+        # (2n, n_members) to (n_pairs, 2): the distance of each side.
         distances = np.zeros((n, 0)) if far is None else far.reshape(2, n).T
         return ScoredPairs(members[:n], members[n:], *verdicts, distances)
 
@@ -407,6 +411,7 @@ class RewardEnsemble:
             If the method is unknown, cannot take these votes and weights, or has no slices.
         """
         require_pairs(held, "calibration")
+        # The calibration keeps the bound aggregator, so that the two are compared as equal later.
         chosen = (aggregator or self.aggregator).bind(self.names)
         calibration = fit_calibration(
             self.judge(held, progress=progress),
@@ -490,6 +495,7 @@ class RewardEnsemble:
         """
         if n is None:
             return replace(self, model_pool=None)
+        # A model that is loaded already would not count towards the limit.
         scorers = tuple(scorer.unloaded() for scorer in self.scorers)
         return replace(self, scorers=scorers, model_pool=ModelPool(n))
 
@@ -605,6 +611,7 @@ class RewardEnsemble:
         )
         check_addresses(parts["scorers"], options["allow_remote"])
         parts["scorers"] = with_tokens(parts["scorers"], options["tokens"])
+        # A version may be a new calibration of an earlier version's members.
         if located.calibration is not None:
             parts["calibration"] = located.calibration
         number = None if located.version is None else located.version.number
@@ -634,6 +641,7 @@ class RewardEnsemble:
             If it has a member on a server that this one does not use.
         """
         origin = self.origin
+        # A pinned version never moves: the caller asked for that number.
         if origin is None or origin.fixed:
             return self
         located = locate(origin.folder)
@@ -644,6 +652,7 @@ class RewardEnsemble:
         if version.ensemble == (origin.members or 1):
             moved = replace(origin, version=version.number, members=version.ensemble)
             calibration = located.calibration or version.read_calibration()
+            # Same members, other temperature: the models stay in memory.
             return replace(self, calibration=calibration, origin=moved)
         new = self._load(origin.folder, located, fixed=False, options=origin.options)
         check_no_new_address(new.scorers, self.scorers)

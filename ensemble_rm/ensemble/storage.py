@@ -40,8 +40,10 @@ def save(
     feature_space: FeatureSpace | None = None,
 ) -> Path:
     """Write an ensemble's directory."""
+    # Before any file is written: a refusal leaves nothing behind.
     check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # In the same parent, hence on the same file system: the rename cannot become a copy.
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         members = []
@@ -62,6 +64,7 @@ def save(
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (scratch / FILE).write_text(text + "\n", encoding="utf-8")
+        # mkdtemp gives 0700, which another user's server could not enter.
         scratch.chmod(0o755)
         _swap(scratch, folder)
     finally:
@@ -112,6 +115,7 @@ def _swap(new: Path, folder: Path) -> None:
     try:
         new.rename(folder)
     except OSError:
+        # The new folder could not take the name, so the old one gets it back.
         old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -138,6 +142,8 @@ def load(
         scorers = []
         for member in manifest["members"]:
             try:
+                # An unknown kind is reported by name: it may be registered by a package that is not
+                # imported.
                 kind = member_kind(member["kind"])
             except OptionError as error:
                 raise StorageError(f"{folder}: {error}") from error
@@ -161,5 +167,6 @@ def load(
             "provenance": manifest["provenance"],
             "feature_space": _feature_space(folder / FEATURES),
         }
+    # Files of a stranger: whatever is missing or of another type becomes one named error.
     except (KeyError, IndexError, TypeError, OSError, SafetensorError, OptionError) as error:
         raise StorageError(f"{folder} is damaged: {error!r}") from error

@@ -45,6 +45,7 @@ def stream_scores(
     OptionError
         If `chunk` is not positive.
     """
+    # Checked here, since a generator's body runs only at the first `next`.
     if chunk < 1:
         raise OptionError(f"chunk must be at least 1 sample, not {chunk}")
     return _stream(ensemble, samples, chunk, progress)
@@ -59,6 +60,7 @@ def _stream(
         counter = _Counter(done, len(part), passes, progress)
         scores = ensemble.score(part, progress=counter)
         done += len(part)
+        # The total is unknown in a stream; 0 says so.
         progress("scoring", done, 0)
         yield scores
 
@@ -81,7 +83,9 @@ def chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
     held: list[Sample] = []
     for sample in samples:
         held.append(sample)
+        # One sample more than fits shows whether a prompt ends at the cut.
         if len(held) > size:
+            # Samples of one prompt share its prefix, which a cut between them would compute twice.
             end = _last_change(held) or size
             yield held[:end]
             held = held[end:]
@@ -106,5 +110,6 @@ class _Counter:
     def __call__(self, _stage: str, done: int, total: int) -> None:
         """Take one scorer's progress: a Progress."""
         share = (self._finished + done / max(total, 1)) / self._passes
+        # Every scorer reads every sample: samples are counted by the share of passes done.
         self._progress("scoring", self._before + int(min(share, 1.0) * self._samples), 0)
         self._finished += done == total

@@ -60,6 +60,7 @@ def average_weights(
     """
     require_pairs(reference, "fitting the normaliser")
     kind = type(ensemble.scorers[0])
+    # Weights have a mean only where parameters correspond one to one.
     if not issubclass(kind, ModelScorer) or {type(s) for s in ensemble.scorers} != {kind}:
         names = sorted({type(scorer).__name__ for scorer in ensemble.scorers})
         raise ModelError(f"only members of one kind, 'full' or 'branch', have a mean, not {names}")
@@ -73,6 +74,7 @@ def average_weights(
         merged.save_pretrained(out)
         if not model.exists():
             return merged
+    # The averaged model lies in the scratch folder, which is gone now: load the saved copy.
     return RewardEnsemble.from_pretrained(out, device=scorer.options.device)
 
 

@@ -262,13 +262,17 @@ def evaluate(
         If no pair has a reward, or a score is NaN against the aggregator's policy.
     """
     require_pairs(test, "an evaluation")
+    # Data sets name the better side first; a score that favours the first would look right.
     test = test.shuffled_sides(seed=seed)
     test, scored, unrewarded = _rewarded(ensemble, test, progress)
     evidence = None if ensemble.calibration is None else ensemble.calibration.evidence
     others = [a.bind(ensemble.names) for a in aggregators or ()]
+    # Comparable rows: the default rules take over the ensemble's NaN policy and weights.
     others = others or [*default_aggregators(ensemble.aggregator)]
+    # dict.fromkeys keeps the order and drops the ensemble's own if it is among the defaults.
     chosen = dict.fromkeys([*others, ensemble.aggregator])
     if scored.members == 1:
+        # Every aggregator of one member is that member.
         chosen = dict.fromkeys([ensemble.aggregator])
     ways: list[tuple[str, str, Callable[[ScoredPairs], Floats]]] = [
         (name, "member", lambda s, i=i: s.member_margins[:, i])  # type: ignore[misc]
@@ -279,6 +283,7 @@ def evaluate(
     rows = []
     for done, (name, kind, margins_of) in enumerate(ways):
         progress("measuring", done, len(ways))
+        # The ensemble's own row is measured under its own calibration, all others under a fitted T.
         given = known if name == str(ensemble.aggregator) else None
         rows.append(
             measure_row(
@@ -287,6 +292,7 @@ def evaluate(
         )
     progress("measuring", len(ways), len(ways))
     own = next(row for row in rows if row.name == str(ensemble.aggregator))
+    # Without a calibration that applies, the own row's T stands in for it.
     p = known if known is not None else _own_probability(own, scored, ensemble)
     doubts = _doubts(scored, p, ensemble)
     return Evaluation(
@@ -342,6 +348,7 @@ def _calibrated(ensemble: RewardEnsemble, scored: ScoredPairs) -> Floats | None:
 
 
 def _own_probability(own: Row, scored: ScoredPairs, ensemble: RewardEnsemble) -> Floats:
+    # T = 1 where none could be fitted: probabilities of raw margins.
     temperature = 1.0 if own.temperature is None else own.temperature.temperature
     return np.asarray(expit(scored.margins(ensemble.aggregator) / temperature))
 
@@ -349,6 +356,7 @@ def _own_probability(own: Row, scored: ScoredPairs, ensemble: RewardEnsemble) ->
 def _subset_temperature(ensemble: RewardEnsemble, own: Row) -> Callable[[str], float | None]:
     calibration = ensemble.calibration
     if calibration is not None and calibration.aggregator == ensemble.aggregator:
+        # Under a curve no single temperature describes a subset.
         if calibration.curve is not None:
             return lambda _: None
         return calibration.temperature_of
@@ -366,6 +374,7 @@ def _pooling_gain(
 ) -> Interval | None:
     fits = [row.temperature for row in rows if row.kind == "member"]
     members = [fit for fit in fits if fit is not None]
+    # The gain is the difference of means over the same pairs, so every member must have a margin.
     whole = ~np.isnan(scored.member_margins).any(axis=1)
     if own.temperature is None or len(members) < len(fits) or not whole.any():
         return None
@@ -374,6 +383,7 @@ def _pooling_gain(
 
 
 def _doubts(scored: ScoredPairs, p: Floats, ensemble: RewardEnsemble) -> dict[str, Floats]:
+    # The entropy's order without its logarithm: certain pairs have |p − ½| near ½.
     doubts = {"entropy": -np.abs(p - 0.5)}
     if ensemble.calibration is not None:
         try:
@@ -391,6 +401,7 @@ def _doubts(scored: ScoredPairs, p: Floats, ensemble: RewardEnsemble) -> dict[st
 def _correlation(scored: ScoredPairs) -> float | None:
     margins = scored.member_margins
     present = ~np.isnan(margins)
+    # A pair of members without a common pair has no correlation, and no mean either.
     if not (present.T.astype(np.int64) @ present).all():
         return None  # two members scored no pair together
     return mean_correlation(margin_correlation(margins, nan="omit"))
@@ -399,6 +410,7 @@ def _correlation(scored: ScoredPairs) -> float | None:
 def _length_auroc(test: Preferences) -> float | None:
     longer = np.array([len(pair.chosen) - len(pair.rejected) for pair in test], dtype=np.float64)
     y = test.targets
+    # Ties have no longer winner to predict.
     decided = y != 0.5
     area = auroc(longer[decided], y[decided] > 0.5)
     return None if np.isnan(area) else area
@@ -439,6 +451,7 @@ def measure_row(
         return Row(name, kind, {}, {}, None, None, None, f"{name} scored no pair", missing)
     if missing:  # a member counts on the pairs that it scored
         scored, margins = scored.take(np.flatnonzero(present)), margins[present]
+    # T = 1: what the normalised scores say without any calibration.
     before = np.asarray(expit(margins))
     fit, refusal = None, "the ensemble has no calibration"
     if evidence is not None:
@@ -450,6 +463,7 @@ def measure_row(
                 evidence.targets[known],
                 weights=evidence.weights[known],
                 groups=evidence.groups[known],
+                # Intervals show how few judgments there were; a refusal would hide the row.
                 min_judgments=2,
             )
             refusal = ""
@@ -524,6 +538,7 @@ def measure_gain(
     draws, seed : int
         Draws and seed of the bootstrap.
     """
+    # Pairs that every member scored: means over different pairs could not be subtracted.
     whole = np.flatnonzero(~np.isnan(scored.member_margins).any(axis=1))
     scored, margins = scored.take(whole), margins[whole]
     y = scored.targets
@@ -538,6 +553,7 @@ def measure_gain(
 def _mean_interval(values: Floats, scored: ScoredPairs, draws: int, seed: int) -> Interval:
     w = scored.weights
     return bootstrap(
+        # A ratio of sums per resample: the weights of the drawn prompts vary.
         lambda i: float((w[i] * values[i]).sum() / w[i].sum()),
         scored.groups,
         draws=draws,
@@ -551,6 +567,7 @@ def _measure(p: Floats, scored: ScoredPairs, draws: int, seed: int) -> dict[str,
     per_pair = {"accuracy": agreement(p, y), "nll": pair_nll(p, y), "brier": (p - y) ** 2}
     metrics = {k: _mean_interval(v, scored, draws, seed) for k, v in per_pair.items()}
     for name, metric in (("ece", ece), ("smooth_ece", smooth_ece)):
+        # The smooth ECE sorts for every bandwidth, which makes a resample slow.
         few = min(draws, 100) if name == "smooth_ece" else draws
         metrics[name] = bootstrap(
             lambda i, m=metric: m(p[i], y[i]),  # type: ignore[misc]

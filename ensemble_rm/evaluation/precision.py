@@ -118,6 +118,7 @@ def precision_report(
     torch_dtype(dtype)
     if len(samples) < 2:
         raise OptionError(f"a precision report needs at least 2 samples, not {len(samples)}")
+    # Remote members, judges and rules have no dtype here.
     unchanged = [n for s in ensemble.scorers if s.options is None for n in s.names]
     if len(unchanged) == len(ensemble.names):
         raise OptionError(
@@ -184,13 +185,16 @@ def measure_drift(
     if not unit > 0:
         raise OptionError(f"{name} gives all {len(exact)} samples the same score; use others")
     gap = (other - exact)[present] / unit
+    # Row numbers of each prompt, without those that have no score.
     groups = [rows[present[rows]] for rows in groups]
     apart, flipped, tied = 0, 0, 0
     for rows in groups:
         for i, row in enumerate(rows[:-1]):  # row by row keeps memory linear
+            # Signs of all later rows of the prompt against this one, shape (n_later,).
             before = np.sign(exact[row] - exact[rows[i + 1 :]])
             after = np.sign(other[row] - other[rows[i + 1 :]])
             apart += int((before != 0).sum())
+            # Opposite signs multiply to −1: the order is reversed.
             flipped += int((before * after < 0).sum())
             tied += int(((before != 0) & (after == 0)).sum())
     return ScoreDrift(
@@ -206,6 +210,7 @@ def measure_drift(
 def _spearman(a: Floats, b: Floats) -> float:
     from scipy.stats import rankdata
 
+    # Ranks of a constant have no correlation.
     if np.ptp(b) == 0:
         return float("nan")
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])

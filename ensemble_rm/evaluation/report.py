@@ -125,13 +125,16 @@ def draw_reliability(
         As given.
     """
     q, t = np.asarray(p, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    # Both orientations, so that the curve does not depend on which side is named first.
     q, t = np.concatenate([q, 1 - q]), np.concatenate([t, 1 - t])
     order = np.argsort(q, kind="stable")
+    # Bins of equal counts: margins crowd around ½, and bins of equal width would be empty.
     parts = np.array_split(order, bins)
     predicted = np.array([q[i].mean() for i in parts])
     observed = np.array([t[i].mean() for i in parts])
     # A pair's orientations fall into mirrored bins, so that each bin counts a pair once.
     counts = np.array([len(i) for i in parts])
+    # Binomial error of a perfectly calibrated model, at the bin's mean probability.
     error = 1.96 * np.sqrt(np.maximum(predicted * (1 - predicted), 1e-9) / counts)
     figure, axes = new_figure(title, "predicted probability", "observed share of wins", size=(5, 5))
     grid = np.linspace(0, 1, 101)
@@ -169,6 +172,7 @@ def draw_risk_coverage(evaluation: Evaluation, path: Path) -> Path:
         (INK, MUTED, "#7f8c8d"), evaluation.uncertainty.items(), strict=False
     ):
         coverage, risk = risk_coverage(evaluation.probability, evaluation.targets, -doubt)
+        # The error rate among the first few pairs is noise, and would set the axis.
         shown = coverage >= min(0.05, 20 / len(coverage))
         axes.plot(coverage[shown], risk[shown], color=colour, lw=1.5, label=f"by {name}")
     _, risk = risk_coverage(evaluation.probability, evaluation.targets, -doubt)

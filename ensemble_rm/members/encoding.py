@@ -76,8 +76,10 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, *, template: Template = "auto", max_length: int) -> None:
         if template not in TEMPLATES:
             raise OptionError(f"template must be one of {TEMPLATES}, not {template!r}")
+        # Less than this holds special tokens alone.
         if max_length < 8:
             raise OptionError(f"max_length must be at least 8 tokens, not {max_length}")
+        # Slow tokenizers give no offsets, by which the completion's first token is found.
         if not tokenizer.is_fast:
             raise OptionError(
                 f"{type(tokenizer).__name__} cannot map characters to tokens; load the fast "
@@ -102,6 +104,7 @@ class TextEncoder:
         batch = self.tokenizer(
             texts,
             add_special_tokens=self.template == "plain",
+            # A chat template writes its own special tokens.
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # a text that is too long is cut here, and counted
@@ -115,6 +118,7 @@ class TextEncoder:
 
     def _render(self, samples: Sequence[Sample]) -> tuple[list[str], list[int]]:
         """Return each sample's whole text and the character at which its completion begins."""
+        # The prompt is rendered once for all its completions.
         prefixes: dict[Prompt, str] = {}
         texts, starts = [], []
         for sample in samples:
@@ -142,6 +146,8 @@ class TextEncoder:
         turns = [*_turns(sample.prompt), {"role": "assistant", "content": sample.completion}]
         text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
         if text.startswith(prefix):
+            # Some templates change earlier turns once the answer follows, such as stripped
+            # thinking.
             return text, len(prefix)
         start = text.rfind(sample.completion.strip())
         if start < 0 or not sample.completion.strip():
@@ -154,6 +160,7 @@ class TextEncoder:
     @staticmethod
     def _first_token(batch: Any, row: int, start: int, end: int, length: int) -> int:
         """Token that holds character `start`; the last one where the completion is empty."""
+        # Characters such as joined spaces may belong to no token; 64 of them are looked at.
         for position in range(start, min(end, start + 64)):
             token = batch.char_to_token(row, position)
             if token is not None:
@@ -161,13 +168,16 @@ class TextEncoder:
         return max(length - 1, 0)
 
     def _truncate(self, ids: list[int], start: int) -> Encoded:
+        # The prompt loses its beginning first: its end and the completion matter most.
         over = len(ids) - self.max_length
         if over <= 0:
             return Encoded(ids, min(start, len(ids) - 1))
         keep = int(start > 0 and ids[0] == self.tokenizer.bos_token_id)
+        # Never more than the prompt has; a leading BOS token stays.
         cut = min(over, max(start - keep, 0))
         kept = ids[:keep] + ids[keep + cut :]
         return Encoded(
+            # A completion that is too long by itself loses its end.
             kept[: self.max_length],
             max(start - cut, 0),
             cut_prompt=cut,
@@ -178,12 +188,14 @@ class TextEncoder:
 
     def _encode_pairs(self, samples: Sequence[Sample]) -> list[Encoded]:
         before, between, after, types = self._layout()
+        # The layout's tokens always fit.
         room = self.max_length - len(before) - len(between) - len(after)
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         prompts = self.tokenizer([flatten(s.prompt, cue=False) for s in samples], **options)
         completions = self.tokenizer([s.completion for s in samples], **options)
         found = []
         for a, b in zip(prompts["input_ids"], completions["input_ids"], strict=True):
+            # The completion keeps its beginning, the prompt its end.
             cut_b = max(len(b) - room, 0)
             b = b[: len(b) - cut_b]
             cut_a = max(len(a) + len(b) - room, 0)
@@ -197,6 +209,7 @@ class TextEncoder:
 
     def _layout(self) -> tuple[list[int], list[int], list[int], tuple[int, int] | None]:
         """Return the special tokens around two segments, and the segments' types."""
+        # By example: tokenizers do not say where they put special tokens.
         probe = self.tokenizer("a", "b")
         segments = probe.sequence_ids(0)
         ids = probe["input_ids"]

@@ -40,12 +40,15 @@ class ThreadBatcher:
     def __call__(self, samples: Sequence[Sample | Exception]) -> LoopRewards:
         """Return the samples' rewards; failures are in `LoopRewards.failed`."""
         ticket = _Ticket(samples)
+        # The ticket is enqueued before the scoring lock is asked for, so that a batch in waiting
+        # takes it.
         with self._gate:
             self._waiting.append(ticket)
         with self._scoring:
             # Another thread may have scored this ticket while this one waited for the lock.
             if not ticket.done:
                 with self._gate:
+                    # Everything that waits now is one batch; later tickets form the next.
                     batch, self._waiting = self._waiting, []
                 self._serve(batch)
         if ticket.error is not None:
@@ -57,9 +60,11 @@ class ThreadBatcher:
         try:
             samples = [sample for ticket in batch for sample in ticket.samples]
             rewards = score_each(self.pinned.ensemble, samples)
+        # BaseException: a thread that waits for this ticket must not wait for ever.
         except BaseException as error:
             for ticket in batch:
                 ticket.error, ticket.done = error, True
+            # The thread that scored gets the error itself as well, also a KeyboardInterrupt.
             raise
         start = 0
         for ticket in batch:

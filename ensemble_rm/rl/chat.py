@@ -35,7 +35,9 @@ def read_completion(prompt: object, completion: object) -> tuple[Prompt, str]:
         raise DataError(f"a completion must end with text by the assistant, not with {last!r}")
     if len(completion) == 1:
         return turns, content
+    # A rollout of several turns: tool calls and results become part of the prompt.
     calls = as_prompt(completion[:-1])
+    # A text prompt is one user message, as templates render it.
     before = (Message("user", turns),) if isinstance(turns, str) else turns
     assert isinstance(calls, tuple)
     return (*before, *calls), content
@@ -90,6 +92,7 @@ def read_query(
     DataError
         If the query does not begin with its prompt, or the label's prompt cannot be read.
     """
+    # Without the exact prompt nobody can tell where the completion begins.
     if not query.startswith(prompt):
         raise DataError(
             f"a query must begin with its prompt; it begins with {query[:60]!r}, the prompt with "
@@ -103,17 +106,20 @@ def read_query(
                 "in the policy's template; put the messages in `labels` as JSON, or declare the "
                 "members that take raw text"
             )
+        # The policy's template is then part of the prompt, which raw-text members accept.
         turns = prompt
     return Sample(turns, without_stops(query[len(prompt) :], stop).strip(), reference)
 
 
 def without_stops(text: str, stop: Sequence[str]) -> str:
     """Return a text without the tokens that end turns, and white space, at its end."""
+    # Longest first: a shorter stop may be the end of a longer one.
     words = sorted(filter(None, stop), key=len, reverse=True)
     end = len(text)
     while True:
         while end and text[end - 1].isspace():
             end -= 1
+        # endswith with an end: no copy of the text for each word that is removed.
         word = next((word for word in words if text.endswith(word, 0, end)), None)
         if word is None:
             return text[:end]
@@ -132,6 +138,8 @@ def read_label(label: object) -> tuple[Prompt | None, str | None]:
     if isinstance(label, str):
         try:
             content = json.loads(label)
+        # Deeply nested JSON raises RecursionError; a label is anything the data set's author put
+        # there.
         except (ValueError, RecursionError):
             return None, None
     if isinstance(content, list):  # a right answer may be a list too, without turns

@@ -59,10 +59,13 @@ def sequence_kl(
             f"log-probabilities and mask must have one shape (n_samples, n_tokens), not {p.shape}, "
             f"{q.shape} and {kept.shape}"
         )
+    # Padding may hold −inf, and −inf − (−inf) is NaN; so both are masked before the difference.
     log_ratio = np.where(kept, p, 0.0) - np.where(kept, q, 0.0)
     if not np.isfinite(log_ratio).all():
         row = int(np.argwhere(~np.isfinite(log_ratio))[0, 0])
         raise NonFiniteScoreError(f"sample {row} has a log-probability that is NaN or infinite")
+    # k3 = (r − 1) − log r with r = q/p: unbiased and never negative; expm1 keeps small ratios
+    # exact.
     terms = log_ratio if estimator == "k1" else np.expm1(-log_ratio) + log_ratio
     return np.asarray(terms.sum(axis=1), dtype=np.float64)
 
@@ -170,6 +173,7 @@ class AdaptiveKL:
             Mean KL of the step, nats.
         """
         _check("kl", kl, math.isfinite(kl), "finite")
+        # Clipped, as in the paper: one wild step must not change β by more than gain/5.
         error = min(max((kl - self.target) / self.target, -0.2), 0.2)
         return replace(self, beta=self.beta * (1 + self.gain * error))
 

@@ -86,6 +86,7 @@ def openrlhf_reward(
             for query, prompt, label in zip(queries, prompts, labels, strict=True)
         ]
         rewards = batcher(samples)
+        # OpenRLHF reads no failed samples; a NaN in a batch would spoil its advantages.
         for error in rewards.failed.values():
             raise error
         return answer(rewards, spread=logs_spread(batcher.pinned.ensemble))
@@ -111,6 +112,7 @@ def answer(rewards: LoopRewards, *, spread: bool) -> dict[str, Any]:
     spread : bool
         Whether ``extra_logs`` has ``member_std``; see `logs_spread`.
     """
+    # Members that failed are left out of the log's mean.
     logs = {"member_mean": np.nanmean(rewards.members, axis=1)}
     if spread:
         logs["member_std"] = member_std(rewards.members)

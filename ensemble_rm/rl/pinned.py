@@ -34,6 +34,7 @@ def folder_digest(folder: Path) -> str:
             raise StorageError(
                 f"{folder} has no ensemble.json; name the folder of a saved ensemble"
             )
+        # Names and sizes too: moved bytes between two files must change the digest.
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             digest.update(
                 f"{path.relative_to(folder).as_posix()}\n{path.stat().st_size}\n".encode()
@@ -119,6 +120,7 @@ class PinnedEnsemble:
         self.folder: Path | None = None
         self.digest = ""
         if isinstance(source, str | Path):
+            # No default: each rank of a run would load its model on the same GPU.
             if device is None:
                 raise OptionError(
                     f"{source} needs a device for its members: device='cpu', device='cuda' (each "
@@ -126,6 +128,7 @@ class PinnedEnsemble:
                 )
             # Absolute: the process that loads it may have another working directory.
             self.folder = Path(source).expanduser().absolute()
+            # Hashed now, loaded later: the run's version is fixed here.
             self.digest = self._checked(digest)
             return
         if digest is not None:
@@ -147,6 +150,7 @@ class PinnedEnsemble:
         PinnedVersionError
             If the folder has changed.
         """
+        # Under the lock: threads of one process load the models once.
         with self._lock:
             if self._ensemble is None:
                 self._ensemble = self._load()
@@ -166,6 +170,7 @@ class PinnedEnsemble:
         from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
         assert self.folder is not None
+        # The folder may have changed between pinning and the first reward call.
         self._checked(self.digest)
         given = {name: value for name, value in self._options.items() if value is not None}
         return self._with_aggregator(RewardEnsemble.from_pretrained(self.folder, **given))
@@ -183,6 +188,7 @@ class PinnedEnsemble:
                 "and pin the folder"
             )
         state = dict(vars(self))
+        # Locks and models do not travel; the other process loads from the folder.
         del state["_lock"], state["_ensemble"]
         return state
 

@@ -120,6 +120,7 @@ def score_for_loop(
     """
     check_policy(on_failure)
     rewards = score_each(ensemble, samples, with_references=with_references)
+    # With no reward at all the loop would train on nothing, silently.
     if rewards.failed and (on_failure == "raise" or len(rewards.failed) == len(rewards)):
         raise rewards.failed[min(rewards.failed)]
     return rewards
@@ -141,11 +142,14 @@ def score_each(
         for row, s in readable
         if with_references and s.reference is not None
     }
+    # Many samples share one reference, which is scored once.
     references = list(dict.fromkeys(reference_of.values()))
     m = len(readable)
+    # One call for both, so that samples and references share batches and prefixes.
     scores = ensemble.score([*(s for _, s in readable), *references], on_error="record")
     for error in scores.failed.values():
         if not isinstance(error, FAILURES):
+            # A broken reward must end the run; only a sample's own failure is passed on.
             raise error
     rows = [row for row, _ in readable]
     reward, members = np.full(n, np.nan), np.full((n, k), np.nan)

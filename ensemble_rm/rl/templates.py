@@ -131,6 +131,7 @@ def render(
     if aggregator is not None:
         maker = "from ensemble_rm.aggregation import make_aggregator\n"
         given: dict[str, object] = dict(aggregator.parameters)
+        # Defaults are left out, so that the file shows what was chosen.
         given |= {} if aggregator.nan == "raise" else {"nan": aggregator.nan}
         given |= {} if aggregator.min_members == 1 else {"min_members": aggregator.min_members}
         given |= {"weights": dict(aggregator.weights)} if aggregator.weights else {}

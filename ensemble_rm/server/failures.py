@@ -52,6 +52,7 @@ class SampleError(Exception):
 def describe_error(error: Exception) -> str:
     """Describe an error by its name and what the name means, without its message."""
     name = type(error).__name__
+    # An unexpected error's docstring says nothing to a client; its name alone is passed on.
     if not isinstance(error, EnsembleRMError):
         return name
     meaning = (type(error).__doc__ or "").strip().splitlines()
@@ -70,6 +71,7 @@ def error_status(error: Exception) -> int:
 def error_body(error: Exception) -> dict[str, object]:
     """Return the body of an error's response, in the format of OpenAI and vLLM."""
     cause = error.cause if isinstance(error, SampleError) else error
+    # Messages of other errors may quote a sample's text, which must not leave the server.
     message = str(cause) if isinstance(cause, RequestError) else describe_error(cause)
     if isinstance(error, SampleError):
         message = f"sample {error.row}: {message}"
@@ -98,6 +100,7 @@ def locate_error(error: Exception) -> str:
     """Describe an error for the log: its name and where it was raised."""
     cause = error.cause if isinstance(error, SampleError) else error
     trace = cause.__traceback__
+    # The innermost frame: where it was raised.
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = "" if trace is None else f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"

@@ -64,6 +64,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start draining; a second signal ends the draining, a third one stops at once."""
+        # A second Ctrl-C on a terminal means now.
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         elif self._signalled or self._loop is None:
@@ -107,6 +108,7 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
+        # A restarted server binds although old connections are in TIME_WAIT.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)  # clients can connect before uvicorn runs
@@ -160,6 +162,7 @@ def serve(
 
     def fail(error: BaseException) -> None:
         failed.append(error)
+        # uvicorn looks at this flag, since an exception in a task does not end it.
         server.should_exit = True
 
     app = create_app(load, options, token=token, on_failure=fail)
@@ -176,8 +179,11 @@ def serve(
         log_config=None,
         access_log=network.access_log,
         server_header=False,
+        # Forwarded headers are for the proxy to check; trusting them would let a client name
+        # itself.
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE,
+        # Longer than the requests' own deadline, so that they are answered, not cut.
         timeout_graceful_shutdown=math.ceil(network.stop_seconds) + _ANSWERING,
     )
 

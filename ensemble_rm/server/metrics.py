@@ -79,6 +79,7 @@ class Metrics:
 
     def serve(self, version: str) -> None:
         """Set the version that is served."""
+        # Only one version at a time has the value 1.
         self.version.clear()
         self.version.labels(version).set(1)
 

@@ -88,6 +88,7 @@ class Ticket(Generic[K, S]):
 
     def __post_init__(self) -> None:
         first = self.groups[0]
+        # One group if all samples share a prompt: such a ticket pulls others of that prompt.
         self.group = first if all(group == first for group in self.groups) else None
 
     @property
@@ -138,6 +139,7 @@ class _Filling(Generic[K, S]):
 
     def fits(self, ticket: Ticket[K, S], row: int) -> bool:
         """Return whether a sample fits; every sample fits into an empty batch."""
+        # A sample larger than the budget is scored alone rather than never.
         if self.count == 0:
             return True
         return self.count < self.rows and self.used + self.cost(ticket, row) <= self.tokens
@@ -231,6 +233,7 @@ class FairQueue(Generic[K, S]):
         batch: _Filling[K, S] = _Filling(self._budget, self._rows)
         while self._order:
             head = next(iter(self._order.values()))
+            # Another key is another version of the ensemble: one batch is of one version.
             if batch.parts and head.key != batch.parts[0].ticket.key:
                 break
             if not self._move(head, batch):
@@ -256,6 +259,7 @@ class FairQueue(Generic[K, S]):
             return False
         self.drop(ticket)
         whole = batch.add(ticket)
+        # What did not fit goes to the end, so that a large request does not block small ones.
         if not whole:
             self.push(ticket)
         return whole
@@ -362,6 +366,7 @@ class Batcher(Generic[K, S, R]):
         try:
             await pending.done
         finally:
+            # Still pending means cancelled or failed: its samples leave the queue.
             if self._pending.pop(ticket, None) is not None:
                 self.counts.dropped += 1
                 self.queue.drop(ticket)
@@ -380,6 +385,7 @@ class Batcher(Generic[K, S, R]):
             or queue.tokens + ticket.tokens_left > options.queue_tokens
         ):
             self.counts.refused += 1
+            # Time to score what is queued, at the measured rate.
             seconds = min(max(math.ceil(queue.tokens / self._rate), 1), _LONGEST_RETRY)
             raise QueueFullError(
                 f"queue is full with {queue.samples} samples; retry in {seconds} s", seconds
@@ -415,6 +421,7 @@ class Batcher(Generic[K, S, R]):
         self._closing = True
         if self._task is not None:
             self._task.cancel()
+        # Clients wait for futures, which no other task would complete.
         for ticket in list(self._pending):
             self._fail(ticket, NotReadyError("the server no longer scores"))
 
@@ -448,6 +455,7 @@ class Batcher(Generic[K, S, R]):
         idle = now - self._ended
         patient = self._together and idle <= self._patience
         rested = idle > _LONGEST_WAIT
+        # Nobody waits at a rested server, so a first burst may gather for longer.
         wait = self._patience if patient else max(window, _LONGEST_WAIT) if rested else window
         deadline = now + wait
         quiet = window if patient else window * _QUIET
@@ -480,6 +488,7 @@ class Batcher(Generic[K, S, R]):
         began = monotonic()
         try:
             results = await self._score(parts[0].ticket.key, samples)
+            # A wrong number of rows would give a client another client's rewards.
             if len(results) != len(samples):
                 raise RuntimeError(f"{len(results)} results for {len(samples)} samples")
         except Exception as error:  # noqa: BLE001 - each request raises it; this task goes on
@@ -502,6 +511,7 @@ class Batcher(Generic[K, S, R]):
         pending.left -= len(results)
         if pending.left == 0:
             del self._pending[ticket]
+            # The client may have left in this very turn.
             with suppress(asyncio.InvalidStateError):
                 pending.done.set_result(None)
 
@@ -519,6 +529,7 @@ class Batcher(Generic[K, S, R]):
         counts.samples += samples
         counts.busy_seconds += seconds
         rate = tokens / max(seconds, 1e-6)
+        # Exponential smoothing: one odd batch moves the estimate by a fifth.
         self._rate = rate if first else self._rate + _SMOOTHING * (rate - self._rate)
         if self._on_batch is not None:
             self._on_batch(samples, seconds)

@@ -66,6 +66,7 @@ def name_version(ensemble: RewardEnsemble) -> str:
     if named is not None:
         return str(named)
     digest = live_digest(ensemble) if origin is None else folder_digest(origin.folder)
+    # Without a version number the contents name it.
     return digest[:_DIGEST_LENGTH]
 
 
@@ -149,6 +150,7 @@ class RewardService:
 
         task = asyncio.get_running_loop().create_task(load())
         yield
+        # Still loading at shutdown: there is nothing to finish.
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
@@ -156,6 +158,7 @@ class RewardService:
 
     async def load(self) -> None:
         """Load the ensemble, warm it up, and begin to score."""
+        # One change at a time: two refreshes would load twice.
         async with self._changing:
             served = await self._loading.run(partial(_warmed_up, self._load, None))
             self._served = served
@@ -242,11 +245,13 @@ class RewardService:
         check_samples(samples, self.options.limits)
         scores = await self.batcher.submit(served, samples)
         errors = dict(scores.failed)
+        # An infinite reward is no reward either, though no member failed.
         for row in np.flatnonzero(~np.isfinite(scores.reward)).tolist():
             errors.setdefault(row, NonFiniteScoreError("a reward is NaN or infinite"))
         scored = np.ones(len(samples), dtype=np.bool_)
         scored[list(errors)] = False
         cut = scored & (scores.truncation.prompts | scores.truncation.completions)
+        # Members that are missing where a reward exists: the aggregator omits them.
         missing = np.isnan(scores.raw[scored]).sum(axis=0)
         for error in errors.values():
             self.metrics.failed.labels(type(error).__name__).inc()
@@ -275,6 +280,7 @@ def _warmed_up(load: Callable[[], RewardEnsemble], old: ServedEnsemble | None) -
     if old is not None and ensemble is old.ensemble:
         return old
     # Members that already serve are warm, and must score in the scoring thread only.
+    # The tuple is the same object when only the calibration changed.
     if old is None or ensemble.scorers is not old.ensemble.scorers:
         ensemble.score(_WARM_UP)
     return ServedEnsemble(ensemble, name_version(ensemble))
@@ -381,6 +387,7 @@ class RequestContext:
         """
         scores = await self.service.score(self.served, samples)
         if on_error == "raise" and scores.failed:
+            # The first failed row, so that the answer does not depend on chance.
             raise SampleError(*min(scores.failed.items()))
         return scores
 
@@ -399,6 +406,7 @@ class RequestContext:
         scores = await self.score(samples)
         columns = np.column_stack([scores.reward, scores.members])
         with np.errstate(over="ignore"):
+            # Margins of finite scores may overflow.
             infinite = np.isinf(columns[::2] - columns[1::2]).any(axis=1)
         if infinite.any():
             cause = NonFiniteScoreError("the margin of a pair is too large for a float")
@@ -461,5 +469,6 @@ def estimate_tokens(sample: Sample) -> tuple[int, int]:
     """
     prompt = sample.prompt
     turns = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+    # Bytes, not characters: CJK text has about a token per character, of three bytes.
     shared = sum(TOKENS_PER_TURN + len(text.encode()) // _BYTES_PER_TOKEN for text in turns)
     return shared, TOKENS_PER_TURN + len(sample.completion.encode()) // _BYTES_PER_TOKEN

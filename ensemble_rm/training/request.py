@@ -116,6 +116,7 @@ class TrainingRequest:
             )
         scorer: Any = ensemble.scorers[0]
         device = getattr(scorer, "options", TrunkOptions()).device
+        # Seeds are not taken over: a second run from the same weights should draw other batches.
         return cls(
             backbone=_backbone_folder(scorer, provenance),
             recipe=member_kind(provenance["kind"]).recipe_class().from_provenance(provenance),
@@ -137,6 +138,7 @@ def _backbone_folder(scorer: Any, provenance: Mapping[str, Any]) -> str | Path:
     """Return where the pretrained model is now: with the members, unless they have their own."""
     trained_on: Mapping[str, str] = provenance["backbone"]
     own = getattr(scorer, "backbone", None)
+    # The digest decides: another pretrained model may lie under the same name by now.
     if own is not None and own.digest == trained_on["digest"]:
         folder: Path = own.folder
         return folder

@@ -177,12 +177,14 @@ def train_request(
     """
     out = None if request.out is None else Path(request.out).expanduser()
     if out is not None:
+        # Before hours of training, not after.
         check_target(out)
     job, provenance = _prepare(fit, validation, request, progress=progress)
     if request.baseline:
         reference_samples(validation.samples())  # a missing reference is an error before the work
     trained = member_kind(request.kind).trainer()(job)
     below = _baselines(trained, validation) if request.baseline else None
+    # Outside the run's digest: an upgrade of a library must not forbid resuming.
     provenance |= _versions() | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
     ensemble = RewardEnsemble(
         trained.scorers,
@@ -195,8 +197,10 @@ def train_request(
         return ensemble
     ensemble.save_pretrained(out)
     if job.checkpoint is not None:
+        # Only after the save: a kill in between still resumes.
         shutil.rmtree(job.checkpoint, ignore_errors=True)
     if trained.in_checkpoint:
+        # The weights were read from the checkpoint that is gone now.
         return RewardEnsemble.from_pretrained(out, device=job.options.device)
     return ensemble
 
@@ -220,12 +224,14 @@ def plan(fit: Preferences, validation: Preferences, request: TrainingRequest) ->
     EnsembleRMError
         What `train` raises before it reads weights.
     """
+    # No progress and no checkpoint: a plan only reads.
     job, _ = _prepare(fit, validation, request)
     encoder = TextEncoder(
         load_tokenizer(job.backbone.folder, code=job.backbone.code),
         template=job.options.template,
         max_length=job.options.max_length,
     )
+    # Both parts: validation samples are encoded and scored too.
     encoded = encoder.encode([*fit.samples(), *validation.samples()])
     return {
         "backbone": job.backbone.name,
@@ -254,6 +260,7 @@ def _prepare(
     require_pairs(fit, "training")
     require_pairs(validation, "validation")
     _refuse_leak(fit, validation)
+    # expanduser here, since a literal "~" folder would be created in the working directory.
     cache = None if request.cache_dir is None else Path(request.cache_dir).expanduser()
     backbone = locate(
         request.backbone, cache_dir=cache, trust_remote_code=request.trust_remote_code
@@ -265,6 +272,7 @@ def _prepare(
         "seed": request.seed,
         "members": request.members,
         "backbone": {"name": backbone.name, "digest": backbone.digest},
+        # The device is no part of the result: a run may resume on another one.
         "options": asdict(replace(options, device=None)),
         "recipe": recipe.to_json(),
         "data": {
@@ -276,6 +284,7 @@ def _prepare(
         provenance["backbone"]["code"] = backbone.code
     if request.start is not None:
         check_start(request.start, recipe, members=request.members, backbone=backbone.digest)
+        # Weights by content, not by folder: a folder may have been trained on since.
         provenance["start"] = _digest_of(request.start)
     job = Job(
         fit,
@@ -284,6 +293,7 @@ def _prepare(
         member_seeds(request.seed, request.members),
         options,
         recipe,
+        # Key of the checkpoint: a changed request starts over instead of mixing two runs.
         hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest(),
         checkpoint=_checkpoint_folder(request.out),
         cache_folder=cache,
@@ -298,6 +308,7 @@ def _checkpoint_folder(out: str | Path | None) -> Path | None:
     if out is None:
         return None
     folder = Path(out).expanduser()
+    # Hidden and next to `out`: on the same file system, and no part of the saved ensemble.
     return folder.parent / f".{folder.name}.training"
 
 
@@ -337,6 +348,7 @@ def check_start(start: RewardEnsemble, recipe: Recipe, *, members: int, backbone
 def _digest_of(start: RewardEnsemble) -> str:
     """Return one digest of all that the members' scores depend on."""
     digest = hashlib.sha256()
+    # A digest of None (a user's scorer) becomes "None": such members cannot be told apart.
     for scorer in start.scorers:
         digest.update(str(scorer.digest).encode())
     return digest.hexdigest()
@@ -349,12 +361,14 @@ def _baselines(trained: Trained, validation: Preferences) -> NDArray[np.float64]
 
 
 def _feature_space(trained: Trained) -> FeatureSpace | None:
+    # Too few samples to estimate a covariance; distances are then not available.
     if trained.features is None or len(trained.features) < MIN_SAMPLES:
         return None
     return fit_feature_space(trained.features)
 
 
 def _refuse_leak(fit: Preferences, validation: Preferences) -> None:
+    # The same prompt on both sides makes the validation loss too low, and early stopping late.
     shared = fit.prompt_keys & validation.prompt_keys
     if shared:
         raise OptionError(

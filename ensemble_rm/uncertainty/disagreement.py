@@ -40,6 +40,7 @@ def _several(scores: ArrayLike, what: str, nan: NanPolicy = "raise") -> Floats:
     matrix = score_matrix(scores)
     if matrix.shape[1] < 2:
         raise OneMemberError(f"{what} needs at least 2 members, not 1; train an ensemble")
+    # NaN is a member that failed, which "omit" allows; infinity is never a score.
     bad = np.isinf(matrix) if nan == "omit" else ~np.isfinite(matrix)
     if bad.any():
         raise NonFiniteScoreError(f"{what} needs finite scores; some are NaN or infinite")
@@ -74,6 +75,7 @@ def member_std(scores: ArrayLike, *, ddof: int = 1, nan: NanPolicy = "raise") ->
     """
     matrix = _several(scores, "the members' std", nan)
     counts = (~np.isnan(matrix)).sum(axis=1)
+    # Mean over the members that scored, then ddof over their number: counts differ by row.
     squares = mean_of_present((matrix - mean_of_present(matrix)[:, None]) ** 2, fewest=2)
     return np.asarray(np.sqrt(squares * (counts / np.maximum(counts - ddof, 1))))
 
@@ -117,6 +119,7 @@ def split_uncertainty(
     p = np.asarray(expit(margins / mixture_temperature))
     mixture = mean_of_present(p, fewest=2)
     total = binary_entropy(mixture)
+    # Jensen's inequality holds exactly; rounding may break it by an ulp.
     aleatoric = np.minimum(mean_of_present(binary_entropy(p), fewest=2), total)
     return PairUncertainty(mixture, total, aleatoric, total - aleatoric)
 
@@ -146,6 +149,7 @@ def margin_correlation(member_margins: ArrayLike, *, nan: NanPolicy = "raise") -
     margins = _several(member_margins, "the correlation of margins", nan)
     present = ~np.isnan(margins)
     known = np.where(present, margins, 0.0)
+    # Each pair of members is compared on the pairs that both scored.
     squares = (known**2).T @ present  # row member's squares over the pairs that the column scored
     if not (squares > 0).all():
         raise OptionError(f"member {int(np.argmin(squares.min(axis=1)))} has only zero margins")
@@ -175,4 +179,5 @@ def effective_size(errors: ArrayLike) -> float:
     matrix = _several(errors, "the effective ensemble size")
     rho = mean_correlation(np.corrcoef(matrix, rowvar=False))
     k = matrix.shape[1]
+    # A negative mean correlation would claim more than k members.
     return float(k / (1 + (k - 1) * max(rho, 0.0)))

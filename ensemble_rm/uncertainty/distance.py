@@ -70,9 +70,11 @@ class FeatureSpace:
         if x.shape[1] != len(self.mean):
             raise OptionError(f"{x.shape[1]} features for a feature space of {len(self.mean)}")
         z = (x - self.mean) / self.scale
+        # Scores along the leading directions, shape (n_samples, n_directions).
         along = z @ self.directions.T
         squared = (along**2 / self.variances).sum(axis=1)
         if self.rest > 0:
+            # Pythagoras: what the leading directions leave over, without the full matrix.
             outside = (z**2).sum(axis=1) - (along**2).sum(axis=1)
             squared += np.maximum(outside, 0.0) / self.rest
         return np.asarray(np.sqrt(squared / len(self.mean)), dtype=np.float64)
@@ -115,13 +117,16 @@ def fit_feature_space(features: ArrayLike, *, directions: int = DIRECTIONS) -> F
     if n < MIN_SAMPLES:
         raise DataError(f"{n} samples; a feature space needs at least {MIN_SAMPLES}")
     mean, scale = x.mean(axis=0), x.std(axis=0)
+    # A constant feature gets scale 1: its deviations count as they are.
     scale = np.where(scale > 1e-12 * (1 + np.abs(mean)), scale, 1.0)
     z = (x - mean) / scale
+    # The SVD of (n, d) costs n·d·min(n, d); the covariance's eigenvectors are its rows.
     _, singular, rows = np.linalg.svd(z, full_matrices=False)
     spectrum = singular**2 / n  # the covariance's eigenvalues; further ones, up to d, are 0
     share, centre = _shrinkage(z, spectrum), float(spectrum.sum() / d)
     shrunk = (1 - share) * spectrum + share * centre
     kept = min(directions, len(spectrum))
+    # Directions without variance cannot divide.
     kept -= int((shrunk[:kept] <= 0).sum())
     others = d - kept
     total = float(shrunk[kept:].sum()) + share * centre * (d - len(spectrum))
@@ -145,7 +150,9 @@ def _shrinkage(z: Floats, spectrum: Floats) -> float:
     n, d = z.shape
     centre = spectrum.sum() / d
     # Sums of squared matrix entries, without building the (d, d) matrix.
+    # ‖S − μI‖², from the eigenvalues.
     spread = float((spectrum**2).sum()) - d * centre**2
     fourth = float(((z**2).sum(axis=1) ** 2).mean())
     noise = (fourth - float((spectrum**2).sum())) / n
+    # Equal eigenvalues: the identity is the best estimate.
     return float(np.clip(noise / spread, 0.0, 1.0)) if spread > 0 else 1.0

@@ -76,17 +76,21 @@ def fit_bins(data: CalibrationData, *, method: str, fit: FitBins) -> StepCurve:
     OptionError
         If the weights and votes are not small whole multiples of one another.
     """
+    # netcal takes no weights, so rows are copied in proportion to them.
     rows, labels = _copy_rows(data, method)
+    # Each judgment in both orientations, so that the map is odd about ½.
     both = np.concatenate([data.margins[rows], -data.margins[rows]])
     p = np.asarray(expit(both / data.temperature), dtype=np.float64)
     fitted, bins = fit(p, np.concatenate([labels, 1 - labels]))
     # The bounds of all bins above ½; in between the fitted map is constant.
     bounds = np.unique(np.concatenate([np.linspace(0.0, 1.0, n + 1) for n in bins]))
     bounds = np.concatenate([[0.5], bounds[(bounds > 0.5 + 1e-12) & (bounds < 1 - 1e-12)], [1.0]])
+    # Tabulated at the middle: at a bound two bins meet.
     middles = 0.5 * (bounds[:-1] + bounds[1:])
     # Both orientations leave asymmetry only in rounding and at ties, which the mean removes.
     values = 0.5 * (fitted.transform(middles) + 1 - fitted.transform(1 - middles))
     edges = data.temperature * np.asarray(logit(bounds[1:-1]), dtype=np.float64)
+    # Neighbouring bins of one value are one step.
     differs = np.diff(values) != 0
     first = np.concatenate([[True], differs])
     return StepCurve(tuple(edges[differs].tolist()), tuple(values[first].clip(0, 1).tolist()))
@@ -95,8 +99,10 @@ def fit_bins(data: CalibrationData, *, method: str, fit: FitBins) -> StepCurve:
 def _copy_rows(data: CalibrationData, method: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return rows and labels, each row copied in proportion to its weight for either side."""
     y, w = data.targets, data.weights
+    # The judgment's mass for the first side, then for the second, shape (2·n,).
     mass = np.concatenate([w * y, w * (1 - y)])
     unit = float(mass[mass > 0].min())
+    # Small fractions only: an irrational ratio of weights has no whole-number copies.
     parts = [Fraction(value).limit_denominator(1000) for value in np.unique(mass / unit)]
     common = math.lcm(*(part.denominator for part in parts))
     counts = np.rint(mass / unit * common)

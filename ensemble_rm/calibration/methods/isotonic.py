@@ -81,6 +81,7 @@ def fit_isotonic(data: CalibrationData) -> LinearCurve:
     knots = np.unique(np.abs(fitted.X_thresholds_))
     # Both orientations leave asymmetry only in rounding and at ties, which the mean removes.
     values = 0.5 * (fitted.predict(knots) + 1 - fitted.predict(-knots))
+    # Averaging both orientations can break the order by rounding; accumulate restores it.
     rising = np.clip(np.maximum.accumulate(values), 0.5, 1.0)
     return LinearCurve(tuple(knots.tolist()), tuple(rising.tolist()))
 

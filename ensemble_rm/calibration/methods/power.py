@@ -66,10 +66,12 @@ def fit_power(data: CalibrationData) -> PowerCurve:
         If only the largest margins agree with the verdicts (γ → ∞).
     """
     x, y, w = data.margins, data.targets, data.weights
+    # Scaled to RMS 1: powers of raw margins overflow or underflow at large γ.
     scale = float(np.sqrt(np.mean(x**2)))
     signs, log_sizes = np.sign(x), np.log(np.abs(x) / scale)
 
     def powers_of(log_gamma: float) -> Floats:
+        # ±300 keeps exp inside float64.
         sizes: Floats = np.exp(np.clip(math.exp(log_gamma) * log_sizes, -300, 300))
         return signs * sizes
 
@@ -77,6 +79,7 @@ def fit_power(data: CalibrationData) -> PowerCurve:
         powers = powers_of(log_gamma)
         return margin_nll(powers, y, w, _fit_a(powers, y, w))
 
+    # The loss in γ may have several minima; the grid finds the bracket of the lowest.
     grid = np.log(np.geomspace(*_GAMMAS, 31))
     losses = [loss(float(g)) for g in grid]
     best = int(np.argmin(losses))
@@ -95,12 +98,14 @@ def fit_power(data: CalibrationData) -> PowerCurve:
     # γ = 1 is among the candidates, so that no temperature fits better.
     log_gamma = min((float(result.x), 0.0), key=loss)
     a, gamma = _fit_a(powers_of(log_gamma), y, w), math.exp(log_gamma)
+    # Back to the margins' own units.
     return PowerCurve(math.exp(math.log(a) - gamma * math.log(scale)), gamma)
 
 
 def _fit_a(powers: Floats, y: Floats, w: Floats) -> float:
     """Return the best a ≥ 0; 0 where these powers of the margins contradict the verdicts."""
     unit = float(np.sqrt(np.mean(powers**2)))
+    # No pull towards the first side: the best a would be negative.
     if float((w * (2 * y - 1) * powers).sum()) <= 0:
         return 0.0
     return fit_inverse(powers / unit, y, w) / unit

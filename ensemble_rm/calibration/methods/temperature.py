@@ -125,8 +125,10 @@ def fit_temperature(
     """
     x, y, w = read_judgments(margins, targets, weights, min_judgments=min_judgments)
     scale = float(np.sqrt(np.mean(x**2)))
+    # At RMS 1 the search starts at a temperature of the right order, in any units.
     x = x / scale
     require_pull(x, y, w)
+    # One judgment against its margin is enough to keep T above 0.
     if not ((x > 0) & (y < 1) | (x < 0) & (y > 0)).any():
         raise SeparableError(
             f"all {int((x != 0).sum())} judgments agree with their margins, so the likelihood "
@@ -134,17 +136,22 @@ def fit_temperature(
         )
     beta = fit_inverse(x, y, w)
     p = np.asarray(expit(beta * x))
+    # Derivative of the log-likelihood by β, one per judgment.
     score = w * (y - p) * x
     curvature = float((w * p * (1 - p) * x**2).sum())
     clusters = score if groups is None else add_up(score, groups)
     count = len(clusters)
+    # G/(G − 1) corrects the variance for a small number of clusters.
     meat = float((clusters**2).sum()) * count / max(count - 1, 1)
+    # Delta method: se(log T) = se(β)/β.
     log_se = math.sqrt(meat) / curvature / beta
+    # Student's t of G − 1, since the number of clusters, not of judgments, is what is small.
     reach = float(student.ppf(0.5 + level / 2, max(count - 1, 1))) * log_se
     temperature = scale / beta
     return TemperatureFit(
         temperature,
         temperature * math.exp(-reach),
+        # exp(700) is the largest that float64 holds.
         temperature * math.exp(min(reach, 700.0)),
         log_se,
         margin_nll(x, y, w, beta),
@@ -167,6 +174,7 @@ def read_judgments(
     if not ((y >= 0) & (y <= 1)).all() or not (w > 0).all():
         raise OptionError("targets must lie in [0, 1] and weights must be > 0")
     informative = int((x != 0).sum())
+    # A margin of 0 says nothing about T.
     if informative < max(min_judgments, 2):
         raise TooFewJudgmentsError(
             f"{informative} judgments have a margin other than 0; a temperature needs at least "
@@ -204,10 +212,12 @@ def fit_inverse(x: Floats, y: Floats, w: Floats, start: float = 1.0) -> float:
     to the same optimum.
     """
     if len(x) > 4 * _SAMPLE:
+        # A regular slice, not the first rows: stores are in order of time.
         part = slice(None, None, len(x) // _SAMPLE)
         small = (x[part], y[part], w[part])
         against = (small[0] > 0) & (small[1] < 1) | (small[0] < 0) & (small[1] > 0)
         if against.any() and (small[2] * (2 * small[1] - 1) * small[0]).sum() > 0:
+            # A good start saves Newton steps on all judgments; the result does not depend on it.
             start = fit_inverse(*small)
     wx = w * x
     wxx, constant = wx * x, float(wx @ y)
@@ -218,12 +228,15 @@ def fit_inverse(x: Floats, y: Floats, w: Floats, start: float = 1.0) -> float:
         curvature = float(wxx @ (p * (1 - p)))
         low, high = (beta, high) if gradient < 0 else (low, beta)
         step = beta - gradient / curvature if curvature > 0 else math.inf
+        # While there is no upper end, doubling finds one.
         middle = 2 * beta if high == math.inf else 0.5 * (low + high)
+        # A Newton step outside the bracket, or a huge one, is replaced by a bisection.
         new = step if low <= step <= min(high, 10 * beta) else middle
         # Newton converges quadratically: the next step's error is about the square of this one's.
         if abs(new - beta) <= 1e-6 * beta:
             return new
         beta = new
+        # Separable as far as float64 can tell.
         if beta > 1e12:
             raise SeparableError("the likelihood pulls T to 0; use more judgments")
     return beta
@@ -269,6 +282,7 @@ def fit_mixture_temperature(
     all_margins = score_matrix(member_margins)
     if np.isinf(all_margins).any():
         raise NonFiniteScoreError("some margins of the members are infinite")
+    # Pairs that no member scored.
     known = ~np.isnan(all_margins).all(axis=1)
     matrix = all_margins[known]
     y = _vector(targets, len(all_margins), 0.5)[known]
@@ -278,9 +292,11 @@ def fit_mixture_temperature(
         raise NoPositiveTemperatureError("every margin is 0 or missing, so no temperature fits")
 
     def loss(log_t: float) -> float:
+        # log 0 of a saturated mixture would make the whole loss infinite.
         p = np.clip(mixture_probability(matrix, scale * math.exp(log_t)), 1e-300, 1 - 1e-16)
         return float(-(w * (y * np.log(p) + (1 - y) * np.log1p(-p))).sum() / w.sum())
 
+    # T from e⁻⁴ to e⁶ of the margins' RMS; the mixture's loss may have two minima.
     grid = np.linspace(-4, 6, 41)
     best = int(np.argmin([loss(float(g)) for g in grid]))
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]

@@ -86,6 +86,7 @@ def default_views(depth: int, members: int) -> tuple[View, ...]:
     taken: list[View] = []
     for layer in layers:
         candidates = [View(int(layer), rule) for rule in ("both", "mean", "last")]
+        # Views must differ, since linear heads of one view have the same optimum.
         taken.append(next((v for v in candidates if v not in taken), candidates[0]))
     return tuple(taken)
 
@@ -141,9 +142,11 @@ def pool(
         (B, D) float32.
     """
     if rule == "last":
+        # Right padding: the last token of row i is at lengths[i] − 1.
         return states[torch.arange(len(states), device=states.device), lengths - 1].float()
     positions = torch.arange(states.shape[1], device=states.device)  # (T,)
     inside = (positions >= starts[:, None]) & (positions < lengths[:, None])  # (B, T)
+    # Mean over the completion's tokens alone; the prompt is the same on both sides.
     weights = inside.float() / inside.sum(1, keepdim=True)
     return torch.einsum("bt,btd->bd", weights, states.float())
 
@@ -157,6 +160,7 @@ def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.Modul
         If no ModuleList is as long as the config says the model is deep.
     """
     config: Any = model.config
+    # The text model's depth: a multimodal config counts its towers apart.
     depth = config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
@@ -178,6 +182,7 @@ def keeps_a_cache(model: torch.nn.Module, device: torch.device) -> bool:
 
     Only then can completions of one prompt share it.
     """
+    # Two tokens: the shortest input that fills a cache.
     ids = torch.ones(1, 2, dtype=torch.int64, device=device)
     out = model(input_ids=ids, attention_mask=ids, use_cache=True)
     cache = getattr(out, "past_key_values", None)
@@ -233,6 +238,7 @@ class Trunk:
         self.options = options
         self.device = bb.pick_device(options.device)
         self.encoder = TextEncoder(
+            # The tokenizer before the weights: bad options fail in milliseconds.
             bb.load_tokenizer(backbone.folder, code=backbone.code),
             template=options.template,
             max_length=options.max_length,
@@ -245,6 +251,7 @@ class Trunk:
             raise OptionError(f"layer must be between 0 and {self.depth}, not {self.top}")
         self.blocks = torch.nn.ModuleList(list(blocks)[: self.top])
         self.rest = torch.nn.ModuleList(list(blocks)[self.top :] if whole else [])
+        # The model itself then runs only the blocks up to `top`.
         setattr(model.get_submodule(".".join(self.path[:-1])), self.path[-1], self.blocks)
         self.model: Any = model.to(self.device)
         if self.device.type == "cpu":
@@ -252,6 +259,7 @@ class Trunk:
 
             use_cpu_kernels(self.model, self.rest)
         model_config: Any = self.model.config
+        # By trying: configs do not tell whether a model fills a cache.
         self.causal = keeps_a_cache(self.model, self.device)
         self.width: int = model_config.get_text_config().hidden_size
         self.token_budget = pick_token_budget(
@@ -282,6 +290,7 @@ class Trunk:
         states : bool
             Whether branches will read the prompts' states, too.
         """
+        # The probe runs the model, whose hooks would otherwise record it.
         splits = self.splits  # asked before anyone listens
 
         def read(prompts: list[list[int]]) -> Prefix:
@@ -302,11 +311,13 @@ class Trunk:
     @torch.inference_mode()
     def pool_batch(self, batch: Batch, parts: Sequence[tuple[int, Rule]]) -> torch.Tensor:
         """Return (B, n_parts, width) float32 for one batch, in one pass."""
+        # By layer: one hook serves all parts that read it.
         wanted: dict[int, list[int]] = {}
         for i, (layer, _) in enumerate(parts):
             wanted.setdefault(layer, []).append(i)
         out = torch.empty(len(batch.rows), len(parts), self.width, device=self.device)
 
+        # Pooled inside the hook, so that states of all layers are never in memory at once.
         def keep(layer: int, states: torch.Tensor) -> None:
             for i in wanted.get(layer, ()):
                 out[:, i] = pool(states, batch.starts, batch.lengths, parts[i][1])
@@ -333,6 +344,7 @@ class Trunk:
         """
         causal = self.causal if causal is None else causal
         inputs = replace(batch, causal=causal).model_inputs()
+        # Encoders take no such argument.
         if batch.prefix is None and getattr(self.model.config, "is_decoder", True):
             inputs["use_cache"] = False
         return inputs
@@ -351,6 +363,7 @@ class Trunk:
                 lambda _m, _i, output, layer=layer: keep(layer, first_output(output))
             )
             for layer in layers
+            # Hooks of one pass only: a later pass must not append to this one's lists.
         ]
         try:
             yield
@@ -411,7 +424,9 @@ def features_in_parts(
         float32; twice the trunk's width where a view reads both poolings, and then views of one
         pooling end in zeros.
     """
+    # A layer and pooling that several views read is pooled once.
     parts = tuple(dict.fromkeys(part for view in views for part in view.parts()))
+    # Equal texts (chosen and rejected that repeat across pairs) are read once.
     equal: dict[Any, list[int]] = {}
     for row, e in enumerate(encoded):
         equal.setdefault((e.start, tuple(e.ids), tuple(e.types or ())), []).append(row)
@@ -422,11 +437,13 @@ def features_in_parts(
         known = cache.find(model, {row: encoded[row] for row in rows_of}, parts, trunk.width)
     if known:
         yield _spread(trunk, views, parts, [rows_of[row] for row in known], list(known.values()))
+    # Only what the cache lacks goes through the model.
     missing, done = [row for row in rows_of if row not in known], 0
     for chosen in _chunks(encoded, missing):
         texts = [encoded[row] for row in chosen]
         pooled = np.empty((len(texts), len(parts), trunk.width), dtype=np.float32)
         for batch in trunk.passes(texts):
+            # To float32 on the CPU batch by batch, which bounds the accelerator's memory.
             pooled[batch.rows] = trunk.pool_batch(batch, parts).cpu().numpy()
             done += len(batch.rows)
             progress("reading", done, len(missing))
@@ -441,11 +458,13 @@ def _width(trunk: Trunk, views: Sequence[View]) -> int:
 
 def _chunks(encoded: Sequence[Encoded], rows: Sequence[int]) -> Iterator[list[int]]:
     """Cut rows into lists of one to two `_CHUNK`, longest first, that part few prompts' rows."""
+    # Rows of one prompt stay in one chunk, so that its prefix is read once.
     prompts: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
         e = encoded[row]
         prompts.setdefault(tuple(e.ids[: e.start]), []).append(row)
     chunk: list[int] = []
+    # Longest first: memory runs out at the start of a long run or not at all.
     for own in sorted(prompts.values(), key=lambda own: -max(len(encoded[row].ids) for row in own)):
         for i in range(0, len(own), _CHUNK):
             chunk += own[i : i + _CHUNK]
@@ -465,6 +484,7 @@ def _spread(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return all rows of each text, and what each view reads of them."""
     read = np.asarray(pooled)  # (n_texts, n_parts, width)
+    # Zeros: a view of one pooling leaves the second half of the width unused.
     out = np.zeros((len(read), len(views), _width(trunk, views)), dtype=np.float32)
     for i, view in enumerate(views):
         columns = [read[:, parts.index(part)] for part in view.parts()]

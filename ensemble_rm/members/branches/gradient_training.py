@@ -54,6 +54,7 @@ class BranchesResult:
 @torch.no_grad()
 def branch_scores(branching: Branching, branch: Branch, states: TokenStates) -> NDArray[np.float64]:
     """Score every sample with a member as it is now: (n_samples,)."""
+    # No dropout while scoring.
     branch.eval()
     out = np.empty(len(states))
     for rows in plan(states.lengths.tolist(), token_budget=branching.trunk.token_budget):
@@ -113,7 +114,9 @@ class BranchTrainer(TrainingLoop):
         self.targets = torch.from_numpy(fit.pairs.targets).float()
         self.margins = torch.from_numpy(fit.pairs.margins).float()
         lengths = fit.states.lengths
+        # A pair costs as much as its longer side.
         self.longest = np.maximum(lengths[: len(fit)], lengths[len(fit) :])
+        # Rounded up: the last batch may be smaller.
         self.steps = -(-len(fit) // recipe.batch_size)
         self.optimiser = self._optimiser()
 
@@ -124,6 +127,8 @@ class BranchTrainer(TrainingLoop):
             {
                 "params": [
                     p
+                    # Biases and norms do not decay; heads, which begin at 0, learn at a rate of
+                    # their own.
                     for name, p in named
                     if (p.dim() > 1) == matrix and name.startswith("blocks.") != head
                 ],
@@ -139,10 +144,12 @@ class BranchTrainer(TrainingLoop):
 
     def _order(self, member: int, epoch: int) -> list[NDArray[np.int64]]:
         """Return the member's batches of pairs: random, but of similar length within a bucket."""
+        # By epoch, not by the generator's state: a resumed run draws the same batches.
         rng = np.random.default_rng([self.seeds[member]["order"], epoch])
         n, size = len(self.fit), self.recipe.batch_size
         order = rng.permutation(n)
         batches: list[NDArray[np.int64]] = []
+        # Sorted within some batches only: full sorting would fix which pairs meet.
         for i in range(0, n, size * _BUCKET):
             bucket = order[i : i + size * _BUCKET]
             bucket = bucket[np.argsort(self.longest[bucket], kind="stable")]
@@ -152,12 +159,14 @@ class BranchTrainer(TrainingLoop):
     def _parts(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Split a step's pairs into passes within the token budget, of at least one pair."""
         widest = int(self.longest[rows].max())
+        # Two sides per pair.
         pairs = max(self.branching.trunk.token_budget // (2 * widest), 1)
         return [rows[i : i + pairs] for i in range(0, len(rows), pairs)]
 
     def _loss(self, member: int, rows: NDArray[np.int64]) -> torch.Tensor:
         """Return the sum of the pairs' losses."""
         n = len(self.fit)
+        # Chosen rows are 0 to n−1, rejected ones n to 2n−1.
         both = [*rows.tolist(), *(rows + n).tolist()]
         scores = self.branches[member].scores(self.branching, self.fit.states, both)
         losses = preference_loss(
@@ -203,6 +212,7 @@ class BranchTrainer(TrainingLoop):
         steps = self.recipe.epochs * self.steps
         progress("training", steps, steps)
         for i, branch in enumerate(self.branches):
+            # Early stopping keeps the epoch with the lowest validation NLL of each member.
             best = {name: state.best[f"{i}.{name}"] for name in branch.trained()}
             branch.load_state_dict(best, strict=False)  # what is frozen has not changed
         return BranchesResult(
@@ -237,6 +247,7 @@ class BranchTrainer(TrainingLoop):
         """Take an epoch's steps with the active members."""
         members = _numbers(active)
         orders = {i: self._order(i, epoch) for i in members}
+        # NaN marks members that have stopped.
         totals = torch.full(self.lanes, float("nan"), dtype=torch.float64)
         totals[active] = 0.0
         devices = [self.device] if self.device.type == "cuda" else []
@@ -250,16 +261,20 @@ class BranchTrainer(TrainingLoop):
             self.optimiser.zero_grad(set_to_none=True)
             for i in members:
                 rows = orders[i][step]
+                # Each member's dropout has its own seed, whatever the other members do.
                 with torch.random.fork_rng(devices=devices):
                     torch.manual_seed((self.seeds[i]["dropout"] + at) % 2**63)
+                    # Gradients add up over the parts, as if the batch were one.
                     for part in self._parts(rows):
                         loss = self._loss(i, part)
                         if not torch.isfinite(loss):
                             raise self.diverged((i,), epoch)
                         totals[i] += loss.item() / len(self.fit)
+                        # Divided by the whole batch, not by the part.
                         (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
             if self.penalty is not None:
                 self.penalty(self.branches, members).backward()  # type: ignore[no-untyped-call]
+            # Per member: one member's large gradient must not shrink the others' steps.
             for i in members:
                 trained = self.branches[i].trained().values()
                 torch.nn.utils.clip_grad_norm_(trained, self.recipe.clip)

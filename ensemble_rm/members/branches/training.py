@@ -91,10 +91,12 @@ def train_copies(run: BranchedRun[BranchRecipe]) -> tuple[HeadWeights, BranchesR
     """Train copies of the blocks on token states; return the first heads and the result."""
     job = run.job
     if job.start:
+        # Training on needs the earlier heads: branches and heads belong together.
         start = job.only_start(BranchScorer)
         own = [_continued(run, tensors) for tensors in start.tensors]
         return start.heads, fit_members(run, start.heads, own, checkpoint=job.checkpoint)
     blocks = [_trainable(run, seeds["init"]) for seeds in job.seeds]
+    # Without fresh blocks all branches begin alike, so that one set of features serves all.
     alike = [run.branching.trunk.rest]
     heads = first_heads(run, blocks if job.recipe.reinitialise else alike)
     return heads, fit_members(run, heads, blocks, checkpoint=job.checkpoint)
@@ -103,8 +105,10 @@ def train_copies(run: BranchedRun[BranchRecipe]) -> tuple[HeadWeights, BranchesR
 def _trainable(run: BranchedRun[BranchRecipe], seed: int) -> torch.nn.ModuleList:
     """Copy the upper blocks as float32, the topmost with fresh weights if the recipe says so."""
     trunk, fresh = run.branching.trunk, run.job.recipe.reinitialise
+    # float32 masters: small updates vanish in bfloat16.
     own = copy.deepcopy(trunk.rest).float().requires_grad_(requires_grad=True)
     if fresh:
+        # Fresh weights differ by member, which is the point of drawing them.
         with global_seed(seed):
             initialise(trunk.model, list(own)[-fresh:])
     return own
@@ -140,6 +144,7 @@ def open_run(job: Job[R]) -> Iterator[BranchedRun[R]]:
             _read(job, trunk, pairs, folder, part)
             for pairs, part in ((job.fit, "fit"), (job.validation, "validation"))
         )
+        # After the states were read: what is stored must not be noisy.
         set_dropout(trunk.rest, job.recipe.dropout)
         yield BranchedRun(job, branching, fit, validation)
 
@@ -200,6 +205,7 @@ def finish(run: BranchedRun[Any], scorer: Scorer, result: BranchesResult) -> Tra
         "history": result.history,
         "token_states_bytes": run.fit.states.bytes,
     }
+    # By the scorer that will serve, not by the training code: a difference would show here.
     reference = scorer.score(run.job.validation.samples())
     return Trained((scorer,), reference, count_truncation(run.fit.states.encoded), record)
 
@@ -265,6 +271,7 @@ def first_heads(run: BranchedRun[Any], blocks: Sequence[torch.nn.ModuleList]) ->
     )
     if recipe.first_head == "fitted":
         return trainer.run(progress=named(job.progress, "heads")).weights
+    # Untrained heads still scale their features.
     return trainer.untrained()
 
 
@@ -279,9 +286,11 @@ def _pooled(
     job, branching = run.job, run.branching
     dtype = bb.torch_dtype(job.options.dtype)
     own = [
+        # The dtype in which branches will score.
         b if next(b.parameters()).dtype == dtype else copy.deepcopy(b).to(dtype).eval()
         for b in blocks
     ]
+    # "both" needs twice the width; shorter poolings leave the rest 0.
     width = branching.trunk.width * (1 + any(pooling == "both" for _, pooling in sources))
     out = np.zeros((len(states), len(sources), width), dtype=np.float32)
     done = 0

@@ -52,6 +52,7 @@ class Prefix:
             steps = torch.arange(self.ids.shape[1], device=self.ids.device)
             mask, positions = torch.ones_like(self.mask), steps.expand_as(self.ids)
             return {"input_ids": self.ids, "attention_mask": mask, "position_ids": positions}
+        # Left padding: positions count from each prompt's own first token.
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": positions}
 
@@ -73,13 +74,16 @@ class Prefix:
             the right, needs no mask.
         """
         steps = torch.arange(mask.shape[1], device=mask.device)
+        # A completion continues at its prompt's length, padding not counted.
         positions = self.lengths[owners][:, None] + steps
         if self.splits:  # on a CPU alone
             from ensemble_rm.members.forward.cpu.cascade_attention import pays
 
+            # Splitting costs a second attention call, which short prompts do not repay.
             if pays(self.ids.shape[1], mask.shape[1], mask.device):
                 return self.apart(owners, positions)
         cache = copy.copy(self.cache)
+        # Copies: a model appends to the cache that it is given.
         cache.layers = [
             _chosen(layer, owners) if i >= self.first else copy.copy(layer)
             for i, layer in enumerate(self.cache.layers)
@@ -106,6 +110,7 @@ class Prefix:
 def _chosen(layer: Any, owners: torch.Tensor) -> Any:
     twin = copy.copy(layer)
     if layer.is_initialized:
+        # Keys and values of each row's own prompt, (n_rows, n_heads, n_prompt, n_dim).
         twin.keys, twin.values = layer.keys[owners], layer.values[owners]
     return twin
 
@@ -118,6 +123,7 @@ def join_prefixes(parts: Sequence[Prefix]) -> Prefix:
 
     def wide(tensor: torch.Tensor, axis: int) -> torch.Tensor:
         short = widest - tensor.shape[axis]
+        # Zeros on the right of one axis, up to the widest prompt.
         return torch.nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 1 - axis) + [0, short])
 
     cache = copy.copy(parts[0].cache)
@@ -143,6 +149,7 @@ def padded(
     prompts: Sequence[Sequence[int]], device: torch.device, *, right: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (N, P) ids and mask, padded on one side."""
+    # Token 0 under a mask of 0: its value has no effect.
     widest = max(len(p) for p in prompts)
     ids = torch.zeros(len(prompts), widest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -165,6 +172,7 @@ def splits_attention(model: Any, device: torch.device) -> bool:
     from ensemble_rm.members.forward.cpu.cascade_attention import KEYWORD
 
     size = model.config.get_text_config().vocab_size
+    # Five different prompts of odd lengths, spread over the vocabulary.
     text = (torch.arange(35, device=device).view(5, 7) * 7919 + 101) % size
     whole = model(input_ids=text, attention_mask=torch.ones_like(text)).last_hidden_state[:, 4:]
     owners, positions = torch.arange(1, 6), torch.arange(4, 7).expand(5, -1)
@@ -177,6 +185,7 @@ def splits_attention(model: Any, device: torch.device) -> bool:
         found = model(input_ids=text[:, 4:], **inputs).last_hidden_state
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False  # it hands nothing down to its attention, or torch lacks the kernel
+    # The two sum in different orders, so that they agree to rounding only.
     near = 1e-4 if whole.dtype == torch.float32 else 0.05
     # Of the texts' median: in bfloat16 a text that means nothing can turn out any way.
     gap = ((found - whole).float().norm(dim=(1, 2)) / whole.float().norm(dim=(1, 2))).median()
@@ -210,6 +219,7 @@ def read_prefix(
     """
     ids, mask = padded(prompts, device, right=splits)
     empty = Prefix(ids, mask, mask.sum(1), Cache(layers=[]), splits=splits)
+    # Only keys and values are needed, so that the last block's output is not computed.
     if splits and not whole:
         return replace(empty, cache=read_keys(model, empty))
     out = model(**empty.inputs(), use_cache=True)

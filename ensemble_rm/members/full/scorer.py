@@ -76,12 +76,14 @@ def classifier_scores(
     """
     inputs = batch.model_inputs()
     pad = model.config.get_text_config().pad_token_id
+    # Padding must be the pad token, by which the published rule finds the last real token.
     inputs["input_ids"] = torch.where(batch.mask.bool(), batch.ids, pad)
     if pooling == "published":
         logits: torch.Tensor = (forward or model)(**inputs).logits
         return logits[:, 0].float()
     states = model.base_model(**({"use_cache": False} | inputs)).last_hidden_state
     last = pool(states, batch.starts, batch.lengths, "last")
+    # Outside autocast: a head in bfloat16 would tie close completions.
     with torch.autocast(last.device.type, enabled=False):
         scores: torch.Tensor = last @ model.score.weight[0].float()
         return scores
@@ -185,6 +187,7 @@ class FullScorer(ModelScorer):
         return scorer
 
     def _open(self) -> tuple[TextEncoder, Any]:
+        # One load, also when several threads score at first.
         with self._lock:
             if self._encoder is None:
                 self._encoder = TextEncoder(
@@ -205,12 +208,15 @@ class FullScorer(ModelScorer):
                 self._budget = pick_token_budget(
                     self.options.token_budget,
                     model.base_model,
+                    # The budget follows the model's size.
                     width=config.hidden_size,
                     depth=config.num_hidden_layers,
                     device=self.device,
                 )
                 if self.options.dtype != "float32":
                     _lift_head(model)
+                # Sharing needs our own pooling: the published rule looks for padding in the whole
+                # text.
                 self._causal = trained_pooling(model) == "attended" and keeps_a_cache(
                     model.base_model.to(self.device), self.device
                 )
@@ -286,6 +292,7 @@ class FullScorer(ModelScorer):
     def _write(self, folder: Path) -> dict[str, Any]:
         if not self.own:
             return {}
+        # The weights exist nowhere else.
         shutil.copytree(self.backbone.folder, folder / "model")
         return {"backbone": "model"}
 
@@ -332,6 +339,7 @@ class FullScorer(ModelScorer):
                     f"member {scorer.names[0]!r} does not say which weights its training started "
                     "from; the mean of unrelated models is no model: merge members of one run of "
                     "kind 'full'"
+                    # Averages make sense between models of one start, which stayed in one basin.
                 )
         require_same("starting checkpoint", [scorer.start for scorer in scorers])
         require_same("pooling", [scorer.pooling for scorer in scorers])
@@ -343,6 +351,7 @@ class FullScorer(ModelScorer):
         require_same("weight files", files)
         shutil.copytree(sources[0], folder, ignore=shutil.ignore_patterns("*.safetensors"))
         for file in files[0]:
+            # File by file: two whole models in memory are not needed.
             average_files([source / file for source in sources], folder / file)
         model = bb.Backbone(str(folder), folder, bb.weights_digest(folder))
         return cls(

@@ -72,6 +72,7 @@ class _Rows(torch.utils.data.Dataset[_Row]):
     ) -> None:
         self.encoded, self.pairs = encoded, pairs
         self.targets, self.margins = pairs.targets, pairs.margins
+        # Weights of mean 1, so that the loss keeps its size.
         self.weights = counts * pairs.weights / pairs.weights.mean()
 
     def __len__(self) -> int:
@@ -101,6 +102,7 @@ def _collate(rows: list[_Row]) -> dict[str, torch.Tensor]:
 
 def _score_by_forward(model: Any, pooling: ClassifierPooling) -> None:
     """Make the model's forward pass return scores, so that every wrapper of it trains them."""
+    # Instance attribute: the class stays as it is for other models.
     published = model.forward
 
     def forward(
@@ -125,6 +127,7 @@ class _PairTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: Any
     ) -> torch.Tensor:
         samples = {k: v for k, v in inputs.items() if k not in ("target", "weight", "margin")}
+        # Both sides in one pass, 2n rows.
         scores = model(**samples)
         n = len(inputs["target"])
         losses = preference_loss(scores[:n], scores[n:], inputs["target"], **options)
@@ -188,6 +191,7 @@ def train_full(job: Job[FullRecipe]) -> Trained:
             f"kind 'full' does not train {job.backbone.name}, which needs custom code; use kind "
             "'head', 'branch' or 'lora'"
         )
+    # Before the first weight is loaded: hours of another run's work lie there.
     _claim(folder, job.digest)
     check_trainer_args(job.recipe.trainer_args)
     tokenizer = bb.load_tokenizer(job.backbone.folder)
@@ -202,6 +206,7 @@ def train_full(job: Job[FullRecipe]) -> Trained:
         if not (own / _DONE).exists():
             sets = (
                 _Rows(encoded[0], job.fit, counts[i]),
+                # Validation pairs have the weights of the data, not of the bootstrap.
                 _Rows(encoded[1], job.validation, np.ones(len(job.validation))),
             )
             _train_one(job, i, own, sets, tokenizer)
@@ -233,6 +238,7 @@ def _claim(folder: Path, digest: str) -> None:
     """Mark the folder with the run's digest, or check that it has that mark."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "digest.txt"
+    # Resuming under another request would mix two runs in one ensemble.
     if mark.exists() and mark.read_text() != digest:
         raise TrainingError(
             f"{folder} holds members of another recipe, data set or backbone; name another output "
@@ -287,6 +293,7 @@ def _arguments(job: Job[FullRecipe], member: int, folder: Path) -> TrainingArgum
 
 def _last_checkpoint(folder: Path) -> str | None:
     """Return the latest checkpoint that the Trainer finished writing; it writes its state last."""
+    # The state is written last; a folder without it was cut off.
     done = [f.parent for f in folder.glob("checkpoint-*/trainer_state.json")]
     latest = max(done, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
     return None if latest is None else str(latest)
@@ -307,6 +314,7 @@ def _train_one(
     seeds = job.seeds[member]
     with global_seed(seeds["init"]):
         source = _start_folder(job, member)
+        # float32 masters; mixed precision is the Trainer's own.
         model = bb.load_classifier(source, dtype="float32", new_head=not job.start)
         set_pad_token(model, tokenizer)
         set_dropout(model, job.recipe.dropout)
@@ -328,6 +336,7 @@ def _train_one(
         trainer.remove_callback(PrinterCallback)  # it writes to standard output
         last = _last_checkpoint(folder / "trainer")
         trainer.train(resume_from_checkpoint=last)
+    # Saved aside and renamed: a kill leaves either no model or a whole one.
     scratch = folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
@@ -339,5 +348,7 @@ def _train_one(
         "validation_nll": float(trainer.state.best_metric or float("nan")),
         "history": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
     }
+    # Written last: it marks the member as finished.
     (folder / _DONE).write_text(json.dumps(record))
+    # Checkpoints hold the optimiser's state, which is larger than the model.
     shutil.rmtree(folder / "trainer", ignore_errors=True)

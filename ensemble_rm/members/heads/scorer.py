@@ -76,6 +76,7 @@ class HeadScorer(ModelScorer):
         """The trunk, loaded at first use up to the highest layer that is read."""
         with self._lock:
             if self._trunk is None:
+                # Blocks above the highest view are never run, so they are not kept.
                 self._trunk = Trunk(self.backbone, self.options, top=self._top, whole=False)
             return self._trunk
 
@@ -102,15 +103,18 @@ class HeadScorer(ModelScorer):
         self, samples: Sequence[Sample], *, features: bool = False, progress: Progress = silent
     ) -> MemberScores:
         """Return the scores, which samples were cut and, if asked, what all views read."""
+        # One thread at a time.
         with self._lock:  # the tokenizer and the trunk's hooks keep state
             if (trunk := self._trunk) is None:
                 trunk = Trunk(self.backbone, self.options, top=self._top, whole=False)
                 self._trunk = trunk
             encoded = trunk.encoder.encode(samples)
+            # Heads that share a view share its features.
             distinct = tuple(dict.fromkeys(self.views))
             out = np.empty((len(encoded), len(self.views)))
             kept = None
             if features:
+                # Layer and pooling once each, though views of "both" contain the others.
                 count = len(dict.fromkeys(part for view in self.views for part in view.parts()))
                 kept = np.empty((len(encoded), count * trunk.width))
             parts = features_in_parts(trunk, encoded, distinct, cache=self.cache, progress=progress)

@@ -135,14 +135,18 @@ class _Problem:
 
     def solve(self, tau: float, centring: float) -> Floats:
         """Return the weights of the features under the prior τ."""
+        # Preconditioned by the curvature at p = ½: the search then takes few steps at any τ.
         unit = 1 / np.sqrt(0.25 * self.spectrum * self.weights.mean() + tau**-2)
 
         def objective(u: Floats) -> tuple[float, Floats]:
             p = unit * u
+            # Margin of the pair minus the target margin, shape (n_pairs,).
             x = self.z @ p - self.margins
+            # logaddexp: exact where exp would overflow.
             loss = np.logaddexp(0.0, x) - self.targets * x
             value = float(self.weights @ loss) + float(p @ p) / (2 * tau**2)
             slope = self.z.T @ (self.weights * (expit(x) - self.targets)) + p / tau**2
+            # Centring penalises the level of both sides, of which the margin says nothing.
             if self.sums is not None:
                 level = self.sums @ p
                 value += centring * float(self.weights @ level**2)
@@ -201,6 +205,7 @@ def solve_heads(
     .. [1] Böhning & Lindsay 1988: a bound of the logistic likelihood's Hessian.
     """
     k, width = len(view_of), fit.features.shape[2]
+    # Such members would be copies, and their spread 0.
     if len(set(view_of)) < k and not recipe.bootstrap and recipe.subspace == 1:
         raise OptionError(
             f"{k} linear heads over {len(set(view_of))} views: heads of one view have one optimum; "
@@ -212,6 +217,7 @@ def solve_heads(
     chosen, losses = [], []
     for member, view in enumerate(view_of):
         progress("training", member, k)
+        # (2·n_pairs, width) in float64: normal equations of float32 lose half the digits.
         sides = fit.features[:, view].astype(np.float64)
         if not np.isfinite(sides).all():
             raise TrainingError(
@@ -220,9 +226,11 @@ def solve_heads(
             )
         offset, gain = _scaling(sides, masks[member])
         problem = _pose((sides - offset) * gain, fit, counts[member], recipe)
+        # Scaled by the training samples alone.
         held = (validation.features[:, view].astype(np.float64) - offset) * gain
         weights = [problem.solve(tau, recipe.centring) for tau in recipe.prior]
         nll = [_held_nll(held @ w, validation) for w in weights]
+        # The prior is chosen on validation pairs; each member chooses its own.
         best = int(np.argmin(nll))
         for name, value in (("offset", offset), ("gain", gain), ("weight", weights[best])):
             arrays[name].append(value)
@@ -246,8 +254,10 @@ def _scaling(sides: Floats, mask: Floats) -> tuple[Floats, Floats]:
     """Return offset and gain: standardised features, a typical difference of length 1."""
     n = len(sides) // 2
     offset, spread = sides.mean(axis=0), sides.std(axis=0)
+    # A constant feature gets gain 0 instead of a division by rounding noise.
     gain = np.where(spread > 1e-8 * (1 + np.abs(offset)), mask / (spread + 1e-12), 0.0)
     differences = (sides[:n] - sides[n:]) * gain
+    # A typical difference of length 1 gives one grid of priors for all backbones.
     length = float(np.sqrt((differences**2).sum(axis=1).mean()))
     return offset, gain / length if length > 0 else gain
 
@@ -256,8 +266,10 @@ def _pose(scaled: Floats, data: PairFeatures, counts: Floats, recipe: HeadRecipe
     """Rotate a head's regression so that its differences have orthogonal columns."""
     n = len(data)
     d, s = scaled[:n] - scaled[n:], scaled[:n] + scaled[n:]
+    # The smaller of n and width bounds the rank, and the cost of the eigenvectors.
     if n < d.shape[1]:
         values, u = eigh(d @ d.T)
+        # Directions of rounding noise are left out.
         kept = values > 1e-12 * max(values[-1], 1e-300)
         back = (d.T @ u[:, kept]) / np.sqrt(values[kept])
     else:
@@ -271,6 +283,8 @@ def _pose(scaled: Floats, data: PairFeatures, counts: Floats, recipe: HeadRecipe
         back,
         (1 - recipe.smoothing) * data.targets + recipe.smoothing / 2,
         data.margins,
+        # Bootstrap counts times weights of mean 1: the prior's strength does not depend on their
+        # unit.
         counts * data.weights / data.weights.mean(),
     )
 

@@ -81,6 +81,7 @@ class StepRecord:
         def number(value: Any) -> float:
             return math.nan if value is None else float(value)
 
+        # Null in JSON is NaN here.
         try:
             given = {"missing": 0.0} | dict(d)  # older records do not have it
             values = {name: number(given[name]) for name in _NUMBERS}
@@ -177,9 +178,11 @@ class AlarmRule:
         return [alarm for alarm in alarms if alarm is not None]
 
     def _gold(self, records: Sequence[StepRecord]) -> Alarm | None:
+        # Gao's curve is fitted in √KL, so a peak has meaning only where the KL was measured.
         fit, kl = gold_curve(records, min_gold=self.min_gold), last_kl(records)
         if fit is None or math.isnan(kl) or not math.isfinite(fit.peak):
             return None
+        # Estimates of a small KL may be below 0.
         d = math.sqrt(max(kl, 0.0))
         if d < self.peak_share * fit.peak:
             return None
@@ -196,10 +199,12 @@ class AlarmRule:
     ) -> Alarm | None:
         stds = [record.member_std for record in records]
         where = "the calibration's judgments"
+        # Without a calibration the run's first steps are the reference.
         if reference_std is None:
             if len(stds) <= self.window:
                 return None
             reference_std, where = mean_of(stds[: self.window]), "the first steps"
+        # The mean of a window: single batches vary by their prompts.
         now = mean_of(stds[-self.window :])
         if len(stds) < self.window or not now > self.std_factor * reference_std:
             return None
@@ -213,10 +218,12 @@ class AlarmRule:
     def _length(self, records: Sequence[StepRecord], aggregator: str) -> Alarm | None:
         if len(records) <= self.window:
             return None
+        # Log lengths: exp of a difference is a ratio of geometric means.
         lengths = [record.log_length for record in records]
         grown = math.exp(mean_of(lengths[-self.window :]) - mean_of(lengths[: self.window]))
         last = records[-self.window :]
         slope = mean_of([r.length_slopes.get(aggregator, math.nan) for r in last])
+        # Long completions alone are no alarm; they must also be rewarded within prompts.
         if not (grown > self.length_factor and slope > 0):
             return None
         return Alarm(
@@ -258,7 +265,9 @@ def gold_curve(records: Sequence[StepRecord], *, min_gold: int) -> CurveFit | No
     -------
     CurveFit or None
     """
+    # A check needs both: gold and the KL at which it was taken.
     checks = [r for r in records if math.isfinite(r.gold) and math.isfinite(r.kl)]
+    # The first check is the curve's origin and no point of it.
     d = np.array([math.sqrt(max(r.kl, 0.0)) for r in checks[1:]])
     if len(np.unique(d[d > 0])) < max(min_gold, 3):
         return None

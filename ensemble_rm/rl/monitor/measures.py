@@ -35,6 +35,7 @@ def reference_range(evidence: ScoredPairs) -> Floats:
         Low and high, in normalised units, over the completions that the member scored.
     """
     scores = np.concatenate([evidence.first, evidence.second])
+    # Both sides of every pair, shape (2·n_pairs, n_members); quantiles by member.
     return np.asarray(np.nanquantile(scores, RANGE, axis=0), dtype=np.float64)
 
 
@@ -48,7 +49,9 @@ def within_prompts(values: Floats, groups: NDArray[np.int64]) -> Floats:
     """Subtract from each row the mean of its prompt's rows; shape as given."""
     counts = np.bincount(groups)
     sums = np.zeros((len(counts), *values.shape[1:]))
+    # add.at adds every row of a prompt; fancy assignment would keep only the last.
     np.add.at(sums, groups, values)
+    # (groups, …) by transposing: counts are divided along the first axis for any shape.
     return values - (sums.T / np.maximum(counts, 1)).T[groups]
 
 
@@ -72,7 +75,9 @@ def disagreement(members: Floats, groups: NDArray[np.int64]) -> float:
     for group in range(int(groups.max(initial=-1)) + 1):
         rows = members[groups == group]
         i, j = np.triu_indices(len(rows), 1)
+        # Share of members that prefer i over j; ties count ½, shape (n_pairs,).
         share = (0.5 + 0.5 * np.sign(rows[i] - rows[j])).mean(axis=1)
+        # The smaller side of the vote is outvoted.
         outvoted += float(np.minimum(share, 1 - share).sum())
         pairs += len(share)
     return outvoted / pairs if pairs else float("nan")
@@ -108,6 +113,7 @@ def length_slope(reward: Floats, log_length: Floats, groups: NDArray[np.int64]) 
         Normalised units per unit of log length; NaN if lengths do not vary within any prompt.
     """
     x, y = within_prompts(log_length, groups), within_prompts(reward, groups)
+    # A slope needs completions of different lengths within a prompt.
     spread = float(x @ x)
     return float(x @ y) / spread if spread > 1e-12 * len(x) else float("nan")
 

@@ -59,6 +59,7 @@ class Call:
         ]
         kept = [s for i in rows if isinstance(s := samples[i], Sample)]
         failed = len(rewards.failed) / max(len(rewards), 1)
+        # At least one character: an empty completion has no logarithm.
         lengths = np.log([max(len(s.completion), 1) for s in kept]).reshape(len(kept))
         groups = prompt_groups([s.prompt for s in kept])
         return cls(kept, rewards.reward[rows], rewards.members[rows], groups, lengths, failed)
@@ -98,6 +99,7 @@ class OverOptimisationMonitor:
         given = {"mean": mean(), "minimum": minimum()} if aggregators is None else aggregators
         if "reward" in given:
             raise OptionError("'reward' is the run's own aggregator; choose another name")
+        # Another NaN policy would fail on rows that the run's own aggregator accepts.
         nan = ensemble.aggregator.nan
         others = {name: replace(how, nan=nan).bind(ensemble.names) for name, how in given.items()}
         self._aggregators = {"reward": ensemble.aggregator, **others}
@@ -110,6 +112,7 @@ class OverOptimisationMonitor:
             self._span = reference_range(evidence)
             if self._several:
                 judged = np.concatenate([evidence.first, evidence.second])
+                # The spread that the members had where people judged: what is usual.
                 usual = mean_of(member_std(judged, nan="omit").tolist())
                 self.reference_std = None if math.isnan(usual) else usual
         self._records: list[StepRecord] = []
@@ -149,6 +152,7 @@ class OverOptimisationMonitor:
         if self._records and step <= self._records[-1].step:
             raise OptionError(f"step must be greater than {self._records[-1].step}, not {step}")
         call = Call.of(samples, rewards)
+        # All samples failed: there is nothing to record, and a row of NaN would hide the last one.
         if not call.samples:
             return []
         self._records.append(self._record(step, call, math.nan if kl is None else float(kl)))
@@ -190,8 +194,10 @@ class OverOptimisationMonitor:
 
     def _record(self, step: int, call: Call, kl: float) -> StepRecord:
         slopes = {name: _slope(how, call) for name, how in self._aggregators.items()}
+        # Lengths are controlled against the run's first step, not against each step's own mean.
         if self._start is None:
             self._start = float(call.log_length.mean())
+        # Without different lengths within a prompt there is nothing to control for.
         slope = slopes["reward"] if math.isfinite(slopes["reward"]) else 0.0
         controlled = length_controlled(call.reward, call.log_length, slope, self._start)
         spread = divided = math.nan
@@ -202,6 +208,7 @@ class OverOptimisationMonitor:
             divided = disagreement(call.members[whole], call.groups[whole])
         outside = math.nan
         if self._span is not None:
+            # Of the scores that are there: missing ones are counted by themselves.
             outside = float(outside_range(call.members, self._span).sum() / there.sum())
         return StepRecord(
             step=step,
@@ -222,6 +229,7 @@ class OverOptimisationMonitor:
         if row is None or self._pool is None:
             return
         self._pool.parent.mkdir(parents=True, exist_ok=True)
+        # Appended and closed each time: a killed run keeps what it has sent.
         with self._pool.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({**row, "step": step}, ensure_ascii=False) + "\n")
 
@@ -252,6 +260,7 @@ class OverOptimisationMonitor:
                 records.append(StepRecord.from_json(json.loads(line)))
             except (DataError, json.JSONDecodeError) as error:
                 raise DataError(f"{path}, line {number}: {error}") from error
+        # Steps after the checkpoint are run again.
         self._records = [record for record in records if record.step <= until]
         self._start = self._records[0].log_length if self._records else None
 
@@ -275,6 +284,7 @@ class OverOptimisationMonitor:
 
 def _slope(how: Aggregator, call: Call) -> float:
     """Return the slope of an aggregator's reward on log length, over the samples that it scores."""
+    # Another rule may need more members than this row has.
     reward = how.where_enough(call.members)
     there = ~np.isnan(reward)
     return length_slope(reward[there], call.log_length[there], call.groups[there])
@@ -291,6 +301,7 @@ def most_disputed(call: Call) -> dict[str, Any] | None:
     for group in range(int(call.groups.max(initial=-1)) + 1):
         rows = whole[call.groups[whole] == group]
         i, j = np.triu_indices(len(rows), 1)
+        # Spread of the members' margins between two completions, shape (n_pairs,).
         spread = (call.members[rows[i]] - call.members[rows[j]]).std(axis=1)
         if len(spread) and (row := int(np.argmax(spread))) >= 0 and spread[row] > best:
             best, pair = float(spread[row]), (rows[i[row]], rows[j[row]])

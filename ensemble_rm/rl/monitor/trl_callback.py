@@ -130,6 +130,7 @@ class MonitorCallback(TrainerCallback):
         rewards: LoopRewards,
         tokens: list[list[int] | None],
     ) -> None:
+        # TRL calls rewards in evaluation as well.
         if self._trainer.model.training:  # an evaluation is not the run
             self._calls.append((samples, rewards, tokens))
 
@@ -138,11 +139,13 @@ class MonitorCallback(TrainerCallback):
         if state.global_step > 0 and self.records is not None and Path(self.records).is_file():
             self.monitor.restore(self.records, until=state.global_step)
         model = self._policy()
+        # An adapter that is switched off is the reference: no copy of the model is needed.
         if self.kl_every == 0 or self.reference is not None or hasattr(model, "disable_adapter"):
             return
         self.reference = self._trainer.ref_model
         if self.reference is not None:
             return
+        # The weights in memory are the checkpoint's, not those of the run's start.
         if state.global_step > 0:
             raise OptionError(
                 f"a run resumed at step {state.global_step} does not have the policy that it "
@@ -156,6 +159,7 @@ class MonitorCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Measure the KL before the update, while the policy is the one that sampled."""
         step = state.global_step + 1
+        # The first step has no update yet and gives the KL's zero point.
         due = self.kl_every > 0 and (step % self.kl_every == 0 or not self.monitor.records)
         if due and self._calls:
             samples = [sample for part, _rewards, _tokens in self._calls for sample in part]
@@ -203,6 +207,7 @@ class MonitorCallback(TrainerCallback):
         if "loss" not in logs:  # an evaluation, or the run's summary
             return
         figures, self._figures = averaged(self._figures), []
+        # Gold checks come from outside, at steps of their own.
         fresh = [r.gold for r in self.monitor.records if r.step > self._logged]
         figures["gold"] = mean_of(fresh)
         if self.action == "raise_beta":
@@ -214,11 +219,13 @@ class MonitorCallback(TrainerCallback):
 
     def _act(self, alarms: list[Alarm], step: int, control: Any) -> None:
         kinds = {alarm.kind for alarm in alarms}
+        # An alarm that has ended may be raised again.
         self._active = {kind: at for kind, at in self._active.items() if kind in kinds}
         raised = {}
         for alarm in alarms:
             if alarm.kind not in self._active:
                 raised[alarm.kind] = alarm
+        # An alarm that lasts a whole window raises beta once more, not at every step.
         lasting = [at for at in self._active.values() if step - at >= self.monitor.rule.window]
         for kind, alarm in raised.items():
             self._active[kind] = step
@@ -259,6 +266,7 @@ class MonitorCallback(TrainerCallback):
         ]
         if not kept:
             return None
+        # Evenly spread over the step's samples, so that several prompts are among them.
         rows = np.linspace(0, len(kept) - 1, min(self.kl_samples, len(kept))).astype(int)
         chosen = [kept[row] for row in rows]
         encoded = encode_sampled(

@@ -145,6 +145,7 @@ def _choose(routes: list[Route], body: object) -> Route:
         return routes[0]
     present = set(body) if isinstance(body, dict) else set()
     keys = [key for route in routes for key in route.keys]
+    # Formats that share a path are told apart by a key that only one of them has.
     if len(present & set(keys)) != 1:
         raise UnprocessableError(f"body must have exactly one of the keys {', '.join(keys)}")
     return next(route for route in routes if present & set(route.keys))
@@ -167,6 +168,7 @@ async def read_json(request: Request, limits: Limits) -> Any:
     ClientDisconnect
         If the client disconnects.
     """
+    # A web page can send text/plain across origins without asking; JSON it cannot.
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json" and not media.endswith("+json"):
         raise MediaTypeError("body is not declared as JSON; send Content-Type: application/json")
@@ -179,14 +181,17 @@ async def read_json(request: Request, limits: Limits) -> Any:
     try:
         async with asyncio.timeout(limits.body_seconds):
             if declared.isdecimal():
+                # Declared too large is refused before the first byte is read.
                 # A number of many digits would take long to parse.
                 check_bytes(int(declared[:20]), limits)
             async for chunk in request.stream():
                 body += chunk
+                # Counted again: a chunked body declares no length.
                 check_bytes(len(body), limits)
     except TimeoutError:
         raise SlowRequestError(f"body did not arrive within {limits.body_seconds:g} s") from None
     content = parse_json(bytes(body))
+    # Lists of millions of empty entries pass the limit of bytes.
     check_entries(content, limits)
     return content
 
@@ -203,6 +208,7 @@ def parse_json(body: bytes) -> Any:
         If the body is something else.
     """
     try:
+        # NaN and Infinity are no JSON, though Python's own parser accepts them.
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise BadRequestError(f"body is not valid JSON: {error}") from None
@@ -219,6 +225,7 @@ def read_model(kind: type[M], body: Any) -> M:
     try:
         return kind.model_validate(body, strict=True)
     except ValidationError as error:
+        # Without inputs: pydantic's errors quote what the client sent.
         faults = error.errors(include_input=False, include_url=False, include_context=False)
         shown = "; ".join(
             _describe_fault(fault["loc"], fault["type"], fault["msg"])
@@ -248,6 +255,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
     try:
+        # Whatever ends first; a client that left no longer needs its samples scored.
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
@@ -255,6 +263,7 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     finally:
         for task in (working, leaving):
             task.cancel()
+        # Cancelled tasks are awaited, or their exceptions are reported as never retrieved.
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
@@ -293,6 +302,7 @@ def check_entries(body: object, limits: Limits) -> None:
             count += len(value)
             if count > most:
                 raise TooLargeError(
+                    # Nested lists count too: messages, tools and batches may nest.
                     f"more than {most} messages and texts in one request; send several requests"
                 )
         elif isinstance(value, dict):
@@ -351,6 +361,7 @@ def json_response(
 ) -> Response:
     """Return a JSON response, with the version in a header; a NaN is an error."""
     named = {VERSION_HEADER: version} if version is not None else {}
+    # allow_nan=False: a NaN in a response is a defect, and must not look like a reward.
     body = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return Response(body, status, headers=named | (headers or {}), media_type="application/json")
 
@@ -422,13 +433,16 @@ class Guard:
                 status = message["status"]
             await send(message)
 
+        # Unknown paths are one label: an attacker must not fill the registry with names.
         path = scope["path"] if scope["path"] in self._paths else "other"
         try:
+            # Before the body is read.
             if self._token is not None and path not in UNGUARDED:
                 self._token.check(dict(scope["headers"]).get(b"authorization"))
             await self.app(scope, receive, sending)
         except UnauthorisedError as error:
             await error_response(error)(scope, receive, sending)
         finally:
+            # Also of requests that raised.
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.latency.labels(path).observe(monotonic() - began)

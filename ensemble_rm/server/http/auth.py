@@ -33,6 +33,7 @@ class Token:
     secret: str = field(repr=False)
 
     def __post_init__(self) -> None:
+        # A header cannot carry other characters.
         valid = self.secret.isascii() and self.secret.isprintable() and " " not in self.secret
         if not valid or len(self.secret) < _MIN_LENGTH:
             raise OptionError(
@@ -50,6 +51,7 @@ class Token:
         """
         if header is None:
             raise UnauthorisedError("no token; send the header Authorization: Bearer TOKEN")
+        # Constant time: how long a comparison takes must not tell how much was right.
         if not hmac.compare_digest(_credential(header), self.secret.encode()):
             raise UnauthorisedError("wrong token")
 
@@ -60,6 +62,7 @@ def _credential(header: bytes) -> bytes:
         return value.strip()
     if scheme.lower() == b"basic":
         try:
+            # Basic: the token is the password, any user name passes.
             return b64decode(value.strip(), validate=True).partition(b":")[2]
         except ValueError:
             return b""
@@ -78,6 +81,7 @@ def is_loopback(host: str) -> bool:
 
 def check_bind(host: str, token: Token | None) -> None:
     """Raise `ServerError` if other machines reach `host` and there is no token."""
+    # A server that others reach without a token would answer anyone.
     if token is None and not is_loopback(host):
         raise ServerError(
             f"{host!r} is reached from other machines and there is no token; give one by "

@@ -105,8 +105,10 @@ class DeadlineProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first headers, or refuse the connection at the limit."""
+        # Before a parser is made: a refused connection costs one write.
         if len(self.connections) >= self.most:
             transport.write(_FULL)
+            # The client may still be sending; closing at once would lose the response to a reset.
             transport.set_protocol(_Lingering(transport, self.loop, lambda _: None))
             self.refused()
             return
@@ -118,6 +120,7 @@ class DeadlineProtocol(H11Protocol):
         """Take bytes; the deadline ends with the last header."""
         super().data_received(data)
         if self._between_requests and self._unfinished:
+            # A request has begun: its headers must all arrive before the deadline.
             self._arm()
             return
         self._disarm()
@@ -141,6 +144,7 @@ class DeadlineProtocol(H11Protocol):
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection, even if its client does not read what is left to send."""
         super().timeout_keep_alive_handler()
+        # A client that reads nothing keeps the transport's buffer full, and close waits for it.
         self._cut_off()
 
     @property
@@ -155,6 +159,7 @@ class DeadlineProtocol(H11Protocol):
         return begun or self.cycle is None
 
     def _arm(self) -> None:
+        # The first deadline stays: a slow client must not extend it by each byte.
         if self._deadline is None:
             self._deadline = self.loop.call_later(self.header_seconds, self._late)
 
@@ -202,6 +207,7 @@ class _Lingering(asyncio.Protocol):
     ) -> None:
         self._transport, self._lost, self._left = transport, lost, _LINGER_BYTES
         self._end = loop.call_later(_LINGER_SECONDS, transport.abort)
+        # Half-closed: our side has ended, the client's may still arrive.
         transport.write_eof()
         transport.resume_reading()
 
