@@ -198,7 +198,7 @@ def test_route_asks_about_a_share_and_writes_all(
     out, pool = tmp_path / "verdicts.jsonl", tmp_path / "pool.jsonl"
     with doubles.serving(app_of(judge(seen=seen))) as url:
         asked = ("--judge-url", f"{url}/v1", "--model", "judge", "--price", "2", "8")
-        words = ("route", ensemble, "--data", pairs, "--share", "0.25", *asked, *LOCAL)
+        words = ("route", ensemble, *LOCAL, "--data", pairs, "--share", "0.25", *asked)
         assert run(*words, "--dry-run", "--json") == 0
         dry = said(capsys)
         assert dry["would_ask"] == N // 4 and dry["judged"] == 0 and seen == []
@@ -223,7 +223,7 @@ def test_humans_answers_to_the_pool_come_back(
     ensemble: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool, store = tmp_path / "pool.jsonl", tmp_path / "judgments.db"
-    words = ("route", ensemble, "--data", pairs, "--threshold", "0.05", "--pool", pool)
+    words = ("route", ensemble, *LOCAL, "--data", pairs, "--threshold", "0.05", "--pool", pool)
     assert run(*words, "--out", tmp_path / "v.jsonl", "--json") == 0
     found = said(capsys)
     assert found["judged"] == 0 and found["pool"] >= found["uncertain"] > 0
@@ -250,7 +250,7 @@ def test_what_cannot_be_routed_exits_with_2(
     words: tuple[str, ...], ensemble: Path, pairs: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "v.jsonl"
-    assert run("route", ensemble, "--data", pairs, *words, "--out", out) == 2
+    assert run("route", ensemble, *LOCAL, "--data", pairs, *words, "--out", out) == 2
     assert not out.exists()
 
 
@@ -265,7 +265,7 @@ def test_what_cannot_be_written_is_found_before_the_judge_is_paid(
     if option == "--pool":
         fine = ("--out", tmp_path / "new" / "out.jsonl")
     with doubles.serving(app_of(judge(seen=seen))) as url:
-        words = ("route", ensemble, "--data", pairs, "--share", "0.1")
+        words = ("route", ensemble, *LOCAL, "--data", pairs, "--share", "0.1")
         words += ("--judge-url", f"{url}/v1", "--model", "judge", *fine)
         assert run(*words, option, tmp_path / "file" / "v.jsonl") == 4
         assert run(*words, option, tmp_path / "folder") == 2
@@ -278,7 +278,7 @@ def test_what_cannot_be_written_is_found_before_the_judge_is_paid(
 def test_one_object_and_all_verdicts_do_not_share_an_output(
     ensemble: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("route", ensemble, "--data", pairs, "--share", "0.1")
+    words = ("route", ensemble, *LOCAL, "--data", pairs, "--share", "0.1")
     assert run(*words, "--json") == 2
     assert said(capsys)["error"] == "OptionError"
     assert run(*words) == 0

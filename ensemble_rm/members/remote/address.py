@@ -127,9 +127,10 @@ def as_hosts(hosts: Sequence[str]) -> tuple[str, ...]:
     OptionError
         If an entry is not ``[SCHEME://]HOST[:PORT]``.
     """
-    if isinstance(hosts, bool):
-        raise OptionError(f"allow_remote names servers, such as ['gpu7:8000'], not {hosts}")
-    entries = (hosts,) if isinstance(hosts, str) else tuple(hosts)
+    given: object = hosts
+    if isinstance(given, bool):
+        raise OptionError(f"allow_remote names servers, such as ['gpu7:8000'], not {given}")
+    entries = (given,) if isinstance(given, str) else tuple(hosts)
     for entry in entries:
         Host.parse(entry)
     return entries

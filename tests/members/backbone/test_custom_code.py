@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,20 @@ class NoQuestions(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def _unattended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _unattended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(sys, "stdin", NoQuestions())
     # Where transformers copies custom code to, so that no test finds another's copy.
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    yield
+    forget_custom_modules()
+
+
+def forget_custom_modules() -> None:
+    """Remove what was imported, as a new process would."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "transformers_modules":
+            del sys.modules[name]
 
 
 @pytest.fixture
@@ -156,9 +164,7 @@ def test_a_named_model_trains_and_loads_and_its_saved_files_allow_nothing(
     assert ensemble.provenance["backbone"]["code"] == code_digest(folder)
     scores = ensemble.score(SAMPLES).raw
     marker.unlink()
-    for name in list(sys.modules):
-        if name.startswith("transformers_modules"):
-            del sys.modules[name]
+    forget_custom_modules()
     with pytest.raises(CustomCodeError, match="--trust-remote-code"):
         RewardEnsemble.from_pretrained(tmp_path / "run", device="cpu").score(SAMPLES)
     assert not marker.exists()
