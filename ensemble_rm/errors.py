@@ -23,6 +23,10 @@ class OptionError(EnsembleRMError, ValueError):
     """An option has a value that cannot be used."""
 
 
+class RemoteNotAllowedError(OptionError):
+    """A saved ensemble has a member on a server that the caller has not allowed."""
+
+
 class MissingExtraError(EnsembleRMError, ImportError):
     """An optional package is not installed; the message names the extra to install."""
 
@@ -63,6 +67,10 @@ class JudgmentConflictError(DataError):
 
 class ModelError(EnsembleRMError):
     """A model cannot be loaded or used."""
+
+
+class CustomCodeError(ModelError):
+    """A model needs custom code, which the caller has not allowed for it."""
 
 
 class TemplateError(ModelError):

@@ -85,7 +85,8 @@ RENAMED = {
 }
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {
     "drift": {"--looks": "--checks"},
-    "remote": {"--self-test": "--raw-logit-check"},
+    "remote": {"--self-test": "--raw-logit-check", "--token-env": "--token HOST=ENV"},
+    "route": {"--token-env": "--token HOST=ENV"},
     "serve": {"--window-ms": "--window-seconds, in seconds"},
 }
 

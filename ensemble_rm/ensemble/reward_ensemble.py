@@ -35,11 +35,14 @@ from ensemble_rm.ensemble.results import (
 from ensemble_rm.errors import OptionError, ScoringError, StorageError
 from ensemble_rm.file_digests import Verify
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.members.backbone.custom_code import trusted_models
+from ensemble_rm.members.remote.address import Token, as_hosts, is_allowed
 from ensemble_rm.members.scorer import (
     Scorer,
     ScorerLike,
-    Token,
     as_scorer,
+    check_addresses,
+    check_no_new_address,
     with_tokens,
     with_tokens_of,
 )
@@ -71,7 +74,7 @@ class Origin:
     version: int | None
     members: int | None
     fixed: bool
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)  # holds tokens
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -460,13 +463,23 @@ class RewardEnsemble:
         Parameters
         ----------
         tokens : mapping of str to str or callable
-            By the member's name: a token, or a function that returns the current one.
+            By server, ``[SCHEME://]HOST[:PORT]``: a token, or a function that returns the current
+            one. It is sent to that server alone; if no scheme is named, over https alone, unless
+            the server is on this machine.
 
         Raises
         ------
         OptionError
-            If a name belongs to no member on another server.
+            If no member is on a named server, or a token would be sent without encryption and its
+            scheme is not named.
         """
+        addresses = [scorer.address for scorer in self.scorers if scorer.address is not None]
+        for host in tokens:
+            if not any(is_allowed(address, [host]) for address in addresses):
+                raise OptionError(
+                    f"tokens name {host!r}, but members on other servers are at "
+                    f"{', '.join(map(repr, addresses)) or 'none'}"
+                )
         return replace(self, scorers=with_tokens(self.scorers, tokens))
 
     def with_max_loaded_models(self, n: int | None) -> RewardEnsemble:
@@ -530,6 +543,9 @@ class RewardEnsemble:
         cache_dir: str | Path | None = DEFAULT_CACHE,
         max_loaded_models: int | None = None,
         verify: Verify = "full",
+        trust_remote_code: Sequence[str] = (),
+        allow_remote: Sequence[str] = (),
+        tokens: Mapping[str, Token] | None = None,
     ) -> Self:
         """Load what `save_pretrained` wrote, or a version of it; the scores are identical.
 
@@ -553,6 +569,14 @@ class RewardEnsemble:
             was saved. ``"full"`` hashes every file. ``"stat"`` hashes files up to 1 MiB and
             compares the sizes of larger ones: for workers that start often on files that another
             process has checked.
+        trust_remote_code : sequence of str
+            Models whose custom code may run, each as ``MODEL@DIGEST``. The saved files never
+            allow any; the error of a model that needs code states the digest of that code.
+        allow_remote : sequence of str
+            Servers that members may be on, each as ``[SCHEME://]HOST[:PORT]``: samples are sent
+            there.
+        tokens : mapping of str to str or callable, optional
+            Bearer tokens, by server as in `allow_remote`; see `with_tokens`.
 
         Returns
         -------
@@ -560,6 +584,10 @@ class RewardEnsemble:
 
         Raises
         ------
+        RemoteNotAllowedError
+            If a member is on a server that is not in `allow_remote`.
+        CustomCodeError
+            If a model needs custom code that is not allowed; perhaps not before the first score.
         StorageError
             If the folder contains no ensemble.
         VersionError
@@ -581,6 +609,9 @@ class RewardEnsemble:
             "cache_dir": cache_dir,
             "max_loaded_models": max_loaded_models,
             "verify": verify,
+            "trust_remote_code": trusted_models(trust_remote_code),
+            "allow_remote": as_hosts(allow_remote),
+            "tokens": dict(tokens or {}),
         }
         return cls._load(path, locate(path, version), fixed=version is not None, options=options)
 
@@ -594,7 +625,10 @@ class RewardEnsemble:
             cache_dir=None if cache_dir is None else Path(cache_dir),
             verify=options["verify"],
             version=located.members,
+            trust_remote_code=options["trust_remote_code"],
         )
+        check_addresses(parts["scorers"], options["allow_remote"])
+        parts["scorers"] = with_tokens(parts["scorers"], options["tokens"])
         # A version may be a new calibration of an earlier version's members.
         if located.calibration is not None:
             parts["calibration"] = located.calibration
@@ -624,6 +658,8 @@ class RewardEnsemble:
         ------
         StorageError
             If the current version cannot be read.
+        RemoteNotAllowedError
+            If it has a member on a server that this one does not use.
         """
         origin = self.origin
         # A pinned version never moves: the caller asked for that number.
@@ -640,6 +676,7 @@ class RewardEnsemble:
             # Same members, other temperature: the models stay in memory.
             return replace(self, calibration=calibration, origin=moved)
         new = self._load(origin.folder, located, fixed=False, options=origin.options)
+        check_no_new_address(new.scorers, self.scorers)
         # Tokens are never saved, so that the new members take those of the old.
         return replace(
             new,

@@ -137,6 +137,7 @@ def load(
     backbone: str | Path | None,
     device: str | None,
     cache_dir: Path | None,
+    trust_remote_code: Sequence[str] = (),
     verify: Verify = "full",
     version: Version | None = None,
 ) -> dict[str, Any]:
@@ -185,6 +186,7 @@ def load(
                 device=device,
                 cache_dir=cache_dir,
                 check=check,
+                trust_remote_code=trust_remote_code,
             )
             for kind, member in zip(kinds, manifest.members, strict=True)
         ]

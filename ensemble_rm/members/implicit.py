@@ -89,6 +89,7 @@ class ImplicitScorer(ModelScorer):
         beta: float = 0.1,
         name: str | None = None,
         cache_dir: Path | None = DEFAULT_CACHE,
+        trust_remote_code: Sequence[str] = (),
     ) -> ImplicitScorer:
         """Open Hub ids or local folders; the weights are loaded immediately.
 
@@ -99,8 +100,10 @@ class ImplicitScorer(ModelScorer):
         OptionError
             If a model is not a causal language model, or `beta` is not > 0.
         """
-        backbone = bb.locate(policy, cache_dir=cache_dir)
-        other = bb.locate(reference, cache_dir=cache_dir)
+        backbone, other = (
+            bb.locate(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+            for model in (policy, reference)
+        )
         scorer = cls(backbone, options, reference=other, beta=beta, name=name)
         scorer._open()
         return scorer
@@ -113,7 +116,9 @@ class ImplicitScorer(ModelScorer):
                 for model in (self.backbone, self.reference):
                     bb.require_unchanged(model)
                 policy, reference = (
-                    bb.load_causal(model.folder, dtype=self.options.dtype).to(self.device)
+                    bb.load_causal(model.folder, dtype=self.options.dtype, code=model.code).to(
+                        self.device
+                    )
                     for model in (self.backbone, self.reference)
                 )
                 self._models = policy, reference
@@ -122,7 +127,8 @@ class ImplicitScorer(ModelScorer):
 
     def _make_encoder(self) -> TextEncoder:
         tokenizer, other = (
-            bb.load_tokenizer(model.folder) for model in (self.backbone, self.reference)
+            bb.load_tokenizer(model.folder, code=model.code)
+            for model in (self.backbone, self.reference)
         )
         if tokenizer.get_vocab() != other.get_vocab():
             raise ModelError(
@@ -209,6 +215,7 @@ class ImplicitScorer(ModelScorer):
         folder: Path,  # noqa: ARG003 - no weights of its own
         saved: Mapping[str, Any],
         check: FileCheck,
+        trust_remote_code: Sequence[str],
     ) -> dict[str, Any]:
         reference = bb.locate_same(
             get(saved, "reference", str),
@@ -216,6 +223,7 @@ class ImplicitScorer(ModelScorer):
             files=get(saved, "reference_files", Mapping[str, FileDigest] | None, None),
             revision=get(saved, "reference_revision", str | None, None),
             check=check,
+            trust_remote_code=trust_remote_code,
         )
         return {
             "reference": reference,

@@ -158,6 +158,7 @@ class ModelScorer(Scorer):
         device: str | None = None,
         cache_dir: Path | None = DEFAULT_CACHE,
         check: FileCheck | None = None,
+        trust_remote_code: Sequence[str] = (),
     ) -> Self:
         """Read what `save` wrote.
 
@@ -173,6 +174,8 @@ class ModelScorer(Scorer):
             Folder for converted GGUF weights.
         check : FileCheck, optional
             How the backbone's files are compared with their digests (default: all are hashed).
+        trust_remote_code : sequence of str
+            Models whose custom code may run, each as ``MODEL@DIGEST``.
 
         Raises
         ------
@@ -193,20 +196,32 @@ class ModelScorer(Scorer):
                 files = get(saved, "files", Mapping[str, FileDigest] | None, None)
                 revision = get(saved, "revision", str | None, None)
                 with at():
-                    parts = cls._read(folder, saved, check or FileCheck())
+                    parts = cls._read(folder, saved, check or FileCheck(), trust_remote_code)
                     name = cls._model_name(folder, saved, backbone)
         except DigestMismatchError:
             raise
         except (OSError, SafetensorError, StorageError) as error:
             raise StorageError(f"{folder} contains no saved {cls.kind} member: {error}") from error
         located = bb.locate_same(
-            name, digest, files=files, revision=revision, check=check, cache_dir=cache_dir
+            name,
+            digest,
+            files=files,
+            revision=revision,
+            check=check,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
         )
         return cls(located, replace(options, device=device), **parts)
 
     @classmethod
     @abstractmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any], check: FileCheck) -> dict[str, Any]:
+    def _read(
+        cls,
+        folder: Path,
+        saved: Mapping[str, Any],
+        check: FileCheck,
+        trust_remote_code: Sequence[str],
+    ) -> dict[str, Any]:
         """Return the `_parts` of a saved member."""
 
     @classmethod

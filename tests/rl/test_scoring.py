@@ -25,6 +25,7 @@ from ensemble_rm.errors import (
     OneMemberError,
     OptionError,
     PinnedVersionError,
+    RemoteNotAllowedError,
     RemoteRefusalError,
     StorageError,
 )
@@ -259,14 +260,23 @@ def test_members_on_other_servers_get_tokens_that_no_folder_holds(tmp_path: Path
         )
         one = RewardEnsemble((far,), Normaliser.identity(1), mean())
         place = one.save_pretrained(tmp_path / "far")
-        pinned = PinnedEnsemble(place, device="cpu", tokens={"far": "let-me-in-please"})
+        pinned = PinnedEnsemble(
+            place,
+            device="cpu",
+            allow_remote=["127.0.0.1"],
+            tokens={"127.0.0.1": "let-me-in-please"},
+        )
         assert all(b"let-me-in" not in f.read_bytes() for f in place.rglob("*") if f.is_file())
         crossed = pickle.loads(pickle.dumps(pinned)).ensemble
         assert crossed.score([Sample("Hi", "you")]).reward[0] == pytest.approx(5 / 7)
         assert set(seen) == {"Bearer let-me-in-please"}
         with pytest.raises(RemoteRefusalError, match="401"):
-            PinnedEnsemble(place, device="cpu").ensemble.score([Sample("Hi", "you")])
-        with pytest.raises(OptionError, match=r"'fra'.*'far'"):
+            PinnedEnsemble(place, device="cpu", allow_remote="127.0.0.1").ensemble.score(
+                [Sample("Hi", "you")]
+            )
+        with pytest.raises(RemoteNotAllowedError, match=r"127\.0\.0\.1"):
+            _ = PinnedEnsemble(place, device="cpu").ensemble
+        with pytest.raises(OptionError, match=rf"'fra'.*{url}"):
             one.with_tokens({"fra": "x" * 20})
     with pytest.raises(OptionError, match="tokens is for a saved"):
         PinnedEnsemble(one, tokens={"far": "x"})

@@ -11,8 +11,8 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ensemble_rm.errors import DigestMismatchError, MissingExtraError, ModelErro
 from ensemble_rm.file_digests import FileCheck, FileDigests, Stamp, stamp
 from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.members.backbone.custom_code import allowed_code, named_custom_code
 from ensemble_rm.saved_json import as_object, get, read_json, reading
 
 DTYPES: dict[str, torch.dtype] = {
@@ -59,6 +60,8 @@ class Backbone:
         Commit of a Hub model, from which a saved ensemble loads it again.
     stamps : mapping of str to tuple
         What `require_unchanged` compares before the model is loaded.
+    code : str, optional
+        Digest of the custom code that the caller allows to run; None where none may run.
     """
 
     name: str
@@ -67,13 +70,17 @@ class Backbone:
     files: FileDigests = field(default_factory=dict, compare=False, repr=False)
     revision: str | None = field(default=None, compare=False)
     stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
+    code: str | None = None
 
 
 def read_shape(backbone: Backbone) -> tuple[int, int]:
     """Return a backbone's number of blocks and hidden size, from its config."""
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(str(backbone.folder))
+    with named_custom_code(backbone.folder):
+        config: Any = AutoConfig.from_pretrained(
+            str(backbone.folder), trust_remote_code=backbone.code is not None
+        )
     text = config.get_text_config()
     return int(text.num_hidden_layers), int(text.hidden_size)
 
@@ -108,15 +115,32 @@ def empty_cache(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backbone:
+def locate(
+    name: str | Path,
+    *,
+    cache_dir: Path | None = DEFAULT_CACHE,
+    trust_remote_code: Sequence[str] = (),
+) -> Backbone:
     """Return a backbone; a name that is not a folder is downloaded from the Hub.
+
+    Parameters
+    ----------
+    name : str or Path
+    cache_dir : Path, optional
+        For converted GGUF weights.
+    trust_remote_code : sequence of str
+        Models whose custom code may run, each as ``MODEL@DIGEST``.
 
     Raises
     ------
     ModelError
         If there is no such folder or Hub model, or the folder contains no model.
+    CustomCodeError
+        If the model's custom code is allowed at another digest.
     """
-    return open_folder(_find(name, cache_dir, revision=None), name=str(name))
+    folder = _find(name, cache_dir, revision=None)
+    code = allowed_code(name, folder, trust_remote_code)
+    return replace(open_folder(folder, name=str(name)), code=code)
 
 
 def _find(name: str | Path, cache_dir: Path | None, *, revision: str | None) -> Path:
@@ -142,7 +166,7 @@ def _find(name: str | Path, cache_dir: Path | None, *, revision: str | None) -> 
 
 
 def open_folder(folder: Path, *, name: str | None = None) -> Backbone:
-    """Return the backbone in a folder of this disk, after hashing its files.
+    """Return the backbone in a folder of this disk, after hashing its files; none of its code runs.
 
     Parameters
     ----------
@@ -150,6 +174,7 @@ def open_folder(folder: Path, *, name: str | None = None) -> Backbone:
         With a config and safetensors.
     name : str, optional
         As the user gave it (default: the folder).
+
 
     Raises
     ------
@@ -160,7 +185,14 @@ def open_folder(folder: Path, *, name: str | None = None) -> Backbone:
     stamps = {file: stamp(folder / file) for file in names}
     files = FileCheck().digests(folder, names)
     digest = _weights_digest(folder, files)
-    return Backbone(name or str(folder), folder, digest, files, _commit(folder), stamps)
+    return Backbone(
+        name or str(folder),
+        folder,
+        digest,
+        files=files,
+        revision=_commit(folder),
+        stamps=stamps,
+    )
 
 
 def _commit(folder: Path) -> str | None:
@@ -177,6 +209,7 @@ def locate_same(
     revision: str | None = None,
     check: FileCheck | None = None,
     cache_dir: Path | None = DEFAULT_CACHE,
+    trust_remote_code: Sequence[str] = (),
 ) -> Backbone:
     """Return a backbone after checking that it is the one of a saved ensemble.
 
@@ -195,15 +228,20 @@ def locate_same(
         Whether files are hashed (default: all are).
     cache_dir : Path, optional
         Folder for converted GGUF weights.
+    trust_remote_code : sequence of str
+        Models whose custom code may run, each as ``MODEL@DIGEST``.
 
     Raises
     ------
     DigestMismatchError
         If a file differs.
+    CustomCodeError
+        If the model's custom code is allowed at another digest.
     """
     folder = _find(name, cache_dir, revision=revision)
+    code = allowed_code(name, folder, trust_remote_code)
     if not files:
-        backbone = open_folder(folder, name=str(name))
+        backbone = replace(open_folder(folder, name=str(name)), code=code)
         if backbone.digest != digest:
             raise DigestMismatchError(
                 f"the weights of {backbone.name} (SHA-256 {backbone.digest[:12]}…) are not those "
@@ -216,7 +254,15 @@ def locate_same(
         (check or FileCheck()).compare(folder, files, what="the backbone", unexpected=present)
     except DigestMismatchError as error:
         raise DigestMismatchError(f"{error}, or {_OTHER_FOLDER}") from error
-    return Backbone(str(name), folder, digest, files, revision or _commit(folder), stamps)
+    return Backbone(
+        str(name),
+        folder,
+        digest,
+        code=code,
+        files=files,
+        revision=revision or _commit(folder),
+        stamps=stamps,
+    )
 
 
 _OTHER_FOLDER = "name the folder of the right backbone with backbone=… or --backbone"
@@ -330,16 +376,20 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
+        str(path.parent), gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
     )
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(path.parent), gguf_file=path.name, trust_remote_code=False
+    )
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     )
     # transformers refuses to save a model with a quantisation config: copy the weights to a new
     # model.
     with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        fresh = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
     fresh.load_state_dict(model.state_dict(), assign=True)
     fresh.tie_weights()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -358,28 +408,52 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     return target
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load the folder's fast tokenizer."""
+def load_tokenizer(folder: Path, *, code: str | None = None) -> Any:
+    """Load the folder's fast tokenizer.
+
+    Parameters
+    ----------
+    folder : Path
+    code : str, optional
+        `Backbone.code`: without it, custom code is an error.
+
+    Raises
+    ------
+    CustomCodeError
+        If it needs custom code that is not allowed.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder))
+    with named_custom_code(folder):
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code is not None)
 
 
-def load_trunk(folder: Path, *, dtype: str) -> torch.nn.Module:
-    """Load the transformer without a head, in evaluation mode, on the CPU."""
+def load_trunk(folder: Path, *, dtype: str, code: str | None = None) -> torch.nn.Module:
+    """Load the transformer without a head, in evaluation mode, on the CPU.
+
+    Raises
+    ------
+    CustomCodeError
+        If it needs custom code that is not allowed.
+    """
     from transformers import AutoModel
 
-    model: torch.nn.Module = AutoModel.from_pretrained(str(folder), dtype=torch_dtype(dtype))
+    with named_custom_code(folder):
+        model: torch.nn.Module = AutoModel.from_pretrained(
+            str(folder), dtype=torch_dtype(dtype), trust_remote_code=code is not None
+        )
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def load_causal(folder: Path, *, dtype: str) -> Any:
+def load_causal(folder: Path, *, dtype: str, code: str | None = None) -> Any:
     """Load a causal language model, in evaluation mode, on the CPU.
 
     Raises
     ------
     ModelError
         If the checkpoint lacks weights that transformers would initialise at random.
+    CustomCodeError
+        If it needs custom code that is not allowed.
     OptionError
         If the model is not a causal language model.
     """
@@ -387,7 +461,10 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
 
     options: dict[str, Any] = {"dtype": torch_dtype(dtype), "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        with named_custom_code(folder):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), trust_remote_code=code is not None, **options
+            )
     except ValueError as error:
         raise OptionError(f"{folder} contains no causal language model: {error}") from error
     model, info = loaded
@@ -396,7 +473,9 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
+def load_classifier(
+    folder: Path, *, dtype: str, new_head: bool = False, code: str | None = None
+) -> Any:
     """Load a sequence-classification model with one output.
 
     Parameters
@@ -405,9 +484,13 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
     dtype : str
     new_head : bool
         Whether to initialise a new head, for training. Otherwise a missing head is an error.
+    code : str, optional
+        `Backbone.code`: without it, custom code is an error.
 
     Raises
     ------
+    CustomCodeError
+        If it needs custom code that is not allowed.
     ModelError
         If the checkpoint lacks weights that transformers would initialise at random.
         If the model has more than one output.
@@ -419,7 +502,10 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
         options["num_labels"] = 1
     elif (outputs := _outputs(folder)) != 1:
         raise ModelError(f"{folder} has {outputs} outputs; a reward model has one (num_labels=1)")
-    model, info = AutoModelForSequenceClassification.from_pretrained(str(folder), **options)
+    with named_custom_code(folder):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            str(folder), trust_remote_code=code is not None, **options
+        )
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing and not new_head:
         raise ModelError(

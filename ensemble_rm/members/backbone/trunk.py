@@ -250,12 +250,12 @@ class Trunk:
         self.device = bb.pick_device(options.device)
         self.encoder = TextEncoder(
             # The tokenizer before the weights: bad options fail in milliseconds.
-            bb.load_tokenizer(backbone.folder),
+            bb.load_tokenizer(backbone.folder, code=backbone.code),
             template=options.template,
             max_length=options.max_length,
         )
         bb.require_unchanged(backbone)
-        model = bb.load_trunk(backbone.folder, dtype=options.dtype)
+        model = bb.load_trunk(backbone.folder, dtype=options.dtype, code=backbone.code)
         self.path, blocks = find_blocks(model)
         self.depth = len(blocks)
         self.top = self.depth if top is None else top

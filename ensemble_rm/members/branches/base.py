@@ -183,6 +183,7 @@ class Branched(ModelScorer):
         folder: Path,
         saved: Mapping[str, Any],
         check: FileCheck,  # noqa: ARG003 - no other model
+        trust_remote_code: Sequence[str],  # noqa: ARG003 - no other model
     ) -> dict[str, Any]:
         views = [View.parse(view) for view in get(saved, "views", tuple[str, ...])]
         tensors: list[Tensors] = [{} for _ in views]

@@ -173,6 +173,7 @@ class FullScorer(ModelScorer):
         *,
         name: str | None = None,
         cache_dir: Path | None = DEFAULT_CACHE,
+        trust_remote_code: Sequence[str] = (),
     ) -> FullScorer:
         """Open a hub id or a local folder; its weights are read at once.
 
@@ -182,7 +183,8 @@ class FullScorer(ModelScorer):
             If there is no such model, or it has not one output.
             If the head's weights are absent.
         """
-        scorer = cls(bb.locate(model, cache_dir=cache_dir), options, name=name)
+        backbone = bb.locate(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        scorer = cls(backbone, options, name=name)
         scorer._open()
         return scorer
 
@@ -191,13 +193,15 @@ class FullScorer(ModelScorer):
         with self._lock:
             if self._encoder is None:
                 self._encoder = TextEncoder(
-                    bb.load_tokenizer(self.backbone.folder),
+                    bb.load_tokenizer(self.backbone.folder, code=self.backbone.code),
                     template=self.options.template,
                     max_length=self.options.max_length,
                 )
             if self._model is None:
                 bb.require_unchanged(self.backbone)
-                model = bb.load_classifier(self.backbone.folder, dtype=self.options.dtype)
+                model = bb.load_classifier(
+                    self.backbone.folder, dtype=self.options.dtype, code=self.backbone.code
+                )
                 set_pad_token(model, self._encoder.tokenizer)
                 if self.device.type == "cpu":
                     from ensemble_rm.members.forward.cpu.kernels import use_cpu_kernels
@@ -302,6 +306,7 @@ class FullScorer(ModelScorer):
         folder: Path,  # noqa: ARG003 - the weights are the model's
         saved: Mapping[str, Any],
         check: FileCheck,  # noqa: ARG003
+        trust_remote_code: Sequence[str],  # noqa: ARG003 - no second model
     ) -> dict[str, Any]:
         return {
             "name": get(saved, "name", str),

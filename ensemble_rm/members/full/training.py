@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ensemble_rm.data.samples import Preferences
-from ensemble_rm.errors import OptionError, TrainingError
+from ensemble_rm.errors import CustomCodeError, OptionError, TrainingError
 from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.encoding import Encoded, TextEncoder, count_truncation
@@ -187,6 +187,12 @@ def train_full(job: Job[FullRecipe]) -> Trained:
     folder = job.checkpoint or (job.cache_folder and job.cache_folder / "full" / job.digest[:32])
     if folder is None:
         raise OptionError("kind 'full' keeps its models on disk: give out=… or cache_dir=…")
+    if job.backbone.code is not None:
+        # Each member saves its model as a folder of its own, which would need a permission each.
+        raise CustomCodeError(
+            f"kind 'full' does not train {job.backbone.name}, which needs custom code; use kind "
+            "'head', 'branch' or 'lora'"
+        )
     # Before the first weight is loaded: hours of another run's work lie there.
     _claim(folder, job.digest)
     check_trainer_args(job.recipe.trainer_args)

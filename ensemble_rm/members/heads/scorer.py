@@ -171,6 +171,7 @@ class HeadScorer(ModelScorer):
         folder: Path,
         saved: Mapping[str, Any],
         check: FileCheck,  # noqa: ARG003 - no other model
+        trust_remote_code: Sequence[str],  # noqa: ARG003 - no other model
     ) -> dict[str, Any]:
         views = [View.parse(view) for view in get(saved, "views", tuple[str, ...])]
         names = get(saved, "names", tuple[str, ...])

@@ -46,8 +46,6 @@ class JudgeOptions:
         Price of the judge's tokens.
     client : ClientOptions
         Attempts, pauses, deadline, concurrency, circuit breaker.
-    token_variable : str, optional
-        Environment variable in which the command line finds the token.
     """
 
     url: str
@@ -56,7 +54,6 @@ class JudgeOptions:
     extra: Mapping[str, Any] = field(default_factory=dict)
     price: Price | None = None
     client: ClientOptions = field(default_factory=ClientOptions)
-    token_variable: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", check_url(self.url))

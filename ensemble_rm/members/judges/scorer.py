@@ -51,8 +51,6 @@ class JudgeScorer(RubricJudge, ServerScorer):
         Price of the judge's tokens.
     client : ClientOptions, optional
         Attempts, pauses, deadline, concurrency, circuit breaker.
-    token_variable : str, optional
-        Environment variable in which the command line finds the token.
     token : str or callable, optional
         Bearer token, or a function that returns the current one. Never saved.
     transport : httpx.AsyncBaseTransport, optional
@@ -85,7 +83,6 @@ class JudgeScorer(RubricJudge, ServerScorer):
         extra: Mapping[str, Any] | None = None,
         price: Price | None = None,
         client: ClientOptions | None = None,
-        token_variable: str | None = None,
         token: Token | None = None,
         transport: Any = None,
     ) -> None:
@@ -97,7 +94,6 @@ class JudgeScorer(RubricJudge, ServerScorer):
             extra=extra,
             price=price,
             client=client,
-            token_variable=token_variable,
             token=token,
             transport=transport,
         )
@@ -119,11 +115,6 @@ class JudgeScorer(RubricJudge, ServerScorer):
     def token(self) -> Token | None:
         """The bearer token, or a function that returns the current one."""
         return self._judge.token
-
-    @property
-    def token_variable(self) -> str | None:
-        """Environment variable in which the command line finds the token."""
-        return self.judge_options.token_variable
 
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, 1) ratings; NaN where there is none, with a warning.

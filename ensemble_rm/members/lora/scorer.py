@@ -88,10 +88,16 @@ class LoraScorer(Branched):
         return super()._weights() | {f"{SHARED}.{name}": v for name, v in shared.items()}
 
     @classmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any], check: FileCheck) -> dict[str, Any]:
+    def _read(
+        cls,
+        folder: Path,
+        saved: Mapping[str, Any],
+        check: FileCheck,
+        trust_remote_code: Sequence[str],
+    ) -> dict[str, Any]:
         require_peft()
         stored = load_file(folder / cls.file)
         start = f"{SHARED}."
         shared = {k.removeprefix(start): v for k, v in stored.items() if k.startswith(start)}
         own = {"lora": get(saved, "lora", LoraOptions), "shared": shared or None}
-        return super()._read(folder, saved, check) | own
+        return super()._read(folder, saved, check, trust_remote_code) | own

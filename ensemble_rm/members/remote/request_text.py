@@ -127,7 +127,8 @@ class Renderer:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer))
+            # Never its custom code, and never transformers' question whether to run it.
+            tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the tokenizer {self.tokenizer}: {error}") from error
         if not tokenizer.chat_template:

@@ -75,9 +75,6 @@ class RemoteScorer(ServerScorer):
         Name of the model on a vLLM server (default: its only model).
     token : str or callable, optional
         Bearer token, or a function that returns the current one. Never saved, never shown.
-    token_variable : str, optional
-        The environment variable in which the command line finds the token; saved. The library
-        itself never reads it.
     batch_size : int, optional
         Samples per request (default: the protocol's; 1 with ``"messages"``).
     special_tokens : bool, optional
@@ -114,7 +111,6 @@ class RemoteScorer(ServerScorer):
         tokenizer: str | Path | None = None,
         model: str | None = None,
         token: Token | None = None,
-        token_variable: str | None = None,
         batch_size: int | None = None,
         special_tokens: bool | None = None,
         truncate: bool = False,
@@ -136,7 +132,6 @@ class RemoteScorer(ServerScorer):
         single = self._renderer.form == "messages"  # one conversation per request
         self.batch_size = 1 if single else batch_size or self._wire.batch
         self.raw_logit_check_mode, self.on_outage = raw_logit_check, on_outage
-        self._token_variable = token_variable
         self._transport = transport
         self._endpoint = endpoint(self.url, self._wire.path)
         self._connect(token)
@@ -188,11 +183,6 @@ class RemoteScorer(ServerScorer):
     def token(self) -> Token | None:
         """The bearer token, or a function that returns the current one."""
         return self._token
-
-    @property
-    def token_variable(self) -> str | None:
-        """Environment variable in which the command line finds the token."""
-        return self._token_variable
 
     # Scoring -----------------------------------------------------------------------------------
 
@@ -316,7 +306,6 @@ class RemoteScorer(ServerScorer):
             "template": template if isinstance(template, str) else repr(template),
             "tokenizer": None if tokenizer is None else str(tokenizer),
             "model": self._request_options.model,
-            "token_variable": self._token_variable,
             "batch_size": self.batch_size,
             "special_tokens": self._request_options.special_tokens,
             "truncate": self._request_options.truncate,
