@@ -77,7 +77,7 @@ def read_shape(backbone: Backbone) -> tuple[int, int]:
     """Return a backbone's number of blocks and hidden size, from its config."""
     from transformers import AutoConfig
 
-    with named_custom_code(backbone.folder):
+    with named_custom_code(backbone.folder, backbone.code):
         config: Any = AutoConfig.from_pretrained(
             str(backbone.folder), trust_remote_code=backbone.code is not None
         )
@@ -424,7 +424,7 @@ def load_tokenizer(folder: Path, *, code: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with named_custom_code(folder):
+    with named_custom_code(folder, code):
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code is not None)
 
 
@@ -438,7 +438,7 @@ def load_trunk(folder: Path, *, dtype: str, code: str | None = None) -> torch.nn
     """
     from transformers import AutoModel
 
-    with named_custom_code(folder):
+    with named_custom_code(folder, code):
         model: torch.nn.Module = AutoModel.from_pretrained(
             str(folder), dtype=torch_dtype(dtype), trust_remote_code=code is not None
         )
@@ -461,7 +461,7 @@ def load_causal(folder: Path, *, dtype: str, code: str | None = None) -> Any:
 
     options: dict[str, Any] = {"dtype": torch_dtype(dtype), "output_loading_info": True}
     try:
-        with named_custom_code(folder):
+        with named_custom_code(folder, code):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder), trust_remote_code=code is not None, **options
             )
@@ -502,7 +502,7 @@ def load_classifier(
         options["num_labels"] = 1
     elif (outputs := _outputs(folder)) != 1:
         raise ModelError(f"{folder} has {outputs} outputs; a reward model has one (num_labels=1)")
-    with named_custom_code(folder):
+    with named_custom_code(folder, code):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             str(folder), trust_remote_code=code is not None, **options
         )

@@ -12,10 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
+from typing import Any
 
 from ensemble_rm.errors import CustomCodeError, OptionError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_ANSWERING = RLock()  # the function that is replaced belongs to the whole process
 
 
 def code_references(folder: Path) -> tuple[str, ...]:
@@ -93,14 +96,21 @@ def allowed_code(name: str | Path, folder: Path, trust_remote_code: Sequence[str
 
 
 @contextmanager
-def named_custom_code(folder: Path) -> Iterator[None]:
+def named_custom_code(folder: Path, code: str | None = None) -> Iterator[None]:
     """Raise `CustomCodeError` where transformers refuses a model's custom code.
 
     A model that transformers also implements loads without its custom code, so that only
     transformers knows whether the code is needed.
+
+    Parameters
+    ----------
+    folder : Path
+    code : str, optional
+        Digest of the code that the caller allows; None where none may run.
     """
     try:
-        yield
+        with _never_asks(allowed=code is not None):
+            yield
     except ValueError as error:
         if "trust_remote_code" not in str(error) or not (references := code_references(folder)):
             raise
@@ -109,6 +119,29 @@ def named_custom_code(folder: Path) -> Iterator[None]:
             "on this machine; read its Python files, then allow it for this model with "
             f"--trust-remote-code MODEL@{code_digest(folder)} (trust_remote_code=[…] in Python)"
         ) from error
+
+
+@contextmanager
+def _never_asks(*, allowed: bool) -> Iterator[None]:
+    """Answer for the caller where transformers would ask on standard input.
+
+    Its generic classifiers build their trunk by ``AutoModel.from_config`` without passing on
+    ``trust_remote_code``.
+    """
+    from transformers.models.auto import auto_factory
+
+    factory: Any = auto_factory
+    with _ANSWERING:
+        resolve = factory.resolve_trust_remote_code
+
+        def answered(trust: bool | None, *args: Any, **options: Any) -> Any:
+            return resolve(allowed if trust is None else trust, *args, **options)
+
+        factory.resolve_trust_remote_code = answered
+        try:
+            yield
+        finally:
+            factory.resolve_trust_remote_code = resolve
 
 
 def trusted_models(trust_remote_code: Sequence[str]) -> tuple[str, ...]:

@@ -341,7 +341,6 @@ class _RemoteRow:
     on_outage: Outage
     tokenizer: str | None = None
     model: str | None = None
-    token_variable: str | None = None
     batch_size: int | None = None
     special_tokens: bool | None = None
     truncate: bool = False

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ def pairs(n: int, *, offset: int = 0) -> Preferences:
 OPENINGS: dict[str, Callable[[Path], object]] = {
     "shape": lambda folder: read_shape(locate(folder)),
     "full": lambda folder: FullScorer.from_name(folder, OPTIONS),
-    "implicit": lambda folder: ImplicitScorer.from_names(folder, folder, OPTIONS),
+    "implicit": lambda folder: ImplicitScorer.from_names(
+        folder, folder, replace(OPTIONS, template="plain")
+    ),
     "train": lambda folder: train(
         pairs(8), pairs(4, offset=50), backbone=folder, members=2, options=OPTIONS, cache_dir=None
     ),

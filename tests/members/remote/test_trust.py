@@ -20,6 +20,7 @@ from ensemble_rm.errors import OptionError, RemoteNotAllowedError, RemoteRefusal
 from ensemble_rm.members import JudgeScorer, RemoteScorer
 from ensemble_rm.members.remote.address import Host, check_url, is_allowed, token_for
 from tests.support import wire_doubles as doubles
+from tests.support.saved_files import record_digests
 from tests.support.server_runs import client, one
 
 SECRET = "wJalrXUtnFEMI"
@@ -142,6 +143,7 @@ def test_a_stranger_cannot_name_a_variable(
         member = json.loads(file.read_text())
         assert "token_variable" not in member
         file.write_text(json.dumps(member | {"token_variable": "AWS_SECRET_ACCESS_KEY"}))
+        record_digests(folder)  # a stranger can write these as well
         (tmp_path / "samples.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
         command = ["score", str(folder), f"--data={tmp_path / 'samples.jsonl'}"]
         command += [f"--out={tmp_path / 'out.jsonl'}"]
@@ -222,7 +224,7 @@ def test_a_server_and_a_job_refuse_such_a_version(
             assert asking.post("/v1/score", json=one("A fox")).json()["version"] == "2"
             evil = RewardEnsemble((far("http://evil.test"),), Normaliser.identity(1), mean())
             versions.publish_ensemble(evil.save_pretrained, provenance={"why": "a stranger's"})
-            answer = asking.post("/v1/refresh")
+            answer = asking.post("/v1/refresh", json={})
             assert answer.status_code == 409
             assert answer.json()["error"]["type"] == "RemoteNotAllowedError"
             assert asking.post("/v1/score", json=one("A fox")).json()["version"] == "2"
