@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from ensemble_rm import RewardEnsemble, Sample, TrunkOptions, combine, train
 from ensemble_rm.aggregation import mean
@@ -219,6 +221,9 @@ def test_a_permission_without_a_digest_is_an_error(trust: Any, minilm_folder: Pa
 def test_a_piped_yes_runs_nothing(custom: tuple[Path, Path], tmp_path: Path) -> None:
     """``yes | ensemble-rm score …`` used to run the model's code."""
     folder, marker = custom
+    weights = load_file(folder / "model.safetensors")
+    width = weights["model.norm.weight"].shape[0]
+    save_file(weights | {"score.weight": torch.ones(1, width)}, folder / "model.safetensors")
     scorer = FullScorer(locate(folder), OPTIONS, name="m")
     run = RewardEnsemble((scorer,), Normaliser.identity(1), mean()).save_pretrained(
         tmp_path / "run"
