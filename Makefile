@@ -12,7 +12,7 @@ TESTS := tests benchmarks/tests
 CODE := ensemble_rm tests docs benchmarks
 SETTINGS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test fast slow docs vllm coverage lint ruff-check ruff-format mypy format bench-quick clean
+.PHONY: help demo test fast slow nightly docs vllm coverage lint ruff-check ruff-format mypy format bench-quick clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,11 @@ fast: $(VENV)/.installed-dev  ## the fast suite and the docstrings' examples
 
 slow: $(VENV)/.installed-dev  ## the tests that train and score with real backbones
 	$(PYTEST) -m slow $(TESTS)
+
+nightly: $(VENV)/.installed-dev  ## both suites on new random examples; prints the seed (SEED=... repeats a run)
+	@seed=$${SEED:-$$($(BIN)/python -c 'import secrets; print(secrets.randbits(32))')}; \
+	echo "hypothesis seed: $$seed (repeat with: make nightly SEED=$$seed)"; \
+	$(PYTEST) --hypothesis-profile=nightly --hypothesis-seed=$$seed $(TESTS)
 
 docs: $(VENV)/.installed-dev  ## build the documentation, warnings as errors, into docs/_build/html
 	$(TEST_ENV) $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

@@ -121,12 +121,15 @@ class Coefficient:
         Whether a finite float is in the domain.
     help : str
         What the coefficient is, for a command line.
+    bounds : tuple of (str, float)
+        The domain in JSON Schema's words, for a server's description: ``("minimum", 0)``.
     """
 
     name: str
     domain: str
     allows: Callable[[float], bool]
     help: str = ""
+    bounds: tuple[tuple[str, float], ...] = ()
 
     def check(self, rule: str, value: object) -> float:
         """Return the value as a float.

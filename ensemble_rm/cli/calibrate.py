@@ -15,7 +15,7 @@ from ensemble_rm.cli.common import (
     read_pairs,
 )
 from ensemble_rm.cli.options import argument, nested, option
-from ensemble_rm.cli.signatures import default_of
+from ensemble_rm.cli.signatures import constant_of, default_of
 
 if TYPE_CHECKING:
     from ensemble_rm.calibration.calibration import Calibration
@@ -53,7 +53,7 @@ class Calibrate(Command):
     ties: str | None = option(
         "model of ties as an outcome",
         default=default_of(*_CALIBRATE, "ties"),
-        choices=("davidson", "rao-kupper"),
+        choices=constant_of("ensemble_rm.calibration.ties", "TIE_MODELS"),
     )
     min_judgments: int = option(
         "minimum number of effective judgments",

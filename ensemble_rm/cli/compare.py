@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.cli.command import Command
@@ -59,11 +59,15 @@ class Compare(Command):
             )
         write_jsonl(self.out, _rows(verdict, several=len(ensemble.names) > 1))
         if self.out is not None:
-            data = {"pairs": len(pairs), "out": str(self.out)}
-            data |= {"aggregator": str(ensemble.aggregator)}
+            data: dict[str, Any] = {"pairs": len(pairs), "out": str(self.out)}
+            data |= {
+                "aggregator": str(ensemble.aggregator),
+                "truncation": verdict.truncation.to_json(),
+            }
             console.result(data, f"{len(pairs)} pairs in {self.out} by {ensemble.aggregator}")
             console.save(self.out)
         console.read(f"{len(pairs)} pairs from {self.data}")
+        console.cut(verdict.truncation.to_json())
         console.next(f"ensemble-rm route {self.ensemble} --data {self.data} --share 0.2")
 
 

@@ -13,6 +13,11 @@ from typing import Any
 EVERY = 30.0  # seconds between two lines of progress without a terminal
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun: ``1 prompt``, ``2 prompts``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 class Progress:
     """Shows how far a stage is: a bar on a terminal, elsewhere a line every 30 s.
 
@@ -133,9 +138,18 @@ class Console:
         """Add a "read" line to the final summary."""
         self._lines.append(("read", what))
 
-    def cut(self, what: str) -> None:
-        """Add a line on truncated samples to the final summary."""
-        self._lines.append(("cut", what))
+    def cut(self, counts: Mapping[str, int]) -> None:
+        """Add a line on truncated samples to the final summary.
+
+        Parameters
+        ----------
+        counts : mapping of str to int
+            ``prompts_cut`` and ``completions_cut``, as `Truncation.to_json` counts them.
+        """
+        prompts, completions = counts["prompts_cut"], counts["completions_cut"]
+        self._lines.append(
+            ("cut", f"{counted(prompts, 'prompt')}, {counted(completions, 'completion')}")
+        )
 
     def left_out(self, what: str) -> None:
         """Add a line on rows that were not used to the final summary."""

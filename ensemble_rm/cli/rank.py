@@ -74,13 +74,18 @@ class Rank(Command):
         rows = zip(groups.values(), rankings, strict=True)
         write_jsonl(self.out, (self._row(group, ranking) for group, ranking in rows))
         count = sum(map(len, groups.values()))
+        counts = [ranking.truncation.to_json() for ranking in rankings]
+        cut = {
+            name: sum(each[name] for each in counts) for name in ("prompts_cut", "completions_cut")
+        }
         if self.out is not None:
-            data = {"prompts": len(groups), "samples": count, "out": str(self.out)}
-            data |= {"aggregator": str(ensemble.aggregator)}
+            data: dict[str, Any] = {"prompts": len(groups), "samples": count, "out": str(self.out)}
+            data |= {"aggregator": str(ensemble.aggregator), **cut}
             text = f"{count} completions of {len(groups)} prompts in {self.out}"
             console.result(data, f"{text} by {ensemble.aggregator}")
             console.save(self.out)
         console.read(f"{count} samples of {len(groups)} prompts from {self.data}")
+        console.cut(cut)
         console.next(f"ensemble-rm make-pairs {self.ensemble} --data {self.data}")
 
     def _row(self, group: list[Sample], ranking: Ranking) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Score(Command):
             )
             console.save(self.out)
         console.read(f"{count['rows']} samples from {self.data}")
-        console.cut(f"{cut['prompts_cut']} prompts, {cut['completions_cut']} completions")
+        console.cut(cut)
         console.next(f"ensemble-rm compare {self.ensemble} --data PAIRS.jsonl")
 
 

@@ -56,6 +56,17 @@ def default_of(module: str, function: str, parameter: str) -> Any:
     return _value(module, defaults[parameter])
 
 
+def constant_of(module: str, name: str) -> Any:
+    """Return a module's constant.
+
+    Raises
+    ------
+    LookupError
+        If the module has no such constant, or it is not a literal.
+    """
+    return _value(module, ast.Name(name))
+
+
 @cache
 def _tree(module: str) -> ast.Module:
     package = module.partition(".")[0]
@@ -77,8 +88,12 @@ def _value(module: str, node: ast.expr) -> Any:
             for name in statement.names:
                 if (name.asname or name.name) == node.id:
                     return _value(statement.module, ast.Name(name.name))
-        targets = statement.targets if isinstance(statement, ast.Assign) else ()
+        targets: list[ast.expr] = []
+        if isinstance(statement, ast.Assign):
+            targets = statement.targets
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            targets = [statement.target]
         if any(isinstance(target, ast.Name) and target.id == node.id for target in targets):
-            assert isinstance(statement, ast.Assign)
-            return _value(module, statement.value)
+            value: ast.expr = statement.value  # type: ignore[attr-defined]
+            return _value(module, value)
     raise LookupError(f"{module} has no constant {node.id}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.common import read_pairs, write_jsonl
+from ensemble_rm.cli.console import counted
 from ensemble_rm.cli.options import field_type, nested, option, shown, without_none
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.branches.recipe import BranchRecipe
@@ -137,8 +139,7 @@ class Train(Command):
             reference_samples(parts["validation"].samples())  # fail before the data are read
         if self.dry_run:
             planned = plan(parts["train"], parts["validation"], request)
-            text = "\n".join(f"{name}: {value}" for name, value in (planned | counts).items())
-            console.result({"dry_run": True, "parts": counts} | planned, text)
+            console.result({"dry_run": True, "parts": counts} | planned, plan_text(planned, counts))
             return
         with console.progress() as progress:
             ensemble = train_request(
@@ -155,7 +156,7 @@ class Train(Command):
                 for name, x in zip(ensemble.names, nll, strict=True)
             ),
         )
-        console.cut(f"{cut['prompts_cut']} prompts, {cut['completions_cut']} completions")
+        console.cut(cut)
         console.save(self.out)
         console.next(
             f"ensemble-rm calibrate {self.out} --data {folder / 'calibration.jsonl'} && "
@@ -180,6 +181,34 @@ class Train(Command):
             options=self.text,
             out=self.out,
         )
+
+
+def plan_text(planned: Mapping[str, Any], counts: Mapping[str, int]) -> str:
+    """Return the plan of a training run for a terminal, one setting per line."""
+    cut = planned["truncation"]
+    rows = {
+        "backbone": planned["backbone"],
+        "members": f"{planned['members']} of kind {planned['kind']}",
+        "template": planned["template"],
+        "pairs": ", ".join(f"{counts[name]} {name}" for name in PARTS),
+        "tokens": f"{planned['tokens']:,}",
+        "cut": f"{counted(cut['prompts_cut'], 'prompt')}, "
+        f"{counted(cut['completions_cut'], 'completion')}",
+        "token states": f"{planned['token_states_bytes'] / 2**30:.2f} GiB on disk",
+    }
+    lines = [f"{name + ':':20s} {value}" for name, value in rows.items()]
+    lines.append("recipe:")
+    for name, value in planned["recipe"].items():
+        lines.append(f"  {name.replace('_', ' ') + ':':18s} {_setting(value)}")
+    return "\n".join([*lines, "nothing trained (--dry-run)"])
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_setting(part)}" for name, part in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_setting, value)) or "none"
+    return shown(value)
 
 
 def _write_parts(out: Path, parts: dict[str, Preferences]) -> Path:

@@ -178,6 +178,8 @@ class Comparison:
         Each member's.
     mixture_temperature : float
         T_mix of the members' mixture.
+    truncation : Truncation
+        Which of the 2 · n_pairs completions were cut: rows 2i and 2i + 1 are the sides of pair i.
     outcomes : ndarray, shape (n_pairs, 3), optional
         P(first), P(tie), P(second) by the calibration's tie model, where it has one; `probability`
         counts a tie as half for each side.
@@ -187,6 +189,7 @@ class Comparison:
     margin: Floats
     member_margins: Floats
     mixture_temperature: float
+    truncation: Truncation
     outcomes: Floats | None = None
 
     @property
@@ -229,6 +232,7 @@ def compare_scored(
     calibration: Calibration,
     reward: Floats,
     members: Floats,
+    truncation: Truncation,
     *,
     subsets: Sequence[str | None] | None = None,
 ) -> Comparison:
@@ -241,6 +245,8 @@ def compare_scored(
     reward : ndarray, shape (2 · n_pairs,)
     members : ndarray, shape (2 · n_pairs, n_members)
         Normalised scores.
+    truncation : Truncation
+        Of the 2 · n_pairs samples.
     subsets : sequence of (str or None), optional
         Slice of each pair.
     """
@@ -252,6 +258,7 @@ def compare_scored(
         members[::2] - members[1::2],
         # T_mix, not T: the members' mixture is flatter than the aggregated margin.
         calibration.mixture_temperature,
+        truncation,
         calibration.outcomes(margin),
     )
 
@@ -266,7 +273,10 @@ class Ranking:
         Positions in the given list, highest reward first; ties keep their order.
     reward : ndarray, shape (n_completions,)
         In the order given.
+    truncation : Truncation
+        Which completions were cut, in the order given.
     """
 
     order: NDArray[np.int64]
     reward: Floats
+    truncation: Truncation

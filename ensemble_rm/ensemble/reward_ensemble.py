@@ -294,7 +294,9 @@ class RewardEnsemble:
             raise OptionError(f"{len(subsets)} subsets for {len(prompts)} pairs")
         sides = list(zip(first, second, strict=True))
         scores = self.score(grouped_samples(prompts, sides, references), progress=progress)
-        return compare_scored(calibration, scores.reward, scores.members, subsets=subsets)
+        return compare_scored(
+            calibration, scores.reward, scores.members, scores.truncation, subsets=subsets
+        )
 
     def rank(
         self,
@@ -322,10 +324,15 @@ class RewardEnsemble:
             One per prompt.
         """
         samples = grouped_samples(prompts, completions, references)
-        reward = self.score(samples, progress=progress).reward
-        ends = np.cumsum([len(texts) for texts in completions])[:-1]
-        parts = np.split(reward, ends) if len(completions) else []
-        return [Ranking(np.argsort(-part, kind="stable"), part) for part in parts]
+        scores = self.score(samples, progress=progress)
+        ends = np.cumsum([len(texts) for texts in completions]).tolist()
+        parts = [
+            scores[end - len(texts) : end] for end, texts in zip(ends, completions, strict=True)
+        ]
+        return [
+            Ranking(np.argsort(-part.reward, kind="stable"), part.reward, part.truncation)
+            for part in parts
+        ]
 
     # Calibration -------------------------------------------------------------------------------
 

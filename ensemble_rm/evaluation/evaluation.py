@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.aggregation.aggregator import Aggregator, make_aggregator
+from ensemble_rm.aggregation.rule import RULES
 from ensemble_rm.aggregation.rules.cvar import cvar
 from ensemble_rm.aggregation.rules.entropic import entropic
 from ensemble_rm.aggregation.rules.lcb import lcb
@@ -56,12 +57,26 @@ from ensemble_rm.uncertainty.disagreement import (
 def default_aggregators(like: Aggregator | None = None) -> tuple[Aggregator, ...]:
     """Return the aggregators that an evaluation compares by default.
 
+    Registered rules without a coefficient are among them; those with one have no default value of
+    it, so they are compared where they are given.
+
     Parameters
     ----------
     like : Aggregator, optional
         They take its policy for missing members and its member weights.
     """
-    every = (mean(), minimum(), lcb(1.0), uwo(0.5), entropic(1.0), median(), cvar(0.5))
+    every: tuple[Aggregator, ...] = (
+        mean(),
+        minimum(),
+        lcb(1.0),
+        uwo(0.5),
+        entropic(1.0),
+        median(),
+        cvar(0.5),
+    )
+    known = {a.name for a in every}
+    plain = (rule.name for rule in RULES.values() if not rule.coefficients)
+    every += tuple(make_aggregator(name) for name in plain if name not in known)
     if like is None:
         return every
     return tuple(like.with_rule(a.name, **dict(a.parameters)) for a in every)

@@ -421,7 +421,9 @@ class RequestContext:
         if infinite.any():
             cause = NonFiniteScoreError("the margin of a pair is too large for a float")
             raise SampleError(2 * int(np.argmax(infinite)), cause)
-        return compare_scored(calibration, scores.reward, scores.members, subsets=subsets)
+        return compare_scored(
+            calibration, scores.reward, scores.members, scores.truncation, subsets=subsets
+        )
 
 
 # Limits -------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class TrainingRequest:
     )
     cache_dir: str | Path | None = field(
         default=DEFAULT_CACHE,
-        metadata={"help": "folder of cached features and token states; None caches nothing"},
+        metadata={"help": "folder of cached features and token states; none caches nothing"},
     )
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,10 @@ def test_a_dry_run_makes_nothing(
     assert main(arguments) == 0
     found = said(capsys)
     assert found["dry_run"] and found["tokens"] > 0 and len(found["recipe"]["views"]) == 2
+    assert main([argument for argument in arguments if argument != "--json"]) == 0
+    text = capsys.readouterr().out
+    assert f"{found['tokens']:,}" in text and f"{found['members']} of kind" in text
+    assert not set("{}[]") & set(text) and "None" not in text
     assert not (tmp_path / "never").exists()
 
 
@@ -145,6 +150,9 @@ def test_calibrate_evaluate_compare_score(
     assert main(["compare", str(out), f"--data={pairs}"]) == 0
     verdict = said(capsys)
     assert 0 < verdict["probability"] < 1 and verdict["epistemic"] >= 0
+    pairs.write_text(json.dumps({"prompt": "Hi", "first": "Hello! " * 3000, "second": "x"}) + "\n")
+    assert main(["compare", str(out), f"--data={pairs}"]) == 0
+    assert re.search(r"^cut: +\d prompts?, 1 completion$", capsys.readouterr().err, re.MULTILINE)
 
     samples = tmp_path / "samples.jsonl"
     texts = ["Hello!", "x", "Good day to you."]
@@ -188,6 +196,10 @@ def test_rank_is_the_order_of_the_scores(
         assert line["completions"] == [completion for completion, _ in best_first]
         assert line["rewards"] == pytest.approx([reward for _, reward in best_first], abs=1e-6)
         assert [group[i][0] for i in line["positions"]] == line["completions"]
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "Hi", "completion": "Hello! " * 3000}) + "\n")
+    assert main(["rank", run, f"--data={long}"]) == 0
+    assert re.search(r"^cut: +\d prompts?, 1 completion$", capsys.readouterr().err, re.MULTILINE)
     out = tmp_path / "best.jsonl"
     assert main(["rank", run, f"--data={samples}", "--top=1", f"--out={out}", "--json"]) == 0
     assert said(capsys)["prompts"] == 2

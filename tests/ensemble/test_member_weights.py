@@ -19,7 +19,7 @@ from ensemble_rm.errors import AggregatorMismatchError, OptionError
 from ensemble_rm.members import HeadScorer
 from ensemble_rm.recalibration import RecalibrationOptions
 from ensemble_rm.rl.templates import render
-from ensemble_rm.server.wire.native import LCB, read_aggregator
+from ensemble_rm.server.wire.native import AggregatorChoice, read_aggregator
 from tests.support.recalibration_runs import Loader, judged, stored, write_run
 
 NOW = datetime(2026, 7, 10, tzinfo=UTC)
@@ -134,7 +134,7 @@ def test_a_recalibration_keeps_the_weights(tmp_path: Path) -> None:
 
 def test_a_request_for_another_rule_keeps_the_weights() -> None:
     own = make_aggregator("mean", nan="omit", weights=WEIGHTS).bind(("rule", "judge"))
-    asked = read_aggregator(LCB(name="lcb", kappa=2.0), own)
+    asked = read_aggregator(AggregatorChoice("lcb", {"kappa": 2.0}), own)
     assert asked == make_aggregator("lcb", kappa=2.0, nan="omit", weights=WEIGHTS)
     assert asked is not None and asked([[1.0, 5.0]]).shape == (1,)
 

@@ -156,6 +156,22 @@ def test_a_rank_is_the_order_of_the_rewards(ensemble: RewardEnsemble) -> None:
     assert ensemble.rank([], []) == []
 
 
+def test_comparisons_and_ranks_say_which_completions_were_cut(ensemble: RewardEnsemble) -> None:
+    long = "a long answer " * 2000
+    first, second = ["a", long, "b"], ["c", "d", long]
+    prompts = ["Hi", "Bye", "Hi"]
+    pairs = zip(prompts, first, second, strict=True)
+    samples = [Sample(prompt, text) for prompt, *texts in pairs for text in texts]
+    cut = ensemble.score(samples).truncation
+    assert cut.completions.tolist() == [False, False, True, False, False, True]
+    compared = ensemble.compare(prompts, first, second).truncation
+    assert compared.completions.tolist() == cut.completions.tolist()
+    assert compared.prompts.tolist() == cut.prompts.tolist()
+    ranked = ensemble.rank(["Hi", "Bye"], [["a", long, "b"], ["c", "d"]])
+    by_prompt = [ranking.truncation.completions.tolist() for ranking in ranked]
+    assert by_prompt == [[False, True, False], [False, False]]
+
+
 def test_a_round_trip_gives_identical_scores(
     ensemble: RewardEnsemble, parts: tuple[Preferences, ...], tmp_path: Path, minilm_folder: Path
 ) -> None:

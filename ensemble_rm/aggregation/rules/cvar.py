@@ -21,6 +21,7 @@ ALPHA = Coefficient(
     "a number in (0, 1]",
     lambda value: 0 < value <= 1,
     "α of cvar: share of the lowest members",
+    (("exclusiveMinimum", 0), ("maximum", 1)),
 )
 RULE = Rule("cvar", _formula, (ALPHA,))
 

@@ -24,6 +24,7 @@ BETA = Coefficient(
     "a finite number > 0",
     lambda value: value > 0,
     "β of entropic: low is near the minimum, high near the mean",
+    (("exclusiveMinimum", 0),),
 )
 RULE = Rule("entropic", _formula, (BETA,))
 

@@ -21,6 +21,7 @@ KAPPA = Coefficient(
     "a finite number ≥ 0",
     lambda value: value >= 0,
     "κ of lcb: weight of the standard deviation",
+    (("minimum", 0),),
 )
 RULE = Rule("lcb", _formula, (KAPPA,), spread=True)
 

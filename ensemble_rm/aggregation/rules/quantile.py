@@ -23,7 +23,13 @@ def weighted_quantile(scores: SortedScores, q: float) -> Floats:
     return scores.mean_between(start, start + width)
 
 
-Q = Coefficient("q", "a number in [0, 1]", lambda value: 0 <= value <= 1, "quantile of the members")
+Q = Coefficient(
+    "q",
+    "a number in [0, 1]",
+    lambda value: 0 <= value <= 1,
+    "quantile of the members",
+    (("minimum", 0), ("maximum", 1)),
+)
 RULE = Rule("quantile", weighted_quantile, (Q,))
 
 

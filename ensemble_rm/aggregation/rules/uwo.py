@@ -15,7 +15,11 @@ def _formula(scores: SortedScores, lam: float) -> Floats:
 
 
 LAM = Coefficient(
-    "lam", "a finite number ≥ 0", lambda value: value >= 0, "λ of uwo: weight of the variance"
+    "lam",
+    "a finite number ≥ 0",
+    lambda value: value >= 0,
+    "λ of uwo: weight of the variance",
+    (("minimum", 0),),
 )
 RULE = Rule("uwo", _formula, (LAM,), spread=True)
 

@@ -142,7 +142,7 @@ class FineTuningRecipe(Recipe):
     # Noise on the two sides of a pair is noise on its margin: off, as in TRL.
     dropout: float | None = field(
         default=0.0,
-        metadata={"help": "dropout of the model's layers, attention included; None keeps its own"},
+        metadata={"help": "dropout of the model's layers, attention included; none keeps its own"},
     )
 
     def _rules(self) -> Rules:

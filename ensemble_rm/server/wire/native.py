@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError, core_schema
 
 from ensemble_rm.aggregation.aggregator import Aggregator
+from ensemble_rm.aggregation.rule import RULES, Rule
 from ensemble_rm.arrays import Floats, finite_or_none
 from ensemble_rm.data.samples import Message, Prompt, Sample
-from ensemble_rm.errors import EnsembleRMError, UnprocessableError
+from ensemble_rm.errors import EnsembleRMError, OptionError, UnprocessableError
 from ensemble_rm.server.failures import SampleError, describe_error
 from ensemble_rm.server.wire.format import Route, WireFormat
 from ensemble_rm.uncertainty.disagreement import member_std
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from ensemble_rm.server.service import RequestContext
 
 _MOST_FIELDS = 32
+_LARGEST = 1e6  # size of a coefficient: a larger one could overflow an aggregate of usual scores
 
 
 class Body(BaseModel):
@@ -65,58 +68,79 @@ class ScoredSample(Body):
     )
 
 
-Strength = Annotated[FiniteFloat, Field(ge=0, le=1e6)]  # bounded against overflow
+@dataclass(frozen=True)
+class AggregatorChoice:
+    """A registered aggregation rule and its coefficients, as a request names them.
+
+    Attributes
+    ----------
+    name : str
+    coefficients : mapping of str to float
+    """
+
+    name: str
+    coefficients: Mapping[str, float]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, _handler: Any) -> core_schema.CoreSchema:
+        """Return how pydantic reads it: by the registry, which may grow after the import."""
+        return core_schema.no_info_plain_validator_function(_read_choice)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _schema: Any, _handler: Any) -> dict[str, Any]:
+        """Return the description: one alternative per rule, each with its own constant name."""
+        choices = [_describe_rule(rule) for rule in RULES.values()]
+        return {"oneOf": choices, "discriminator": {"propertyName": "name"}}
 
 
-class PlainAggregator(Body):
-    """An aggregator without a coefficient."""
-
-    name: Literal["mean", "minimum", "median"]
-
-
-class UWO(Body):
-    """Mean minus λ times the members' variance."""
-
-    name: Literal["uwo"]
-    lam: Strength
-
-
-class LCB(Body):
-    """Mean minus κ times the members' standard deviation."""
-
-    name: Literal["lcb"]
-    kappa: Strength
+def _describe_rule(rule: Rule) -> dict[str, Any]:
+    coefficients = {
+        each.name: {"type": "number", "minimum": -_LARGEST, "maximum": _LARGEST}
+        | dict(each.bounds)
+        | {"description": f"{each.help or each.name}; {each.domain}"}
+        for each in rule.coefficients
+    }
+    return {
+        "title": rule.name,
+        "type": "object",
+        "properties": {"name": {"type": "string", "const": rule.name}, **coefficients},
+        "required": ["name", *coefficients],
+        "additionalProperties": False,
+    }
 
 
-class Entropic(Body):
-    """A soft minimum."""
-
-    name: Literal["entropic"]
-    beta: FiniteFloat = Field(gt=0)
-
-
-class Quantile(Body):
-    """A quantile of the members' scores."""
-
-    name: Literal["quantile"]
-    q: FiniteFloat = Field(ge=0, le=1)
-
-
-class CVaR(Body):
-    """Mean of the lowest share α of the scores."""
-
-    name: Literal["cvar"]
-    alpha: FiniteFloat = Field(gt=0, le=1)
-
-
-AggregatorChoice: TypeAlias = PlainAggregator | UWO | LCB | Entropic | Quantile | CVaR
+def _read_choice(value: object) -> AggregatorChoice:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("aggregator", "must be an object with a name")
+    name = value.get("name")
+    rule = RULES.get(name) if isinstance(name, str) else None
+    if rule is None:
+        raise PydanticCustomError("aggregator", "unknown name")
+    given = {}
+    for each in rule.coefficients:
+        wrong = PydanticCustomError(
+            "aggregator",
+            "{name} must be {domain}, at most {largest} in size",
+            {"name": each.name, "domain": each.domain, "largest": f"{_LARGEST:g}"},
+        )
+        number = value.get(each.name)
+        # Compared before it becomes a float: a whole number of JSON may be too large for one.
+        if not isinstance(number, int | float) or not abs(number) <= _LARGEST:
+            raise wrong
+        try:
+            given[each.name] = each.check(rule.name, number)
+        except OptionError:  # its message quotes the value
+            raise wrong from None
+    if len(value) > 1 + len(given):
+        raise PydanticCustomError("aggregator", "unknown field")
+    return AggregatorChoice(rule.name, given)
 
 
 class ScoreRequest(Body):
     """Samples to score."""
 
     samples: list[ScoredSample] = Field(min_length=1, fail_fast=True)
-    aggregator: Annotated[AggregatorChoice, Field(discriminator="name")] | None = Field(
+    aggregator: AggregatorChoice | None = Field(
         None,
         description="aggregator for this request, in normalised units (default: the ensemble's)",
     )
@@ -240,8 +264,7 @@ def read_aggregator(choice: AggregatorChoice | None, own: Aggregator) -> Aggrega
     """Return the aggregator that a request chooses, with the weights and NaN policy of `own`."""
     if choice is None:
         return None
-    given = choice.model_dump(exclude={"name"})
-    return own.with_rule(choice.name, **given)
+    return own.with_rule(choice.name, **choice.coefficients)
 
 
 def aggregate_again(
