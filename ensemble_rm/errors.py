@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class EnsembleRMError(Exception):
@@ -20,6 +21,10 @@ class EnsembleRMError(Exception):
 
 class OptionError(EnsembleRMError, ValueError):
     """An option has a value that cannot be used."""
+
+
+class RemoteNotAllowedError(OptionError):
+    """A saved ensemble has a member on a server that the caller has not allowed."""
 
 
 class MissingExtraError(EnsembleRMError, ImportError):
@@ -64,8 +69,12 @@ class ModelError(EnsembleRMError):
     """A model cannot be loaded or used."""
 
 
+class CustomCodeError(ModelError):
+    """A model needs custom code, which the caller has not allowed for it."""
+
+
 class TemplateError(ModelError):
-    """Prompt and completion cannot be separated in the rendered template."""
+    """The chat template refuses a sample, or hides where its completion begins."""
 
 
 class ScoringError(EnsembleRMError):
@@ -106,6 +115,10 @@ class SeparableError(CalibrationError):
 
 class NoPositiveTemperatureError(CalibrationError):
     """The margins contradict the judgments or are all 0: no finite positive T fits."""
+
+
+class ClockError(CalibrationError):
+    """The clock is far ahead of the last run and of the newest judgment."""
 
 
 class TrainingError(EnsembleRMError):
@@ -232,9 +245,47 @@ class StorageError(EnsembleRMError):
     """A saved directory or a cache cannot be read or written."""
 
 
+class SchemaError(StorageError):
+    """A saved JSON file has a value that does not belong there.
+
+    Attributes
+    ----------
+    problem : str
+        What is wrong with the value.
+    field : str
+        Where it is in the file, such as ``calibration.fit.temperature``; empty for all of it.
+    file : Path, optional
+        The file, where it is known.
+    """
+
+    def __init__(
+        self, problem: str, *, field: str = "", file: Path | None = None, remedy: str = ""
+    ) -> None:
+        place = ": ".join(str(part) for part in (file, field) if part)
+        message = f"{place}: {problem}" if place else problem
+        super().__init__(f"{message}; {remedy}" if remedy else message)
+        self.problem, self.field, self.file = problem, field, file
+
+
+class DigestMismatchError(StorageError, ModelError):
+    """A file is not the one that was saved: its digest differs."""
+
+
+class UnverifiedWarning(UserWarning):
+    """A saved ensemble has no digests of its files, so that changes to them go unnoticed."""
+
+
+class StoreIntegrityError(StorageError):
+    """A judgment store lost or changed judgments, or is not the store of the last run."""
+
+
 class LockedError(StorageError):
     """Another process is working on the folder."""
 
 
 class VersionError(StorageError):
     """A version does not exist, or may not be moved or replaced."""
+
+
+class UnknownVersionsError(VersionError):
+    """Folders of versions exist that ``current.json`` does not know."""

@@ -17,7 +17,17 @@ FLOORS = {
     room: floor
     for floor, rooms in enumerate(
         (
-            ("errors", "arrays", "field_help", "progress", "sqlite", "plotting", "text_table"),
+            (
+                "errors",
+                "arrays",
+                "field_help",
+                "file_modes",
+                "progress",
+                "sqlite",
+                "plotting",
+                "text_table",
+            ),
+            ("saved_json", "file_digests"),
             ("data",),
             ("aggregation",),
             ("metrics",),
@@ -277,6 +287,10 @@ def test_no_pickle_and_no_remote_code(module: Module) -> None:
         assert entry.target.split(".")[0] not in PICKLERS, f"{module.name}:{entry.line}"
     for call, name in calls(module):
         assert not is_constant(call, "trust_remote_code", True), module.at(call)
+        if name.startswith("Auto") and name.endswith((".from_pretrained", ".from_config")):
+            # Without it, transformers asks on standard input whether to run a model's code.
+            given = {keyword.arg for keyword in call.keywords}
+            assert "trust_remote_code" in given, f"{module.at(call)}: trust_remote_code"
         assert not is_constant(call, "allow_pickle", True), module.at(call)
         if name == "torch.load":
             assert is_constant(call, "weights_only", True), f"{module.at(call)}: weights_only"

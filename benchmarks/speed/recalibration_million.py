@@ -35,7 +35,7 @@ from ensemble_rm.calibration.calibration import fit_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.recalibration import RecalibrationOptions
-from ensemble_rm.versions.repository import digest_members
+from ensemble_rm.versions.integrity import digest_members
 
 BEGIN = datetime(2023, 1, 1, tzinfo=UTC)
 MONTHS = 40

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from ensemble_rm.aggregation.rule import SortedScores, find_rule
 from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
+from ensemble_rm.saved_json import at, from_row
 
 NanPolicy: TypeAlias = Literal["raise", "omit"]
 
@@ -279,24 +280,29 @@ class Aggregator:
 
     @classmethod
     def from_json(cls, d: Any) -> Aggregator:
-        """Read what `to_json` wrote; anything else raises `OptionError`."""
-        keys = {"name", "parameters", "nan", "min_members"}
-        weighted = keys | {"weights", "members"}
-        if (
-            not isinstance(d, Mapping)
-            or set(d) not in (keys, weighted)
-            or not isinstance(d["parameters"], Mapping)
-            or not isinstance(d.get("weights", {}), Mapping)
-        ):
-            raise OptionError(f"an aggregator is an object with {sorted(keys)}, not {d!r}")
-        return cls(
-            str(d["name"]),
-            tuple(d["parameters"].items()),
-            d["nan"],
-            d["min_members"],
-            tuple(d.get("weights", {}).items()),
-            tuple(map(str, d.get("members", ()))),
-        )
+        """Read what `to_json` wrote; anything else raises `SchemaError`."""
+        row = from_row(_AggregatorRow, d)
+        with at():
+            return cls(
+                row.name,
+                tuple(row.parameters.items()),
+                row.nan,
+                row.min_members,
+                tuple(row.weights.items()),
+                row.members,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _AggregatorRow:
+    """An aggregator as JSON: objects where `Aggregator` has pairs."""
+
+    name: str
+    parameters: Mapping[str, float]
+    nan: NanPolicy
+    min_members: int
+    weights: Mapping[str, float] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
 
 
 def _scaled_weights(weights: Any) -> tuple[tuple[str, float], ...]:

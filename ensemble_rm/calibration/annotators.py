@@ -36,6 +36,7 @@ from ensemble_rm.calibration.methods.temperature import (
     read_judgments,
 )
 from ensemble_rm.errors import OptionError
+from ensemble_rm.saved_json import from_row
 
 _REACH, _STEP = 5.0, 0.05  # grid of log T, around that of all judgments
 _SPREADS = (0.05, 3.0)  # range of τ; below it τ is 0
@@ -103,8 +104,8 @@ class Reliability:
 
     @classmethod
     def from_json(cls, d: Any) -> Reliability:
-        """Read what `to_json` wrote."""
-        return cls(**{**d, "annotators": tuple(AnnotatorFit(**fit) for fit in d["annotators"])})
+        """Read what `to_json` wrote, else `SchemaError`."""
+        return from_row(cls, d)
 
 
 def fit_reliability(

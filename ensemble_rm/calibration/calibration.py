@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -24,6 +25,7 @@ from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.calibration.slices import SliceFit, fit_slices
 from ensemble_rm.calibration.ties import TieModel, fit_ties
 from ensemble_rm.errors import AggregatorMismatchError, NotCalibratedError, OptionError
+from ensemble_rm.saved_json import at, from_row
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,15 @@ class Calibration:
         wanted = find_calibrator(self.method).curve
         if type(self.curve) is not (wanted or type(None)):
             raise OptionError(f"no calibration has method {self.method!r} and curve {self.curve}")
+        if not 0 < self.mixture_temperature < math.inf:
+            raise OptionError(
+                f"mixture_temperature must be finite and > 0, not {self.mixture_temperature!r}"
+            )
+        try:
+            # Empty where nobody stated it, as in a decision without a job.
+            datetime.fromisoformat(self.created or "1970-01-01")
+        except ValueError:
+            raise OptionError(f"created must be a time in ISO 8601, not {self.created!r}") from None
 
     @property
     def temperature(self) -> float:
@@ -140,23 +151,51 @@ class Calibration:
 
     @classmethod
     def from_json(cls, d: Any, *, evidence: ScoredPairs | None = None) -> Calibration:
-        """Read what `to_json` wrote; older files have no method, slices or tie model."""
-        tie_model, method = d.get("tie_model"), str(d.get("method", "temperature"))
-        curve = find_calibrator(method).read_curve(d.get("curve"))
-        return cls(
-            Aggregator.from_json(d["aggregator"]),
-            TemperatureFit(**d["fit"]),
-            float(d["mixture_temperature"]),
-            str(d["digest"]),
-            str(d["created"]),
-            method,
-            curve,
-            # Fields that older versions did not write have the values that those versions meant.
-            tuple(SliceFit.from_json(fit) for fit in d.get("slices", ())),
-            int(d.get("ties", 0)),
-            evidence,
-            None if tie_model is None else TieModel.from_json(tie_model),
-        )
+        """Read what `to_json` wrote; older files have no method, slices or tie model.
+
+        Raises
+        ------
+        SchemaError
+            If it is something else: a temperature that is not > 0, a time that is no time, …
+        """
+        row = from_row(_CalibrationRow, d)
+        with at("aggregator"):
+            aggregator = Aggregator.from_json(row.aggregator)
+        with at("method"):
+            calibrator = find_calibrator(row.method)
+        with at("curve"):
+            curve = calibrator.read_curve(row.curve)
+        with at():
+            return cls(
+                aggregator,
+                row.fit,
+                row.mixture_temperature,
+                row.digest,
+                row.created,
+                row.method,
+                curve,
+                row.slices,
+                row.ties,
+                evidence,
+                row.tie_model,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _CalibrationRow:
+    """A calibration as JSON."""
+
+    aggregator: Mapping[str, Any]
+    fit: TemperatureFit
+    mixture_temperature: float
+    digest: str
+    created: str
+    method: str = "temperature"
+    curve: Mapping[str, Any] | None = None
+    slices: tuple[SliceFit, ...] = ()
+    ties: int = 0
+    tie_model: TieModel | None = None
+    subset_names: tuple[str, ...] = ()  # of the evidence, which is stored separately
 
 
 def fit_calibration(

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ensemble_rm.arrays import Floats
-from ensemble_rm.errors import OptionError
+from ensemble_rm.errors import OptionError, SchemaError
+from ensemble_rm.saved_json import as_object, from_row
 
 
 class Curve(ABC):
@@ -53,14 +54,14 @@ class Curve(ABC):
 
         Raises
         ------
-        OptionError
-            If it is a curve of another shape.
+        SchemaError
+            If it is a curve of another shape, or its numbers make no curve.
         """
-        values = dict(d)
-        # The shape's name guards against the file of another method.
-        if values.pop("shape", None) != cls.shape:
-            raise OptionError(f"expected a curve of shape {cls.shape!r}, not {d!r}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values = as_object(d)
+        shape = values.pop("shape", None)
+        if shape != cls.shape:
+            raise SchemaError(f"must be {cls.shape!r}, not {shape!r:.80}", field="shape")
+        return from_row(cls, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +132,12 @@ class Calibrator:
 
         Raises
         ------
-        OptionError
+        SchemaError
             If a curve is missing, or not of the shape that this method fits.
         """
         if (self.curve is None) != (d is None):
-            raise OptionError(f"a calibration by method {self.name!r} cannot have the curve {d!r}")
+            wrong = "a curve" if d is not None else "no curve"
+            raise SchemaError(f"a calibration by method {self.name!r} cannot have {wrong}")
         return None if self.curve is None else self.curve.from_json(d)
 
     def count_ties(self, curve: Curve | None, margins: ArrayLike) -> int:

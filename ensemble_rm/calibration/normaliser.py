@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from ensemble_rm.aggregation.aggregator import NanPolicy, score_matrix
 from ensemble_rm.arrays import Floats
 from ensemble_rm.errors import BaselineError, NonFiniteScoreError, OptionError
+from ensemble_rm.saved_json import from_row
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ class Normaliser:
 
     @classmethod
     def from_json(cls, d: Any) -> Normaliser:
-        """Read what `to_json` wrote; older files have no baseline."""
-        offset, scale = (tuple(map(float, d[name])) for name in ("offset", "scale"))
-        return cls(offset, scale, bool(d.get("baseline", False)))
+        """Read what `to_json` wrote, else `SchemaError`; older files have no baseline."""
+        return from_row(cls, d)
 
 
 def _above(matrix: Floats, baseline: ArrayLike | None) -> Floats:

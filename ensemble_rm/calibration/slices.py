@@ -23,6 +23,7 @@ from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.methods.temperature import TemperatureFit, fit_temperature
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
+from ensemble_rm.saved_json import from_row
 
 MIN_SLICE_JUDGMENTS = 20
 MIN_SLICE_PROMPTS = 10  # fewer clusters make a robust standard error meaningless
@@ -52,17 +53,21 @@ class SliceFit:
     share: float
     refusal: str = ""
 
+    def __post_init__(self) -> None:
+        if not (0 < self.temperature < math.inf and 0 <= self.share <= 1):
+            raise OptionError(
+                f"slice {self.name!r} cannot have temperature={self.temperature!r} and "
+                f"share={self.share!r}"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that `from_json` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, d: Any) -> SliceFit:
-        """Read what `to_json` wrote."""
-        own = None if d["own"] is None else TemperatureFit(**d["own"])
-        return cls(
-            str(d["name"]), float(d["temperature"]), own, float(d["share"]), str(d["refusal"])
-        )
+        """Read what `to_json` wrote, else `SchemaError`."""
+        return from_row(cls, d)
 
 
 def fit_slices(

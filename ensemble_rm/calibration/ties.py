@@ -35,6 +35,7 @@ from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.calibration.methods.temperature import add_up, read_judgments, require_pull
 from ensemble_rm.errors import CalibrationError, OptionError, SeparableError
+from ensemble_rm.saved_json import from_row
 
 TIE_MODELS: tuple[str, ...] = ("davidson", "rao-kupper")
 """Every tie model's name."""
@@ -109,8 +110,8 @@ class TieModel:
 
     @classmethod
     def from_json(cls, d: Any) -> TieModel:
-        """Read what `to_json` wrote."""
-        return cls(**d)
+        """Read what `to_json` wrote, else `SchemaError`."""
+        return from_row(cls, d)
 
 
 def _known(model: str) -> str:

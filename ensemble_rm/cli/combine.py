@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ensemble_rm.cli.command import Command
-from ensemble_rm.cli.common import AggregatorOptions, Loading, aggregator_options, read_pairs
+from ensemble_rm.cli.common import (
+    AggregatorOptions,
+    Trust,
+    aggregator_options,
+    read_pairs,
+)
 from ensemble_rm.cli.options import nested, option
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.options import TrunkOptions
 
 if TYPE_CHECKING:
     from ensemble_rm.cli.console import Console
-    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class Combine(Command):
     max_loaded_models: int | None = option(
         "maximum number of models in memory at once", default=None, metavar="N", shown="all"
     )
+    trust: Trust = nested(Trust, panel="Trust")
     text: TrunkOptions = nested(TrunkOptions, panel="Text")
     aggregator: AggregatorOptions = aggregator_options()
 
@@ -57,12 +62,13 @@ class Combine(Command):
 
         with console.progress() as progress:
             ensemble = combine(
-                {name: _opened(member, self.text.device) for name, member in members.items()},
+                members,
                 pairs,
                 aggregator=aggregator,
                 options=self.text,
                 baseline=self.baseline,
                 max_loaded_models=self.max_loaded_models,
+                **self.trust.arguments(),
                 progress=progress,
             )
         ensemble.save_pretrained(self.out)
@@ -73,15 +79,6 @@ class Combine(Command):
         )
         console.save(self.out)
         console.next(f"ensemble-rm calibrate {self.out} --data JUDGMENTS.jsonl")
-
-
-def _opened(member: str, device: str | None) -> RewardEnsemble | str:
-    """Return a saved ensemble with its members' tokens; a model's name as it is."""
-    from ensemble_rm.ensemble.storage import FILE
-
-    if not (Path(member).expanduser() / FILE).exists():
-        return member
-    return Loading(device=device).open(Path(member))
 
 
 def _members(given: Sequence[str]) -> dict[str, str]:

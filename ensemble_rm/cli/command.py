@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 import typer
 
 from ensemble_rm.cli.options import Leaf, build, element_type, leaves, read_config
+from ensemble_rm.errors import OptionError
 
 if TYPE_CHECKING:
     from ensemble_rm.cli.console import Console
@@ -54,6 +55,8 @@ def typer_command(name: str, kind: type[Command], epilog: str) -> Any:
         as_json = bool(given.pop("json"))
         values = {} if path is None else read_config(Path(path))
         for leaf in options:
+            if not leaf.metadata.get("from_file", True) and _has(values, leaf.path):
+                raise OptionError(f"--config {path}: {leaf.flag} is for the command line alone")
             # The command line wins over the file; an option that is not given leaves the file's.
             if (value := given["__".join(leaf.path)]) is not None:
                 _put(values, leaf.path, value)
@@ -77,6 +80,14 @@ def typer_command(name: str, kind: type[Command], epilog: str) -> Any:
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     app.command(last, help=_escaped(text), epilog=_escaped(epilog))(read)
     return typer.main.get_command(app)
+
+
+def _has(values: Any, path: tuple[str, ...]) -> bool:
+    for name in path:
+        if not isinstance(values, Mapping) or name not in values:
+            return False
+        values = values[name]
+    return True
 
 
 def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

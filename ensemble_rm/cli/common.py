@@ -27,8 +27,44 @@ _MAKE = ("ensemble_rm.aggregation.aggregator", "make_aggregator")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading:
-    """Options that load a saved ensemble: backbone, device, models in memory."""
+class Trust:
+    """What a saved ensemble may do: run custom code, send samples and tokens to servers."""
+
+    allow_remote: tuple[str, ...] = option(
+        "server that members may be on; repeated",
+        default=(),
+        metavar="[SCHEME://]HOST[:PORT]",
+        shown="none",
+    )
+    token: Mapping[str, str] | None = option(
+        "environment variable with the bearer token of a server; repeated",
+        default=None,
+        metavar="HOST=ENV",
+        shown="ENSEMBLE_RM_TOKEN_<HOST>",
+    )
+    # A file of options may come with a stranger's ensemble.
+    trust_remote_code: tuple[str, ...] = option(
+        "model whose custom code may run, with the digest of that code; repeated",
+        default=(),
+        metavar="MODEL@DIGEST",
+        shown="none",
+        from_file=False,
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `RewardEnsemble.from_pretrained`, tokens included."""
+        from ensemble_rm.cli.tokens import read_tokens
+
+        return {
+            "allow_remote": self.allow_remote,
+            "tokens": read_tokens(self.token or {}, self.allow_remote),
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(Trust):
+    """Options that load a saved ensemble: backbone, device, models in memory, trust."""
 
     backbone: str | None = option(
         "current location of the backbone", default=None, metavar="NAME", shown="as saved"
@@ -42,20 +78,24 @@ class Loading:
         metavar="N",
         shown="all",
     )
+    verify: Literal["full", "stat"] = option(
+        "how saved files are compared with their digests: every file is hashed, or small ones "
+        "only, and the others by their size",
+        default="full",
+    )
 
     def open(self, folder: Path, *, version: int | None = None) -> RewardEnsemble:
         """Load a saved ensemble; members on other servers get their tokens."""
-        from ensemble_rm.cli.tokens import with_tokens
         from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 
-        return with_tokens(
-            RewardEnsemble.from_pretrained(
-                folder,
-                version=version,
-                backbone=self.backbone,
-                device=self.device,
-                max_loaded_models=self.max_loaded_models,
-            )
+        return RewardEnsemble.from_pretrained(
+            folder,
+            version=version,
+            backbone=self.backbone,
+            device=self.device,
+            max_loaded_models=self.max_loaded_models,
+            verify=self.verify,
+            **self.arguments(),
         )
 
 

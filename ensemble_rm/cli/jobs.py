@@ -36,6 +36,8 @@ class Job(Command):
         """Open the store and a progress callback."""
         from ensemble_rm.judgments.store import JudgmentStore
 
+        # Once for writing, which migrates a store of an earlier release.
+        JudgmentStore.open(self.judgments).close()
         store = JudgmentStore.open(self.judgments, read_only=True)
         with store, console.progress() as progress:
             yield store, progress

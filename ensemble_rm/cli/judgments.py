@@ -1,24 +1,27 @@
-"""``ensemble-rm judgments``: import, export, report, backup."""
+"""``ensemble-rm judgments``: import, export, report, backup, repair, retract, erase."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ensemble_rm.cli.command import Command
-from ensemble_rm.cli.common import STORE, check_can_write, write_jsonl
+from ensemble_rm.cli.common import RUN, STORE, check_can_write, write_jsonl
 from ensemble_rm.cli.options import argument, nested, option
 from ensemble_rm.cli.signatures import default_of
-from ensemble_rm.errors import OptionError
+from ensemble_rm.errors import DataError, OptionError
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.imports.formats import FORMATS, ImportOptions
+from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 
 if TYPE_CHECKING:
     from ensemble_rm.cli.console import Console
+    from ensemble_rm.evidence.erasure import Erasure
     from ensemble_rm.judgments.agreement import AgreementReport
     from ensemble_rm.judgments.imports.formats import Imported
     from ensemble_rm.judgments.store import JudgmentStore
@@ -179,15 +182,16 @@ class Report(Command):
 class Backup(Command):
     """Copy a SQLite store to a new file while other processes use it.
 
-    The copy is a consistent snapshot, and is checked before it is renamed to its final name. Back
-    up a PostgreSQL store with pg_dump.
+    The copy is a consistent snapshot, and every judgment, text and batch in it is checked before it
+    gets its final name. Copying the file itself loses what is in its log. Back up a PostgreSQL
+    store with pg_dump.
     """
 
     store: str = argument(STORE)
-    out: Path = option("new file for the copy", metavar="FILE")
+    out: Path = argument("new file for the copy", metavar="OUT")
 
     example: ClassVar[str] = (
-        "  ensemble-rm judgments backup judgments.db --out backups/judgments-2026-11-30.db"
+        "  ensemble-rm judgments backup judgments.db backups/judgments-2026-11-30.db"
     )
 
     def run(self, console: Console) -> None:
@@ -202,6 +206,127 @@ class Backup(Command):
         console.result(data, f"{count} judgments in {self.out}, digest {digest}")
         console.save(self.out, config=False)
         console.next(f"ensemble-rm judgments report {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair(Command):
+    """Migrate a store of an earlier release, check all of it, and restore missing triggers.
+
+    Triggers in the database keep judgments from being changed. Without them a store is not opened.
+    Judgments are not repaired: exit code 15 if some were lost or changed.
+    """
+
+    store: str = argument(STORE)
+
+    example: ClassVar[str] = "  ensemble-rm judgments repair judgments.db"
+
+    def run(self, console: Console) -> None:
+        """Check and repair the store."""
+        from ensemble_rm.judgments.checking import repair_store
+
+        with console.progress() as progress:
+            checked = repair_store(self.store, progress=progress)
+        text = (
+            f"{checked.judgments} judgments in {checked.batches} batches and {checked.texts} texts "
+            f"are unchanged; head {checked.head}"
+        )
+        console.result(asdict(checked), text)
+        console.next(f"ensemble-rm judgments report {self.store}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retract(Command):
+    """Take judgments back, without another verdict in their place.
+
+    Each retraction is a judgment of its own that corrects the old one. The history keeps both.
+    """
+
+    store: str = argument(STORE)
+    ids: tuple[str, ...] = argument("id of a judgment; repeatable", metavar="ID...")
+    at: datetime | None = option(
+        "time of the retraction", default=None, metavar="TIME", shown="now"
+    )
+
+    example: ClassVar[str] = (
+        "  ensemble-rm judgments retract judgments.db 3f2a9c0d41b75e6688aa10c9d2e4f701"
+    )
+
+    def run(self, console: Console) -> None:
+        """Add the retractions."""
+        from ensemble_rm.judgments.store import JudgmentStore
+
+        at = self.at or datetime.now(UTC)
+        with JudgmentStore.open(self.store) as store:
+            ids = set(self.ids)
+            rows = store.find(ids)
+            if missing := sorted(ids - set(rows)):
+                raise DataError(f"{store.name} has no judgment {', '.join(missing)}; check the ids")
+            added = store.add([row.retracted(judged_at=at) for row in rows.values()]).added
+            data = {"retracted": added, "judgments": store.count()}
+        console.result(data, f"{added} retracted; {data['judgments']} judgments count")
+        console.next(f"ensemble-rm judgments report {self.store}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erase(Command):
+    """Erase the texts of judgments, and what was derived from them, for good.
+
+    Without --yes nothing is erased, and what would be is listed. Digests, verdicts and the chain
+    stay, so that the store can still be checked. Texts that other judgments share are erased with
+    those judgments, unless --keep-shared. The versions that were trained on the judgments are
+    listed and not changed. Backups and the database server's own logs are yours to erase.
+    """
+
+    store: str = argument(STORE)
+    ids: tuple[str, ...] = argument("id of a judgment; repeatable", metavar="ID...")
+    runs: tuple[Path, ...] = option(
+        f"{RUN}; repeatable", default=(), flag="run", metavar="RUN", shown="none"
+    )
+    caches: tuple[Path, ...] = option(
+        "folder of cached features and scores; repeatable",
+        default=(DEFAULT_CACHE,),
+        flag="cache-dir",
+        metavar="DIR",
+        shown=str(DEFAULT_CACHE),
+    )
+    keep_shared: bool = option("keep texts that other judgments use", default=False)
+    yes: bool = option("erase, instead of listing what would be erased", default=False)
+
+    example: ClassVar[str] = (
+        "  ensemble-rm judgments erase judgments.db 3f2a9c0d41b75e6688aa10c9d2e4f701 --run runs/hh"
+    )
+
+    def run(self, console: Console) -> None:
+        """Erase the judgments."""
+        from ensemble_rm.evidence.erasure import erase_judgments
+        from ensemble_rm.judgments.store import JudgmentStore
+
+        with JudgmentStore.open(self.store) as store:
+            erased = erase_judgments(
+                store,
+                self.ids,
+                runs=self.runs,
+                caches=self.caches,
+                keep_shared=self.keep_shared,
+                dry_run=not self.yes,
+            )
+        console.result(asdict(erased), "\n".join(_erasure_lines(erased)))
+        if erased.dry_run:
+            console.note("nothing was erased; repeat the command with --yes")
+
+
+def _erasure_lines(erased: Erasure) -> Iterator[str]:
+    would = "would be erased" if erased.dry_run else "erased"
+    yield (
+        f"{len(erased.judgments)} judgments with {erased.texts} texts {would}, "
+        f"{len(erased.shared)} of them because they share a text"
+    )
+    yield from (f"  {id_}" for id_ in erased.judgments)
+    yield f"scores of {erased.scores} pairs, and {len(erased.files)} cache files"
+    yield from (f"  {path}" for path in erased.files)
+    for entry in erased.versions:
+        perhaps = "" if entry.certain else "perhaps "
+        yield f"{perhaps}trained on them: {entry.kind} {entry.version} of {entry.run}"
 
 
 def _report_lines(report: AgreementReport) -> Iterator[str]:

@@ -61,6 +61,9 @@ GROUPS: dict[str, dict[str, str]] = {
         "export": "write judgments as JSONL or as a data set",
         "report": "report annotator agreement, ties and position bias",
         "backup": "copy a store while it is in use",
+        "repair": "migrate and check a store, and restore missing triggers",
+        "retract": "take judgments back",
+        "erase": "erase judgments' texts and what was derived from them",
     },
     "versions": {
         "list": "list the versions and mark the current one",
@@ -68,6 +71,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "rollback": "go back to an earlier version",
         "pin": "make a version current and keep jobs from changing it",
         "unpin": "let jobs publish again",
+        "withdraw-run": "take a job's run out of account",
         "repair": "remove leftovers of killed jobs",
     },
 }
@@ -81,7 +85,8 @@ RENAMED = {
 }
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {
     "drift": {"--looks": "--checks"},
-    "remote": {"--self-test": "--raw-logit-check"},
+    "remote": {"--self-test": "--raw-logit-check", "--token-env": "--token HOST=ENV"},
+    "route": {"--token-env": "--token HOST=ENV"},
     "serve": {"--window-ms": "--window-seconds, in seconds"},
 }
 
@@ -99,13 +104,18 @@ exit codes:
 11   a job has too few judgments
 12   a job found drift that recalibration does not fix
 13   another job is running on the folder
+14   saved files changed, or versions exist that the pointer does not know
+15   a judgment store lost or changed judgments
 130  interrupted"""
 
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.DataError, 3),
+    (errors.DigestMismatchError, 14),
     (errors.ModelError, 4),
     # The first match counts, so a subclass stands before its base.
     (errors.LockedError, 13),
+    (errors.UnknownVersionsError, 14),
+    (errors.StoreIntegrityError, 15),
     (errors.StorageError, 4),
     (errors.MissingExtraError, 4),
     (errors.CalibrationError, 5),

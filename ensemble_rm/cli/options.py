@@ -38,7 +38,8 @@ def option(help: str, *, default: Any = MISSING, **metadata: Any) -> Any:  # noq
     **metadata
         ``flag``: the option's name where it is not the field's; ``metavar``; ``panel``: heading in
         the help; ``choices``: the allowed texts; ``shown``: the default in words, where its value
-        is not helpful; ``parse``: callable from text to value; ``argument``: positional.
+        is not helpful; ``parse``: callable from text to value; ``argument``: positional;
+        ``from_file``: False where a file of ``--config`` may not set it.
     """
     return dataclasses.field(default=default, metadata={"help": help} | metadata)
 
@@ -325,7 +326,7 @@ def _scalar(kind: Any, value: Any) -> Any:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{text!r} is not JSON ({error})") from None
 
 
@@ -379,6 +380,8 @@ def settings(config: Any) -> dict[str, Any]:
     """Return a command's options as `build` reads them back: nested, of YAML's and JSON's types."""
     result: dict[str, Any] = {}
     for leaf in leaves(type(config)):
+        if not leaf.metadata.get("from_file", True):
+            continue
         values, value = result, config
         for name in leaf.path[:-1]:
             value = getattr(value, name)
@@ -413,7 +416,7 @@ def read_config(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--config {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise OptionError(f"--config {path} is not valid YAML or JSON: {error}") from None
     if not isinstance(values, dict):
         raise OptionError(f"--config {path} must hold a mapping of settings")

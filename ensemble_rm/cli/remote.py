@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -11,6 +12,7 @@ from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.options import argument, nested, option
 from ensemble_rm.cli.signatures import default_of
 from ensemble_rm.errors import OptionError, RemoteActivationError
+from ensemble_rm.members.remote.address import check_url, origin_of
 from ensemble_rm.members.remote.client import ClientOptions
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from ensemble_rm.members.remote.scorer import RemoteScorer
 
 _INIT = ("ensemble_rm.members.remote.scorer", "RemoteScorer.__init__")
-TOKEN_ENV = "name of the environment variable that holds the bearer token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class Remote(Command):
 
     A few probes are sent first, to detect scores that went through a sigmoid or a softmax. The
     result is an ensemble of that one member, in its own units; `ensemble-rm combine` joins it with
-    others, and `ensemble-rm calibrate` calibrates it. The address is saved, the token is not: name
-    the environment variable that holds it.
+    others, and `ensemble-rm calibrate` calibrates it. The address is saved, the token is not. A
+    command that loads the ensemble needs --allow-remote HOST, and the token again.
     """
 
     url: str = argument("address of the server, without a password in it")
@@ -70,7 +71,12 @@ class Remote(Command):
     raw_logit_check: Literal["error", "warn", "off"] = option(
         "reaction to scores that are not raw logits", default="error"
     )
-    token_env: str | None = option(TOKEN_ENV, default=None, metavar="NAME")
+    token: Mapping[str, str] | None = option(
+        "environment variable with the bearer token of the server",
+        default=None,
+        metavar="HOST=ENV",
+        shown="ENSEMBLE_RM_TOKEN_<HOST>",
+    )
     client: ClientOptions = nested(ClientOptions, panel="Requests", seed=None)
     out: Path = option("folder of the new ensemble", metavar="FOLDER")
     dry_run: bool = option("send the probes and report, write nothing", default=False)
@@ -114,7 +120,7 @@ class Remote(Command):
             console.save(self.out)
             console.next(
                 f"ensemble-rm combine --member {self.out} --member ANOTHER --data PAIRS.jsonl "
-                "--out FOLDER"
+                f"--out FOLDER --allow-remote {origin_of(scorer.address or self.url)}"
             )
 
     def _scorer(self) -> RemoteScorer | JudgeScorer:
@@ -124,8 +130,7 @@ class Remote(Command):
 
         common: dict[str, Any] = {
             "name": self.name or self.model or self.protocol,
-            "token": read_token(self.token_env),
-            "token_variable": self.token_env,
+            "token": read_token(check_url(self.url), self.token or {}),
             "client": self.client,
         }
         if self.protocol == "judge":

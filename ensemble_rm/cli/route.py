@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.common import ENSEMBLE, JSON_ROWS, Loading, check_can_write, write_jsonl
 from ensemble_rm.cli.options import argument, nested, option
-from ensemble_rm.cli.remote import TOKEN_ENV
 from ensemble_rm.cli.select import BATCH, POLICY, TASK_FORMATS, write_tasks
 from ensemble_rm.cli.signatures import default_of
 from ensemble_rm.errors import OptionError
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from ensemble_rm.active_learning.routing import Routed
     from ensemble_rm.cli.console import Console
     from ensemble_rm.members.judges.comparator import JudgeComparator
+    from ensemble_rm.members.remote.address import Token
 
 _ROUTE = ("ensemble_rm.active_learning.routing", "route")
 
@@ -82,7 +82,6 @@ class Route(Command):
         metavar="PROMPT COMPLETION",
         panel="Judge",
     )
-    token_env: str | None = option(TOKEN_ENV, default=None, metavar="NAME", panel="Judge")
     client: ClientOptions = nested(ClientOptions, panel="Requests", seed=None)
     pool: Path | None = option(
         "file of the pairs for humans", default=None, metavar="FILE", panel="Human pool"
@@ -169,7 +168,6 @@ class Route(Command):
             return None
         if self.model is None:
             raise OptionError("--judge-url needs --model, the judge's name at its server")
-        from ensemble_rm.cli.tokens import read_token
         from ensemble_rm.members.judges.comparator import JudgeComparator
         from ensemble_rm.members.judges.usage import Price
 
@@ -177,10 +175,18 @@ class Route(Command):
             self.judge_url,
             model=self.model,
             rubric=self.rubric,
-            token=None if self.dry_run else read_token(self.token_env),
+            token=None if self.dry_run else self._token(),
             price=None if self.price is None else Price(*self.price),
             client=self.client,
         )
+
+    def _token(self) -> Token | None:
+        """Return the judge's token; --token may also name servers of members."""
+        from ensemble_rm.cli.tokens import read_tokens
+        from ensemble_rm.members.remote.address import check_url, origin_of, token_for
+
+        url = check_url(self.judge_url or "")
+        return token_for(url, read_tokens(self.loading.token or {}, [origin_of(url)]))
 
     def _write(self, routed: Routed) -> None:
         from ensemble_rm.active_learning.tasks import to_tasks

@@ -1,41 +1,71 @@
-"""Tokens of members and judges that other servers run: read from the environment, never saved."""
+"""Tokens of servers that members and judges are on: read from the environment, never saved."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping, Sequence
 
 from ensemble_rm.errors import OptionError
+from ensemble_rm.members.remote.address import Host, Token, origin_of, token_for
 
-if TYPE_CHECKING:
-    from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
-    from ensemble_rm.members.scorer import Scorer
+PREFIX = "ENSEMBLE_RM_TOKEN_"
 
 
-def read_token(variable: str | None) -> str | None:
-    """Return the token that an environment variable holds; None where none is named.
+def variable_of(host: Host) -> str | None:
+    """Return the environment variable that binds a token to a host; None if it has none.
+
+    No two hosts have one variable: a stranger's ``a-b.com`` must not get the token of ``a.b.com``.
+    So a dot becomes ``_`` and a hyphen ``__``; other hosts, such as IPv6 addresses, need --token.
+    """
+    if not re.fullmatch(r"[a-z0-9.\-]+", host.name):
+        return None
+    return PREFIX + host.name.upper().replace("-", "__").replace(".", "_")
+
+
+def read_tokens(bound: Mapping[str, str], hosts: Sequence[str]) -> dict[str, Token]:
+    """Return the bearer tokens of servers, by server.
+
+    Parameters
+    ----------
+    bound : mapping of str to str
+        By server, the environment variable that holds its token, as ``--token`` states it.
+    hosts : sequence of str
+        Other servers that may be used; those whose own variable is set have a token, too.
 
     Raises
     ------
     OptionError
-        If it is not set.
+        If a server is not ``[SCHEME://]HOST[:PORT]``, or a variable of `bound` is not set.
     """
-    if variable is None:
-        return None
-    if not (token := os.environ.get(variable)):
-        raise OptionError(f"the environment variable {variable}, which holds a token, is not set")
+    tokens: dict[str, Token] = {}
+    for text in hosts:
+        variable = variable_of(Host.parse(text))
+        if variable is not None and (token := os.environ.get(variable)):
+            tokens[text] = token
+    for text, variable in bound.items():
+        Host.parse(text)
+        if not (token := os.environ.get(variable)):
+            raise OptionError(f"the environment variable {variable}, named by --token, is not set")
+        tokens[text] = token
+    return tokens
+
+
+def read_token(url: str, bound: Mapping[str, str]) -> Token | None:
+    """Return the token of an address that the operator typed; None without one.
+
+    Parameters
+    ----------
+    url : str
+    bound : mapping of str to str
+        As for `read_tokens`.
+
+    Raises
+    ------
+    OptionError
+        As `read_tokens`; or the tokens are of other servers.
+    """
+    tokens = read_tokens(bound, [origin_of(url)])
+    if (token := token_for(url, tokens)) is None and bound:
+        raise OptionError(f"--token names {', '.join(bound)}, but the server is {origin_of(url)}")
     return token
-
-
-def with_tokens(ensemble: RewardEnsemble) -> RewardEnsemble:
-    """Return an ensemble whose remote members have the tokens that they name."""
-    scorers = tuple(map(_with_token, ensemble.scorers))
-    changed = any(new is not old for new, old in zip(scorers, ensemble.scorers, strict=True))
-    return replace(ensemble, scorers=scorers) if changed else ensemble
-
-
-def _with_token(scorer: Scorer) -> Scorer:
-    if scorer.token_variable is not None:
-        return scorer.with_token(read_token(scorer.token_variable))
-    return scorer

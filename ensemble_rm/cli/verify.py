@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ensemble_rm.cli.command import Command
 from ensemble_rm.cli.common import RUN, Loading
 from ensemble_rm.cli.options import argument, nested
-from ensemble_rm.errors import EnsembleRMError, StorageError
+from ensemble_rm.errors import DigestMismatchError, EnsembleRMError
 
 if TYPE_CHECKING:
     from ensemble_rm.cli.console import Console
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 class Verify(Command):
     """Check saved files against the digests that were recorded when they were saved.
 
-    The members' files and the normaliser of every version are compared with the version's digest;
-    the current version is loaded, which also checks the backbone's weights. An ensemble without
-    versions has no recorded digest and is only loaded. Exit code 4 if a file differs.
+    Every version's files are hashed and compared; the current version is loaded as well, which
+    also checks the files of its backbone. Exit code 14 if a file is missing, new or another one.
     """
 
     run_folder: Path = argument(RUN, metavar="RUN")
@@ -31,20 +30,22 @@ class Verify(Command):
 
     def run(self, console: Console) -> None:
         """Check the files."""
-        from ensemble_rm.versions.repository import Versions, digest_members
+        from ensemble_rm.file_digests import FileCheck
+        from ensemble_rm.versions.integrity import check_ensemble
+        from ensemble_rm.versions.repository import Versions
+        from ensemble_rm.versions.version import locate
 
         versions = Versions(self.run_folder)
         versions.incumbent()  # raises a clear error if the folder contains no ensemble
+        check = FileCheck()  # one for all versions: files that several of them share are read once
         checked: list[dict[str, Any]] = []
         for version in versions.all():
-            # A calibration has the members of its ensemble; its digest is that of those members.
-            digest, problem = "", None
+            problem = None
             try:
-                digest = digest_members(versions.ensemble_folder(version))
+                located = locate(self.run_folder, version.number)
+                check_ensemble(located.ensemble, located.members, check)
             except EnsembleRMError as error:
                 problem = str(error)
-            if problem is None and digest != version.members:
-                problem = f"members have digest {digest[:12]}, not {version.members[:12]}"
             checked.append({"version": version.number, "problem": problem})
         try:
             self.loading.open(self.run_folder)
@@ -54,7 +55,7 @@ class Verify(Command):
         bad = [entry for entry in checked if entry["problem"] is not None]
         if bad:
             problems = "; ".join(f"{entry['version']}: {entry['problem']}" for entry in bad)
-            raise StorageError(
+            raise DigestMismatchError(
                 f"{len(bad)} of {len(checked)} checks failed: {problems}. Restore the files from a "
                 f"backup, or go back with ensemble-rm versions rollback {self.run_folder}"
             )

@@ -1,4 +1,4 @@
-"""``ensemble-rm versions``: list, show, rollback, pin, unpin, repair."""
+"""``ensemble-rm versions``: list, show, rollback, pin, unpin, withdraw-run, repair."""
 
 from __future__ import annotations
 
@@ -128,26 +128,70 @@ class Unpin(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repair(Command):
-    """Remove what killed jobs left behind: half-written versions, and unpublished ones.
+class WithdrawRun(Command):
+    """Take a job's run out of account, such as one under a wrong clock or on a wrong store.
 
-    Published versions, the audit log and the current version stay as they are.
+    Its lines stay in RUN/audit.jsonl, and so does a version that it published.
     """
 
     run_folder: Path = argument(RUN, metavar="RUN")
+    withdrawn: str = argument("identifier of the job's run, as in audit.jsonl", metavar="ID")
 
-    example: ClassVar[str] = "  ensemble-rm versions repair runs/hh"
+    example: ClassVar[str] = "  ensemble-rm versions withdraw-run runs/hh 6c1f0a2b9d3e4f58"
 
     def run(self, console: Console) -> None:
-        """Remove them."""
+        """Withdraw it."""
+        from ensemble_rm.versions.repository import Versions
+
+        version = Versions(self.run_folder).withdraw_run(self.withdrawn)
+        number = None if version is None else version.number
+        text = f"withdrawn: run {self.withdrawn}"
+        if version is not None:
+            text += f"; version {number}, which it published, is still current"
+            console.next(f"ensemble-rm versions rollback {self.run_folder}")
+        console.result({"withdrawn": self.withdrawn, "published": number}, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair(Command):
+    """List what crashes and restores left behind; repair it only with --yes.
+
+    Scratch files are removed. Versions that current.json does not know become known; the current
+    version stays. Damaged ones are set aside, never deleted.
+    """
+
+    run_folder: Path = argument(RUN, metavar="RUN")
+    yes: bool = option("repair what is listed", default=False)
+
+    example: ClassVar[str] = "  ensemble-rm versions repair runs/hh --yes"
+
+    def run(self, console: Console) -> int:
+        """List, or repair."""
         from ensemble_rm.versions.repository import Versions
 
         versions = Versions(self.run_folder)
-        versions.incumbent()  # a named error where there is no ensemble at all
+        leftovers = [path.name for path in versions.leftovers()]
+        unknown = versions.unknown()
+        # The plain ensemble may be gone where versions exist; without either, a named error.
+        if not unknown:
+            versions.incumbent()
+        data: dict[str, Any] = {"leftovers": leftovers, "unknown": unknown, "repaired": False}
+        if not leftovers and not unknown:
+            console.result(data, "nothing to repair")
+            return 0
+        if not self.yes:
+            text = (
+                f"scratch files: {leftovers}; versions that current.json does not know: {unknown}"
+            )
+            console.result(data, f"{text}; nothing changed")
+            console.next(f"ensemble-rm versions repair {self.run_folder} --yes")
+            return 14
+        known, aside = versions.repair()
         removed = versions.clean()
-        text = "nothing to remove" if not removed else "removed " + ", ".join(removed)
-        console.result({"removed": removed}, text)
+        data |= {"repaired": True, "known": known, "aside": aside, "removed": removed}
+        console.result(data, f"known now: {known}; set aside: {aside}; removed: {removed}")
         console.next(f"ensemble-rm versions list {self.run_folder}")
+        return 0
 
 
 def describe(version: Version) -> str:

@@ -21,6 +21,7 @@ from ensemble_rm.data.samples import (
     Prompt,
     Sample,
     as_prompt,
+    check_unicode,
     prompt_key,
 )
 from ensemble_rm.errors import (
@@ -237,8 +238,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 # utf-8-sig: files from Windows begin with a byte order mark.
                 yield number, json.loads(raw.decode("utf-8-sig"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                # Yielded, not raised, so that the reader goes on with the next line.
+            except (ValueError, RecursionError) as error:
                 yield number, DataError(f"not JSON: {error}")
 
 
@@ -255,7 +255,9 @@ def _sample(raw: object) -> Sample:
     if "prompt" not in row or "completion" not in row:
         raise DataError(f"needs `prompt` and `completion`; has {sorted(row)}")
     completion = _completion(row["completion"], "completion")
-    return Sample(as_prompt(row["prompt"]), completion, _reference(row))
+    prompt, reference = as_prompt(row["prompt"]), _reference(row)
+    check_unicode(prompt, completion=completion, reference=reference)
+    return Sample(prompt, completion, reference)
 
 
 def _preference(raw: object) -> Preference:
@@ -273,6 +275,8 @@ def _preference(raw: object) -> Preference:
         prompt, chosen, rejected = _implicit(row["chosen"], row["rejected"])
     if not prompt:
         raise DataError("the prompt is empty")
+    reference = _reference(row)
+    check_unicode(prompt, chosen=chosen, rejected=rejected, reference=reference)
     subset, identity = row.get("subset"), row.get("id")
     votes, ties = _votes(row)
     return Preference(
@@ -285,7 +289,7 @@ def _preference(raw: object) -> Preference:
         tie=_flag(row, "tie"),
         subset=None if subset is None else str(subset),
         id=None if identity is None else str(identity),
-        reference=_reference(row),
+        reference=reference,
         tie_votes=ties,
     )
 

@@ -70,6 +70,29 @@ def _as_message(turn: object, position: int) -> Message:
     return Message(turn["role"], turn["content"])
 
 
+def check_unicode(prompt: Prompt, **texts: str | None) -> None:
+    """Raise `DataError`, which names the field, if a text holds a lone surrogate.
+
+    Parameters
+    ----------
+    prompt : str or tuple of Message
+    **texts : str, optional
+        Other texts of the row by the name of their field.
+    """
+    fields = [("prompt", prompt)] if isinstance(prompt, str) else []
+    if not isinstance(prompt, str):
+        fields = [("prompt", text) for turn in prompt for text in (turn.role, turn.content)]
+    for name, text in (*fields, *texts.items()):
+        try:
+            # JSON can spell half of a character ("\ud800"), which tokenizers and files refuse.
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"`{name}` is not valid Unicode at character {error.start}; replace the lone "
+                "surrogate"
+            ) from None
+
+
 def prompt_json(prompt: Prompt) -> str | list[dict[str, str]]:
     """Return the prompt as it is written to JSON."""
     return prompt if isinstance(prompt, str) else [asdict(turn) for turn in prompt]
@@ -95,16 +118,26 @@ class Sample:
     Attributes
     ----------
     prompt : str or tuple of Message
-        What was asked.
+        What was asked. A list of messages, also as mappings with role and content, becomes a tuple.
     completion : str
         One answer to it.
     reference : str, optional
         The prompt's reference completion, which a baseline subtracts.
+
+    Raises
+    ------
+    DataError
+        If the prompt is neither text nor messages.
     """
 
     prompt: Prompt
     completion: str
     reference: str | None = None
+
+    def __post_init__(self) -> None:
+        # A list of mappings, as files and trainers hold messages, has no hash to group samples by.
+        if not isinstance(self.prompt, str):
+            object.__setattr__(self, "prompt", as_prompt(self.prompt))
 
 
 @dataclass(frozen=True, slots=True)

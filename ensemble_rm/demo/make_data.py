@@ -38,8 +38,12 @@ def sample(
     """Return `count` sampled completions per prompt."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        folder, padding_side="left", trust_remote_code=False
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, trust_remote_code=False
+    )
     found = []
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
 from ensemble_rm.drift.options import DriftCheckOptions
@@ -33,12 +32,15 @@ from ensemble_rm.drift.unlabelled import UnlabelledDrift, unlabelled_drift
 from ensemble_rm.errors import DataError, NotCalibratedError
 from ensemble_rm.evidence.dated_margins import DatedMargins, date_margins, load_members
 from ensemble_rm.evidence.score_table import ScoreTable
+from ensemble_rm.evidence.store_state import require_known_head
 from ensemble_rm.evidence.window import Window, choose, read_window
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import reading
 from ensemble_rm.versions.atomic_files import storage_errors
 from ensemble_rm.versions.audit_log import AuditLog
+from ensemble_rm.versions.job_run import check_clock, known_time
 from ensemble_rm.versions.repository import Versions, describe_ensemble, now_utc
 from ensemble_rm.versions.version import EVIDENCE, Version, read_evidence, version_folder
 
@@ -80,7 +82,7 @@ def check_drift(
     ------
     NotCalibratedError
         If the current version has no calibration.
-    LockedError, StorageError
+    LockedError, StorageError, StoreIntegrityError, ClockError
         As in `recalibrate`.
     """
     versions = Versions(folder, clock=clock)
@@ -103,7 +105,8 @@ def past_checks(folder: str | Path) -> list[DriftReport]:
         Oldest first; without those of dry runs.
     """
     log = AuditLog(Path(folder).expanduser() / FOLDER, CHECKS)
-    return [DriftReport.from_json(row) for row in log.read()]
+    with reading(log.path):
+        return [DriftReport.from_json(row) for row in log.read()]
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,16 @@ class _Check:
             )
         now = self.versions.clock()
         at = now.isoformat(timespec="seconds")
-        where, future = choose(self.store, self.options, latest=now)
-        window = read_window(self.store, where, future=future, progress=self.progress)
+        with self.store.snapshot() as chain:
+            require_known_head(
+                self.versions.audit,
+                chain,
+                self.store.name,
+                accept=self.options.accept_rewound_store,
+            )
+            check_clock(self.versions, self.options, self.store.newest())
+            where, future = choose(self.store, self.options, latest=known_time(self.versions))
+            window = read_window(self.store, where, future=future, progress=self.progress)
         table = ScoreTable(folder, version.members, read_only=self.options.dry_run)
         window, data = self._margins(version, calibration, window, table)
         state = watch(
@@ -159,13 +170,13 @@ class _Check:
         self, version: Version, calibration: Calibration, window: Window, table: ScoreTable
     ) -> tuple[Window, DatedMargins]:
         ensemble = describe_ensemble(self.versions.ensemble_folder(version))
-        require_calibration(calibration, Aggregator.from_json(ensemble["aggregator"]))
+        require_calibration(calibration, ensemble.aggregator)
         return date_margins(
             window,
             self.store,
             table,
             calibration.aggregator,
-            len(ensemble["normaliser"]["offset"]),
+            len(ensemble.normaliser.offset),
             lambda: load_members(self.versions, version, self.load),
             progress=self.progress,
         )

@@ -58,6 +58,7 @@ from ensemble_rm.arrays import Floats
 from ensemble_rm.calibration.methods.temperature import TemperatureFit
 from ensemble_rm.drift.options import TOLERANCE
 from ensemble_rm.errors import NonFiniteScoreError, OptionError
+from ensemble_rm.saved_json import from_row
 
 SLOT = 250  # payoffs between two entries of new bettors
 REACH = 4.0  # margin in units of T beyond which the verdict is near certain in any case
@@ -309,8 +310,8 @@ class LabelledDrift:
 
     @classmethod
     def from_json(cls, d: Any) -> LabelledDrift:
-        """Read what `to_json` wrote."""
-        return cls(**{**d, "history": tuple(DriftPoint(**point) for point in d["history"])})
+        """Read what `to_json` wrote, else `SchemaError`."""
+        return from_row(cls, d)
 
 
 @dataclass(frozen=True)
@@ -525,11 +526,5 @@ class DriftTest:
 
     @classmethod
     def from_json(cls, d: Any) -> DriftTest:
-        """Read what `to_json` wrote."""
-        values = dict(d)
-        for name in ("over", "under"):
-            bets = values[name]
-            values[name] = Bets(tuple(bets["stakes"]), bets["taken"], tuple(bets["capital"]))
-        values["seen"] = frozenset(values["seen"])
-        values["history"] = tuple(DriftPoint(**point) for point in values["history"])
-        return cls(**values)
+        """Read what `to_json` wrote, else `SchemaError`."""
+        return from_row(cls, d)

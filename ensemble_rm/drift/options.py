@@ -42,11 +42,11 @@ class DriftCheckOptions(WindowOptions, DriftOptions, RunOptions):
         tests and for the raters'; the labelled test may be repeated at will.
     anchors : tuple of str
         Batches of judgments of the anchor set; without any, raters are not tested.
-    since, until, window
+    since, until, window, exclude_annotator, only_source
         Which judgments; see `WindowOptions`.
     alpha, tolerance
         See `DriftOptions`.
-    dry_run, wait
+    dry_run, wait, accept_rewound_store, accept_clock, max_clock_lead
         See `RunOptions`.
     """
 

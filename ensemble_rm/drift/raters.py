@@ -42,6 +42,7 @@ from ensemble_rm.drift.multiplicity import (
 )
 from ensemble_rm.errors import DataError
 from ensemble_rm.judgments.judgment import SHARES, Judgment
+from ensemble_rm.saved_json import from_row
 
 PANEL = ""  # annotator name of rows that pool all annotators
 MIN_VOTES = 10  # an annotator's month with fewer votes is reported but not tested
@@ -181,12 +182,8 @@ class RaterDrift:
 
     @classmethod
     def from_json(cls, d: Any) -> RaterDrift:
-        """Read what `to_json` wrote."""
-        cells = tuple(RaterCell(**cell) for cell in d["cells"])
-        tests = tuple(RaterTest(**test) for test in d["tests"])
-        # Older reports call the number of checks "looks".
-        checks = d["checks"] if "checks" in d else d["looks"]
-        return cls(d["month"], cells, tests, d["alpha"], checks)
+        """Read what `to_json` wrote, else `SchemaError`."""
+        return from_row(cls, d, former={"looks": "checks"})
 
 
 def anchor_votes(judgments: Iterable[Judgment]) -> list[AnchorVote]:
@@ -211,6 +208,7 @@ def anchor_votes(judgments: Iterable[Judgment]) -> list[AnchorVote]:
             swapped=judgment.text_digests[1] > judgment.text_digests[2],
         )
         for judgment in judgments
+        if not judgment.is_retraction
     ]
 
 

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 from ensemble_rm.arrays import Floats
 from ensemble_rm.ensemble.results import Scores
 from ensemble_rm.errors import DataError, NonFiniteScoreError, OptionError, StorageError
+from ensemble_rm.file_modes import follow_umask
+from ensemble_rm.saved_json import read_saved
 from ensemble_rm.uncertainty.distance import FeatureSpace
 
 FORMAT = 1
@@ -187,6 +189,7 @@ class Reference:
             path.mkdir(parents=True, exist_ok=True)
             tensors = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
             save_file(tensors, path / "reference.safetensors")
+            follow_umask(path / "reference.safetensors")
             text = json.dumps(row, indent=1, ensure_ascii=False)
             (path / "reference.json").write_text(text + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
@@ -204,13 +207,22 @@ class Reference:
         """
         path = Path(folder)
         try:
-            row = json.loads((path / "reference.json").read_text(encoding="utf-8"))
-            if row["format"] != FORMAT:
-                raise StorageError(f"{path} has format {row['format']!r}; this reads {FORMAT}")
+            row = read_saved(_ReferenceRow, path / "reference.json")
+            if row.format != FORMAT:
+                raise StorageError(f"{path} has format {row.format}; this reads {FORMAT}")
             arrays = load_file(path / "reference.safetensors")
             own = {name: a for name, a in arrays.items() if not name.startswith("space.")}
             parts = {name[6:]: a for name, a in arrays.items() if name.startswith("space.")}
-            space = FeatureSpace.from_arrays(parts) if row["features"] else None
-            return cls(tuple(row["names"]), ScoredSet(**own), space)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise StorageError(f"{path} contains no reference: {error!r}") from error
+            space = FeatureSpace.from_arrays(parts) if row.features else None
+            return cls(row.names, ScoredSet(**own), space)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, StorageError) as error:
+            raise StorageError(f"{path} contains no reference: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _ReferenceRow:
+    """The content of ``reference.json``."""
+
+    format: int
+    names: tuple[str, ...]
+    features: bool

@@ -8,6 +8,7 @@ from typing import Any
 from ensemble_rm.drift.labelled import LabelledDrift
 from ensemble_rm.drift.raters import RaterDrift
 from ensemble_rm.drift.unlabelled import UnlabelledDrift
+from ensemble_rm.saved_json import as_object, at, from_row
 
 KINDS: tuple[str, ...] = ("labelled", "unlabelled", "raters")
 
@@ -51,11 +52,12 @@ class DriftReport:
 
     @classmethod
     def from_json(cls, d: Any) -> DriftReport:
-        """Read what `to_json` wrote."""
-        return cls(
-            d["at"],
-            None if d["labelled"] is None else LabelledDrift.from_json(d["labelled"]),
-            None if d["unlabelled"] is None else UnlabelledDrift.from_json(d["unlabelled"]),
-            None if d["raters"] is None else RaterDrift.from_json(d["raters"]),
-            dict(d["unavailable"]),
-        )
+        """Read what `to_json` wrote, else `SchemaError`."""
+        values = as_object(d)
+        # Each kind by its own reader, which knows older reports.
+        kinds: tuple[Any, ...] = (LabelledDrift, UnlabelledDrift, RaterDrift)
+        for name, kind in zip(KINDS, kinds, strict=True):
+            if values.get(name) is not None:
+                with at(name):
+                    values[name] = kind.from_json(values[name])
+        return from_row(cls, values)

@@ -15,9 +15,10 @@ import numpy as np
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.drift.labelled import DriftTest
 from ensemble_rm.drift.options import DriftOptions
-from ensemble_rm.errors import EnsembleRMError, StorageError
+from ensemble_rm.errors import StorageError
 from ensemble_rm.evidence.dated_margins import DatedMargins
-from ensemble_rm.versions.atomic_files import json_bytes, read_json, replace_file, storage_errors
+from ensemble_rm.saved_json import at, read_json
+from ensemble_rm.versions.atomic_files import json_bytes, replace_file, storage_errors
 from ensemble_rm.versions.version import Version
 
 FOLDER = "drift"
@@ -28,8 +29,9 @@ def life_start(version: Version, calibration: Calibration) -> float:
 
     If that is not recorded, the time of the fit.
     """
-    last = version.provenance.get("judgments", {}).get("last")
-    return datetime.fromisoformat(calibration.created if last is None else last).timestamp()
+    with at("provenance", "judgments", "last"):
+        last = version.provenance.get("judgments", {}).get("last")
+        return datetime.fromisoformat(calibration.created if last is None else last).timestamp()
 
 
 def state_file(folder: Path, version: Version) -> Path:
@@ -50,7 +52,7 @@ def read_state(folder: Path, version: Version) -> DriftTest | None:
         return None
     try:
         return DriftTest.from_json(read_json(path))
-    except (KeyError, TypeError, ValueError, EnsembleRMError) as error:
+    except StorageError as error:
         raise StorageError(
             f"{path} is damaged ({error}); delete it to restart the test, whose bound on false "
             "alarms then counts from now on"

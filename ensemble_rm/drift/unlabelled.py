@@ -36,6 +36,7 @@ from ensemble_rm.drift.multiplicity import (
 from ensemble_rm.drift.reference import Reference, ScoredSet
 from ensemble_rm.ensemble.results import Scores
 from ensemble_rm.errors import OptionError
+from ensemble_rm.saved_json import from_row
 from ensemble_rm.uncertainty.disagreement import member_std
 
 _CHUNK = 2_000_000  # entries of a block of permutations
@@ -110,11 +111,8 @@ class UnlabelledDrift:
 
     @classmethod
     def from_json(cls, d: Any) -> UnlabelledDrift:
-        """Read what `to_json` wrote."""
-        values = dict(d) | {"shifts": tuple(Shift(**shift) for shift in d["shifts"])}
-        # Older reports call the number of checks "looks".
-        values.setdefault("checks", values.pop("looks", None))
-        return cls(**values)
+        """Read what `to_json` wrote, else `SchemaError`."""
+        return from_row(cls, d, former={"looks": "checks"})
 
 
 def unlabelled_drift(

@@ -15,14 +15,15 @@ from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.calibration.normaliser import fit_normaliser
 from ensemble_rm.data.samples import Preferences, require_pairs
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
-from ensemble_rm.ensemble.storage import FILE
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.full.scorer import FullScorer
+from ensemble_rm.members.remote.address import Token
 from ensemble_rm.members.scorer import Scorer, ScorerLike, as_scorer
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.scoring.model_pool import ModelPool
 from ensemble_rm.scoring.pipeline import score_members
+from ensemble_rm.versions.manifest import FILE
 
 
 def combine(
@@ -33,6 +34,9 @@ def combine(
     options: TrunkOptions | None = None,
     baseline: bool = False,
     max_loaded_models: int | None = None,
+    trust_remote_code: Sequence[str] = (),
+    allow_remote: Sequence[str] = (),
+    tokens: Mapping[str, Token] | None = None,
     progress: Progress = silent,
 ) -> RewardEnsemble:
     """Combine reward models, and fit their offsets and scales.
@@ -53,6 +57,8 @@ def combine(
     max_loaded_models : int, optional
         Models in memory at once, here and in the ensemble; see
         `RewardEnsemble.with_max_loaded_models`.
+    trust_remote_code, allow_remote, tokens
+        For members that are named by a folder; see `RewardEnsemble.from_pretrained`.
     progress : callable
         Called with (stage, done, total).
 
@@ -74,13 +80,18 @@ def combine(
     if not members:
         raise OptionError("an ensemble needs at least one member")
     given = options or TrunkOptions()
+    access: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "allow_remote": allow_remote,
+        "tokens": tokens,
+    }
     pool = None if max_loaded_models is None else ModelPool(max_loaded_models)
     scorers: list[Scorer] = []
     for name, member in members.items():
         if pool is None:
-            scorers += _open(name, member, given)
+            scorers += _open(name, member, given, access)
         else:  # a model that was loaded for a check is freed before the next is loaded
-            scorers += [s.unloaded() for s in _open(name, member, given)]
+            scorers += [s.unloaded() for s in _open(name, member, given, access)]
     # Before the scorers replace them: the provenance names what the caller gave.
     sources = {name: _source(member) for name, member in members.items()}
     return normalised(
@@ -140,12 +151,16 @@ def normalised(
 
 
 def _open(
-    name: str, member: ScorerLike | RewardEnsemble | str | Path, options: TrunkOptions
+    name: str,
+    member: ScorerLike | RewardEnsemble | str | Path,
+    options: TrunkOptions,
+    access: Mapping[str, Any],
 ) -> tuple[Scorer, ...]:
     if isinstance(member, str | Path):
         if not (Path(member).expanduser() / FILE).exists():
-            return (FullScorer.from_name(member, options, name=name),)
-        member = RewardEnsemble.from_pretrained(member, device=options.device)
+            trust = access["trust_remote_code"]
+            return (FullScorer.from_name(member, options, name=name, trust_remote_code=trust),)
+        member = RewardEnsemble.from_pretrained(member, device=options.device, **access)
     if isinstance(member, RewardEnsemble):
         return tuple(_renamed(scorer, name) for scorer in member.scorers)
     return (as_scorer(member),)

@@ -32,13 +32,17 @@ from ensemble_rm.ensemble.results import (
     aggregate_recorded,
     compare_scored,
 )
-from ensemble_rm.errors import OptionError, ScoringError
+from ensemble_rm.errors import OptionError, ScoringError, StorageError
+from ensemble_rm.file_digests import Verify
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.members.backbone.custom_code import trusted_models
+from ensemble_rm.members.remote.address import Token, as_hosts, is_allowed
 from ensemble_rm.members.scorer import (
     Scorer,
     ScorerLike,
-    Token,
     as_scorer,
+    check_addresses,
+    check_no_new_address,
     with_tokens,
     with_tokens_of,
 )
@@ -70,7 +74,7 @@ class Origin:
     version: int | None
     members: int | None
     fixed: bool
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)  # holds tokens
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -466,13 +470,23 @@ class RewardEnsemble:
         Parameters
         ----------
         tokens : mapping of str to str or callable
-            By the member's name: a token, or a function that returns the current one.
+            By server, ``[SCHEME://]HOST[:PORT]``: a token, or a function that returns the current
+            one. It is sent to that server alone; if no scheme is named, over https alone, unless
+            the server is on this machine.
 
         Raises
         ------
         OptionError
-            If a name belongs to no member on another server.
+            If no member is on a named server, or a token would be sent without encryption and its
+            scheme is not named.
         """
+        addresses = [scorer.address for scorer in self.scorers if scorer.address is not None]
+        for host in tokens:
+            if not any(is_allowed(address, [host]) for address in addresses):
+                raise OptionError(
+                    f"tokens name {host!r}, but members on other servers are at "
+                    f"{', '.join(map(repr, addresses)) or 'none'}"
+                )
         return replace(self, scorers=with_tokens(self.scorers, tokens))
 
     def with_max_loaded_models(self, n: int | None) -> RewardEnsemble:
@@ -535,6 +549,10 @@ class RewardEnsemble:
         device: str | None = None,
         cache_dir: str | Path | None = DEFAULT_CACHE,
         max_loaded_models: int | None = None,
+        verify: Verify = "full",
+        trust_remote_code: Sequence[str] = (),
+        allow_remote: Sequence[str] = (),
+        tokens: Mapping[str, Token] | None = None,
     ) -> Self:
         """Load what `save_pretrained` wrote, or a version of it; the scores are identical.
 
@@ -552,6 +570,20 @@ class RewardEnsemble:
             For converted GGUF weights.
         max_loaded_models : int, optional
             Maximum number of models in memory; see `with_max_loaded_models`.
+        verify : {"full", "stat"}
+            How the files that scores depend on (weights, configs, tokenizers, templates; the
+            backbone's, too) are compared with the digests that were recorded when the ensemble
+            was saved. ``"full"`` hashes every file. ``"stat"`` hashes files up to 1 MiB and
+            compares the sizes of larger ones: for workers that start often on files that another
+            process has checked.
+        trust_remote_code : sequence of str
+            Models whose custom code may run, each as ``MODEL@DIGEST``. The saved files never
+            allow any; the error of a model that needs code states the digest of that code.
+        allow_remote : sequence of str
+            Servers that members may be on, each as ``[SCHEME://]HOST[:PORT]``: samples are sent
+            there.
+        tokens : mapping of str to str or callable, optional
+            Bearer tokens, by server as in `allow_remote`; see `with_tokens`.
 
         Returns
         -------
@@ -559,12 +591,23 @@ class RewardEnsemble:
 
         Raises
         ------
+        RemoteNotAllowedError
+            If a member is on a server that is not in `allow_remote`.
+        CustomCodeError
+            If a model needs custom code that is not allowed; perhaps not before the first score.
         StorageError
             If the folder contains no ensemble.
         VersionError
             If it has no version of that number.
+        DigestMismatchError
+            If a file is not the one that was saved.
         ModelError
-            If the backbone's weights are not those of training.
+            If the backbone is not found.
+
+        Warns
+        -----
+        UnverifiedWarning
+            If the ensemble was saved by a version that recorded no digests.
         """
         path = Path(folder).expanduser()
         options = {
@@ -572,6 +615,10 @@ class RewardEnsemble:
             "device": device,
             "cache_dir": cache_dir,
             "max_loaded_models": max_loaded_models,
+            "verify": verify,
+            "trust_remote_code": trusted_models(trust_remote_code),
+            "allow_remote": as_hosts(allow_remote),
+            "tokens": dict(tokens or {}),
         }
         return cls._load(path, locate(path, version), fixed=version is not None, options=options)
 
@@ -583,13 +630,21 @@ class RewardEnsemble:
             backbone=options["backbone"],
             device=options["device"],
             cache_dir=None if cache_dir is None else Path(cache_dir),
+            verify=options["verify"],
+            version=located.members,
+            trust_remote_code=options["trust_remote_code"],
         )
+        check_addresses(parts["scorers"], options["allow_remote"])
+        parts["scorers"] = with_tokens(parts["scorers"], options["tokens"])
         # A version may be a new calibration of an earlier version's members.
         if located.calibration is not None:
             parts["calibration"] = located.calibration
         number = None if located.version is None else located.version.number
         members = None if located.version is None else located.version.ensemble
-        loaded = cls(**parts, origin=Origin(folder, number, members, fixed, options))
+        try:
+            loaded = cls(**parts, origin=Origin(folder, number, members, fixed, options))
+        except OptionError as error:  # the parts do not fit together
+            raise StorageError(f"{located.ensemble} is damaged: {error}") from error
         if (limit := options["max_loaded_models"]) is None:
             return loaded
         return replace(loaded, model_pool=ModelPool(limit))
@@ -610,6 +665,8 @@ class RewardEnsemble:
         ------
         StorageError
             If the current version cannot be read.
+        RemoteNotAllowedError
+            If it has a member on a server that this one does not use.
         """
         origin = self.origin
         # A pinned version never moves: the caller asked for that number.
@@ -626,6 +683,7 @@ class RewardEnsemble:
             # Same members, other temperature: the models stay in memory.
             return replace(self, calibration=calibration, origin=moved)
         new = self._load(origin.folder, located, fixed=False, options=origin.options)
+        check_no_new_address(new.scorers, self.scorers)
         # Tokens are never saved, so that the new members take those of the old.
         return replace(
             new,

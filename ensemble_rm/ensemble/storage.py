@@ -20,13 +20,22 @@ from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.normaliser import Normaliser
 from ensemble_rm.errors import OptionError, StorageError, VersionError
+from ensemble_rm.file_digests import FileCheck, Verify, digests_json, files_below, seal
+from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.registry import member_kind
 from ensemble_rm.members.scorer import Scorer
+from ensemble_rm.saved_json import at, reading
 from ensemble_rm.uncertainty.distance import FeatureSpace
-from ensemble_rm.versions.version import EVIDENCE, FEATURES, is_versioned, read_evidence
-
-FORMAT = 1
-FILE = "ensemble.json"
+from ensemble_rm.versions.integrity import check_ensemble
+from ensemble_rm.versions.manifest import FILE, FORMAT
+from ensemble_rm.versions.version import (
+    EVIDENCE,
+    FEATURES,
+    Version,
+    is_versioned,
+    read_evidence,
+    subset_names,
+)
 
 
 def save(
@@ -61,11 +70,12 @@ def save(
             "aggregator": aggregator.to_json(),
             "calibration": None if calibration is None else _calibration_json(calibration),
             "provenance": provenance,
+            "files": digests_json(FileCheck().digests(scratch, files_below(scratch))),
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
         (scratch / FILE).write_text(text + "\n", encoding="utf-8")
-        # mkdtemp gives 0700, which another user's server could not enter.
-        scratch.chmod(0o755)
+        # Another user's server must be able to read what is saved.
+        follow_umask(scratch)
         _swap(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -122,45 +132,71 @@ def _swap(new: Path, folder: Path) -> None:
 
 
 def load(
-    folder: Path, *, backbone: str | Path | None, device: str | None, cache_dir: Path | None
+    folder: Path,
+    *,
+    backbone: str | Path | None,
+    device: str | None,
+    cache_dir: Path | None,
+    trust_remote_code: Sequence[str] = (),
+    verify: Verify = "full",
+    version: Version | None = None,
 ) -> dict[str, Any]:
-    """Return the parts of an ensemble by the names of its fields."""
+    """Return the parts of an ensemble by the names of its fields.
+
+    Parameters
+    ----------
+    folder : Path
+        Of ``ensemble.json``.
+    backbone : str or Path, optional
+        Where the backbone is now.
+    device : str, optional
+    cache_dir : Path, optional
+        For converted GGUF weights.
+    verify : {"full", "stat"}
+        How the files are compared with their digests.
+    version : Version, optional
+        Whose members these are.
+
+    Raises
+    ------
+    DigestMismatchError
+        If a file is not the one that was saved.
+    StorageError
+        If there is no ensemble, or a damaged one.
+    """
+    check = FileCheck(verify)
+    manifest = check_ensemble(folder, version, check)
+    calibration, stored = None, manifest.calibration
+    # Before the members: a damaged file should not cost the loading of a model.
+    with reading(folder / FILE):
+        kinds = []
+        for i, member in enumerate(manifest.members):
+            with at("members", i, "kind"):
+                kinds.append(member_kind(member.kind))
+        if stored is not None:
+            evidence = read_evidence(folder / EVIDENCE, subset_names(stored))
+            with at("calibration"):
+                calibration = Calibration.from_json(stored, evidence=evidence)
     try:
-        manifest = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{folder} contains no ensemble: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise StorageError(
-            f"{folder} has format {manifest.get('format')!r}; this version reads format {FORMAT}"
-        )
-    try:
-        scorers = []
-        for member in manifest["members"]:
-            try:
-                # An unknown kind is reported by name: it may be registered by a package that is not
-                # imported.
-                kind = member_kind(member["kind"])
-            except OptionError as error:
-                raise StorageError(f"{folder}: {error}") from error
-            scorers.append(
-                kind.scorer_class().load(
-                    folder / member["folder"],
-                    backbone=backbone,
-                    device=device,
-                    cache_dir=cache_dir,
-                )
+        feature_space = _feature_space(folder / FEATURES)
+        scorers = [
+            kind.scorer_class().load(
+                folder / member.folder,
+                backbone=backbone,
+                device=device,
+                cache_dir=cache_dir,
+                check=check,
+                trust_remote_code=trust_remote_code,
             )
-        evidence, stored = None, manifest["calibration"]
-        if stored:
-            evidence = read_evidence(folder / EVIDENCE, stored.get("subset_names", ()))
-        return {
-            "scorers": tuple(scorers),
-            "normaliser": Normaliser.from_json(manifest["normaliser"]),
-            "aggregator": Aggregator.from_json(manifest["aggregator"]),
-            "calibration": stored and Calibration.from_json(stored, evidence=evidence),
-            "provenance": manifest["provenance"],
-            "feature_space": _feature_space(folder / FEATURES),
-        }
-    # Files of a stranger: whatever is missing or of another type becomes one named error.
-    except (KeyError, IndexError, TypeError, OSError, SafetensorError, OptionError) as error:
+            for kind, member in zip(kinds, manifest.members, strict=True)
+        ]
+    except (LookupError, TypeError, OSError, SafetensorError, OptionError) as error:
         raise StorageError(f"{folder} is damaged: {error!r}") from error
+    return {
+        "scorers": tuple(scorers),
+        "normaliser": manifest.normaliser,
+        "aggregator": manifest.aggregator,
+        "calibration": calibration,
+        "provenance": manifest.provenance,
+        "feature_space": feature_space,
+    }

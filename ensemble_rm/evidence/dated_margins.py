@@ -7,7 +7,7 @@ texts are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +59,10 @@ class DatedMargins:
         Index into `subset_names`; −1 without a subset.
     subset_names : tuple of str
         Sorted.
+    annotators, days : ndarray of int, shape (n_judgments,)
+        Index into `annotator_names`, and day of arrival in the store; −1 where unknown (default).
+    annotator_names : tuple of str
+        Sorted.
     """
 
     margins: Floats
@@ -69,9 +73,15 @@ class DatedMargins:
     times: Floats
     subsets: NDArray[np.int32]
     subset_names: tuple[str, ...] = ()
+    annotators: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    days: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    annotator_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.margins)
+        for name in ("annotators", "days"):
+            if not len(getattr(self, name)):
+                object.__setattr__(self, name, np.full(n, -1, np.int64))
         for name in _COLUMNS:
             if len(getattr(self, name)) != n:
                 raise OptionError(f"{len(getattr(self, name))} {name} for {n} margins")
@@ -82,7 +92,8 @@ class DatedMargins:
     def take(self, rows: NDArray[Any]) -> DatedMargins:
         """Return the judgments of some rows."""
         columns = {name: getattr(self, name)[rows] for name in _COLUMNS}
-        return DatedMargins(**columns, subset_names=self.subset_names)
+        names = {name: getattr(self, name) for name in _NAMES}
+        return DatedMargins(**columns, **names)
 
     @property
     def prompts(self) -> int:
@@ -90,13 +101,16 @@ class DatedMargins:
         return len(np.unique(self.groups))
 
 
-_COLUMNS = tuple(column.name for column in fields(DatedMargins) if column.name != "subset_names")
+_NAMES = ("subset_names", "annotator_names")
+_COLUMNS = tuple(column.name for column in fields(DatedMargins) if column.name not in _NAMES)
 
 
 def join_margins(parts: Sequence[DatedMargins]) -> DatedMargins:
-    """Concatenate judgments whose subsets have the same names."""
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
-    return DatedMargins(**columns, subset_names=parts[0].subset_names)
+    """Concatenate judgments whose subsets and annotators have the same names."""
+    values: dict[str, Any] = {name: getattr(parts[0], name) for name in _NAMES}
+    for name in _COLUMNS:
+        values[name] = np.concatenate([getattr(part, name) for part in parts])
+    return DatedMargins(**values)
 
 
 def forgetting(times: Floats, *, half_life: float | None) -> Floats:
@@ -228,6 +242,9 @@ def date_margins(
         window.times,
         window.subsets,
         window.subset_names,
+        window.annotators,
+        window.days,
+        window.annotator_names,
     )
     return window, data
 

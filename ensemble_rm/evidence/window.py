@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,12 @@ from ensemble_rm.arrays import Floats
 from ensemble_rm.data.weights import inclusion_weights
 from ensemble_rm.errors import OptionError
 from ensemble_rm.evidence.score_table import KEY, Keys
-from ensemble_rm.judgments.filter import JudgmentFilter, TimeRange
+from ensemble_rm.judgments.filter import JobSelection, JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress
+
+if TYPE_CHECKING:
+    from ensemble_rm.judgments.database.chain import Chain
 
 AHEAD = timedelta(days=1)  # tolerated lead over the clock: time zones, skew
 PROMPT_BYTES = 8  # of a prompt's digest; among a million prompts, P(any clash) is below 10⁻⁷
@@ -29,7 +33,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowOptions(TimeRange):
+class WindowOptions(JobSelection):
     """Which judgments a job reads.
 
     Attributes
@@ -38,6 +42,8 @@ class WindowOptions(TimeRange):
         Judged at or after, and before; with time zones.
     window : float, optional
         Days, counted back from the newest judgment; instead of `since`.
+    exclude_annotator, only_source
+        See `JobSelection`.
     """
 
     window: float | None = field(
@@ -70,6 +76,10 @@ class Window:
         Sorted.
     where : JudgmentFilter
         The selection.
+    annotators, days : ndarray of int, shape (n_judgments,)
+        Index into `annotator_names`; day of arrival, see `arrival_days`.
+    annotator_names : tuple of str
+        Sorted.
     future : int
         Judgments left out because they are dated after the clock.
     unscored : int
@@ -88,6 +98,9 @@ class Window:
     subset_names: tuple[str, ...]
     where: JudgmentFilter
     future: int
+    annotators: Ints
+    days: Ints
+    annotator_names: tuple[str, ...]
     unscored: int = 0
 
     def __len__(self) -> int:
@@ -97,7 +110,10 @@ class Window:
         """Return the window without judgments on pairs that could not be scored."""
         if scored.all():
             return self
-        columns = ("pairs", "targets", "inclusion", "weights", "groups", "times", "subsets")
+        columns = (
+            *("pairs", "targets", "inclusion", "weights", "groups", "times", "subsets"),
+            *("annotators", "days"),
+        )
         kept = {name: getattr(self, name)[scored] for name in columns}
         return replace(self, **kept, unscored=int((~scored).sum()))
 
@@ -148,19 +164,25 @@ def choose(
         raise OptionError("since and window exclude each other; give one of them")
     if days is not None and not days > 0:
         raise OptionError(f"window must be > 0 days, not {days}")
+    selected = replace(options.filter(), since=None, until=None)
     future = 0
     if until is None:
         horizon = latest + AHEAD
-        future = store.count(JudgmentFilter(since=horizon))
+        future = store.count(replace(selected, since=horizon))
         until = horizon if future else None
     if days is not None:
-        newest = store.newest(JudgmentFilter(until=until))
+        newest = store.newest(replace(selected, until=until))
         since = None if newest is None else newest - timedelta(days=days)
-    return JudgmentFilter(since=since, until=until), future
+    return replace(selected, since=since, until=until), future
 
 
 def read_window(
-    store: JudgmentStore, where: JudgmentFilter, *, future: int = 0, progress: Progress
+    store: JudgmentStore,
+    where: JudgmentFilter,
+    *,
+    future: int = 0,
+    trusted: Collection[int] = (),
+    progress: Progress,
 ) -> Window:
     """Stream the selected judgments into arrays.
 
@@ -170,6 +192,8 @@ def read_window(
     where : JudgmentFilter
     future : int
         As `choose` returns it.
+    trusted : collection of int
+        Numbers of appended batches, as in the store's chain, to which no cap by day applies.
     progress : callable
         Called with (stage, done, total).
 
@@ -184,6 +208,8 @@ def read_window(
     # −1 for no subset, so that the others count from 0.
     subset_of: dict[str | None, int] = {None: -1}
     batch_of: dict[str | None, int] = {}
+    annotators, annotator_of, days = array("i"), dict[str, int](), array("q")
+    day_of = arrival_days(store.chain(), trusted)
     for row in store.observations(where):
         ids += row.id
         pairs += row.pair
@@ -193,6 +219,8 @@ def read_window(
         times.append(row.judged_at.timestamp())
         subsets.append(subset_of.setdefault(row.subset, len(subset_of) - 1))
         batches.append(batch_of.setdefault(row.batch, len(batch_of)))
+        days.append(day_of.get(row.link, -1))
+        annotators.append(annotator_of.setdefault(row.annotator, len(annotator_of)))
         if len(targets) % 10_000 == 0:
             progress("reading judgments", len(targets), 0)
     keys, pair_of = np.unique(np.frombuffer(bytes(pairs), f"S{KEY}"), return_inverse=True)
@@ -201,6 +229,10 @@ def read_window(
     # From the order of first appearance to the sorted names, None first.
     order = np.array([names.index(n) if n is not None else -1 for n in subset_of], np.int32)
     codes = np.frombuffer(subsets, np.int32)
+    people = sorted(annotator_of)
+    # Codes follow the sorted names, so that they do not depend on the order of reading.
+    ranks = np.argsort(np.argsort(list(annotator_of)))
+    coded = ranks[np.frombuffer(annotators, np.int32)] if people else np.zeros(0, np.int64)
     return Window(
         _digest(bytes(ids)),
         keys,
@@ -214,7 +246,36 @@ def read_window(
         tuple(names),
         where,
         future,
+        coded,
+        np.frombuffer(days, np.int64).copy(),
+        tuple(people),
     )
+
+
+def arrival_days(chain: Chain, trusted: Collection[int] = ()) -> dict[int, int]:
+    """Return the day on which each batch of a store arrived, in days since 1970 in UTC.
+
+    Parameters
+    ----------
+    chain : Chain
+    trusted : collection of int
+        Numbers of batches that an operator confirms.
+
+    Returns
+    -------
+    dict of int to int
+        By the batch's number; without trusted batches, those of an unknown day, and those of the
+        store's first day, which no later writer can join.
+    """
+    days = {
+        link.number: int(link.appended_at.timestamp() // 86400)
+        for link in chain.links
+        if link.appended_at is not None
+    }
+    known = [link.appended_at is not None for link in chain.links]
+    # A store from before the chain has a first day, too, that is unknown.
+    first = min(days.values()) if days and known[0] else None
+    return {k: day for k, day in days.items() if day != first and k not in set(trusted)}
 
 
 def _digest(ids: bytes) -> str:

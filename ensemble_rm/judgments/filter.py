@@ -40,6 +40,8 @@ class JudgmentFilter(TimeRange):
         Judged at or after, and before; with time zones.
     source, batch, policy, subset, annotator, strategy : str or tuple of str, optional
         Only judgments with this name, or one of these names.
+    without_annotator : str or tuple of str, optional
+        No judgments by these annotators.
     with_corrected : bool
         Include judgments that a correction has replaced: the whole history.
 
@@ -56,6 +58,9 @@ class JudgmentFilter(TimeRange):
     annotator: Names = field(default=None, metadata={"help": "only judgments by this annotator"})
     strategy: Names = field(
         default=None, metadata={"help": "only pairs that were selected by this strategy"}
+    )
+    without_annotator: Names = field(
+        default=None, metadata={"help": "no judgments by this annotator"}
     )
     with_corrected: bool = field(
         default=False, metadata={"help": "include judgments that a correction has replaced"}
@@ -80,6 +85,43 @@ class JudgmentFilter(TimeRange):
         return {
             k: (value,) if isinstance(value, str) else tuple(value) for k, value in given.items()
         }
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """The annotators whose judgments are left out."""
+        names = self.without_annotator or ()
+        return (names,) if isinstance(names, str) else tuple(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSelection(TimeRange):
+    """Which judgments a job may read.
+
+    Attributes
+    ----------
+    exclude_annotator : tuple of str
+        Annotators whose judgments are left out.
+    only_source : tuple of str
+        Sources to read; all by default.
+    since, until
+        See `TimeRange`.
+    """
+
+    exclude_annotator: tuple[str, ...] = field(
+        default=(), metadata={"help": "annotator whose judgments are left out; repeatable"}
+    )
+    only_source: tuple[str, ...] = field(
+        default=(), metadata={"help": "source to read, all others are left out; repeatable"}
+    )
+
+    def filter(self) -> JudgmentFilter:
+        """Return the selection of judgments."""
+        return JudgmentFilter(
+            since=self.since,
+            until=self.until,
+            source=self.only_source or None,
+            without_annotator=self.exclude_annotator or None,
+        )
 
 
 ALL_JUDGMENTS = JudgmentFilter()

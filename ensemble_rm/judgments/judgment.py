@@ -14,6 +14,7 @@ from ensemble_rm.errors import DataError
 
 Outcome: TypeAlias = Literal["first", "second", "tie"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
+RETRACTED = "retracted"  # the outcome of a correction that leaves no verdict
 SHARES: dict[str, float] = {
     "first": 1.0,
     "second": 0.0,
@@ -50,7 +51,8 @@ class Judgment:
     first, second : str
         The completions as shown to the annotator; the left or upper one is first.
     outcome : str
-        ``"first"``, ``"second"`` or ``"tie"``.
+        ``"first"``, ``"second"`` or ``"tie"``; ``"retracted"`` in a retraction, which takes back
+        the judgment that it corrects and is no verdict itself.
     annotator : str
         Name of the annotator.
     judged_at : datetime
@@ -83,7 +85,7 @@ class Judgment:
     prompt: Prompt
     first: str
     second: str
-    outcome: Outcome
+    outcome: Outcome | Literal["retracted"]
     annotator: str
     judged_at: datetime
     source: str
@@ -98,7 +100,12 @@ class Judgment:
     _texts: tuple[bytes, bytes, bytes] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.outcome not in OUTCOMES:
+        if self.outcome == RETRACTED:
+            if self.corrects is None:
+                raise DataError(
+                    "`outcome` retracted needs `corrects`, the id of what is taken back"
+                )
+        elif self.outcome not in OUTCOMES:
             raise DataError(f"`outcome` must be first, second or tie, not {self.outcome!r}")
         _check_labels(self)
         _set(self, "judged_at", as_utc(self.judged_at))
@@ -140,13 +147,42 @@ class Judgment:
         sides = sorted(self._texts[1:])
         return hashlib.sha256(b"".join((self.prompt_digest, *sides))).digest()[:16]
 
-    def corrected(self, outcome: Outcome, *, judged_at: datetime, **changes: Any) -> Judgment:
+    @property
+    def identity(self) -> Identity:
+        """What a correction of this judgment must keep."""
+        return Identity(self.annotator, self.prompt_digest, self.pair_digest, self.judged_at)
+
+    @property
+    def is_retraction(self) -> bool:
+        """Whether it takes back a judgment and has no verdict itself."""
+        return self.outcome == RETRACTED
+
+    def retracted(self, *, judged_at: datetime, **changes: Any) -> Judgment:
+        """Return a retraction of this judgment, after which none of its verdicts counts.
+
+        Parameters
+        ----------
+        judged_at : datetime
+            Time of the retraction.
+        **changes
+            As in `corrected`, which also states the errors.
+
+        Returns
+        -------
+        Judgment
+            Its outcome is ``"retracted"``. It can be corrected in turn, which restores a verdict.
+        """
+        return self.corrected("retracted", judged_at=judged_at, **changes)
+
+    def corrected(
+        self, outcome: Outcome | Literal["retracted"], *, judged_at: datetime, **changes: Any
+    ) -> Judgment:
         """Return a new judgment that replaces this one.
 
         Parameters
         ----------
         outcome : str
-            The corrected verdict.
+            The corrected verdict; ``"retracted"`` for none.
         judged_at : datetime
             Time of the correction.
         **changes
@@ -156,10 +192,18 @@ class Judgment:
         -------
         Judgment
             Its `corrects` is this one's `id`.
+
+        Raises
+        ------
+        DataError
+            If it has another annotator, prompt or pair, or is dated before this one.
         """
         # Empty: the old external id belongs to the judgment that is corrected.
         changes = {"external_id": "", **changes}
-        return replace(self, outcome=outcome, judged_at=judged_at, corrects=self.id, **changes)
+        new = replace(self, outcome=outcome, judged_at=judged_at, corrects=self.id, **changes)
+        if (problem := changed_identity(new.identity, self.identity)) is not None:
+            raise DataError(f"`corrects` {self.id}: {problem}")
+        return new
 
     def to_json(self) -> dict[str, Any]:
         """Return a row from which `from_json` restores an equal judgment."""
@@ -201,6 +245,49 @@ class Judgment:
                 "was changed; add a correction with `corrects`, or leave `id` out"
             )
         return judgment
+
+
+class Identity(NamedTuple):
+    """What a correction may not change, and the time that it may not precede.
+
+    Attributes
+    ----------
+    annotator : str
+    prompt, pair : bytes
+        Digests, as in `Judgment.prompt_digest` and `Judgment.pair_digest`.
+    judged_at : datetime
+    """
+
+    annotator: str
+    prompt: bytes
+    pair: bytes
+    judged_at: datetime
+
+
+def changed_identity(new: Identity, old: Identity) -> str | None:
+    """Return what a correction may not change but does, and the remedy; None if it is valid.
+
+    A correction hides the judgment that it names. If it could name another annotator or pair,
+    adding it would remove a verdict that its annotator never took back.
+    """
+    if new.annotator != old.annotator:
+        changed = f"the correction is by annotator {new.annotator!r}, the judgment by "
+        return f"{changed}{old.annotator!r}; add a judgment of its own without `corrects`"
+    for name, mine, theirs in (
+        ("prompt", new.prompt, old.prompt),
+        ("pair of completions", new.pair, old.pair),
+    ):
+        if mine != theirs:
+            return (
+                f"the correction has another {name} than the judgment; add a judgment of its own "
+                "without `corrects`"
+            )
+    if new.judged_at < old.judged_at:
+        return (
+            f"the correction is dated {new.judged_at.isoformat()}, before the judgment "
+            f"({old.judged_at.isoformat()}); date it when the annotator changed the verdict"
+        )
+    return None
 
 
 class Verdict(NamedTuple):

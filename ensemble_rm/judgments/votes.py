@@ -41,6 +41,8 @@ def to_preferences(judgments: Iterable[Judgment], *, source: str = "judgments") 
     """
     counts: dict[tuple[bytes, str | None], _Count] = {}
     for one in judgments:
+        if one.is_retraction:  # part of a history; it has no verdict
+            continue
         count = counts.setdefault((one.pair_digest, one.subset), _Count(one))
         weight = 1.0 if one.inclusion is None else 1.0 / one.inclusion
         share = SHARES[one.outcome]

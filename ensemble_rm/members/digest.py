@@ -58,6 +58,8 @@ def member_digest(
         "device": bb.pick_device(options.device).type,
         "said": dict(details),
     }
+    if backbone.code is not None:  # only then, so that the digests of all other members stay
+        identity["code"] = backbone.code
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for name in sorted(weights):
         array = weights[name]

@@ -12,13 +12,14 @@ from typing import Any, get_args
 
 import numpy as np
 
-from ensemble_rm.data.samples import Message, Prompt, Sample
+from ensemble_rm.data.samples import Message, Prompt, Sample, check_unicode
 from ensemble_rm.errors import OptionError, TemplateError
 from ensemble_rm.members.backbone.options import Template
 from ensemble_rm.members.scorer import Truncation
 
 _TOKENISED = 512  # samples at once: a tokenizer returns more per token than is kept
 TEMPLATES = get_args(Template)
+THINKING_ENDS = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,17 @@ class TextEncoder:
             )
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """Encode samples, in their order."""
+        """Encode samples, in their order.
+
+        Raises
+        ------
+        TemplateError
+            If the chat template refuses a sample, or hides where its completion begins.
+        DataError
+            If a text holds a lone surrogate.
+        """
+        for sample in samples:
+            check_unicode(sample.prompt, completion=sample.completion)
         encode = self._encode_pairs if self.template == "pair" else self._encode_texts
         cuts = range(0, len(samples), _TOKENISED)
         return [e for i in cuts for e in encode(samples[i : i + _TOKENISED])]
@@ -136,21 +147,22 @@ class TextEncoder:
     def _prefix(self, prompt: Prompt) -> str:
         if self.template == "plain":
             return flatten(prompt, cue=True)
-        return str(
-            self.tokenizer.apply_chat_template(
-                _turns(prompt), tokenize=False, add_generation_prompt=True
-            )
-        )
+        return render_chat(self.tokenizer, _turns(prompt), cue=True)
 
     def _chat(self, sample: Sample, prefix: str) -> tuple[str, int]:
         turns = [*_turns(sample.prompt), {"role": "assistant", "content": sample.completion}]
-        text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        text = render_chat(self.tokenizer, turns, cue=False)
         if text.startswith(prefix):
             # Some templates change earlier turns once the answer follows, such as stripped
             # thinking.
             return text, len(prefix)
-        start = text.rfind(sample.completion.strip())
-        if start < 0 or not sample.completion.strip():
+        completion = sample.completion.strip()
+        start = text.rfind(completion)
+        if start < 0:
+            # DeepSeek-R1's template keeps only what follows the thinking.
+            completion = completion.rpartition(THINKING_ENDS)[2].strip()
+            start = text.rfind(completion)
+        if start < 0 or not completion:
             raise TemplateError(
                 "the chat template changes what comes before the completion, and the completion "
                 f"{sample.completion[:60]!r} is not found in it; pass template='plain'"
@@ -232,6 +244,40 @@ def _choose(tokenizer: Any) -> Template:
 def _turns(prompt: Prompt) -> list[dict[str, str]]:
     turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
     return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+def render_chat(tokenizer: Any, turns: list[dict[str, str]], *, cue: bool) -> str:
+    """Render a conversation in a tokenizer's chat template.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+    turns : list of dict
+        Messages with role and content.
+    cue : bool
+        End with the header of the assistant's turn.
+
+    Raises
+    ------
+    TemplateError
+        If the template refuses the conversation, such as a system role that it does not know.
+    """
+    from jinja2.exceptions import TemplateError as Refusal, TemplateSyntaxError
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=cue))
+    except TemplateSyntaxError:
+        # The template is broken for every sample, not refused for one.
+        raise
+    except Refusal as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise TemplateError(
+            f"the chat template refuses a conversation of {roles} that begins with "
+            f"{turns[0]['content'][:60]!r}: {error}; change or leave out the sample, or pass "
+            "template='plain'"
+            if turns
+            else f"the chat template refuses a conversation without messages: {error}"
+        ) from error
 
 
 def flatten(prompt: Prompt, *, cue: bool) -> str:

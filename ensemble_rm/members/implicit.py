@@ -22,6 +22,7 @@ import torch
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import ModelError, OptionError
+from ensemble_rm.file_digests import FileCheck, FileDigest, digests_json
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.options import TrunkOptions
@@ -31,6 +32,7 @@ from ensemble_rm.members.forward.batching import Batch, batches, pick_token_budg
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import get
 
 # Maximum bytes of a batch's float32 logits: with a large vocabulary, these are the largest tensor.
 _LOGITS = 64 * 2**20
@@ -87,6 +89,7 @@ class ImplicitScorer(ModelScorer):
         beta: float = 0.1,
         name: str | None = None,
         cache_dir: Path | None = DEFAULT_CACHE,
+        trust_remote_code: Sequence[str] = (),
     ) -> ImplicitScorer:
         """Open Hub ids or local folders; the weights are loaded immediately.
 
@@ -97,8 +100,10 @@ class ImplicitScorer(ModelScorer):
         OptionError
             If a model is not a causal language model, or `beta` is not > 0.
         """
-        backbone = bb.locate(policy, cache_dir=cache_dir)
-        other = bb.locate(reference, cache_dir=cache_dir)
+        backbone, other = (
+            bb.locate(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+            for model in (policy, reference)
+        )
         scorer = cls(backbone, options, reference=other, beta=beta, name=name)
         scorer._open()
         return scorer
@@ -108,8 +113,12 @@ class ImplicitScorer(ModelScorer):
             if self._encoder is None:
                 self._encoder = self._make_encoder()
             if self._models is None:
+                for model in (self.backbone, self.reference):
+                    bb.require_unchanged(model)
                 policy, reference = (
-                    bb.load_causal(model.folder, dtype=self.options.dtype).to(self.device)
+                    bb.load_causal(model.folder, dtype=self.options.dtype, code=model.code).to(
+                        self.device
+                    )
                     for model in (self.backbone, self.reference)
                 )
                 self._models = policy, reference
@@ -118,7 +127,8 @@ class ImplicitScorer(ModelScorer):
 
     def _make_encoder(self) -> TextEncoder:
         tokenizer, other = (
-            bb.load_tokenizer(model.folder) for model in (self.backbone, self.reference)
+            bb.load_tokenizer(model.folder, code=model.code)
+            for model in (self.backbone, self.reference)
         )
         if tokenizer.get_vocab() != other.get_vocab():
             raise ModelError(
@@ -194,16 +204,32 @@ class ImplicitScorer(ModelScorer):
         }
 
     def _write(self, folder: Path) -> dict[str, Any]:  # noqa: ARG002 - no weights of its own
-        return {}
+        return {
+            "reference_files": digests_json(self.reference.files),
+            "reference_revision": self.reference.revision,
+        }
 
     @classmethod
     def _read(
         cls,
         folder: Path,  # noqa: ARG003 - no weights of its own
         saved: Mapping[str, Any],
+        check: FileCheck,
+        trust_remote_code: Sequence[str],
     ) -> dict[str, Any]:
-        reference = bb.locate_same(saved["reference"], saved["reference_digest"])
-        return {"reference": reference, "beta": float(saved["beta"]), "name": saved["name"]}
+        reference = bb.locate_same(
+            get(saved, "reference", str),
+            get(saved, "reference_digest", str),
+            files=get(saved, "reference_files", Mapping[str, FileDigest] | None, None),
+            revision=get(saved, "reference_revision", str | None, None),
+            check=check,
+            trust_remote_code=trust_remote_code,
+        )
+        return {
+            "reference": reference,
+            "beta": get(saved, "beta", float),
+            "name": get(saved, "name", str),
+        }
 
     @classmethod
     def _model_name(
@@ -212,7 +238,8 @@ class ImplicitScorer(ModelScorer):
         saved: Mapping[str, Any],
         backbone: str | Path | None,  # noqa: ARG003 - names the backbone of other members
     ) -> str | Path:
-        return str(saved["backbone"])
+        name: str = get(saved, "backbone", str)
+        return name
 
 
 def token_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

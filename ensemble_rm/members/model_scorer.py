@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import ModelError, StorageError
+from ensemble_rm.errors import DigestMismatchError, ModelError, StorageError
+from ensemble_rm.file_digests import FileCheck, FileDigest, digests_json
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.scorer import MemberScores, Scorer
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import as_object, at, get, read_json, reading
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -115,7 +117,11 @@ class ModelScorer(Scorer):
     def save(self, folder: Path) -> None:
         """Write ``member.json`` and the members' own weights."""
         folder.mkdir(parents=True, exist_ok=True)
-        saved = self.describe() | self._write(folder)
+        files = {
+            "files": digests_json(self.backbone.files),
+            "revision": self.backbone.revision,
+        }
+        saved = self.describe() | files | self._write(folder)
         (folder / "member.json").write_text(json.dumps(saved, indent=1) + "\n")
 
     @abstractmethod
@@ -151,6 +157,8 @@ class ModelScorer(Scorer):
         backbone: str | Path | None = None,
         device: str | None = None,
         cache_dir: Path | None = DEFAULT_CACHE,
+        check: FileCheck | None = None,
+        trust_remote_code: Sequence[str] = (),
     ) -> Self:
         """Read what `save` wrote.
 
@@ -164,30 +172,56 @@ class ModelScorer(Scorer):
             Device of the model (default: the best available).
         cache_dir : Path, optional
             Folder for converted GGUF weights.
+        check : FileCheck, optional
+            How the backbone's files are compared with their digests (default: all are hashed).
+        trust_remote_code : sequence of str
+            Models whose custom code may run, each as ``MODEL@DIGEST``.
 
         Raises
         ------
-        ModelError
-            If the backbone's weights differ from those at saving.
+        DigestMismatchError
+            If the backbone's files differ from those at saving.
         MissingExtraError
             If a package that the kind needs is not installed.
         StorageError
             If the folder is incomplete.
         """
+        path = folder / "member.json"
         try:
-            saved = json.loads((folder / "member.json").read_text())
-            options = replace(TrunkOptions(**saved["options"]), device=device)
-            parts = cls._read(folder, saved)
-            name, digest = cls._model_name(folder, saved, backbone), saved["digest"]
-        except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
-            raise StorageError(
-                f"{folder} contains no saved {cls.kind} member: {error!r}"
-            ) from error
-        return cls(bb.locate_same(name, digest, cache_dir=cache_dir), options, **parts)
+            with reading(path):
+                saved = as_object(read_json(path))
+                options = get(saved, "options", TrunkOptions)
+                digest = get(saved, "digest", str)
+                # Not in ensembles that were saved before they were recorded.
+                files = get(saved, "files", Mapping[str, FileDigest] | None, None)
+                revision = get(saved, "revision", str | None, None)
+                with at():
+                    parts = cls._read(folder, saved, check or FileCheck(), trust_remote_code)
+                    name = cls._model_name(folder, saved, backbone)
+        except DigestMismatchError:
+            raise
+        except (OSError, SafetensorError, StorageError) as error:
+            raise StorageError(f"{folder} contains no saved {cls.kind} member: {error}") from error
+        located = bb.locate_same(
+            name,
+            digest,
+            files=files,
+            revision=revision,
+            check=check,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(located, replace(options, device=device), **parts)
 
     @classmethod
     @abstractmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(
+        cls,
+        folder: Path,
+        saved: Mapping[str, Any],
+        check: FileCheck,
+        trust_remote_code: Sequence[str],
+    ) -> dict[str, Any]:
         """Return the `_parts` of a saved member."""
 
     @classmethod
@@ -198,4 +232,4 @@ class ModelScorer(Scorer):
         backbone: str | Path | None,
     ) -> str | Path:
         """Return the model's folder or Hub id."""
-        return backbone or str(saved["backbone"])
+        return backbone or get(saved, "backbone", str)

@@ -7,21 +7,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
-from ensemble_rm.errors import NonFiniteScoreError, OptionError, StorageError
+from ensemble_rm.errors import (
+    NonFiniteScoreError,
+    OptionError,
+    RemoteNotAllowedError,
+    StorageError,
+)
+from ensemble_rm.members.remote.address import Token, is_allowed, origin_of, token_for
 from ensemble_rm.progress import Progress, silent
 
 if TYPE_CHECKING:
     from ensemble_rm.members.backbone.options import TrunkOptions
 
 Floats = NDArray[np.float64]
-Token: TypeAlias = str | Callable[[], str]
-"""A bearer token, or a function that returns the current one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,8 +141,6 @@ class Scorer(ABC):
         URL of the server that computes the scores; None where this process does.
     token : str or callable, optional
         Bearer token for that server, or a function that returns the current one. Never saved.
-    token_variable : str, optional
-        Environment variable in which the command line finds the token.
     """
 
     names: tuple[str, ...]
@@ -229,11 +231,6 @@ class Scorer(ABC):
     @property
     def token(self) -> Token | None:
         """Bearer token for the server, or a function that returns the current one."""
-        return None
-
-    @property
-    def token_variable(self) -> str | None:
-        """Environment variable in which the command line finds the token."""
         return None
 
     def with_token(self, token: Token | None) -> Scorer:  # noqa: ARG002 - the default takes none
@@ -475,28 +472,63 @@ def with_tokens_of(scorers: Sequence[Scorer], others: Sequence[Scorer]) -> tuple
 
 
 def with_tokens(scorers: Sequence[Scorer], tokens: Mapping[str, Token]) -> tuple[Scorer, ...]:
-    """Return the same members, those that are named with these bearer tokens.
+    """Return the same members, those on servers that are named with these bearer tokens.
 
     Parameters
     ----------
     scorers : sequence of Scorer
     tokens : mapping of str to str or callable
-        By the member's name.
+        By server: ``[SCHEME://]HOST[:PORT]``. A token goes to that server alone; without a
+        scheme, over https, or to this machine.
 
     Raises
     ------
     OptionError
-        If a name belongs to no member on a server.
+        If a token would be sent without encryption and its scheme is not named.
     """
-    remote = {name for s in scorers if s.address is not None for name in s.names}
-    if unknown := sorted(set(tokens) - remote):
-        raise OptionError(
-            f"tokens name {', '.join(map(repr, unknown))}; members on other servers are "
-            f"{', '.join(map(repr, sorted(remote))) or 'none'}"
-        )
-    return tuple(
-        scorer.with_token(tokens[scorer.names[0]])
-        if scorer.address is not None and scorer.names[0] in tokens
-        else scorer
-        for scorer in scorers
-    )
+
+    def bound(scorer: Scorer) -> Scorer:
+        token = None if scorer.address is None else token_for(scorer.address, tokens)
+        return scorer if token is None else scorer.with_token(token)
+
+    return tuple(map(bound, scorers))
+
+
+def check_addresses(scorers: Sequence[Scorer], allow_remote: Sequence[str]) -> None:
+    """Check that every member on another server is on one that the caller allows.
+
+    Parameters
+    ----------
+    scorers : sequence of Scorer
+    allow_remote : sequence of str
+        Servers, each as ``[SCHEME://]HOST[:PORT]``.
+
+    Raises
+    ------
+    RemoteNotAllowedError
+        If a member is elsewhere.
+    """
+    for scorer in scorers:
+        if scorer.address is not None and not is_allowed(scorer.address, allow_remote):
+            raise RemoteNotAllowedError(
+                f"{scorer._title()} is on the server {scorer.address}, to which prompts and "
+                "completions would be sent; if you trust it, allow it with --allow-remote "
+                f"{origin_of(scorer.address)} (allow_remote=[…] in Python)"
+            )
+
+
+def check_no_new_address(scorers: Sequence[Scorer], before: Sequence[Scorer]) -> None:
+    """Check that a new version has no member on a server that the one before does not use.
+
+    Raises
+    ------
+    RemoteNotAllowedError
+        If it has.
+    """
+    known = {scorer.address for scorer in before}
+    for scorer in scorers:
+        if scorer.address not in known and scorer.address is not None:
+            raise RemoteNotAllowedError(
+                f"the new version adds {scorer._title()} on the server {scorer.address}; load it "
+                "again, and allow that server, if you trust it"
+            )

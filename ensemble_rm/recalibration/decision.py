@@ -18,6 +18,11 @@ from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.data.weights import effective_sample_size
 from ensemble_rm.errors import CalibrationError, OptionError, TooFewJudgmentsError
 from ensemble_rm.evidence.dated_margins import DAY, DatedMargins, forgetting
+from ensemble_rm.recalibration.annotator_test import (
+    AnnotatorReport,
+    cap_weights,
+    check_annotators,
+)
 from ensemble_rm.recalibration.fitting import (
     Fitted,
     fit_shrunk,
@@ -42,7 +47,7 @@ FLATTENED = (
     "flattened: recalibration cannot fix this, retrain the members"
 )
 
-Answer: TypeAlias = Literal["publish", "keep", "too few"]
+Answer: TypeAlias = Literal["publish", "keep", "too few", "rejected"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,8 @@ class Decision:
 
     Attributes
     ----------
-    answer : {"publish", "keep", "too few"}
+    answer : {"publish", "keep", "too few", "rejected"}
+        ``"rejected"``: too large a share of the weight is of annotators whom the test rejects.
     reason : str
         Why, in words.
     calibration : Calibration, optional
@@ -66,6 +72,10 @@ class Decision:
         Judgments of the window that were left out because they contradict the newest.
     sizes : dict
         Numbers of judgments, effective judgments and prompts in window, fit and gate.
+    annotators : AnnotatorReport, optional
+        Whose weight was capped, and whose judgments were left out.
+    kept : ndarray of bool, shape (n_judgments,), optional
+        Judgments of annotators who were not rejected; `changed` refers to these.
     metrics : dict
         NLL before and after, on the gate part and (in sample) on the window.
     """
@@ -78,6 +88,8 @@ class Decision:
     candidate: Fitted | None = None
     final: Fitted | None = None
     changed: NDArray[np.bool_] | None = None
+    annotators: AnnotatorReport | None = None
+    kept: NDArray[np.bool_] | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -126,9 +138,25 @@ def decide(
         )
     half_life = None if options.half_life is None else options.half_life * DAY
     data = replace(data, weights=data.weights * forgetting(data.times, half_life=half_life))
+    kept_rows, report = check_annotators(
+        data,
+        share=options.annotator_share,
+        day_share=options.day_share,
+        level=options.annotator_level,
+    )
+    results: dict[str, Any] = {"annotators": report, "kept": kept_rows}
+    if report.rejected_share > options.max_rejected:
+        reason = (
+            f"{len(report.rejected)} of {report.annotators} annotators, with "
+            f"{report.rejected_share:.0%} of the weight, judge unlike the others (at most "
+            f"{options.max_rejected:.0%} may): {', '.join(report.rejected[:20])}; read their "
+            "judgments, then leave out those that are wrong with --exclude-annotator"
+        )
+        return Decision(answer="rejected", reason=reason, **results)
+    data = _capped(data.take(np.flatnonzero(kept_rows)), options)
     # Only T_mix needs the members' margins, at the end; without this every `take` would copy them.
     with_members, data = data, replace(data, member_margins=data.member_margins[:, :0])
-    results: dict[str, Any] = {"sizes": {"window": _size(data)}}
+    results["sizes"] = {"window": _size(data)}
     try:
         parts = split_by_time(data.groups, data.times, share=options.gate_share)
         results["sizes"]["left_out"] = parts.left_out
@@ -138,6 +166,12 @@ def decide(
     except CalibrationError as error:
         reason = f"no candidate can be fitted: {error}"
         return Decision(answer="keep", reason=reason, **results)
+    if report.rejected:
+        # Listed in every run that leaves them out: none comes back without a word.
+        left_out = f"; left out, judging unlike the others: {', '.join(report.rejected[:20])}"
+        if len(report.rejected) > 20:
+            left_out += f" and {len(report.rejected) - 20} more"
+        decision = replace(decision, reason=decision.reason + left_out)
     final = decision.final
     if final is None:
         return decision
@@ -157,7 +191,10 @@ def _gated(
     results: dict[str, Any],
 ) -> Decision:
     """Decide everything but T_mix; fill `results` step by step, so that refusals report it."""
-    newest, fit, kept = data.take(parts.gate), parts.fit, data
+    # Capped again, because an annotator below the window's cap may have most of its newest part.
+    # Not by day: the newest part is only a few days long.
+    newest = cap_weights(data.take(parts.gate), share=options.annotator_share, day_share=1.0)
+    fit, kept = parts.fit, data
     sizes = results["sizes"]
     sizes |= {"gate": _size(newest), "fit": _size(data.take(fit))}
     # Before the fit: without a gate, its candidate could not be published.
@@ -207,6 +244,10 @@ def _gated(
     }
     decision = Decision(answer="publish", reason=gate.reason, **results)
     return replace(decision, reason=gate.reason + FLATTENED) if decision.flat else decision
+
+
+def _capped(data: DatedMargins, options: DecisionOptions) -> DatedMargins:
+    return cap_weights(data, share=options.annotator_share, day_share=options.day_share)
 
 
 def _fitted_temperatures(fitted: Fitted, data: DatedMargins) -> Floats | float:

@@ -134,7 +134,12 @@ def fit_positive(data: DatedMargins) -> TemperatureFit:
 
 def _fit(data: DatedMargins, margins: Floats) -> TemperatureFit:
     return fit_temperature(
-        margins, data.targets, weights=data.weights, groups=data.groups, min_judgments=2
+        margins,
+        data.targets,
+        weights=data.weights,
+        groups=data.groups,
+        annotators=data.annotators,
+        min_judgments=2,
     )
 
 
@@ -299,6 +304,7 @@ def _fit_slices(data: DatedMargins, overall: TemperatureFit) -> tuple[SliceFit, 
                 part.targets,
                 weights=part.weights,
                 groups=part.groups,
+                annotators=part.annotators,
                 min_judgments=MIN_SLICE_JUDGMENTS,
             )
         except CalibrationError as error:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensemble_rm.aggregation.aggregator import Aggregator
 from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.calibration.calibration import Calibration, require_calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
@@ -25,7 +24,8 @@ from ensemble_rm.evidence.dated_margins import (
     load_members,
 )
 from ensemble_rm.evidence.score_table import ScoreTable
-from ensemble_rm.evidence.window import Window, choose, read_window
+from ensemble_rm.evidence.store_state import chain_json, require_known_head
+from ensemble_rm.evidence.window import Window, arrival_days, choose, read_window
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
 from ensemble_rm.recalibration.decision import FLATTENED, Decision, decide
@@ -34,7 +34,9 @@ from ensemble_rm.versions.job_run import (
     Job,
     JobOutcome,
     Verdict,
+    check_clock,
     digest_inputs,
+    known_time,
 )
 from ensemble_rm.versions.repository import Versions, describe_ensemble, now_utc
 from ensemble_rm.versions.version import Version
@@ -49,9 +51,10 @@ EVENT = "recalibrated"
 class Recalibration(JobOutcome):
     """The outcome of one run of `recalibrate`.
 
-    A drift alarm is either an alarm without a better calibration to publish, or a published
-    temperature so large that probabilities carry almost no information. In both cases the members
-    need retraining.
+    A drift alarm is an alarm without a better calibration to publish, a published temperature so
+    large that probabilities carry almost no information, or annotators with a large share of the
+    weight who judge unlike the others. In the first two cases the members need retraining; in the
+    third a person has to read those annotators' judgments.
 
     Attributes
     ----------
@@ -115,6 +118,11 @@ def recalibrate(
         If something cannot be read or written; the current version stays current.
     AggregatorMismatchError
         If the ensemble's calibration belongs to another aggregator than its reward.
+    StoreIntegrityError
+        If the store lost or changed judgments, or lacks judgments that the last run read and
+        `accept_rewound_store` is not set.
+    ClockError
+        If the clock is more than `max_clock_lead` days ahead and `accept_clock` is not set.
     """
     job = _RecalibrationJob(
         versions=Versions(folder, clock=clock),
@@ -147,27 +155,45 @@ class _RecalibrationJob(Job):
     def work(self) -> Recalibration:
         incumbent = self.versions.incumbent()
         ensemble = describe_ensemble(self.versions.ensemble_folder(incumbent))
-        aggregator = Aggregator.from_json(ensemble["aggregator"])
+        aggregator = ensemble.aggregator
         calibration = incumbent.read_calibration()
         if calibration is not None:
             require_calibration(calibration, aggregator)
-        where, future = choose(self.store, self.options, latest=self._latest_time(incumbent))
-        window = read_window(self.store, where, future=future, progress=self.progress)
+        with self.store.snapshot() as chain:
+            accepted = require_known_head(
+                self.versions.audit,
+                chain,
+                self.store.name,
+                accept=self.options.accept_rewound_store,
+            )
+            clock = check_clock(self.versions, self.options, self.store.newest())
+            where, future = choose(self.store, self.options, latest=known_time(self.versions))
+            window = read_window(
+                self.store,
+                where,
+                future=future,
+                trusted=self.options.trust_batch,
+                progress=self.progress,
+            )
         options = self.options.decision_json()
-        key = digest_inputs(window.digest, incumbent.members, ensemble["aggregator"], options)
+        key = digest_inputs(window.digest, incumbent.members, ensemble.row["aggregator"], options)
         details: dict[str, Any] = {
-            "judgments": {"store": self.store.name} | window.describe(),
+            "judgments": {"store": self.store.name, "chain": chain_json(chain)} | window.describe(),
             "members": incumbent.members,
             "options": options,
             "key": key,
         }
+        if accepted:
+            details["accepted_rewound_store"] = True
+        if clock:
+            details["clock"] = clock
         case = _Case(incumbent, calibration, details)
         # Before any scoring, so that a repeated run costs only the reading of the window.
         if (repeated := self._repeated(incumbent, key)) is not None:
             verdict, reason, case.details["same_as"] = repeated
             return self._end(case, verdict, reason)
         table = ScoreTable(self.versions.folder, incumbent.members, read_only=self.options.dry_run)
-        members = len(ensemble["normaliser"]["offset"])
+        members = len(ensemble.normaliser.offset)
         loaded = partial(load_members, self.versions, incumbent, self.load)
         window, data = date_margins(
             window, self.store, table, aggregator, members, loaded, progress=self.progress
@@ -183,6 +209,13 @@ class _RecalibrationJob(Job):
             created=self.versions.clock().isoformat(timespec="seconds"),
         )
         case.details.update(_explain(decision, calibration) | {"flat": decision.flat})
+        if decision.annotators is not None and decision.annotators.capped_days:
+            days = arrival_days(chain, self.options.trust_batch)
+            capped = [k for k, day in days.items() if day in decision.annotators.capped_days]
+            case.details["capped_batches"] = capped
+            words = f"; batches {', '.join(map(str, capped[:20]))} of the store were reduced to "
+            words += f"{self.options.day_share:.0%} of the weight a day (--trust-batch)"
+            decision = replace(decision, reason=decision.reason + words)
         # Deferred: the evidence is read only if something is published.
         return self._act(case, decision, lambda: evidence_of(window, table))
 
@@ -205,6 +238,8 @@ class _RecalibrationJob(Job):
     def _act(
         self, case: _Case, decision: Decision, evidence: Callable[[], ScoredPairs | None]
     ) -> Recalibration:
+        if decision.answer == "rejected":
+            return self._end(case, "drift alarm", decision.reason)
         if decision.answer != "publish" or decision.calibration is None:
             too_few = decision.answer == "too few"
             return self._end(case, "too few" if too_few else "kept", decision.reason)
@@ -275,18 +310,11 @@ class _RecalibrationJob(Job):
         run = last["run"]
         return verdict, f"same judgments, members and options as run {run}: {last['reason']}", run
 
-    def _latest_time(self, incumbent: Version) -> datetime:
-        """Return the clock's time, or the last run's where the clock was set back since."""
-        times = [self.versions.clock(), datetime.fromisoformat(incumbent.created_at)]
-        last = self.versions.audit.last(event=EVENT)
-        if last is not None:
-            times.append(datetime.fromisoformat(last["at"]))
-        return max(time.astimezone(UTC) for time in times)
-
     def repair_log(self) -> None:
         """Write the audit line of a run that was killed between its publication and the line."""
         current = self.versions.current()
-        if not current.run or self.versions.audit.last(event=EVENT, run=current.run) is not None:
+        logged = (event.get("run") for event in self.versions.audit.read())
+        if not current.run or current.run in logged:
             return
         details = dict(current.provenance)
         reason = str(details.pop("reason", ""))
@@ -301,6 +329,7 @@ def _explain(decision: Decision, incumbent: Calibration | None) -> dict[str, Any
     """Return the figures behind a decision, for provenance and the audit log."""
     row: dict[str, Any] = {"sizes": decision.sizes, "metrics": decision.metrics}
     row["gate"] = None if decision.gate is None else asdict(decision.gate)
+    row["annotators"] = None if decision.annotators is None else asdict(decision.annotators)
     row["confirmation"] = None if decision.confirmation is None else asdict(decision.confirmation)
     for name in ("candidate", "final"):
         fitted = getattr(decision, name)

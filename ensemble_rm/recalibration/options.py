@@ -29,6 +29,16 @@ class DecisionOptions:
         Fewest effective judgments to fit on, and to gate on.
     slices : bool
         Fit one temperature per subset as well.
+    annotator_share, day_share : float
+        Largest share of the weight of an annotator, and of the judgments that arrive on one day, in
+        (0, 1]; 1 switches a cap off. See `recalibration.annotator_test`.
+    trust_batch : tuple of int
+        Numbers of appended batches, as in the store's chain, to which the cap by day does not
+        apply.
+    annotator_level : float
+        Level over all annotators of the test that rejects one; 0 switches it off.
+    max_rejected : float
+        Share of the weight above which rejected annotators are an alarm and nothing is published.
     confirm : bool
         Require the next batch to confirm a sudden change, and leave out older judgments that
         contradict the newest; see `compare_newest` and `changed_since`.
@@ -55,6 +65,26 @@ class DecisionOptions:
         default=True, metadata={"help": "wait for the next batch to confirm a sudden change"}
     )
 
+    annotator_share: float = field(
+        default=0.2, metadata={"help": "largest share of an annotator in a window's weight"}
+    )
+    day_share: float = field(
+        default=0.2,
+        metadata={"help": "largest share of one day's arrivals in a window's weight"},
+    )
+    trust_batch: tuple[int, ...] = field(
+        default=(),
+        metadata={"help": "number of an appended batch without a cap by day; repeatable"},
+    )
+    annotator_level: float = field(
+        default=0.01,
+        metadata={"help": "level, over all annotators, of the test that rejects one"},
+    )
+    max_rejected: float = field(
+        default=0.25,
+        metadata={"help": "share of rejected weight above which nothing is published"},
+    )
+
     def decision_json(self) -> dict[str, Any]:
         """Return the options of this class by name, without those of a subclass."""
         return {option.name: getattr(self, option.name) for option in fields(DecisionOptions)}
@@ -68,13 +98,15 @@ class RecalibrationOptions(WindowOptions, DecisionOptions, DriftOptions, RunOpti
     ----------
     watch : bool
         Run the sequential drift test on the incumbent.
-    since, until, window
+    since, until, window, exclude_annotator, only_source
         Which judgments; see `WindowOptions`.
     half_life, gate_share, delta, level, min_judgments, slices, confirm
         How a candidate is fitted and judged; see `DecisionOptions`.
+    annotator_share, day_share, trust_batch, annotator_level, max_rejected
+        How a candidate is fitted and judged; see `DecisionOptions`.
     alpha, tolerance
         Of the drift test; see `DriftOptions`.
-    dry_run, wait
+    dry_run, wait, accept_rewound_store, accept_clock, max_clock_lead
         See `RunOptions`.
     """
 

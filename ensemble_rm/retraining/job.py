@@ -17,6 +17,7 @@ from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.data.samples import Preferences
 from ensemble_rm.ensemble.reward_ensemble import RewardEnsemble
 from ensemble_rm.errors import TooFewJudgmentsError
+from ensemble_rm.evidence.store_state import chain_json, require_known_head
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.store import JudgmentStore
@@ -33,6 +34,7 @@ from ensemble_rm.versions.job_run import (
     Job,
     JobOutcome,
     Verdict,
+    check_clock,
     digest_inputs,
 )
 from ensemble_rm.versions.repository import Versions, now_utc
@@ -101,6 +103,8 @@ def retrain_run(
         If another job works on the folder and `wait` is not set.
     StorageError
         If something cannot be read or written; the current version stays current.
+    StoreIntegrityError, ClockError
+        As in `recalibrate`.
     OptionError, DataError, TrainingError
         See `retrain`.
     """
@@ -112,7 +116,7 @@ def retrain_run(
         progress=progress,
         old=old,
         store=store,
-        where=JudgmentFilter(since=options.since, until=options.until),
+        where=options.filter(),
         reference=reference,
         recipe=recipe,
         load=load,
@@ -135,7 +139,20 @@ class _RetrainingJob(Job):
 
     def work(self) -> RetrainingRun:
         incumbent = self.versions.incumbent()
-        details = self._inputs(incumbent)
+        with self.store.snapshot() as chain:
+            accepted = require_known_head(
+                self.versions.audit,
+                chain,
+                self.store.name,
+                accept=self.options.accept_rewound_store,
+            )
+            clock = check_clock(self.versions, self.options, self.store.newest())
+            details = self._inputs(incumbent)
+            details["judgments"] = {"store": self.store.name, "chain": chain_json(chain)}
+        if accepted:
+            details["accepted_rewound_store"] = True
+        if clock:
+            details["clock"] = clock
         if (repeated := self._repeated(incumbent, details)) is not None:
             return self._end(incumbent, *repeated, details)
         # Before training, whose result could not be published.

@@ -7,7 +7,7 @@ from typing import Any
 
 from ensemble_rm.calibration.limits import MIN_JUDGMENTS
 from ensemble_rm.errors import OptionError
-from ensemble_rm.judgments.filter import TimeRange
+from ensemble_rm.judgments.filter import JobSelection
 from ensemble_rm.versions.options import RunOptions
 
 
@@ -83,19 +83,19 @@ class RetrainingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrainingRunOptions(TimeRange, RetrainingOptions, RunOptions):
+class RetrainingRunOptions(JobSelection, RetrainingOptions, RunOptions):
     """Options of `retrain_run`.
 
     Attributes
     ----------
-    since, until
-        Which judgments; see `TimeRange`.
+    since, until, exclude_annotator, only_source
+        Which judgments; see `JobSelection`.
     gate_share, calibration_share, validation_share, weighted
         How the judgments are used; see `RetrainingOptions`.
     delta, delta_accuracy, level, min_judgments
         Of the gate; see `RetrainingOptions`.
     seed
         See `RetrainingOptions`.
-    dry_run, wait
+    dry_run, wait, accept_rewound_store, accept_clock, max_clock_lead
         See `RunOptions`. A dry run splits the judgments, reports the parts, and trains nothing.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -68,8 +68,12 @@ class PinnedEnsemble:
         Folder of the backbone, if it has moved since training.
     max_loaded_models : int, optional
         Maximum number of models in memory at once (default: all).
+    trust_remote_code : sequence of str, optional
+        Models whose custom code may run; see `RewardEnsemble.from_pretrained`.
+    allow_remote : sequence of str, optional
+        Servers that members may be on; see `RewardEnsemble.from_pretrained`.
     tokens : mapping of str to str or callable, optional
-        Bearer tokens of members on other servers, by member name; see
+        Bearer tokens of members on other servers, by server; see
         `RewardEnsemble.with_tokens`. They are pickled with the rest.
     digest : str, optional
         Digest that the folder must have, as `folder_digest` returns it (default: its present
@@ -97,15 +101,19 @@ class PinnedEnsemble:
         device: str | None = None,
         backbone: str | Path | None = None,
         max_loaded_models: int | None = None,
+        trust_remote_code: Sequence[str] | None = None,
+        allow_remote: Sequence[str] | None = None,
         tokens: Tokens | None = None,
         digest: str | None = None,
     ) -> None:
         self.aggregator = aggregator
-        self._tokens = tokens
-        self._options = {
+        self._options: dict[str, Any] = {
             "device": device,
             "backbone": None if backbone is None else str(backbone),
             "max_loaded_models": max_loaded_models,
+            "trust_remote_code": trust_remote_code,
+            "allow_remote": allow_remote,
+            "tokens": tokens,
         }
         self._lock = Lock()
         self._ensemble: RewardEnsemble | None = None
@@ -125,8 +133,7 @@ class PinnedEnsemble:
             return
         if digest is not None:
             raise OptionError("digest is for a saved ensemble; this one is already loaded")
-        folder_only = self._options | {"tokens": tokens}
-        if given := [name for name, value in folder_only.items() if value is not None]:
+        if given := [name for name, value in self._options.items() if value is not None]:
             raise OptionError(f"{given[0]} is for a saved ensemble; this one is already loaded")
         self._ensemble = self._with_aggregator(source)
         self.digest = live_digest(source)
@@ -165,11 +172,8 @@ class PinnedEnsemble:
         assert self.folder is not None
         # The folder may have changed between pinning and the first reward call.
         self._checked(self.digest)
-        options: dict[str, Any] = self._options
-        loaded = RewardEnsemble.from_pretrained(self.folder, **options)
-        if self._tokens is not None:
-            loaded = loaded.with_tokens(self._tokens)
-        return self._with_aggregator(loaded)
+        given = {name: value for name, value in self._options.items() if value is not None}
+        return self._with_aggregator(RewardEnsemble.from_pretrained(self.folder, **given))
 
     @property
     def version(self) -> str:

@@ -13,6 +13,7 @@ from ensemble_rm.errors import (
     EnsembleRMError,
     NotCalibratedError,
     RemoteError,
+    RemoteNotAllowedError,
     RemoteUnavailableError,
     RequestError,
     TemplateError,
@@ -24,6 +25,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (TemplateError, 422),
     (NotCalibratedError, 409),
     (AggregatorMismatchError, 409),
+    (RemoteNotAllowedError, 409),
     (
         RemoteUnavailableError,
         503,

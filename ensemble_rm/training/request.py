@@ -64,6 +64,16 @@ class TrainingRequest:
         metadata={"help": "folder of cached features and token states; none caches nothing"},
     )
 
+    trust_remote_code: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "model whose custom code may run, with the digest of that code; repeated",
+            "metavar": "MODEL@DIGEST",
+            "shown": "none",
+            "from_file": False,
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.members < 1:
             raise OptionError(f"members must be at least 1, not {self.members}")
@@ -114,7 +124,14 @@ class TrainingRequest:
             options=TrunkOptions(**{**provenance["options"], "device": device}),
             start=ensemble,
             baseline=ensemble.normaliser.baseline,
+            trust_remote_code=_allowed(scorer),
         )
+
+
+def _allowed(scorer: Any) -> tuple[str, ...]:
+    """Return the permission under which this process loaded the backbone's custom code."""
+    own = getattr(scorer, "backbone", None)
+    return () if own is None or own.code is None else (f"{own.folder}@{own.code}",)
 
 
 def _backbone_folder(scorer: Any, provenance: Mapping[str, Any]) -> str | Path:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ from ensemble_rm.ensemble.storage import check_target
 from ensemble_rm.errors import OptionError
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.checkpoint import load_tokenizer, locate
+from ensemble_rm.members.backbone.custom_code import trusted_models
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.encoding import TextEncoder, count_truncation
 from ensemble_rm.members.learning.job import Job, Trained
@@ -51,6 +53,7 @@ def train(
     baseline: bool = False,
     out: str | Path | None = None,
     cache_dir: str | Path | None = DEFAULT_CACHE,
+    trust_remote_code: Sequence[str] = (),
     progress: Progress = silent,
 ) -> RewardEnsemble:
     """Train several independently seeded reward models.
@@ -88,6 +91,9 @@ def train(
     cache_dir : str or Path, optional
         Folder of cached features and token states, so that no text is read twice; None caches
         nothing.
+    trust_remote_code : sequence of str
+        Models whose custom code may run, each as ``MODEL@DIGEST``; the error of a model that needs
+        such code states its digest. Not for kind ``"full"``.
     progress : callable
         Called with (stage, done, total).
 
@@ -105,6 +111,8 @@ def train(
         prompt, or `start` does not fit.
     ModelError
         If the backbone cannot be found or read.
+    CustomCodeError
+        If it needs custom code that is not allowed.
     TrainingError
         If training diverges.
         If `out` holds a checkpoint of another run.
@@ -126,6 +134,7 @@ def train(
         baseline=baseline,
         out=out,
         cache_dir=cache_dir,
+        trust_remote_code=trusted_models(trust_remote_code),
     )
     return train_request(fit, validation, request, progress=progress)
 
@@ -218,7 +227,7 @@ def plan(fit: Preferences, validation: Preferences, request: TrainingRequest) ->
     # No progress and no checkpoint: a plan only reads.
     job, _ = _prepare(fit, validation, request)
     encoder = TextEncoder(
-        load_tokenizer(job.backbone.folder),
+        load_tokenizer(job.backbone.folder, code=job.backbone.code),
         template=job.options.template,
         max_length=job.options.max_length,
     )
@@ -253,7 +262,9 @@ def _prepare(
     _refuse_leak(fit, validation)
     # expanduser here, since a literal "~" folder would be created in the working directory.
     cache = None if request.cache_dir is None else Path(request.cache_dir).expanduser()
-    backbone = locate(request.backbone, cache_dir=cache)
+    backbone = locate(
+        request.backbone, cache_dir=cache, trust_remote_code=request.trust_remote_code
+    )
     recipe = request.recipe.resolve(backbone, request.members)
     options = request.options or TrunkOptions()
     provenance: dict[str, Any] = {
@@ -269,6 +280,8 @@ def _prepare(
             for part, pairs in (("fit", fit), ("validation", validation))
         },
     }
+    if backbone.code is not None:
+        provenance["backbone"]["code"] = backbone.code
     if request.start is not None:
         check_start(request.start, recipe, members=request.members, backbone=backbone.digest)
         # Weights by content, not by folder: a folder may have been trained on since.

@@ -67,20 +67,6 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def read_json(path: Path) -> Any:
-    """Read a file of `json_bytes`.
-
-    Raises
-    ------
-    StorageError
-        If it does not exist, or is not valid JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
-
-
 @contextmanager
 def storage_errors(action: str) -> Iterator[None]:
     """Turn an OSError into a StorageError that names the action.

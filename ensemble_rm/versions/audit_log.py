@@ -8,7 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ensemble_rm.errors import SchemaError
+from ensemble_rm.saved_json import parse_json
+
 FILE = "audit.jsonl"
+WITHDRAWN = "run withdrawn"
 
 
 class AuditLog:
@@ -49,16 +53,27 @@ class AuditLog:
         with self.path.open(encoding="utf-8", errors="replace") as stream:
             for line in stream:
                 try:
-                    event = json.loads(line)
-                except ValueError:
+                    event = parse_json(line)
+                except SchemaError:
                     continue
                 if isinstance(event, dict):
                     yield event
 
+    def runs(self, **fields: Any) -> Iterator[dict[str, Any]]:
+        """Yield the events whose fields have the given values, without those of withdrawn runs.
+
+        `Versions.withdraw_run` withdraws a run; its lines stay in the log.
+        """
+        events = list(self.read())
+        withdrawn = {event.get("run") for event in events if event.get("event") == WITHDRAWN}
+        for event in events:
+            counts = event.get("run") is None or event["run"] not in withdrawn
+            if counts and all(event.get(name) == value for name, value in fields.items()):
+                yield event
+
     def last(self, **fields: Any) -> dict[str, Any] | None:
-        """Return the last event whose fields have the given values."""
+        """Return the last event of `runs`."""
         last = None
-        for event in self.read():
-            if all(event.get(name) == value for name, value in fields.items()):
-                last = event
+        for event in self.runs(**fields):
+            last = event
         return last

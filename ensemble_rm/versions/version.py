@@ -19,6 +19,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version as installed_version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -28,8 +29,16 @@ from safetensors.numpy import load_file
 
 from ensemble_rm.calibration.calibration import Calibration
 from ensemble_rm.calibration.scored_pairs import ScoredPairs
-from ensemble_rm.errors import EnsembleRMError, OptionError, StorageError, VersionError
-from ensemble_rm.versions.atomic_files import read_json
+from ensemble_rm.errors import (
+    DigestMismatchError,
+    EnsembleRMError,
+    OptionError,
+    SchemaError,
+    StorageError,
+    VersionError,
+)
+from ensemble_rm.file_digests import SEAL, FileCheck, FileDigest, seal, unseal
+from ensemble_rm.saved_json import as_object, at, convert, from_row, read_json, reading
 
 CURRENT = "current.json"
 DESCRIPTION = "version.json"
@@ -69,6 +78,9 @@ class Version:
         Judgments (digest, dates, counts), options, the gate's verdict, metrics before and after.
     libraries : dict
         Versions of the libraries that computed it.
+    files : mapping of str to FileDigest, optional
+        Digests of the files in its folder; None in versions that were published before they were
+        recorded.
     """
 
     number: int
@@ -81,16 +93,36 @@ class Version:
     run: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, FileDigest] | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            datetime.fromisoformat(self.created_at)
+        except ValueError:
+            raise OptionError(
+                f"created_at must be a time in ISO 8601, not {self.created_at!r}"
+            ) from None
+        if not 1 <= self.ensemble <= self.number:
+            raise OptionError(f"version {self.number} cannot belong to ensemble {self.ensemble}")
+        if self.kind == "ensemble" and self.ensemble != self.number:
+            raise OptionError(
+                f"version {self.number} has members, so it cannot belong to {self.ensemble}"
+            )
+        if self.kind == "calibration" and self.calibration is None:
+            raise OptionError(f"version {self.number} is a calibration and has none")
+        if self.parent is not None and not 1 <= self.parent < self.number:
+            raise OptionError(f"version {self.number} cannot have the parent {self.parent}")
 
     def read_calibration(self, *, evidence: ScoredPairs | None = None) -> Calibration | None:
         """Return the calibration, if there is one."""
         if self.calibration is None:
             return None
-        return Calibration.from_json(self.calibration, evidence=evidence)
+        with at("calibration"):
+            return Calibration.from_json(self.calibration, evidence=evidence)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that `from_json` reads."""
-        return {"format": FORMAT} | asdict(self)
+        return seal({"format": FORMAT} | asdict(self))
 
     @classmethod
     def from_json(cls, row: Any) -> Version:
@@ -99,19 +131,21 @@ class Version:
         Raises
         ------
         StorageError
-            If its format is unknown, or it is damaged.
+            If its format is unknown.
+        SchemaError
+            If a value does not belong there.
         """
-        try:
-            values = dict(row)
-            written = values.pop("format")
-            if written != FORMAT:
-                raise StorageError(
-                    f"a version of format {written!r}; this library reads {FORMAT}: install the "
-                    "ensemble-rm that wrote it, or a newer one"
-                )
-            return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"a version's description is damaged: {error!r}") from error
+        values = as_object(row)
+        values.pop(SEAL, None)  # `read_version` has compared it
+        if "format" not in values:
+            raise SchemaError("missing", field="format")
+        written = values.pop("format")
+        if written != FORMAT:
+            raise StorageError(
+                f"a version of format {written!r:.80}; this library reads {FORMAT}: install the "
+                "ensemble-rm that wrote it, or a newer one"
+            )
+        return from_row(cls, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +166,14 @@ class Pointer:
     newest: int
     pinned: bool = False
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.version <= self.newest:
+            raise OptionError(f"version {self.version} cannot be current of {self.newest}")
+
     @classmethod
     def from_json(cls, row: Any) -> Pointer:
-        """Read it; `StorageError` if it is damaged."""
-        try:
-            return cls(int(row["version"]), int(row["newest"]), bool(row["pinned"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"the current version's number is damaged: {error!r}") from None
+        """Read it; `SchemaError` if a value does not belong there."""
+        return from_row(cls, row)
 
 
 def library_versions() -> dict[str, str]:
@@ -174,7 +209,8 @@ def read_pointer(folder: Path) -> Pointer:
         raise VersionError(
             f"{folder} contains no versions; the first `ensemble-rm recalibrate` creates them"
         )
-    return Pointer.from_json(read_json(folder / CURRENT))
+    with reading(folder / CURRENT):
+        return Pointer.from_json(read_json(folder / CURRENT))
 
 
 def version_folder(folder: Path, number: int) -> Path:
@@ -196,10 +232,19 @@ def read_version(folder: Path, number: int | None = None) -> Version:
     chosen = pointer.version if number is None else number
     if not 1 <= chosen <= pointer.newest:
         raise VersionError(f"{folder} has versions 1 to {pointer.newest}, but not {chosen}")
+    path = version_folder(folder, chosen) / DESCRIPTION
     try:
-        return Version.from_json(read_json(version_folder(folder, chosen) / DESCRIPTION))
+        with reading(path):
+            row, _ = unseal(as_object(read_json(path)), path)
+            version = Version.from_json(row)
+            if version.number != chosen:
+                raise SchemaError(f"must be {chosen}, not {version.number}", field="number")
+            version.read_calibration()  # its values belong to the file
+    except DigestMismatchError:
+        raise
     except StorageError as error:
         raise StorageError(f"version {chosen} of {folder}: {error}") from error
+    return version
 
 
 @dataclass(frozen=True)
@@ -212,12 +257,15 @@ class Located:
         Folder of the members, normaliser and aggregator.
     version : Version, optional
         None for a plain ensemble.
+    members : Version, optional
+        The version whose folder the members are in.
     calibration : Calibration, optional
         The version's own, if it is not the one stored with the members.
     """
 
     ensemble: Path
     version: Version | None
+    members: Version | None
     calibration: Calibration | None
 
 
@@ -232,23 +280,41 @@ def locate(folder: Path, number: int | None = None) -> Located:
         If the version is damaged.
     """
     if number is None and not is_versioned(folder):
-        return Located(folder, None, None)
+        return Located(folder, None, None, None)
     version = read_version(folder, number)
     ensemble = version_folder(folder, version.ensemble) / ENSEMBLE
     if version.kind == "ensemble":
-        return Located(ensemble, version, None)
-    return Located(ensemble, version, read_calibration(folder, version))
+        return Located(ensemble, version, version, None)
+    members = read_version(folder, version.ensemble)
+    if members.members != version.members:
+        raise DigestMismatchError(
+            f"version {version.number} of {folder} was published for members of digest "
+            f"{version.members[:12]}…, but version {members.number} has {members.members[:12]}…. "
+            "Restore the versions from a backup"
+        )
+    return Located(ensemble, version, members, read_calibration(folder, version))
 
 
 def read_calibration(folder: Path, version: Version) -> Calibration:
     """Return the calibration of a version of that kind, with its stored scores, if any."""
-    try:
-        row: Any = version.calibration
-        names = row.get("subset_names", ())
-        evidence = read_evidence(version_folder(folder, version.number) / EVIDENCE, names)
-        return Calibration.from_json(row, evidence=evidence)
-    except (KeyError, TypeError, AttributeError, OptionError, StorageError) as error:
-        raise StorageError(f"version {version.number} of {folder} is damaged: {error!r}") from error
+    own = version_folder(folder, version.number)
+    if version.files is not None:
+        FileCheck().compare(own, version.files, what=f"version {version.number}")
+    with reading(own / DESCRIPTION):
+        names = subset_names(version.calibration)
+        calibration = version.read_calibration(evidence=read_evidence(own / EVIDENCE, names))
+        if calibration is None:
+            raise SchemaError("missing", field="calibration")
+        return calibration
+
+
+def subset_names(calibration: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return the names of a stored calibration's subsets, which its evidence refers to."""
+    with at("calibration", "subset_names"):
+        names: tuple[str, ...] = convert(
+            tuple[str, ...], (calibration or {}).get("subset_names", [])
+        )
+    return names
 
 
 def read_evidence(path: Path, names: Any) -> ScoredPairs | None:
@@ -263,5 +329,5 @@ def read_evidence(path: Path, names: Any) -> ScoredPairs | None:
         return None
     try:
         return ScoredPairs.from_arrays(load_file(path), names)
-    except (OSError, SafetensorError, EnsembleRMError, TypeError, IndexError) as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
+    except (OSError, SafetensorError, EnsembleRMError, TypeError, LookupError) as error:
+        raise StorageError(f"{path} cannot be read: {error!r}") from error

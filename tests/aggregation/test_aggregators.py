@@ -21,7 +21,7 @@ from ensemble_rm.aggregation import (
     quantile,
     uwo,
 )
-from ensemble_rm.errors import NonFiniteScoreError, OneMemberError, OptionError
+from ensemble_rm.errors import NonFiniteScoreError, OneMemberError, OptionError, SchemaError
 
 MATRICES = arrays(
     np.float64,
@@ -172,5 +172,5 @@ def test_bad_shapes(scores: object) -> None:
 @each
 def test_json_round_trip(aggregator: Aggregator) -> None:
     assert Aggregator.from_json(aggregator.to_json()) == aggregator
-    with pytest.raises(OptionError):
+    with pytest.raises(SchemaError, match="parameters: missing"):
         Aggregator.from_json({"name": "mean"})

@@ -25,6 +25,7 @@ from ensemble_rm.calibration.methods.temperature import margin_nll
 from ensemble_rm.errors import (
     NoPositiveTemperatureError,
     OptionError,
+    SchemaError,
     SeparableError,
     TooFewJudgmentsError,
 )
@@ -355,13 +356,18 @@ def test_curves_that_are_none_are_refused() -> None:
         lambda: LinearCurve((1.0,), (0.6, 0.7)),
         lambda: StepCurve((1.0,), (0.6, 1.2)),
         lambda: StepCurve((1.0,), (0.6,)),
+    ):
+        with pytest.raises(OptionError):
+            make()
+    for read in (
         lambda: PowerCurve.from_json({"shape": "spline", "a": 1.0, "gamma": 1.0}),
+        lambda: PowerCurve.from_json({"shape": "power", "a": 0.0, "gamma": 1.0}),
         lambda: Calibration.from_json(calibrated("power").to_json() | {"curve": None}),
         lambda: Calibration.from_json(calibrated("power").to_json() | {"method": "temperature"}),
         lambda: Calibration.from_json(calibrated("power").to_json() | {"method": "spline"}),
     ):
-        with pytest.raises(OptionError):
-            make()
+        with pytest.raises(SchemaError):
+            read()
     for curve in (PowerCurve(2.0, 0.5), LinearCurve((1.0,), (0.6,)), StepCurve((), (0.6,))):
         assert type(curve).from_json(json.loads(json.dumps(curve.to_json()))) == curve
     with pytest.raises(OptionError, match="isotonic"):

@@ -21,7 +21,14 @@ from ensemble_rm.cli.options import leaves
 from ensemble_rm.cli.train import Train
 from ensemble_rm.data.loading import load_preferences
 from ensemble_rm.demo.data import FILE
-from ensemble_rm.errors import EnsembleRMError, LockedError, RemoteError
+from ensemble_rm.errors import (
+    DigestMismatchError,
+    EnsembleRMError,
+    LockedError,
+    RemoteError,
+    StoreIntegrityError,
+    UnknownVersionsError,
+)
 from ensemble_rm.members import member_kind, trained_kinds
 from ensemble_rm.versions import Versions
 
@@ -259,8 +266,8 @@ def test_verify_finds_a_changed_file(
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert main(words) == 4
-    assert "1: members have digest" in capsys.readouterr().err
+    assert main(words) == 14
+    assert "1: the ensemble in " in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "none")]) == 4
 
 
@@ -270,11 +277,17 @@ def test_repair_removes_what_a_killed_job_left(
     run = tmp_path / "run"
     shutil.copytree(run_folder / "run", run)
     Versions(run).adopt()
-    (run / "versions" / "0002").mkdir()  # whole, perhaps, but never published
-    assert main(["versions", "repair", str(run), "--json"]) == 0
-    assert said(capsys) == {"removed": ["0002"]}
+    (run / "versions" / "0002").mkdir()  # damaged: without a description
+    (run / "versions" / ".new-1-x").mkdir()
+    before = sorted(run.rglob("*"))
+    assert main(["versions", "repair", str(run), "--json"]) == 14
+    assert said(capsys) == {"leftovers": [".new-1-x"], "unknown": [2], "repaired": False}
+    assert sorted(run.rglob("*")) == before
+    assert main(["versions", "repair", str(run), "--yes", "--json"]) == 0
+    assert said(capsys)["aside"] == [2]
+    assert len(list((run / "versions").glob(".aside-0002-*"))) == 1
     assert main(["versions", "repair", str(run)]) == 0
-    assert "nothing to remove" in capsys.readouterr().out
+    assert "nothing to repair" in capsys.readouterr().out
     assert Versions(run).current().number == 1
     assert main(["versions", "repair", str(tmp_path / "none")]) == 4
 
@@ -445,6 +458,8 @@ def test_every_error_has_an_exit_code() -> None:
     for kind in kinds(EnsembleRMError):
         codes = (13,) if issubclass(kind, LockedError) else range(2, 7)
         codes = (7,) if issubclass(kind, RemoteError) else codes
+        codes = (14,) if issubclass(kind, DigestMismatchError | UnknownVersionsError) else codes
+        codes = (15,) if issubclass(kind, StoreIntegrityError) else codes
         assert exit_code(kind.__new__(kind)) in codes, kind  # some take more than a message
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ensemble_rm.cli.main import main
+from ensemble_rm.errors import StorageError
 from ensemble_rm.judgments.judgment import Judgment
 from ensemble_rm.judgments.store import JudgmentStore
 from tests.support.judgment_rows import judged, many, raters, write
+from tests.support.tampering import make_old_store, tamper
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, dict[str, Any]]:
@@ -175,13 +178,56 @@ def test_a_backup_is_the_store_while_it_is_written_to(
         store.add(many(30))
         digest = store.digest()
         with store.writer():  # another process is in the middle of an import
-            code, said = told(capsys, "backup", place, "--out", out)
+            code, said = told(capsys, "backup", place, out)
     assert (code, said["judgments"], said["digest"]) == (0, 30, digest)
     assert [path.name for path in out.parent.iterdir()] == ["copy.db"]  # one file, no log
     with JudgmentStore.open(out, read_only=True) as copy:
         assert list(copy.read()) == many(30)
-    code, said = told(capsys, "backup", place, "--out", out)
+    code, said = told(capsys, "backup", place, out)
     assert (code, said["error"]) == (2, "OptionError")
+
+
+def test_a_backup_has_what_a_copy_of_the_file_loses(tmp_path: Path) -> None:
+    """With a reader open, new judgments stay in the log, which a copied file does not have."""
+    place, copied, backed = (tmp_path / name for name in ("store.db", "copied.db", "backed.db"))
+    with JudgmentStore.create(place) as store:
+        store.add(many(100))
+        reader = store.read()
+        next(reader)
+        with JudgmentStore.open(place) as writer:
+            writer.add(many(1000, start=100))
+        shutil.copyfile(place, copied)
+        assert main(["judgments", "backup", str(place), str(backed)]) == 0
+        reader.close()
+        with JudgmentStore.open(backed, read_only=True) as backup:
+            assert backup.count() == 1100 and backup.digest() == store.digest()
+            assert backup.chain() == store.chain()
+    with JudgmentStore.open(copied) as copy:
+        assert copy.count() < 1100  # what is guarded against
+
+
+def test_a_changed_store_is_not_backed_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, out = tmp_path / "store.db", tmp_path / "copy.db"
+    with JudgmentStore.create(place) as store:
+        store.add(many(20))
+    tamper(str(place), "UPDATE judgments SET outcome = 'tie'")
+    code, said = told(capsys, "backup", place, out)
+    assert (code, said["error"]) == (15, "StoreIntegrityError")
+    assert list(tmp_path.glob("copy*")) == []
+
+
+def test_a_store_of_the_first_release_is_backed_up_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, out = tmp_path / "store.db", tmp_path / "copy.db"
+    make_old_store(str(place), many(20), tmp_path, monkeypatch)
+    code, said = told(capsys, "backup", place, out)
+    assert (code, said["judgments"]) == (0, 20)
+    for path in (place, out):
+        with pytest.raises(StorageError, match="schema 0001"):
+            JudgmentStore.open(path, read_only=True)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +243,6 @@ def test_what_cannot_be_backed_up_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["judgments", "backup", place, "--out", "copy.db"]) == code
+    assert main(["judgments", "backup", place, "copy.db"]) == code
     assert said in capsys.readouterr().err
     assert not (tmp_path / "copy.db").exists()

@@ -22,6 +22,7 @@ from tests.support import wire_doubles as doubles
 from tests.support.judge_doubles import app_of, judge, quality
 
 N = 120
+LOCAL = ("--allow-remote", "127.0.0.1")
 
 
 def run(*words: str | Path) -> int:
@@ -77,13 +78,13 @@ def ensemble(
     assert run("remote", servers[1], "--protocol", "tei", *plain, "--out", folder / "b") == 0
     members = ("--member", f"a={folder / 'a'}", "--member", f"b={folder / 'b'}")
     out = folder / "both"
-    assert run("combine", *members, "--data", pairs, "--out", out) == 0
-    assert run("calibrate", out, "--data", pairs) == 0
+    assert run("combine", *members, "--data", pairs, "--out", out, *LOCAL) == 0
+    assert run("calibrate", out, "--data", pairs, *LOCAL) == 0
     return out
 
 
 def test_members_of_two_servers_make_an_ensemble(ensemble: Path) -> None:
-    found = RewardEnsemble.from_pretrained(ensemble)
+    found = RewardEnsemble.from_pretrained(ensemble, allow_remote=["127.0.0.1"])
     assert found.names == ("a/openrlhf", "b/tei")
     assert found.calibration is not None
     assert found.provenance["members"]["a"].endswith("/a")
@@ -133,13 +134,21 @@ def test_a_token_comes_from_the_environment_and_is_not_saved(
         words = ("remote", url, "--protocol", "openrlhf", "--template", "plain", "--out", out)
         assert run(*words, "--json") == 7
         assert said(capsys)["error"] == "RemoteRefusalError"
-        assert run(*words, "--token-env", "RM_TOKEN") == 2  # not set
+        bound = ("--token", "127.0.0.1=RM_TOKEN")
+        assert run(*words, *bound) == 2  # not set
         monkeypatch.setenv("RM_TOKEN", "s3cret")
-        assert run(*words, "--token-env", "RM_TOKEN") == 0
-        assert run("score", out, "--data", samples, "--out", tmp_path / "scores.jsonl") == 0
+        assert run(*words, "--token", "gpu7=RM_TOKEN") == 2  # of another server
+        assert run(*words, *bound) == 0
+        score = ("score", out, "--data", samples, "--out", tmp_path / "scores.jsonl")
+        assert run(*score, *bound) == 2  # not allowed
+        assert run(*score, *LOCAL, *bound) == 0
         monkeypatch.delenv("RM_TOKEN")
-        assert run("score", out, "--data", samples, "--out", tmp_path / "scores.jsonl") == 2
-    assert "Bearer s3cret" in seen
+        assert run(*score, *LOCAL, *bound) == 2
+        monkeypatch.setenv("ENSEMBLE_RM_TOKEN_127_0_0_1", "s3cret")
+        seen.clear()
+        assert run(*score, *LOCAL) == 0
+        assert run(*words) == 0
+    assert set(seen) == {"Bearer s3cret"}
     for path in out.rglob("*"):
         assert path.is_dir() or b"s3cret" not in path.read_bytes()
 
@@ -175,7 +184,8 @@ def test_a_judge_can_be_a_member(tmp_path: Path) -> None:
     with doubles.serving(app_of(httpx.MockTransport(rate))) as url:
         words = ("--protocol", "judge", "--model", "judge", "--name", "j")
         assert run("remote", f"{url}/v1", *words, "--out", tmp_path / "j") == 0
-        assert RewardEnsemble.from_pretrained(tmp_path / "j").names == ("j",)
+        saved = RewardEnsemble.from_pretrained(tmp_path / "j", allow_remote="127.0.0.1")
+        assert saved.names == ("j",)
 
 
 # Route -------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ def test_route_asks_about_a_share_and_writes_all(
     out, pool = tmp_path / "verdicts.jsonl", tmp_path / "pool.jsonl"
     with doubles.serving(app_of(judge(seen=seen))) as url:
         asked = ("--judge-url", f"{url}/v1", "--model", "judge", "--price", "2", "8")
-        words = ("route", ensemble, "--data", pairs, "--share", "0.25", *asked)
+        words = ("route", ensemble, *LOCAL, "--data", pairs, "--share", "0.25", *asked)
         assert run(*words, "--dry-run", "--json") == 0
         dry = said(capsys)
         assert dry["would_ask"] == N // 4 and dry["judged"] == 0 and seen == []
@@ -213,7 +223,7 @@ def test_humans_answers_to_the_pool_come_back(
     ensemble: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool, store = tmp_path / "pool.jsonl", tmp_path / "judgments.db"
-    words = ("route", ensemble, "--data", pairs, "--threshold", "0.05", "--pool", pool)
+    words = ("route", ensemble, *LOCAL, "--data", pairs, "--threshold", "0.05", "--pool", pool)
     assert run(*words, "--out", tmp_path / "v.jsonl", "--json") == 0
     found = said(capsys)
     assert found["judged"] == 0 and found["pool"] >= found["uncertain"] > 0
@@ -240,7 +250,7 @@ def test_what_cannot_be_routed_exits_with_2(
     words: tuple[str, ...], ensemble: Path, pairs: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "v.jsonl"
-    assert run("route", ensemble, "--data", pairs, *words, "--out", out) == 2
+    assert run("route", ensemble, *LOCAL, "--data", pairs, *words, "--out", out) == 2
     assert not out.exists()
 
 
@@ -255,7 +265,7 @@ def test_what_cannot_be_written_is_found_before_the_judge_is_paid(
     if option == "--pool":
         fine = ("--out", tmp_path / "new" / "out.jsonl")
     with doubles.serving(app_of(judge(seen=seen))) as url:
-        words = ("route", ensemble, "--data", pairs, "--share", "0.1")
+        words = ("route", ensemble, *LOCAL, "--data", pairs, "--share", "0.1")
         words += ("--judge-url", f"{url}/v1", "--model", "judge", *fine)
         assert run(*words, option, tmp_path / "file" / "v.jsonl") == 4
         assert run(*words, option, tmp_path / "folder") == 2
@@ -268,7 +278,7 @@ def test_what_cannot_be_written_is_found_before_the_judge_is_paid(
 def test_one_object_and_all_verdicts_do_not_share_an_output(
     ensemble: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("route", ensemble, "--data", pairs, "--share", "0.1")
+    words = ("route", ensemble, *LOCAL, "--data", pairs, "--share", "0.1")
     assert run(*words, "--json") == 2
     assert said(capsys)["error"] == "OptionError"
     assert run(*words) == 0
@@ -296,8 +306,8 @@ def test_a_member_that_fails_is_left_out_where_that_is_asked_for(
         for name, url in (("a", first), ("b", second)):
             assert run("remote", url, *words, "--out", tmp_path / name) == 0
         members = ("--member", f"a={tmp_path / 'a'}", "--member", f"b={tmp_path / 'b'}")
-        assert run("combine", *members, "--data", pairs, "--out", out) == 0
-        score = ("score", out, "--data", samples, "--out", tmp_path / "scores.jsonl")
+        assert run("combine", *members, "--data", pairs, "--out", out, *LOCAL) == 0
+        score = ("score", out, "--data", samples, "--out", tmp_path / "scores.jsonl", *LOCAL)
         with pytest.warns(RemoteFailureWarning, match="1 of 2"):
             assert run(*score) == 6
         omit = ("--aggregator", "mean", "--nan", "omit")

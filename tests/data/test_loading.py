@@ -172,3 +172,19 @@ def test_real_files(shared_data: Path, file: str, pairs: int) -> None:
     assert not report.problems
     if "votes" in file:
         assert ((found.targets > 0) & (found.targets < 1)).any()
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected", "reference"])
+def test_half_a_character_is_an_error_of_its_row(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [GOOD, GOOD | {field: "x\ud800"}, GOOD | {"prompt": "Who?"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadRowsError, match=f"`{field}` is not valid Unicode") as caught:
+        load_preferences(path)
+    assert [problem.line for problem in caught.value.problems] == [2]
+
+
+def test_half_a_character_in_a_sample_names_its_line() -> None:
+    rows = [{"prompt": "Hi", "completion": "a"}, {"prompt": "Hi", "completion": "\udc00"}]
+    with pytest.raises(BadRowsError, match="2: `completion` is not valid Unicode"):
+        list(read_samples(rows))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from ensemble_rm import Message, Preference, Preferences, load_preferences
+from ensemble_rm import Message, Preference, Preferences, Sample, load_preferences
 from ensemble_rm.data.samples import as_prompt, prompt_key
 from ensemble_rm.errors import DataError, OptionError
 
@@ -89,3 +91,19 @@ def test_shuffled_sides_keep_the_verdicts() -> None:
     for pair in mixed:
         assert (pair.chosen if pair.target == 1 else pair.rejected).startswith("good")
     assert mixed.pairs == pairs.shuffled_sides(seed=1).pairs
+
+
+@pytest.mark.parametrize("wrap", [list, tuple])
+def test_a_sample_takes_messages_as_files_hold_them(wrap: Any) -> None:
+    turns = wrap([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
+    messages = (Message("user", "Hi"), Message("assistant", "Hello."))
+    sample = Sample(turns, "x")
+    assert sample == Sample(messages, "x") == Sample(wrap(messages), "x")
+    assert hash(sample) == hash(Sample(messages, "x")) and sample.prompt == messages
+
+
+def test_a_prompt_that_is_no_conversation_is_named() -> None:
+    prompts: list[Any] = [None, 3, [{"role": "user"}], ["Hi"]]
+    for prompt in prompts:
+        with pytest.raises(DataError, match=r"prompt|message 0"):
+            Sample(prompt, "x")

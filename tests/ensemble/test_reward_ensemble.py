@@ -26,6 +26,7 @@ from ensemble_rm.errors import (
     AggregatorMismatchError,
     BaselineError,
     DataError,
+    DigestMismatchError,
     ModelError,
     NotCalibratedError,
     OneMemberError,
@@ -35,6 +36,7 @@ from ensemble_rm.errors import (
 )
 from ensemble_rm.evaluation.report import draw_evaluation, evaluation_text
 from ensemble_rm.members import HeadRecipe
+from tests.support.saved_files import record_digests, rewrite_json
 
 RECIPE = HeadRecipe()
 OPTIONS = TrunkOptions(max_length=128, device="cpu")
@@ -258,11 +260,17 @@ def test_damage_is_named(ensemble: RewardEnsemble, tmp_path: Path) -> None:
         RewardEnsemble.from_pretrained(tmp_path / "nowhere")
     folder = ensemble.save_pretrained(tmp_path / "run")
     member = folder / "members" / "0" / "member.json"
-    said = json.loads(member.read_text())
-    member.write_text(json.dumps(said | {"digest": "0" * 64}))
+    other = {"config.json": {"sha256": "0" * 64, "bytes": 1}}
+    rewrite_json(member, {"files": other})
+    record_digests(folder)
+    with pytest.raises(DigestMismatchError, match="--backbone"):
+        RewardEnsemble.from_pretrained(folder)
+    rewrite_json(member, {"files": None, "digest": "0" * 64})  # as older versions saved it
+    record_digests(folder)
     with pytest.raises(ModelError, match="--backbone"):
         RewardEnsemble.from_pretrained(folder)
     (folder / "members" / "0" / "heads.safetensors").write_bytes(b"")
+    record_digests(folder)
     with pytest.raises(StorageError, match="no saved head"):
         RewardEnsemble.from_pretrained(folder)
     (tmp_path / "mine").mkdir()

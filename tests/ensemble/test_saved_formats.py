@@ -42,6 +42,9 @@ from ensemble_rm.members import (
 from ensemble_rm.recalibration import RecalibrationOptions
 from ensemble_rm.training import TrainingRequest, plan, train_request
 
+# Version 0.1.0 recorded no digests; that it is said, `tests/versions/test_integrity.py` holds.
+pytestmark = pytest.mark.filterwarnings("ignore::ensemble_rm.errors.UnverifiedWarning")
+
 SAVED = Path(__file__).resolve().parent.parent / "fixtures" / "saved_0_1"
 CALIBRATED_HEADS = ("head-rao-kupper", "head-power", "head-isotonic", "head-histogram", "head-bbq")
 TRAINED = {
@@ -202,16 +205,18 @@ def test_a_member_on_a_server_asks_and_reads_as_before(
     with answering() as address:
         file = folder / "members/0/member.json"
         file.write_text(file.read_text().replace("127.0.0.1:9", address))
-        ensemble = RewardEnsemble.from_pretrained(folder)
+        # Files of that version name a variable for the token; it is ignored, whatever it is.
+        with pytest.warns(UserWarning, match="--token HOST=ENV"):
+            ensemble = RewardEnsemble.from_pretrained(folder, allow_remote=[address])
         (scorer,) = ensemble.scorers
         assert isinstance(scorer, kind)
-        assert scorer.token_variable is not None
-        secret = ensemble.with_tokens({scorer.names[0]: "s3cret"})
+        secret = ensemble.with_tokens({address: "s3cret"})
         close(secret.score(probes().samples()).raw, stored_scores(name)["raw"])
         assert set(_Answers.tokens) == {"Bearer s3cret"}
         if isinstance(scorer, RemoteScorer):
             assert scorer.raw_logit_check_mode == "error"  # it was `self_test`
-        again = RewardEnsemble.from_pretrained(ensemble.save_pretrained(tmp_path / "again"))
+        saved = ensemble.save_pretrained(tmp_path / "again")
+        again = RewardEnsemble.from_pretrained(saved, allow_remote=[address])
         close(again.score(probes().samples()).raw, stored_scores(name)["raw"])
 
 
@@ -335,23 +340,24 @@ def test_a_run_folder_lists_and_loads_its_versions(run_folder: Path) -> None:
 def test_a_run_folder_takes_a_recalibration(run_folder: Path, tmp_path: Path) -> None:
     old = versions_record()["recalibration"]
     running = RewardEnsemble.from_pretrained(run_folder, device="cpu")
-    options = RecalibrationOptions(gate_share=0.3)
+    options = RecalibrationOptions(gate_share=0.3, annotator_share=1.0, day_share=1.0)
     with judgments(tmp_path) as store:
         result = recalibrate(
             run_folder, store, options=options, load=refuse, clock=lambda: day(231)
         )
         again = recalibrate(run_folder, store, options=options, load=refuse, clock=lambda: day(231))
-    assert (result.verdict, result.reason) == (old["verdict"], old["reason"])
+    # Intervals by annotator, which 0.1 did not have, change the estimates a little.
+    assert result.verdict == old["verdict"]
     assert (result.incumbent, result.version) == (old["incumbent"], old["version"])
     assert result.temperature_before == pytest.approx(old["temperature_before"], rel=1e-6)
-    assert result.temperature_after == pytest.approx(old["temperature_after"], rel=1e-6)
+    assert result.temperature_after == pytest.approx(old["temperature_after"], rel=0.05)
     assert result.alarm is not None
     assert result.alarm["direction"] == old["alarm"]["direction"]
     assert result.alarm["log_e"] == pytest.approx(old["alarm"]["log_e"], rel=1e-6)
     for key in ("sizes", "members"):
         assert result.details[key] == old["details"][key]
     for key, value in old["details"]["metrics"].items():
-        assert result.details["metrics"][key] == pytest.approx(value, rel=1e-6)
+        assert result.details["metrics"][key] == pytest.approx(value, rel=0.1)
     assert again.verdict == "kept"
     refreshed = running.refresh().calibration
     assert refreshed is not None

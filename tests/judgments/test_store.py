@@ -6,9 +6,11 @@ import random
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -20,6 +22,7 @@ from ensemble_rm.errors import (
     OptionError,
     StorageError,
 )
+from ensemble_rm.judgments.database import writing
 from ensemble_rm.judgments.database.engine import Database
 from ensemble_rm.judgments.database.tables import HEAD, judgments as judgments_table, metadata
 from ensemble_rm.judgments.filter import JudgmentFilter
@@ -236,6 +239,63 @@ def test_a_judgment_is_corrected_once(store: JudgmentStore) -> None:
     assert ids(store.read()) == [new.id]
 
 
+CHANGED = {
+    "by annotator 'someone else', the judgment by 'annotator 0'": {"annotator": "someone else"},
+    "another prompt": {"prompt": "another prompt"},
+    "another pair of completions": {"second": "another answer"},
+    r"dated 2026-01-02T23:59:59\+00:00, before": {
+        "judged_at": NEW_YEAR + timedelta(seconds=172799)
+    },
+}
+
+
+@pytest.mark.parametrize("said", CHANGED)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_correction_that_would_hide_another_verdict_is_refused(
+    store: JudgmentStore, said: str, *, together: bool
+) -> None:
+    """Whether it comes with its target or after it; the first verdict stays the one that counts."""
+    old = judged(0, judged_at=NEW_YEAR + timedelta(days=2))
+    changes = {"judged_at": NEW_YEAR + timedelta(days=3), **CHANGED[said]}
+    hiding = replace(old, outcome="tie", external_id="", corrects=old.id, **changes)
+    if not together:
+        store.add([old])
+    with pytest.raises(DataError, match=f"`corrects` {old.id}: the correction .*{said}"):
+        store.add([hiding, old] if together else [hiding])
+    assert ids(store.read()) == ([] if together else [old.id])
+    with pytest.raises(DataError, match=said):
+        old.corrected("tie", **changes)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    old=judgments,
+    later=st.timedeltas(timedelta(0), timedelta(days=900)),
+    other=st.sampled_from(["outcome", "batch", "policy", "subset", "source", "sides"]),
+)
+def test_a_correction_may_change_all_else(
+    store: JudgmentStore, old: Judgment, later: timedelta, other: str
+) -> None:
+    old = replace(old, external_id=uuid4().hex)  # the store outlives the examples
+    changes = {"sides": {"first": old.second, "second": old.first}, "outcome": {}}.get(
+        other, {other: "changed"}
+    )
+    new = old.corrected("tie", judged_at=old.judged_at + later, **changes)
+    assert store.add([new, old]) == Added(2, 0)
+    assert new.id in ids(store.read()) and old.id not in ids(store.read())
+
+
+def test_a_correction_that_an_earlier_release_accepted_is_no_problem(
+    store: JudgmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = judged(0)
+    hiding = judged(1, corrects=old.id)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "changed_identity", lambda new, old: None)
+        store.add([old, hiding])
+    assert store.add([old, hiding]) == Added(0, 2)
+
+
 def test_an_external_id_names_one_judgment_of_its_source(store: JudgmentStore) -> None:
     store.add([judged(0, external_id="7")])
     with pytest.raises(JudgmentConflictError, match=r"'7' of source 'test'.*add a correction"):
@@ -267,7 +327,7 @@ def test_sqlite_does_not_replace_either(tmp_path: Path) -> None:
         raw.execute(
             "INSERT OR REPLACE INTO judgments SELECT id, prompt, first, second, prompt_key, "
             "pair_key, 'tie', annotator, judged_at, source, external_id, batch, policy, subset, "
-            "strategy, inclusion, corrects FROM judgments"
+            "strategy, inclusion, corrects, link FROM judgments"
         )
         raw.execute("REPLACE INTO judgment_texts SELECT digest, 'changed' FROM judgment_texts")
     raw.close()

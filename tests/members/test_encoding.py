@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ensemble_rm import Message, Sample
-from ensemble_rm.errors import OptionError, TemplateError
+from ensemble_rm.errors import DataError, OptionError, TemplateError
 from ensemble_rm.members.backbone.checkpoint import load_tokenizer
 from ensemble_rm.members.encoding import Encoded, TextEncoder, flatten
 
@@ -65,6 +65,66 @@ def test_a_template_that_rewrites_the_prompt_is_searched_or_refused(tokenizer: A
     tokenizer.chat_template = "{{ messages | length }} turns"
     with pytest.raises(TemplateError, match="not found"):
         TextEncoder(tokenizer, max_length=64).encode([Sample("Hi", "a fox")])
+
+
+REFUSES = (
+    "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}"
+    "{{ raise_exception('Role ' + m['role'] + ' not supported') }}{% endif %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ((Message("system", "Be brief."), Message("user", "Hi")), "Role system not supported"),
+        ((Message("user", "Hi"), Message("tool", "4")), "Role tool not supported"),
+        ((Message("user", "Hi"), Message("user", "Who?")), "Roles must alternate"),
+    ],
+)
+def test_a_templates_refusal_names_itself_and_the_sample(
+    tokenizer: Any, prompt: tuple[Message, ...], message: str
+) -> None:
+    tokenizer.chat_template = REFUSES + CHAT
+    encoder = TextEncoder(tokenizer, max_length=64)
+    with pytest.raises(TemplateError, match=message) as caught:
+        encoder.encode([Sample(TALK, "fine"), Sample(prompt, "a fox")])
+    assert repr(prompt[0].content) in str(caught.value)
+    assert len(encoder.encode([Sample(TALK, "fine")])) == 1
+
+
+@pytest.mark.parametrize("template", ["chat", "plain", "pair"])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        Sample("\ud800", "a"),
+        Sample("p", "a\udfff"),
+        Sample((Message("user", "x\ud83d"),), "a"),
+    ],
+)
+def test_half_a_character_is_an_error_of_its_sample(
+    tokenizer: Any, template: Any, sample: Sample
+) -> None:
+    tokenizer.chat_template = CHAT
+    with pytest.raises(DataError, match="lone surrogate"):
+        TextEncoder(tokenizer, template=template, max_length=64).encode([sample])
+
+
+def test_thinking_that_the_template_strips_is_not_a_refusal(tokenizer: Any) -> None:
+    # As DeepSeek-R1's: the header opens the thinking, and a turn keeps only what follows it.
+    tokenizer.chat_template = (
+        "[CLS]{% for m in messages %}{{ m['role'] }}: {{ m['content'].split('</think>')[-1] }}"
+        "[SEP]{% endfor %}{% if add_generation_prompt %}assistant: think {% endif %}"
+    )
+    encoder = TextEncoder(tokenizer, max_length=64)
+    with_thinking, answer = encoder.encode(
+        [Sample("Hi", "a cat, then </think> a fox"), Sample("Hi", " a fox")]
+    )
+    assert with_thinking == answer
+    assert words(tokenizer, with_thinking)[1] == "a fox [SEP]"
+    with pytest.raises(TemplateError, match="not found"):
+        encoder.encode([Sample("Hi", "a cat</think> ")])
 
 
 @pytest.mark.parametrize("template", ["chat", "plain", "pair"])

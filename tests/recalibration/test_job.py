@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ensemble_rm.evidence.window as window_module
+import ensemble_rm.recalibration.job as job_module
 from ensemble_rm import Versions, recalibrate
 from ensemble_rm.cli.main import main
 from ensemble_rm.drift import DriftCheckOptions, check_drift, past_checks
 from ensemble_rm.errors import LockedError, StorageError
 from ensemble_rm.evidence.score_table import ScoreTable
 from ensemble_rm.evidence.window import WindowOptions, choose, read_window
+from ensemble_rm.judgments.database.chain import Chain
 from ensemble_rm.judgments.filter import JudgmentFilter
 from ensemble_rm.judgments.store import JudgmentStore
 from ensemble_rm.progress import Progress, silent
@@ -108,10 +111,10 @@ def test_the_same_judgments_twice_publish_once(run: Path, store: JudgmentStore) 
     assert Versions(run).pointer.newest == 2
     # Added in another order, by another store, they are the same.
     other = stored(run.parent / "other.db", judged(2.0, 3000, seed=1)[::-1])
-    assert job(run, other, load=load).verdict == "kept"
+    assert job(run, other, load=load, accept_rewound_store=True).verdict == "kept"
     # A person who rolls back is not overruled by the next run on the same judgments.
     Versions(run).rollback()
-    assert job(run, store).verdict == "kept"
+    assert job(run, store, accept_rewound_store=True).verdict == "kept"
     assert Versions(run).current().number == 1
     assert len(audit(run)) == 5
 
@@ -169,7 +172,7 @@ def test_too_few_judgments_are_said_and_remembered(run: Path, tmp_path: Path) ->
         found = job(run, store)
         assert found.verdict == "too few" and "needs 50" in found.reason
     empty = stored(tmp_path / "none.db")
-    assert job(run, empty).verdict == "too few"
+    assert job(run, empty, accept_rewound_store=True).verdict == "too few"
     assert Versions(run).current().number == 1
 
 
@@ -282,7 +285,9 @@ def test_the_command_says_its_verdict_by_its_exit_code(
     job(run, store)  # which scores the pairs
     Versions(run).rollback()
     place = str(tmp_path / "judgments.db")
-    assert main(["recalibrate", str(run), "--judgments", place, "--until", "2026-06-29"]) == 0
+    first = ["recalibrate", str(run), "--judgments", place, "--until", "2026-06-29"]
+    # The machine's clock may be years after the judgments and the run above.
+    assert main([*first, "--accept-clock"]) == 0
     assert "published version 3" in capsys.readouterr().out
     command = ["recalibrate", str(run), "--judgments", place, "--until", "2026-06-29", "--json"]
     assert main(command) == 10
@@ -370,7 +375,7 @@ def test_a_drift_check_reports_three_kinds_and_its_exit_code(
     assert check_drift(run, store, **scored).alarms == ("labelled",)
     picture = tmp_path / "drift.png"
     command = ["drift", str(run), "--judgments", str(tmp_path / "judgments.db"), "--json"]
-    assert main([*command, f"--report={picture}"]) == 12
+    assert main([*command, f"--report={picture}", "--accept-clock"]) == 12
     said = json.loads(capsys.readouterr().out)
     assert said["alarms"] == ["labelled"] and "anchor set" in said["unavailable"]["raters"]
     assert picture.stat().st_size > 1000
@@ -384,3 +389,66 @@ def test_both_databases_are_read_alike(run: Path, store_place: str) -> None:
         first = min(one.judged_at for one in store.read())
         assert found.details["judgments"]["first"] == first.isoformat(timespec="seconds")
         assert store.newest() == max(one.judged_at for one in store.read())
+
+
+def test_an_account_that_inverts_is_left_out_listed_and_excluded(
+    run: Path, store: JudgmentStore
+) -> None:
+    inverted = {"first": "second", "second": "first"}
+    bad = [
+        replace(j, outcome=inverted[j.outcome], annotator="mallory", external_id="")
+        for j in judged(2.0, 800, seed=9, days=1 / 24, start=179.9)
+    ]
+    store.add(bad)
+    found = job(run, store, dry_run=True)
+    assert found.verdict == "published" and "left out" in found.reason
+    assert found.details["annotators"]["rejected"] == ["mallory"]
+    assert abs(math.log(found.temperature_after / 2.0)) < 0.15  # type: ignore[operator]
+    without = job(run, store, exclude_annotator=("mallory",), dry_run=True)
+    assert without.details["annotators"]["rejected"] == []
+    assert without.details["judgments"]["count"] == 3000
+    assert job(run, store, only_source=("nothing",), dry_run=True).verdict == "too few"
+
+
+def test_too_many_rejected_annotators_are_an_alarm_and_publish_nothing(
+    run: Path, store: JudgmentStore
+) -> None:
+    inverted = {"first": "second", "second": "first"}
+    store.add(
+        replace(j, outcome=inverted[j.outcome], annotator="mallory", external_id="")
+        for j in judged(2.0, 800, seed=9)
+    )
+    for _ in range(2):  # a repeated run says so again
+        found = job(run, store, max_rejected=0.0)
+        assert found.verdict == "drift alarm" and found.version is None
+        assert "mallory" in found.reason
+        assert audit(run)[-1]["verdict"] == "drift alarm"
+
+
+def test_a_day_of_arrival_is_capped_until_the_operator_trusts_its_batch(
+    run: Path, store: JudgmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A later day, on which as many judgments arrive again by many annotators.
+    late = [
+        replace(j, annotator=f"late {i % 50}", external_id="")
+        for i, j in enumerate(judged(2.0, 3000, seed=21))
+    ]
+    real = window_module.arrival_days
+
+    def days_later(chain: Chain, trusted: Collection[int] = ()) -> dict[int, int]:
+        links = [
+            link._replace(appended_at=START + timedelta(days=200 + link.number))
+            for link in chain.links
+        ]
+        return real(Chain(tuple(links)), trusted)
+
+    store.add(late)
+    monkeypatch.setattr(window_module, "arrival_days", days_later)
+    monkeypatch.setattr(job_module, "arrival_days", days_later)
+    found = job(run, store, dry_run=True)
+    batch = found.details["capped_batches"]
+    assert len(batch) == 1 and f"batches {batch[0]} of the store were reduced" in found.reason
+    trusted = job(run, store, trust_batch=tuple(batch), dry_run=True)
+    assert "capped_batches" not in trusted.details and "reduced" not in trusted.reason
+    assert list(trusted.details["options"]["trust_batch"]) == batch
+    assert trusted.details["key"] != found.details["key"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from ensemble_rm.errors import (
     OneMemberError,
     OptionError,
     PinnedVersionError,
+    RemoteNotAllowedError,
     RemoteRefusalError,
     StorageError,
 )
 from ensemble_rm.members import HeadScorer, RemoteScorer
+from ensemble_rm.members.backbone.checkpoint import locate
 from ensemble_rm.rl.chat import read_completion, to_samples
 from ensemble_rm.rl.monitor.measures import (
     disagreement,
@@ -65,6 +68,37 @@ def test_a_failed_sample_fails_alone(bad: list[bool]) -> None:
     assert found.listed() == [None if b else float(i + 1) for i, b in enumerate(bad)]
     assert [reason is not None for reason in found.failures] == bad
     assert all("NonFiniteScoreError" in reason for reason in found.failures if reason)
+
+
+def test_what_a_template_refuses_fails_alone(
+    two_heads: Callable[..., HeadScorer], small_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "strict"
+    shutil.copytree(small_folder, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    heads = two_heads()
+    strict = HeadScorer(locate(folder), heads.trunk.options, heads.views, heads.weights)
+    ensemble = RewardEnsemble((strict,), Normaliser.identity(2), mean())
+    asked = Message("user", "Hi")
+    found = score_for_loop(
+        ensemble,
+        [
+            Sample("Hi", "a fox"),
+            Sample((Message("system", "Be brief."), asked), "a fox"),
+            Sample((asked,), "a fox"),
+            Sample("Hi", "half \ud800"),
+        ],
+    )
+    first, refused, same, half = found.listed()
+    assert first is not None and first == pytest.approx(same, abs=1e-6)
+    assert refused is None and half is None
+    assert "TemplateError" in str(found.failures[1]) and "System role" in str(found.failures[1])
+    assert "DataError" in str(found.failures[3])
 
 
 def test_a_broken_reward_ends_the_run(ensemble: RewardEnsemble) -> None:
@@ -226,14 +260,23 @@ def test_members_on_other_servers_get_tokens_that_no_folder_holds(tmp_path: Path
         )
         one = RewardEnsemble((far,), Normaliser.identity(1), mean())
         place = one.save_pretrained(tmp_path / "far")
-        pinned = PinnedEnsemble(place, device="cpu", tokens={"far": "let-me-in-please"})
+        pinned = PinnedEnsemble(
+            place,
+            device="cpu",
+            allow_remote=["127.0.0.1"],
+            tokens={"127.0.0.1": "let-me-in-please"},
+        )
         assert all(b"let-me-in" not in f.read_bytes() for f in place.rglob("*") if f.is_file())
         crossed = pickle.loads(pickle.dumps(pinned)).ensemble
         assert crossed.score([Sample("Hi", "you")]).reward[0] == pytest.approx(5 / 7)
         assert set(seen) == {"Bearer let-me-in-please"}
         with pytest.raises(RemoteRefusalError, match="401"):
-            PinnedEnsemble(place, device="cpu").ensemble.score([Sample("Hi", "you")])
-        with pytest.raises(OptionError, match=r"'fra'.*'far'"):
+            PinnedEnsemble(place, device="cpu", allow_remote="127.0.0.1").ensemble.score(
+                [Sample("Hi", "you")]
+            )
+        with pytest.raises(RemoteNotAllowedError, match=r"127\.0\.0\.1"):
+            _ = PinnedEnsemble(place, device="cpu").ensemble
+        with pytest.raises(OptionError, match=rf"'fra'.*{url}"):
             one.with_tokens({"fra": "x" * 20})
     with pytest.raises(OptionError, match="tokens is for a saved"):
         PinnedEnsemble(one, tokens={"far": "x"})

@@ -7,6 +7,7 @@ References
 .. [1] Guo et al. 2017, arXiv 1706.04599: temperature scaling.
 .. [2] Rahaman & Thiery 2020, arXiv 2007.08792: pool, then calibrate.
 .. [3] Liang & Zeger 1986: the cluster-robust (sandwich) variance.
+.. [4] Cameron, Gelbach & Miller 2011: clusters in two ways at once.
 """
 
 from __future__ import annotations
@@ -62,6 +63,22 @@ class TemperatureFit:
     judgments: int
     prompts: int
 
+    def __post_init__(self) -> None:
+        # A temperature ≤ 0 would turn probabilities round, and NaN would pass every comparison.
+        if not 0 < self.temperature < math.inf:
+            raise OptionError(f"temperature must be finite and > 0, not {self.temperature!r}")
+        if not 0 <= self.low <= self.temperature <= self.high:
+            raise OptionError(
+                f"low and high must bound the temperature {self.temperature!r}, not be "
+                f"{self.low!r} and {self.high!r}"
+            )
+        if not (self.log_se >= 0 and self.nll >= 0):
+            raise OptionError(f"log_se and nll must be ≥ 0, not {self.log_se!r} and {self.nll!r}")
+        if min(self.judgments, self.prompts) < 1:
+            raise OptionError(
+                f"a fit has judgments and prompts, not {self.judgments} and {self.prompts}"
+            )
+
 
 def _vector(values: ArrayLike | None, n: int, default: float) -> Floats:
     if values is None:
@@ -89,6 +106,7 @@ def fit_temperature(
     *,
     weights: ArrayLike | None = None,
     groups: ArrayLike | None = None,
+    annotators: ArrayLike | None = None,
     min_judgments: int = MIN_JUDGMENTS,
     level: float = 0.95,
 ) -> TemperatureFit:
@@ -104,6 +122,9 @@ def fit_temperature(
         Weight of each judgment, > 0.
     groups : array_like of int, shape (n_pairs,), optional
         Prompt of each pair (default: all differ).
+    annotators : array_like of int, shape (n_pairs,), optional
+        Annotator of each judgment, for an interval over prompts and annotators [4]_; not used where
+        some are unknown (−1), or all are the same.
     min_judgments : int
         Minimum number of judgments with a margin other than 0.
     level : float
@@ -139,10 +160,7 @@ def fit_temperature(
     # Derivative of the log-likelihood by β, one per judgment.
     score = w * (y - p) * x
     curvature = float((w * p * (1 - p) * x**2).sum())
-    clusters = score if groups is None else add_up(score, groups)
-    count = len(clusters)
-    # G/(G − 1) corrects the variance for a small number of clusters.
-    meat = float((clusters**2).sum()) * count / max(count - 1, 1)
+    meat, prompts, count = clustered_meat(score, groups, annotators)
     # Delta method: se(log T) = se(β)/β.
     log_se = math.sqrt(meat) / curvature / beta
     # Student's t of G − 1, since the number of clusters, not of judgments, is what is small.
@@ -156,8 +174,50 @@ def fit_temperature(
         log_se,
         margin_nll(x, y, w, beta),
         len(x),
-        count,
+        prompts,
     )
+
+
+def clustered_meat(
+    score: Floats, groups: ArrayLike | None, annotators: ArrayLike | None
+) -> tuple[float, int, int]:
+    """Return the variance of a sum of scores, the number of prompts, and the smaller number.
+
+    Over prompts and annotators it is the sum of both variances, less that over their intersections
+    [4]_; never less than over prompts alone, which the difference can be by chance.
+
+    Parameters
+    ----------
+    score : ndarray, shape (n_judgments,)
+    groups, annotators : array_like of int, shape (n_judgments,), optional
+        See `fit_temperature`.
+
+    Returns
+    -------
+    variance : float
+    prompts : int
+    clusters : int
+        Number of prompts or of annotators, whichever is smaller.
+    """
+    prompts = np.arange(len(score)) if groups is None else np.asarray(groups)
+    by_prompt = score if groups is None else add_up(score, groups)
+    meat = _meat(by_prompt)
+    if annotators is None:
+        return meat, len(by_prompt), len(by_prompt)
+    codes = np.asarray(annotators)
+    by_annotator = add_up(score, codes)
+    # One annotator says nothing about the variance between annotators.
+    if len(by_annotator) < 2 or (codes < 0).any():
+        return meat, len(by_prompt), len(by_prompt)
+    first = np.unique(prompts, return_inverse=True)[1]
+    both = add_up(score, first * (int(codes.max()) + 1) + codes)
+    two_way = meat + _meat(by_annotator) - _meat(both)
+    return max(meat, two_way), len(by_prompt), min(len(by_prompt), len(by_annotator))
+
+
+def _meat(clusters: Floats) -> float:
+    # G/(G − 1) corrects the variance for a small number of clusters.
+    return float((clusters**2).sum()) * len(clusters) / max(len(clusters) - 1, 1)
 
 
 def read_judgments(

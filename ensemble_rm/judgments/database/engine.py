@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from ensemble_rm.errors import MissingExtraError, OptionError, StorageError
+from ensemble_rm.judgments.database.guards import check_guards, install_guards
 from ensemble_rm.judgments.database.tables import HEAD, REVISIONS, VERSION_TABLE
 from ensemble_rm.sqlite import BUSY_SECONDS, set_wal
 
@@ -35,9 +36,16 @@ class Database:
         Connections with the execution option ``writer=True`` lock the database for writing.
     read_only : bool
         Whether writing is impossible.
+
+    Raises
+    ------
+    StoreIntegrityError
+        If triggers are missing that keep judgments from being changed, unless `repair` is set.
     """
 
-    def __init__(self, place: str | Path, *, create: bool, read_only: bool) -> None:
+    def __init__(
+        self, place: str | Path, *, create: bool, read_only: bool, repair: bool = False
+    ) -> None:
         url = _url(place)
         if url is None:
             path = Path(place).expanduser()
@@ -56,11 +64,19 @@ class Database:
             self.engine = _postgresql(url, read_only=read_only)
         with self.errors():
             self._migrate_to_head(create=create)
+            if not repair:
+                with self.engine.connect() as connection:
+                    check_guards(connection, self.name)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """Yield a connection whose transaction sees one state of the store."""
-        with self.errors(), self.engine.connect() as connection, connection.begin():
+        engine = self.engine
+        if engine.dialect.name == "postgresql":
+            # Its default isolation shows each statement another state: the chain, and then
+            # judgments that were appended in between.
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with self.errors(), engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -68,10 +84,15 @@ class Database:
         """Turn the database's errors into a StorageError that names the store."""
         try:
             yield
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, sqlite3.Error) as error:
             cause = getattr(error, "orig", None) or error
             message = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause)
             raise StorageError(f"{self.name}: {message}") from error
+
+    def require_writable(self) -> None:
+        """Raise `StorageError` where the store is read-only."""
+        if self.read_only:
+            raise StorageError(f"{self.name} was opened read-only; open it for writing")
 
     # Schema ------------------------------------------------------------------------------------
 
@@ -85,7 +106,7 @@ class Database:
         if self.read_only:
             raise StorageError(
                 f"{self.name} has the schema {revision}, this library {HEAD}, and it is read-only; "
-                "open it once for writing, which migrates it"
+                f"run ensemble-rm judgments repair {self.name}, which migrates it"
             )
         if self.engine.dialect.name == "sqlite":
             self._set_wal()
@@ -134,7 +155,7 @@ def migrate(database: Database) -> None:
         del context
         return script._upgrade_revs("head", found)
 
-    engine = database.engine.execution_options(writer=True)
+    engine = database.engine.execution_options(writer=True, store=database.name)
     with engine.connect() as connection, connection.begin():
         # SQLite is locked by BEGIN IMMEDIATE already.
         if connection.dialect.name == "postgresql":
@@ -147,8 +168,12 @@ def migrate(database: Database) -> None:
                 transactional_ddl=True,
             )
             # Again, under the lock: another process may have migrated the store in between.
-            database.require_known(environment.get_context().get_current_revision())
+            revision = environment.get_context().get_current_revision()
+            database.require_known(revision)
             environment.run_migrations()
+        # Not where another process did it: replacing triggers would wait for writers to end.
+        if revision != HEAD:
+            install_guards(connection)
 
 
 # Engines -------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The store's tables after the newest migration.
 
-Each text is stored once, under its digest, which judgments refer to. Digests are 16 bytes, so that
-every database sorts them in the same way.
+Each text is stored once, under its digest, which judgments refer to; an erased text is empty.
+Digests are 16 bytes, so that every database sorts them in the same way. Each transaction that adds
+judgments or erasures adds one link to the chain; see `chain.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sqlalchemy import (
     Double,
     ForeignKey,
     Index,
+    Integer,
     LargeBinary,
     MetaData,
     String,
@@ -26,7 +28,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 HEAD = REVISIONS[-1]
 VERSION_TABLE = "judgments_version"
 
@@ -65,6 +67,17 @@ texts = Table(
     Column("body", Text, nullable=False),
 )
 
+chain = Table(
+    "judgment_chain",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("judgments", Integer, nullable=False),
+    Column("erasures", Integer, nullable=False),
+    Column("digest", LargeBinary(32), nullable=False),
+    Column("head", LargeBinary(32), nullable=False),
+    Column("appended_at", UtcTime),
+)
+
 judgments = Table(
     "judgments",
     metadata,
@@ -74,7 +87,7 @@ judgments = Table(
     Column("second", LargeBinary(16), ForeignKey(texts.c.digest), nullable=False),
     Column("prompt_key", LargeBinary(16), nullable=False),
     Column("pair_key", LargeBinary(16), nullable=False),
-    Column("outcome", String(6), nullable=False),
+    Column("outcome", String(9), nullable=False),
     Column("annotator", Text, nullable=False),
     Column("judged_at", UtcTime, nullable=False),
     Column("source", Text, nullable=False),
@@ -85,7 +98,18 @@ judgments = Table(
     Column("strategy", Text),
     Column("inclusion", Double),
     Column("corrects", LargeBinary(16), ForeignKey("judgments.id"), unique=True),
+    Column("link", Integer, nullable=False),
     UniqueConstraint("source", "external_id"),
-    CheckConstraint("outcome IN ('first', 'second', 'tie')", name="judgments_outcome"),
+    CheckConstraint("outcome IN ('first', 'second', 'tie', 'retracted')", name="judgments_outcome"),
     Index("judgments_by_time", "judged_at", "id"),
+    # Covers the check of the chain, which then reads no whole rows.
+    Index("judgments_by_link", "link", "id", "judged_at", "corrects"),
+)
+
+erasures = Table(
+    "judgment_erasures",
+    metadata,
+    Column("judgment", LargeBinary(16), ForeignKey(judgments.c.id), primary_key=True),
+    Column("erased_at", UtcTime, nullable=False),
+    Column("link", Integer, nullable=False),
 )

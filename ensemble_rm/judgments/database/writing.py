@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, select
@@ -13,12 +13,21 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
 from ensemble_rm.errors import DataError, JudgmentConflictError
+from ensemble_rm.judgments.database.chain import append_link, lock_for_appending
+from ensemble_rm.judgments.database.erasing import erased_texts
 from ensemble_rm.judgments.database.queries import COLUMNS, ROWS_AT_ONCE
 from ensemble_rm.judgments.database.tables import judgments, texts
-from ensemble_rm.judgments.judgment import Judgment, digest, text_body
+from ensemble_rm.judgments.judgment import (
+    Identity,
+    Judgment,
+    changed_identity,
+    digest,
+    text_body,
+)
 
 TRIES = 20
 DEADLOCKS = {"40P01", "40001"}  # PostgreSQL: deadlock detected, serialization failure
+IDENTITY = tuple(judgments.c[n] for n in ("annotator", "prompt_key", "pair_key", "judged_at"))
 CONTENT = ("outcome", "annotator", "batch", "policy", "subset", "strategy", "inclusion")
 
 
@@ -73,12 +82,14 @@ class Writer:
         for left in reversed(range(TRIES)):
             try:
                 with self._connection.begin():
-                    written = self._insert_all(batch)
+                    number = lock_for_appending(self._connection)
+                    written = self._insert_all(batch, number)
                     if last:
                         written.refused += [(one, unknown(one)) for one in written.waiting]
                         written.waiting = []
                     if strict and written.refused:
                         raise written.refused[0][1]
+                    append_link(self._connection, number, at=datetime.now(UTC))
                     return written
             except OperationalError as error:
                 if getattr(error.orig, "sqlstate", None) not in DEADLOCKS or not left:
@@ -86,7 +97,7 @@ class Writer:
                 time.sleep(0.01)  # a deadlock with another writer resolves on a retry
         raise AssertionError("unreachable")
 
-    def _insert_all(self, batch: Sequence[Judgment]) -> Written:
+    def _insert_all(self, batch: Sequence[Judgment], link: int) -> Written:
         written = Written(waiting=list(batch))
         while written.waiting:
             # In rounds: a batch may correct judgments that it inserts itself, in any order.
@@ -95,13 +106,25 @@ class Writer:
             ready, rest = _next_round(written.waiting, stored)
             if not ready:
                 break
-            self._insert(ready, written)
+            self._insert(self._valid(ready, written), written, link)
             written.waiting = rest
         return written
 
-    def _insert(self, ready: Sequence[Judgment], written: Written) -> None:
+    def _valid(self, ready: Sequence[Judgment], written: Written) -> list[Judgment]:
+        """Refuse corrections that change what they correct, and texts that were erased."""
+        targets = {one.corrects for one in ready if one.corrects is not None}
+        wrong = wrong_corrections(ready, identities(self._connection, targets))
+        digests = {digest for one in ready for digest in one.text_digests}
+        wrong |= with_erased_text(ready, erased_texts(self._connection, digests))
+        # Stored before the erasure, or by an earlier release: adding it again is no change.
+        for id_ in existing(self._connection, wrong):
+            del wrong[id_]
+        written.refused += [(one, wrong[one.id]) for one in ready if one.id in wrong]
+        return [one for one in ready if one.id not in wrong]
+
+    def _insert(self, ready: Sequence[Judgment], written: Written, link: int) -> None:
         distinct = {judgment.id: judgment for judgment in ready}
-        added = insert(self._connection, distinct.values())
+        added = insert(self._connection, distinct.values(), link)
         written.added += added
         refused: list[Judgment] = []
         if added < len(distinct):
@@ -155,6 +178,35 @@ def corrected_twice(one: Judgment, by: str) -> JudgmentConflictError:
     )
 
 
+def wrong_corrections(
+    rows: Iterable[Judgment], targets: Mapping[str, Identity]
+) -> dict[str, DataError]:
+    """Return the error of each correction that changes what it corrects, by its id.
+
+    Parameters
+    ----------
+    rows : iterable of Judgment
+    targets : mapping of str to Identity
+        Of judgments that are corrected, by id.
+    """
+    wrong: dict[str, DataError] = {}
+    for one in rows:
+        target = targets.get(one.corrects or "")
+        problem = None if target is None else changed_identity(one.identity, target)
+        if problem is not None:
+            wrong[one.id] = DataError(f"`corrects` {one.corrects}: {problem}")
+    return wrong
+
+
+def with_erased_text(rows: Iterable[Judgment], erased: Collection[bytes]) -> dict[str, DataError]:
+    """Return the error of each judgment that uses an erased text, by its id."""
+    return {
+        one.id: DataError("the prompt or a completion was erased from the store; leave the row out")
+        for one in rows
+        if not set(erased).isdisjoint(one.text_digests)
+    }
+
+
 def unknown(one: Judgment) -> DataError:
     """Return the error of a correction whose target does not exist."""
     return DataError(
@@ -174,14 +226,14 @@ class Held(NamedTuple):
         Id of the judgment with the external id, and of its latest correction.
     content : bytes
         `content_of` the latest.
-    judged_at : datetime
-        Its time.
+    identity : Identity
+        Of the latest.
     """
 
     first: str
     latest: str
     content: bytes
-    judged_at: datetime
+    identity: Identity
 
 
 def content_of(judgment: Judgment) -> bytes:
@@ -193,8 +245,10 @@ def _content(texts_: Sequence[bytes], values: Sequence[object]) -> bytes:
     return digest([part.hex() for part in texts_], list(values))
 
 
-def insert(connection: Connection, rows: Collection[Judgment]) -> int:
+def insert(connection: Connection, rows: Collection[Judgment], link: int) -> int:
     """Insert judgments and their texts, except those already stored; return how many are new.
+
+    `link` is the number of their batch in the chain.
 
     All writers insert rows in the same order, so that two of them do not deadlock.
     """
@@ -211,7 +265,7 @@ def insert(connection: Connection, rows: Collection[Judgment]) -> int:
     ordered = sorted(rows, key=lambda one: (one.source, one.external_id))
     # Count the returned ids: drivers disagree about the row count of a multi-row insert.
     new = upsert(judgments).on_conflict_do_nothing().returning(judgments.c.id)
-    return len(connection.execute(new, [_columns(one) for one in ordered]).all())
+    return len(connection.execute(new, [_columns(one) | {"link": link} for one in ordered]).all())
 
 
 def _columns(judgment: Judgment) -> dict[str, Any]:
@@ -259,6 +313,16 @@ def corrections(connection: Connection, ids: Collection[str]) -> dict[str, str]:
     return correction_of
 
 
+def correction_links(connection: Connection, ids: Collection[str]) -> dict[str, int]:
+    """Return the batch of the correction of each of `ids`, where there is one."""
+    links: dict[str, int] = {}
+    c = judgments.c
+    for part in _parts(ids):
+        query = select(c.corrects, c.link).where(c.corrects.in_([bytes.fromhex(i) for i in part]))
+        links |= {row.corrects.hex(): row.link for row in connection.execute(query)}
+    return links
+
+
 def latest(connection: Connection, ids: Collection[str]) -> dict[str, str]:
     """Return the end of each judgment's chain of corrections; itself without corrections."""
     end_of = {id_: id_ for id_ in ids}
@@ -273,16 +337,29 @@ def held(connection: Connection, rows: Collection[Judgment]) -> dict[tuple[str, 
     """Return the stored judgment of each source and external id, where there is one."""
     first_of = holders(connection, rows)
     end_of = latest(connection, set(first_of.values()))
-    contents: dict[str, tuple[bytes, datetime]] = {}
+    contents: dict[str, tuple[bytes, Identity]] = {}
     c = judgments.c
-    columns = (c.id, c.judged_at, c.prompt, c.first, c.second, *(c[name] for name in CONTENT))
+    columns = (c.prompt, c.first, c.second, *(c[name] for name in CONTENT))
     for part in _parts(set(end_of.values())):
-        query = select(*columns).where(c.id.in_([bytes.fromhex(i) for i in part]))
+        query = select(c.id, *IDENTITY, *columns).where(c.id.in_([bytes.fromhex(i) for i in part]))
         for row in connection.execute(query):
-            contents[row.id.hex()] = (_content(row[2:5], row[5:]), row.judged_at)
+            id_, identity, rest = row[0], Identity(*row[1:5]), row[5:]
+            contents[id_.hex()] = (_content(rest[:3], rest[3:]), identity)
     return {
         key: Held(first, end_of[first], *contents[end_of[first]]) for key, first in first_of.items()
     }
+
+
+def identities(connection: Connection, ids: Collection[str]) -> dict[str, Identity]:
+    """Return the identity of those of `ids` that are stored."""
+    stored: dict[str, Identity] = {}
+    for part in _parts(ids):
+        query = select(judgments.c.id, *IDENTITY).where(
+            judgments.c.id.in_([bytes.fromhex(i) for i in part])
+        )
+        for row in connection.execute(query):
+            stored[row[0].hex()] = Identity(*row[1:])
+    return stored
 
 
 def _parts(values: Collection[str]) -> Iterator[list[str]]:

@@ -239,7 +239,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
         stream.seek(0)
         try:
             rows = json.loads(stream.read().decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not valid JSON: {error}") from None
     yield from enumerate(rows, start=1)
 

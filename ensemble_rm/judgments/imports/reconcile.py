@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ensemble_rm.errors import DataError, RowProblem
 from ensemble_rm.judgments.database.writing import (
@@ -21,9 +21,11 @@ from ensemble_rm.judgments.database.writing import (
     corrected_twice,
     holds_another,
     unknown,
+    with_erased_text,
+    wrong_corrections,
 )
 from ensemble_rm.judgments.imports.formats import Imported
-from ensemble_rm.judgments.judgment import Judgment
+from ensemble_rm.judgments.judgment import Identity, Judgment
 
 if TYPE_CHECKING:
     from ensemble_rm.judgments.store import JudgmentStore
@@ -72,6 +74,10 @@ class Reconciler:
     def add(self, batch: Sequence[Entry], result: Imported) -> None:
         """Reconcile a batch, and count the outcomes in `result`."""
         held = self._store.held([entry.judgment for entry in batch])
+        erased = with_erased_text(
+            [entry.judgment for entry in batch],
+            self._store.erased_texts(entry.judgment for entry in batch),
+        )
         if self._scratch is not None:
             held |= self._scratch.held({entry.key for entry in batch})
         fresh: dict[Key, Judgment] = {}
@@ -81,6 +87,8 @@ class Reconciler:
             old = held.get(entry.key)
             try:
                 new = self._reconcile(entry, old)
+                if new is not None and entry.judgment.id in erased:
+                    raise erased[entry.judgment.id]
             except DataError as error:
                 result.problems.append(RowProblem(self._source, entry.line, str(error)))
                 continue
@@ -95,12 +103,12 @@ class Reconciler:
             self._lines[new.id] = entry.line
             first = new.id if old is None else old.first
             # A later row of the same batch with this key must find this one.
-            held[entry.key] = Held(first, new.id, content_of(new), new.judged_at)
+            held[entry.key] = Held(first, new.id, content_of(new), new.identity)
             fresh[entry.key] = new
         if self._scratch is None:
             self._write(later, result, last=False)
         else:
-            self._scratch.keep({key: held[key] for key in fresh})
+            self._scratch.keep({key: held[key] for key in fresh}, later)
             result.added += len(later)
             self._check(named, result)
 
@@ -110,12 +118,11 @@ class Reconciler:
             self._write([], result, last=True)
             return
         # A check writes nothing, so targets from the file itself are only in the scratch database.
-        there = self._scratch.among({one.corrects or "" for one in self._pending})
+        targets = self._scratch.identities({one.corrects or "" for one in self._pending})
         self._scratch.close()
-        for one in self._pending:
-            if one.corrects not in there:
-                self._refuse(one, unknown(one), result)
-                result.added -= 1
+        wrong = wrong_corrections(self._pending, targets)
+        wrong |= {one.id: unknown(one) for one in self._pending if one.corrects not in targets}
+        self._refuse_checked(self._pending, wrong, result)
 
     def _reconcile(self, entry: Entry, old: Held | None) -> Judgment | None:
         """Return the judgment to add for an entry; None where it is stored already."""
@@ -128,13 +135,17 @@ class Reconciler:
             return None
         if old.content == content_of(judgment):
             return None
-        if old.first != old.latest and revised <= old.judged_at:
+        if old.first != old.latest and revised <= old.identity.judged_at:
             return None  # an older state of a verdict that has been corrected since
         if not self._correct:
             raise holds_another(judgment, old.first)
         # The time makes the id unique per revision, and the same at a repeated import.
         name = f"{judgment.external_id}@{revised.isoformat()}"
-        return replace(judgment, external_id=name, judged_at=revised, corrects=old.latest)
+        new = replace(judgment, external_id=name, judged_at=revised, corrects=old.latest)
+        # Here, because the store does not contain the target yet if this file adds it.
+        for error in wrong_corrections([new], {old.latest: old.identity}).values():
+            raise error
+        return new
 
     def _write(self, fresh: list[Judgment], result: Imported, *, last: bool) -> None:
         assert self._writer is not None
@@ -148,17 +159,27 @@ class Reconciler:
         self._lines = {one.id: self._lines[one.id] for one in self._pending}
 
     def _check(self, corrections: list[Judgment], result: Imported) -> None:
-        """Find what writing would refuse: second corrections, and corrections of nothing."""
-        by = self._store.corrections({one.corrects or "" for one in corrections}) | self._corrected
+        """Find what writing would refuse: second and wrong corrections, and those of nothing."""
+        ids = {one.corrects or "" for one in corrections}
+        by = self._store.corrections(ids) | self._corrected
+        targets = self._store.identities(ids)
+        wrong = wrong_corrections(corrections, targets)
         for one in corrections:
             old = one.corrects or ""
             if by.setdefault(old, one.id) != one.id:
-                self._refuse(one, corrected_twice(one, by[old]), result)
-                result.added -= 1
+                wrong[one.id] = corrected_twice(one, by[old])
             self._corrected[old] = by[old]
-        there = self._store.existing({one.corrects or "" for one in corrections})
-        self._pending += [one for one in corrections if one.corrects not in there]
+        self._refuse_checked(corrections, wrong, result)
+        self._pending += [one for one in corrections if one.corrects not in targets]
         self._lines = {one.id: self._lines[one.id] for one in self._pending}
+
+    def _refuse_checked(
+        self, rows: Sequence[Judgment], wrong: Mapping[str, DataError], result: Imported
+    ) -> None:
+        for one in rows:
+            if one.id in wrong:
+                self._refuse(one, wrong[one.id], result)
+                result.added -= 1  # counted when its row was read
 
     def _refuse(self, one: Judgment, error: DataError, result: Imported) -> None:
         result.problems.append(RowProblem(self._source, self._lines[one.id], str(error)))
@@ -171,37 +192,61 @@ class _Scratch:
         self._database = sqlite3.connect("", isolation_level=None)
         # Temporary data: nothing has to be recovered after a crash.
         self._database.execute("PRAGMA journal_mode=OFF")
+        identity = "annotator TEXT, prompt BLOB, pair BLOB, judged_at TEXT"
         self._database.execute(
             "CREATE TABLE held (key BLOB PRIMARY KEY, first TEXT, latest TEXT, content BLOB, "
-            "judged_at TEXT) WITHOUT ROWID"
+            f"{identity}) WITHOUT ROWID"
+        )
+        self._database.execute(
+            f"CREATE TABLE identities (id TEXT PRIMARY KEY, {identity}) WITHOUT ROWID"
         )
 
     def close(self) -> None:
         """Delete the database."""
         self._database.close()
 
-    def keep(self, held: Mapping[Key, Held]) -> None:
-        """Store the current holder of each key."""
-        rows = [(_name(key), *one[:3], one.judged_at.isoformat()) for key, one in held.items()]
+    def keep(self, held: Mapping[Key, Held], added: Iterable[Judgment]) -> None:
+        """Store the current holder of each key, and the identity of each new judgment."""
         self._database.execute("BEGIN")
-        self._database.executemany("INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?, ?)", rows)
+        self._database.executemany(
+            "INSERT OR REPLACE INTO held VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [(_name(key), *one[:3], *_to_row(one.identity)) for key, one in held.items()],
+        )
+        self._database.executemany(
+            "INSERT OR REPLACE INTO identities VALUES (?, ?, ?, ?, ?)",
+            [(one.id, *_to_row(one.identity)) for one in added],
+        )
         self._database.execute("COMMIT")
 
     def held(self, keys: Iterable[Key]) -> dict[Key, Held]:
         """Return the holder of each key, where there is one."""
         holders = {}
-        query = "SELECT first, latest, content, judged_at FROM held WHERE key = ?"
+        query = "SELECT * FROM held WHERE key = ?"
         for key in keys:
             row = self._database.execute(query, (_name(key),)).fetchone()
             if row is not None:
-                first, latest, content, judged_at = row
-                holders[key] = Held(first, latest, content, datetime.fromisoformat(judged_at))
+                first, latest, content = row[1:4]
+                holders[key] = Held(first, latest, content, _from_row(row[4:]))
         return holders
 
-    def among(self, ids: set[str]) -> set[str]:
-        """Return those of the ids that are in the file."""
-        rows = self._database.execute("SELECT latest FROM held") if ids else ()
-        return {one for (one,) in rows if one in ids}
+    def identities(self, ids: Iterable[str]) -> dict[str, Identity]:
+        """Return the identity of those of the ids that are in the file."""
+        stored = {}
+        for id_ in ids:
+            query = "SELECT * FROM identities WHERE id = ?"
+            row = self._database.execute(query, (id_,)).fetchone()
+            if row is not None:
+                stored[id_] = _from_row(row[1:])
+        return stored
+
+
+def _to_row(identity: Identity) -> tuple[object, ...]:
+    return (*identity[:3], identity.judged_at.isoformat())
+
+
+def _from_row(row: Sequence[Any]) -> Identity:
+    annotator, prompt, pair, judged_at = row
+    return Identity(annotator, prompt, pair, datetime.fromisoformat(judged_at))
 
 
 def _name(key: Key) -> bytes:

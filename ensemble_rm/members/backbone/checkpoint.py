@@ -8,17 +8,22 @@ know samples or heads.
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ensemble_rm.errors import MissingExtraError, ModelError, OptionError
+from ensemble_rm.errors import DigestMismatchError, MissingExtraError, ModelError, OptionError
+from ensemble_rm.file_digests import FileCheck, FileDigests, Stamp, stamp
+from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
+from ensemble_rm.members.backbone.custom_code import allowed_code, named_custom_code
+from ensemble_rm.saved_json import as_object, get, read_json, reading
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -28,6 +33,13 @@ DTYPES: dict[str, torch.dtype] = {
 
 # Suffixes of the files that decide how text becomes tokens, and of the config.
 _READING = {".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt"}
+# Of those, the ones that scores depend on: no licence, no log of a training. A new file of such a
+# name counts as a change, too, because transformers would read it.
+_SCORE_FILES = re.compile(
+    r"config\.json|.*safetensors\.index\.json|.*\.(jinja|model|spm|tiktoken)"
+    r"|.*(token|vocab|merges|special|sentencepiece|template|processor|adapter|bpe).*\.(json|txt)"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +54,33 @@ class Backbone:
         Folder of config, tokenizer and weights.
     digest : str
         SHA-256 over the weight files; checked when a saved ensemble is loaded.
+    files : mapping of str to FileDigest
+        Digests of the weights, the config, the tokenizer and the chat template, checked as well.
+    revision : str, optional
+        Commit of a Hub model, from which a saved ensemble loads it again.
+    stamps : mapping of str to tuple
+        What `require_unchanged` compares before the model is loaded.
+    code : str, optional
+        Digest of the custom code that the caller allows to run; None where none may run.
     """
 
     name: str
     folder: Path
     digest: str
+    files: FileDigests = field(default_factory=dict, compare=False, repr=False)
+    revision: str | None = field(default=None, compare=False)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
+    code: str | None = None
 
 
 def read_shape(backbone: Backbone) -> tuple[int, int]:
     """Return a backbone's number of blocks and hidden size, from its config."""
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(str(backbone.folder))
+    with named_custom_code(backbone.folder, backbone.code):
+        config: Any = AutoConfig.from_pretrained(
+            str(backbone.folder), trust_remote_code=backbone.code is not None
+        )
     text = config.get_text_config()
     return int(text.num_hidden_layers), int(text.hidden_size)
 
@@ -88,15 +115,39 @@ def empty_cache(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backbone:
+def locate(
+    name: str | Path,
+    *,
+    cache_dir: Path | None = DEFAULT_CACHE,
+    trust_remote_code: Sequence[str] = (),
+) -> Backbone:
     """Return a backbone; a name that is not a folder is downloaded from the Hub.
+
+    Parameters
+    ----------
+    name : str or Path
+    cache_dir : Path, optional
+        For converted GGUF weights.
+    trust_remote_code : sequence of str
+        Models whose custom code may run, each as ``MODEL@DIGEST``.
 
     Raises
     ------
     ModelError
         If there is no such folder or Hub model, or the folder contains no model.
+    CustomCodeError
+        If the model's custom code is allowed at another digest.
     """
+    folder = _find(name, cache_dir, revision=None)
+    code = allowed_code(name, folder, trust_remote_code)
+    return replace(open_folder(folder, name=str(name)), code=code)
+
+
+def _find(name: str | Path, cache_dir: Path | None, *, revision: str | None) -> Path:
+    """Return the folder of a model; a Hub model is downloaded, a GGUF file converted."""
     folder = Path(name).expanduser()
+    if "\0" in str(name):
+        raise ModelError(f"no folder or Hub model is named {str(name)!r}")
     if folder.is_dir():
         gguf = sorted(folder.glob("*.gguf"))
         if gguf and not (folder / "config.json").exists():
@@ -104,44 +155,159 @@ def locate(name: str | Path, *, cache_dir: Path | None = DEFAULT_CACHE) -> Backb
                 raise ModelError(
                     f"{folder} contains {len(gguf)} GGUF files; keep one file per folder"
                 )
-            converted = convert_gguf(gguf[0], cache_dir=cache_dir)
-            return Backbone(str(name), converted, weights_digest(converted))
+            return convert_gguf(gguf[0], cache_dir=cache_dir)
     elif str(name).count("/") > 1 or str(name).startswith((".", "/", "~")):
         raise ModelError(f"no such folder: {name}")
     else:
-        folder = _download(str(name))
+        folder = _download(str(name), revision)
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} contains no model: config.json is missing")
-    return Backbone(str(name), folder, weights_digest(folder))
+    return folder
 
 
-def locate_same(
-    name: str | Path, digest: str, *, cache_dir: Path | None = DEFAULT_CACHE
-) -> Backbone:
-    """Return a backbone after checking that its weights have the saved digest.
+def open_folder(folder: Path, *, name: str | None = None) -> Backbone:
+    """Return the backbone in a folder of this disk, after hashing its files; none of its code runs.
+
+    Parameters
+    ----------
+    folder : Path
+        With a config and safetensors.
+    name : str, optional
+        As the user gave it (default: the folder).
+
 
     Raises
     ------
     ModelError
-        If the weights differ.
+        If there are no safetensors.
     """
-    backbone = locate(name, cache_dir=cache_dir)
-    if backbone.digest != digest:
-        raise ModelError(
-            f"the weights of {backbone.name} (SHA-256 {backbone.digest[:12]}…) are not those of "
-            f"the saved ensemble ({digest[:12]}…); name the right folder with backbone=… or "
-            "--backbone"
-        )
-    return backbone
+    names = score_files(folder)
+    stamps = {file: stamp(folder / file) for file in names}
+    files = FileCheck().digests(folder, names)
+    digest = _weights_digest(folder, files)
+    return Backbone(
+        name or str(folder),
+        folder,
+        digest,
+        files=files,
+        revision=_commit(folder),
+        stamps=stamps,
+    )
 
 
-def _download(name: str) -> Path:
+def _commit(folder: Path) -> str | None:
+    """Return the commit of a snapshot in the Hub's cache; None for any other folder."""
+    snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
+    return folder.name if snapshot else None
+
+
+def locate_same(
+    name: str | Path,
+    digest: str,
+    *,
+    files: FileDigests | None = None,
+    revision: str | None = None,
+    check: FileCheck | None = None,
+    cache_dir: Path | None = DEFAULT_CACHE,
+    trust_remote_code: Sequence[str] = (),
+) -> Backbone:
+    """Return a backbone after checking that it is the one of a saved ensemble.
+
+    Parameters
+    ----------
+    name : str or Path
+        Folder or Hub id.
+    digest : str
+        Recorded digest of the weights.
+    files : mapping of str to FileDigest, optional
+        Recorded digests of all files that scores depend on; None in older ensembles, whose
+        weights alone are compared.
+    revision : str, optional
+        Commit of a Hub model.
+    check : FileCheck, optional
+        Whether files are hashed (default: all are).
+    cache_dir : Path, optional
+        Folder for converted GGUF weights.
+    trust_remote_code : sequence of str
+        Models whose custom code may run, each as ``MODEL@DIGEST``.
+
+    Raises
+    ------
+    DigestMismatchError
+        If a file differs.
+    CustomCodeError
+        If the model's custom code is allowed at another digest.
+    """
+    folder = _find(name, cache_dir, revision=revision)
+    code = allowed_code(name, folder, trust_remote_code)
+    if not files:
+        backbone = replace(open_folder(folder, name=str(name)), code=code)
+        if backbone.digest != digest:
+            raise DigestMismatchError(
+                f"the weights of {backbone.name} (SHA-256 {backbone.digest[:12]}…) are not those "
+                f"of the saved ensemble ({digest[:12]}…); {_OTHER_FOLDER}"
+            )
+        return backbone
+    present = score_files(folder)
+    stamps = {file: stamp(folder / file) for file in present}
+    try:
+        (check or FileCheck()).compare(folder, files, what="the backbone", unexpected=present)
+    except DigestMismatchError as error:
+        raise DigestMismatchError(f"{error}, or {_OTHER_FOLDER}") from error
+    return Backbone(
+        str(name),
+        folder,
+        digest,
+        code=code,
+        files=files,
+        revision=revision or _commit(folder),
+        stamps=stamps,
+    )
+
+
+_OTHER_FOLDER = "name the folder of the right backbone with backbone=… or --backbone"
+
+
+def require_unchanged(backbone: Backbone) -> None:
+    """Check, before a model is loaded, that its files are those that were checked.
+
+    An ensemble loads its models at the first score, which may be hours after the check.
+
+    Raises
+    ------
+    DigestMismatchError
+        If a file was changed since.
+    """
+    changed = {
+        name: backbone.files[name]
+        for name, old in backbone.stamps.items()
+        if name in backbone.files
+        and (not (backbone.folder / name).exists() or stamp(backbone.folder / name) != old)
+    }
+    if changed:
+        FileCheck().compare(backbone.folder, changed, what="the backbone")
+
+
+def score_files(folder: Path) -> list[str]:
+    """Return the names of a model's files that scores depend on: weights, config, tokenizer."""
+    return sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.is_file() and (file.suffix == ".safetensors" or _SCORE_FILES.fullmatch(file.name))
+    )
+
+
+def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
-            snapshot_download(name, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"])
+            snapshot_download(
+                name,
+                revision=revision,
+                ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx"],
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -150,25 +316,24 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def weights_digest(folder: Path) -> str:
-    """Return the SHA-256 over the names and contents of a folder's weight files.
+def _weights_digest(folder: Path, files: FileDigests) -> str:
+    """Return the SHA-256 over the names and digests of a folder's weight files.
 
     Raises
     ------
     ModelError
         If there is no safetensors file; other formats are pickles, which can run code.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    weights = sorted(name for name in files if name.endswith(".safetensors"))
+    if not weights:
         raise ModelError(
             f"{folder} contains no .safetensors weights; convert the model with "
             "save_pretrained(safe_serialization=True) first"
         )
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for name in weights:
+        digest.update(name.encode())
+        digest.update(bytes.fromhex(files[name].sha256))
     return digest.hexdigest()
 
 
@@ -211,16 +376,20 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
+        str(path.parent), gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
     )
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(path.parent), gguf_file=path.name, trust_remote_code=False
+    )
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     )
     # transformers refuses to save a model with a quantisation config: copy the weights to a new
     # model.
     with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        fresh = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
     fresh.load_state_dict(model.state_dict(), assign=True)
     fresh.tie_weights()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -228,6 +397,7 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     try:
         fresh.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        follow_umask(scratch)
         try:
             scratch.rename(target)
         except OSError:  # another process has converted it in the meantime
@@ -238,28 +408,52 @@ def convert_gguf(path: Path, *, cache_dir: Path | None) -> Path:
     return target
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load the folder's fast tokenizer."""
+def load_tokenizer(folder: Path, *, code: str | None = None) -> Any:
+    """Load the folder's fast tokenizer.
+
+    Parameters
+    ----------
+    folder : Path
+    code : str, optional
+        `Backbone.code`: without it, custom code is an error.
+
+    Raises
+    ------
+    CustomCodeError
+        If it needs custom code that is not allowed.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder))
+    with named_custom_code(folder, code):
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=code is not None)
 
 
-def load_trunk(folder: Path, *, dtype: str) -> torch.nn.Module:
-    """Load the transformer without a head, in evaluation mode, on the CPU."""
+def load_trunk(folder: Path, *, dtype: str, code: str | None = None) -> torch.nn.Module:
+    """Load the transformer without a head, in evaluation mode, on the CPU.
+
+    Raises
+    ------
+    CustomCodeError
+        If it needs custom code that is not allowed.
+    """
     from transformers import AutoModel
 
-    model: torch.nn.Module = AutoModel.from_pretrained(str(folder), dtype=torch_dtype(dtype))
+    with named_custom_code(folder, code):
+        model: torch.nn.Module = AutoModel.from_pretrained(
+            str(folder), dtype=torch_dtype(dtype), trust_remote_code=code is not None
+        )
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def load_causal(folder: Path, *, dtype: str) -> Any:
+def load_causal(folder: Path, *, dtype: str, code: str | None = None) -> Any:
     """Load a causal language model, in evaluation mode, on the CPU.
 
     Raises
     ------
     ModelError
         If the checkpoint lacks weights that transformers would initialise at random.
+    CustomCodeError
+        If it needs custom code that is not allowed.
     OptionError
         If the model is not a causal language model.
     """
@@ -267,7 +461,10 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
 
     options: dict[str, Any] = {"dtype": torch_dtype(dtype), "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        with named_custom_code(folder, code):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), trust_remote_code=code is not None, **options
+            )
     except ValueError as error:
         raise OptionError(f"{folder} contains no causal language model: {error}") from error
     model, info = loaded
@@ -276,7 +473,9 @@ def load_causal(folder: Path, *, dtype: str) -> Any:
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
+def load_classifier(
+    folder: Path, *, dtype: str, new_head: bool = False, code: str | None = None
+) -> Any:
     """Load a sequence-classification model with one output.
 
     Parameters
@@ -285,9 +484,13 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
     dtype : str
     new_head : bool
         Whether to initialise a new head, for training. Otherwise a missing head is an error.
+    code : str, optional
+        `Backbone.code`: without it, custom code is an error.
 
     Raises
     ------
+    CustomCodeError
+        If it needs custom code that is not allowed.
     ModelError
         If the checkpoint lacks weights that transformers would initialise at random.
         If the model has more than one output.
@@ -299,7 +502,10 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
         options["num_labels"] = 1
     elif (outputs := _outputs(folder)) != 1:
         raise ModelError(f"{folder} has {outputs} outputs; a reward model has one (num_labels=1)")
-    model, info = AutoModelForSequenceClassification.from_pretrained(str(folder), **options)
+    with named_custom_code(folder, code):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            str(folder), trust_remote_code=code is not None, **options
+        )
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing and not new_head:
         raise ModelError(
@@ -310,8 +516,10 @@ def load_classifier(folder: Path, *, dtype: str, new_head: bool = False) -> Any:
 
 
 def _outputs(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text())
-    if "num_labels" in config:
-        return int(config["num_labels"])
-    labels = config.get("id2label")
+    path = folder / "config.json"
+    with reading(path):
+        config = as_object(read_json(path))
+        if "num_labels" in config:
+            return int(get(config, "num_labels", int))
+        labels = get(config, "id2label", Mapping[str, Any] | None, None)
     return len(labels) if labels else 2  # the default of transformers

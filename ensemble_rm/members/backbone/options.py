@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
+
+from ensemble_rm.errors import OptionError
 
 Template: TypeAlias = Literal["auto", "chat", "pair", "plain"]
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class TrunkOptions:
         default="float32",
         metadata={
             "help": "dtype of the backbone's weights",
-            "choices": ("float32", "bfloat16", "float16"),
+            "choices": DTYPES,
         },
     )
     device: str | None = field(
@@ -58,3 +61,16 @@ class TrunkOptions:
     share_prefix: bool = field(
         default=True, metadata={"help": "read each prompt once for all its completions"}
     )
+
+    def __post_init__(self) -> None:
+        if self.template not in get_args(Template):
+            raise OptionError(
+                f"template must be one of {get_args(Template)}, not {self.template!r}"
+            )
+        if self.dtype not in DTYPES:
+            raise OptionError(f"dtype must be one of {DTYPES}, not {self.dtype!r}")
+        if self.max_length < 1 or (self.token_budget is not None and self.token_budget < 1):
+            raise OptionError(
+                f"max_length and token_budget must be at least 1, not {self.max_length} and "
+                f"{self.token_budget}"
+            )

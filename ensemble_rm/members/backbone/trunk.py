@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ensemble_rm.errors import ModelError, OptionError
@@ -161,10 +162,20 @@ def find_blocks(model: torch.nn.Module) -> tuple[tuple[str, ...], torch.nn.Modul
     """
     config: Any = model.config
     # The text model's depth: a multimodal config counts its towers apart.
-    depth = config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return tuple(name.split(".")), module
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    modules = list(model.named_modules())
+    # Below the text model first: another tower may be as deep, and never runs on text.
+    towers = [
+        f"{name}." if name else ""
+        for name, module in modules
+        if isinstance(module, PreTrainedModel) and type(module.config) is type(text)
+    ]
+    for tower in [*towers, ""]:
+        for name, module in modules:
+            is_list = isinstance(module, torch.nn.ModuleList) and len(module) == depth
+            if is_list and name.startswith(tower):
+                return tuple(name.split(".")), cast("torch.nn.ModuleList", module)
     raise ModelError(
         f"{type(model).__name__} has no list of {depth} blocks; only kind='full' can train it"
     )
@@ -239,11 +250,12 @@ class Trunk:
         self.device = bb.pick_device(options.device)
         self.encoder = TextEncoder(
             # The tokenizer before the weights: bad options fail in milliseconds.
-            bb.load_tokenizer(backbone.folder),
+            bb.load_tokenizer(backbone.folder, code=backbone.code),
             template=options.template,
             max_length=options.max_length,
         )
-        model = bb.load_trunk(backbone.folder, dtype=options.dtype)
+        bb.require_unchanged(backbone)
+        model = bb.load_trunk(backbone.folder, dtype=options.dtype, code=backbone.code)
         self.path, blocks = find_blocks(model)
         self.depth = len(blocks)
         self.top = self.depth if top is None else top
@@ -315,7 +327,9 @@ class Trunk:
         wanted: dict[int, list[int]] = {}
         for i, (layer, _) in enumerate(parts):
             wanted.setdefault(layer, []).append(i)
-        out = torch.empty(len(batch.rows), len(parts), self.width, device=self.device)
+        # NaN where nothing is written, which later checks refuse; never uninitialised memory.
+        shape = (len(batch.rows), len(parts), self.width)
+        out = torch.full(shape, torch.nan, device=self.device)
 
         # Pooled inside the hook, so that states of all layers are never in memory at once.
         def keep(layer: int, states: torch.Tensor) -> None:
@@ -358,18 +372,29 @@ class Trunk:
     def _listening(
         self, layers: set[int], keep: Callable[[int, torch.Tensor], None]
     ) -> Iterator[None]:
+        silent_layers = set(layers)
+
+        def hear(layer: int, output: Any) -> None:
+            silent_layers.discard(layer)
+            keep(layer, first_output(output))
+
+        # Hooks of one pass only: a later pass must not append to this one's lists.
         handles = [
             self.blocks[layer - 1].register_forward_hook(
-                lambda _m, _i, output, layer=layer: keep(layer, first_output(output))
+                lambda _m, _i, output, layer=layer: hear(layer, output)
             )
             for layer in layers
-            # Hooks of one pass only: a later pass must not append to this one's lists.
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+        if silent_layers:
+            raise ModelError(
+                f"blocks {sorted(silent_layers)} of {'.'.join(self.path)} did not run in a forward "
+                f"pass of {type(self.model).__name__}; use kind 'full' with this backbone"
+            )
 
 
 # What views read ---------------------------------------------------------------------------------

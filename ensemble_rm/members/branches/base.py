@@ -20,6 +20,8 @@ from torch.nn import ModuleList
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import OptionError, StorageError
+from ensemble_rm.file_digests import FileCheck
+from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.backbone.trunk import Trunk, View
@@ -31,6 +33,7 @@ from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import get
 
 Tensors = dict[str, torch.Tensor]
 SHARED = "shared"  # prefix of the names of weights that all members use
@@ -171,11 +174,18 @@ class Branched(ModelScorer):
         self.heads.save(folder)
         flat = {name: tensor.cpu().contiguous() for name, tensor in self._weights().items()}
         save_file(flat, folder / self.file)
+        follow_umask(folder / self.file)
         return {}
 
     @classmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
-        views = [View.parse(view) for view in saved["views"]]
+    def _read(
+        cls,
+        folder: Path,
+        saved: Mapping[str, Any],
+        check: FileCheck,  # noqa: ARG003 - no other model
+        trust_remote_code: Sequence[str],  # noqa: ARG003 - no other model
+    ) -> dict[str, Any]:
+        views = [View.parse(view) for view in get(saved, "views", tuple[str, ...])]
         tensors: list[Tensors] = [{} for _ in views]
         for name, tensor in load_file(folder / cls.file).items():
             member, _, rest = name.partition(".")
@@ -185,6 +195,6 @@ class Branched(ModelScorer):
             "views": views,
             "heads": HeadWeights.load(folder),
             "tensors": tensors,
-            "blocks": int(saved["blocks"]),
-            "names": list(saved["names"]),
+            "blocks": get(saved, "blocks", int),
+            "names": get(saved, "names", tuple[str, ...]),
         }

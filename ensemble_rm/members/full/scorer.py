@@ -20,6 +20,7 @@ import torch
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import ModelError, OptionError
+from ensemble_rm.file_digests import FileCheck
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.options import TrunkOptions
@@ -37,6 +38,7 @@ from ensemble_rm.members.learning.averaging import (
 from ensemble_rm.members.model_scorer import ModelScorer, in_turn
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import get
 
 ClassifierPooling: TypeAlias = Literal["published", "attended"]
 """Transformers' own rule, or the last attended token."""
@@ -171,6 +173,7 @@ class FullScorer(ModelScorer):
         *,
         name: str | None = None,
         cache_dir: Path | None = DEFAULT_CACHE,
+        trust_remote_code: Sequence[str] = (),
     ) -> FullScorer:
         """Open a hub id or a local folder; its weights are read at once.
 
@@ -180,7 +183,8 @@ class FullScorer(ModelScorer):
             If there is no such model, or it has not one output.
             If the head's weights are absent.
         """
-        scorer = cls(bb.locate(model, cache_dir=cache_dir), options, name=name)
+        backbone = bb.locate(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+        scorer = cls(backbone, options, name=name)
         scorer._open()
         return scorer
 
@@ -189,12 +193,15 @@ class FullScorer(ModelScorer):
         with self._lock:
             if self._encoder is None:
                 self._encoder = TextEncoder(
-                    bb.load_tokenizer(self.backbone.folder),
+                    bb.load_tokenizer(self.backbone.folder, code=self.backbone.code),
                     template=self.options.template,
                     max_length=self.options.max_length,
                 )
             if self._model is None:
-                model = bb.load_classifier(self.backbone.folder, dtype=self.options.dtype)
+                bb.require_unchanged(self.backbone)
+                model = bb.load_classifier(
+                    self.backbone.folder, dtype=self.options.dtype, code=self.backbone.code
+                )
                 set_pad_token(model, self._encoder.tokenizer)
                 if self.device.type == "cpu":
                     from ensemble_rm.members.forward.cpu.kernels import use_cpu_kernels
@@ -288,7 +295,8 @@ class FullScorer(ModelScorer):
     def _write(self, folder: Path) -> dict[str, Any]:
         if not self.own:
             return {}
-        # The weights exist nowhere else.
+        # Else a file that was changed after loading would be saved with a digest of its own.
+        bb.require_unchanged(self.backbone)
         shutil.copytree(self.backbone.folder, folder / "model")
         return {"backbone": "model"}
 
@@ -297,12 +305,15 @@ class FullScorer(ModelScorer):
         cls,
         folder: Path,  # noqa: ARG003 - the weights are the model's
         saved: Mapping[str, Any],
+        check: FileCheck,  # noqa: ARG003
+        trust_remote_code: Sequence[str],  # noqa: ARG003 - no second model
     ) -> dict[str, Any]:
         return {
-            "name": saved["name"],
-            "pooling": saved["pooling"],
-            "own": bool(saved["own"]),
-            "start": saved.get("start"),  # not in ensembles that were saved before it was kept
+            "name": get(saved, "name", str),
+            "pooling": get(saved, "pooling", ClassifierPooling),
+            "own": get(saved, "own", bool),
+            # Not in ensembles that were saved before it was kept.
+            "start": get(saved, "start", str | None, None),
         }
 
     @classmethod
@@ -312,7 +323,7 @@ class FullScorer(ModelScorer):
         saved: Mapping[str, Any],
         backbone: str | Path | None,  # noqa: ARG003 - others have one, this is its own
     ) -> str | Path:
-        return folder / "model" if saved["own"] else str(saved["backbone"])
+        return folder / "model" if get(saved, "own", bool) else get(saved, "backbone", str)
 
     @classmethod
     def average(cls, scorers: Sequence[Self], folder: Path | None) -> Self:
@@ -348,7 +359,11 @@ class FullScorer(ModelScorer):
         for file in files[0]:
             # File by file: two whole models in memory are not needed.
             average_files([source / file for source in sources], folder / file)
-        model = bb.Backbone(str(folder), folder, bb.weights_digest(folder))
         return cls(
-            model, first.options, name=NAME, pooling=first.pooling, own=True, start=first.start
+            bb.open_folder(folder),
+            first.options,
+            name=NAME,
+            pooling=first.pooling,
+            own=True,
+            start=first.start,
         )

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from ensemble_rm.data.samples import Preferences
-from ensemble_rm.errors import OptionError, TrainingError
+from ensemble_rm.errors import CustomCodeError, OptionError, TrainingError
+from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.encoding import Encoded, TextEncoder, count_truncation
 from ensemble_rm.members.forward.batching import Batch, collate
@@ -43,6 +44,7 @@ from ensemble_rm.members.learning.job import Job, Trained
 from ensemble_rm.members.learning.loss import preference_loss
 from ensemble_rm.members.learning.seeds import global_seed, resample_counts
 from ensemble_rm.progress import Progress
+from ensemble_rm.saved_json import as_object, read_json
 
 _MODEL, _DONE = "model", "member.json"
 # Arguments that the recipe, the seeds or early stopping decide.
@@ -185,6 +187,12 @@ def train_full(job: Job[FullRecipe]) -> Trained:
     folder = job.checkpoint or (job.cache_folder and job.cache_folder / "full" / job.digest[:32])
     if folder is None:
         raise OptionError("kind 'full' keeps its models on disk: give out=… or cache_dir=…")
+    if job.backbone.code is not None:
+        # Each member saves its model as a folder of its own, which would need a permission each.
+        raise CustomCodeError(
+            f"kind 'full' does not train {job.backbone.name}, which needs custom code; use kind "
+            "'head', 'branch' or 'lora'"
+        )
     # Before the first weight is loaded: hours of another run's work lie there.
     _claim(folder, job.digest)
     check_trainer_args(job.recipe.trainer_args)
@@ -204,9 +212,9 @@ def train_full(job: Job[FullRecipe]) -> Trained:
                 _Rows(encoded[1], job.validation, np.ones(len(job.validation))),
             )
             _train_one(job, i, own, sets, tokenizer)
-        record = json.loads((own / _DONE).read_text())
+        record = as_object(read_json(own / _DONE))
         records.append(record)
-        model = bb.Backbone(str(own / _MODEL), own / _MODEL, bb.weights_digest(own / _MODEL))
+        model = bb.open_folder(own / _MODEL)
         scorers.append(
             FullScorer(
                 model,
@@ -335,6 +343,7 @@ def _train_one(
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
+    follow_umask(scratch)
     shutil.rmtree(folder / _MODEL, ignore_errors=True)
     scratch.rename(folder / _MODEL)
     record = {

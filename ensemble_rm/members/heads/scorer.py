@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ensemble_rm.data.samples import Sample
 from ensemble_rm.errors import OptionError
+from ensemble_rm.file_digests import FileCheck
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.feature_cache import FeatureCache
 from ensemble_rm.members.backbone.options import TrunkOptions
@@ -26,6 +27,7 @@ from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.model_scorer import ModelScorer
 from ensemble_rm.members.scorer import MemberScores
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import get
 
 Floats = NDArray[np.float64]
 
@@ -164,9 +166,16 @@ class HeadScorer(ModelScorer):
         return {}
 
     @classmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
-        views = [View.parse(view) for view in saved["views"]]
-        return {"views": views, "weights": HeadWeights.load(folder), "names": saved["names"]}
+    def _read(
+        cls,
+        folder: Path,
+        saved: Mapping[str, Any],
+        check: FileCheck,  # noqa: ARG003 - no other model
+        trust_remote_code: Sequence[str],  # noqa: ARG003 - no other model
+    ) -> dict[str, Any]:
+        views = [View.parse(view) for view in get(saved, "views", tuple[str, ...])]
+        names = get(saved, "names", tuple[str, ...])
+        return {"views": views, "weights": HeadWeights.load(folder), "names": names}
 
 
 def parts_of(read: NDArray[np.float32], views: Sequence[View]) -> NDArray[np.float32]:

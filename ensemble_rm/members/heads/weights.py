@@ -11,8 +11,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit
+
+from ensemble_rm.errors import StorageError
+from ensemble_rm.file_modes import follow_umask
 
 Floats = NDArray[np.float64]
 
@@ -57,11 +61,22 @@ class HeadWeights:
         """Write ``heads.safetensors``."""
         arrays = {name: np.ascontiguousarray(a) for name, a in self.tensors().items()}
         save_file(arrays, folder / "heads.safetensors")
+        follow_umask(folder / "heads.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> HeadWeights:
-        """Read what `save` wrote."""
-        return cls(**load_file(folder / "heads.safetensors"))
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        StorageError
+            If the file is missing or damaged.
+        """
+        path = folder / "heads.safetensors"
+        try:
+            return cls(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise StorageError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ensemble_rm.members.judges.usage import Price, Usage, read_usage
 from ensemble_rm.members.remote.address import Token, bearer, check_url, endpoint
 from ensemble_rm.members.remote.client import ClientOptions, RejectedError, RemoteClient
 from ensemble_rm.members.remote.loop_thread import LoopThread, Pending, work_through
+from ensemble_rm.saved_json import from_row
 
 T = TypeVar("T")
 Messages: TypeAlias = list[dict[str, str]]
@@ -45,8 +46,6 @@ class JudgeOptions:
         Price of the judge's tokens.
     client : ClientOptions
         Attempts, pauses, deadline, concurrency, circuit breaker.
-    token_variable : str, optional
-        Environment variable in which the command line finds the token.
     """
 
     url: str
@@ -55,7 +54,6 @@ class JudgeOptions:
     extra: Mapping[str, Any] = field(default_factory=dict)
     price: Price | None = None
     client: ClientOptions = field(default_factory=ClientOptions)
-    token_variable: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", check_url(self.url))
@@ -68,13 +66,8 @@ class JudgeOptions:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
-        price = stored["price"]
-        options = dict(stored) | {
-            "client": ClientOptions(**stored["client"]),
-            "price": None if price is None else Price(**price),
-        }
-        return cls(**options)
+        """Read what `to_json` wrote, else `SchemaError`."""
+        return from_row(cls, stored)
 
 
 class Judge:

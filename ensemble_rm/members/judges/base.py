@@ -36,8 +36,6 @@ class RubricJudge:
         Price of the judge's tokens.
     client : ClientOptions, optional
         Attempts, pauses, deadline, concurrency, circuit breaker.
-    token_variable : str, optional
-        Environment variable in which the command line finds the token.
     token : str or callable, optional
         Bearer token, or a function that returns the current one.
     transport : httpx.AsyncBaseTransport, optional
@@ -64,7 +62,6 @@ class RubricJudge:
         extra: Mapping[str, Any] | None = None,
         price: Price | None = None,
         client: ClientOptions | None = None,
-        token_variable: str | None = None,
         token: Token | None = None,
         transport: Any = None,
     ) -> None:
@@ -81,7 +78,6 @@ class RubricJudge:
             extra=extra or {},
             price=price,
             client=client or ClientOptions(),
-            token_variable=token_variable,
         )
         self._judge = Judge(self.judge_options, token=token, transport=transport)
 

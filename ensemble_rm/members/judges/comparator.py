@@ -86,8 +86,6 @@ class JudgeComparator(RubricJudge):
         Price of the judge's tokens.
     client : ClientOptions, optional
         Attempts, pauses, deadline, concurrency, circuit breaker.
-    token_variable : str, optional
-        Environment variable in which the command line finds the token.
     token : str or callable, optional
         Bearer token, or a function that returns the current one.
     transport : httpx.AsyncBaseTransport, optional

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ensemble_rm.data.samples import Prompt
-from ensemble_rm.errors import OptionError
+from ensemble_rm.errors import OptionError, SchemaError
 from ensemble_rm.members.encoding import flatten
+from ensemble_rm.saved_json import from_row, parse_json
 
 RubricKind: TypeAlias = Literal["pairwise", "pointwise"]
 
@@ -170,14 +171,14 @@ def read_rubric(source: str | Path | Mapping[str, Any] | Rubric) -> Rubric:
         return _from_json(source, "the rubric")
     path = FOLDER / f"{source}.json" if source in SHIPPED else Path(source).expanduser()
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = parse_json(path.read_bytes())
     except OSError as error:
         raise OptionError(
             f"no rubric {str(source)!r} ({error.strerror}); name a JSON file or one of "
             f"{', '.join(SHIPPED)}"
         ) from error
-    except ValueError as error:
-        raise OptionError(f"{path} is not valid JSON: {error}") from error
+    except SchemaError as error:
+        raise OptionError(f"{path} is not a rubric: {error}") from error
     return _from_json(stored, str(path))
 
 
@@ -185,33 +186,46 @@ def _from_json(stored: object, source: str) -> Rubric:
     if not isinstance(stored, Mapping) or stored.get("format") != _FORMAT:
         raise OptionError(f'{source} is not a rubric: "format" must be {_FORMAT}')
     try:
-        options: dict[str, Any] = {}
-        if stored["kind"] == "pairwise":
-            verdicts = stored["verdicts"]
-            words = [verdicts["first"], verdicts["second"]]
-            if None in words:
-                raise OptionError(
-                    f"{source}: only the verdict `tie` may be null; first and second are {words}"
-                )
-            if verdicts.get("tie") is not None:
-                words.append(verdicts["tie"])
-            options["verdicts"] = tuple(map(str, words))
-        else:
-            low, high = stored["scale"]
-            options["scale"] = (int(low), int(high))
+        row = from_row(_RubricRow, stored)
+        if (row.kind == "pairwise") != (row.verdicts is not None):
+            raise SchemaError("belongs to every pairwise rubric, and to no other", field="verdicts")
+        options: dict[str, Any] = {} if row.scale is None else {"scale": row.scale}
+        if row.verdicts is not None:
+            words = (row.verdicts.first, row.verdicts.second, row.verdicts.tie)
+            options["verdicts"] = tuple(word for word in words if word is not None)
         return Rubric(
-            name=str(stored["name"]),
-            kind=stored["kind"],
-            system=str(stored["system"]),
-            user=str(stored["user"]),
-            after=stored.get("after"),
-            max_tokens=int(stored.get("max_tokens", 8)),
+            name=row.name,
+            kind=row.kind,
+            system=row.system,
+            user=row.user,
+            after=row.after,
+            max_tokens=row.max_tokens,
             **options,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, OptionError):
-            raise
-        raise OptionError(f"{source} is not a valid rubric: {error!r}") from error
+    except SchemaError as error:
+        raise OptionError(f"{source} is not a valid rubric: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdicts:
+    first: str
+    second: str
+    tie: str | None = None  # null: the judge must decide
+
+
+@dataclass(frozen=True, slots=True)
+class _RubricRow:
+    """A rubric as JSON."""
+
+    format: int
+    name: str
+    kind: RubricKind
+    system: str
+    user: str
+    verdicts: _Verdicts | None = None
+    scale: tuple[int, int] | None = None
+    after: str | None = None
+    max_tokens: int = 8
 
 
 def _broken(match: re.Match[str]) -> str:

@@ -15,7 +15,7 @@ from ensemble_rm.errors import RemoteError
 from ensemble_rm.members.judges.asking import Judge, JudgeOptions, Messages, Reply
 from ensemble_rm.members.judges.base import RubricJudge
 from ensemble_rm.members.judges.replies import Rating, read_rating
-from ensemble_rm.members.judges.rubric import Rubric
+from ensemble_rm.members.judges.rubric import Rubric, read_rubric
 from ensemble_rm.members.judges.usage import Price, Usage
 from ensemble_rm.members.remote.address import Token
 from ensemble_rm.members.remote.client import ClientOptions
@@ -23,6 +23,7 @@ from ensemble_rm.members.remote.loop_thread import Pending
 from ensemble_rm.members.remote.server_scorer import ServerScorer
 from ensemble_rm.members.scorer import MemberScores, Truncation
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import as_object, at, get
 
 
 class JudgeScorer(RubricJudge, ServerScorer):
@@ -50,8 +51,6 @@ class JudgeScorer(RubricJudge, ServerScorer):
         Price of the judge's tokens.
     client : ClientOptions, optional
         Attempts, pauses, deadline, concurrency, circuit breaker.
-    token_variable : str, optional
-        Environment variable in which the command line finds the token.
     token : str or callable, optional
         Bearer token, or a function that returns the current one. Never saved.
     transport : httpx.AsyncBaseTransport, optional
@@ -84,7 +83,6 @@ class JudgeScorer(RubricJudge, ServerScorer):
         extra: Mapping[str, Any] | None = None,
         price: Price | None = None,
         client: ClientOptions | None = None,
-        token_variable: str | None = None,
         token: Token | None = None,
         transport: Any = None,
     ) -> None:
@@ -96,7 +94,6 @@ class JudgeScorer(RubricJudge, ServerScorer):
             extra=extra,
             price=price,
             client=client,
-            token_variable=token_variable,
             token=token,
             transport=transport,
         )
@@ -118,11 +115,6 @@ class JudgeScorer(RubricJudge, ServerScorer):
     def token(self) -> Token | None:
         """The bearer token, or a function that returns the current one."""
         return self._judge.token
-
-    @property
-    def token_variable(self) -> str | None:
-        """Environment variable in which the command line finds the token."""
-        return self.judge_options.token_variable
 
     def score(self, samples: Sequence[Sample]) -> NDArray[np.float64]:
         """Return (n_samples, 1) ratings; NaN where there is none, with a warning.
@@ -204,6 +196,11 @@ class JudgeScorer(RubricJudge, ServerScorer):
 
     @classmethod
     def _of(cls, stored: Mapping[str, Any]) -> Self:
-        options = JudgeOptions.from_json(stored["judge"])
+        with at("judge"):
+            options = JudgeOptions.from_json(as_object(stored.get("judge")))
         fields = {name: getattr(options, name) for name in options.__dataclass_fields__}
-        return cls(name=stored["name"], rubric=stored["rubric"], **fields)
+        name = get(stored, "name", str)
+        # An object, never a path: a saved member must not read other files.
+        with at("rubric"):
+            rubric = read_rubric(as_object(stored.get("rubric")))
+        return cls(name=name, rubric=rubric, **fields)

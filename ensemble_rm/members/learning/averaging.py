@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ensemble_rm.errors import ModelError
+from ensemble_rm.file_modes import follow_umask
 
 NAME = "merged"  # of the averaged member
 
@@ -59,6 +60,7 @@ def average_files(sources: Sequence[Path], target: Path) -> None:
             for name in sorted(files[0].keys())
         }
         save_file(means, target, metadata=files[0].metadata())
+        follow_umask(target)
 
 
 def require_two(members: int) -> None:

@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ensemble_rm.errors import TrainingError
+from ensemble_rm.errors import SchemaError, TrainingError
+from ensemble_rm.file_modes import follow_umask
+from ensemble_rm.saved_json import as_object, parse_json
 
 FILE = "checkpoint.safetensors"
 
@@ -21,6 +23,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[
     scratch = folder / (FILE + ".new")
     flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(flat, scratch, metadata={"state": json.dumps(state)})
+    follow_umask(scratch)
     scratch.replace(folder / FILE)
 
 
@@ -46,8 +49,8 @@ def load_checkpoint(
     try:
         with safe_open(path, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            state: dict[str, Any] = json.loads(stored.metadata()["state"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            state = as_object(parse_json(stored.metadata()["state"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, SchemaError) as error:
         raise TrainingError(f"the checkpoint {path} cannot be read ({error}); delete it") from error
     if state.get("recipe") != recipe:
         raise TrainingError(

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch.nn import ModuleList
 
+from ensemble_rm.file_digests import FileCheck
 from ensemble_rm.members.backbone import checkpoint as bb
 from ensemble_rm.members.backbone.options import TrunkOptions
 from ensemble_rm.members.backbone.trunk import Trunk, View
@@ -21,6 +22,7 @@ from ensemble_rm.members.branches.runner import Branching
 from ensemble_rm.members.heads.weights import HeadWeights
 from ensemble_rm.members.lora.adapters import merge_adapter, require_peft, with_adapter
 from ensemble_rm.members.lora.recipe import LoraOptions
+from ensemble_rm.saved_json import get
 
 
 class LoraScorer(Branched):
@@ -86,10 +88,16 @@ class LoraScorer(Branched):
         return super()._weights() | {f"{SHARED}.{name}": v for name, v in shared.items()}
 
     @classmethod
-    def _read(cls, folder: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(
+        cls,
+        folder: Path,
+        saved: Mapping[str, Any],
+        check: FileCheck,
+        trust_remote_code: Sequence[str],
+    ) -> dict[str, Any]:
         require_peft()
         stored = load_file(folder / cls.file)
         start = f"{SHARED}."
         shared = {k.removeprefix(start): v for k, v in stored.items() if k.startswith(start)}
-        own = {"lora": LoraOptions(**saved["lora"]), "shared": shared or None}
-        return super()._read(folder, saved) | own
+        own = {"lora": get(saved, "lora", LoraOptions), "shared": shared or None}
+        return super()._read(folder, saved, check, trust_remote_code) | own

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from ensemble_rm.data.samples import Message, Prompt, Sample
 from ensemble_rm.errors import ModelError, OptionError
-from ensemble_rm.members.encoding import flatten
+from ensemble_rm.members.encoding import flatten, render_chat
 
 TextTemplate: TypeAlias = "str | Callable[[Sample], str]"
 """``"chat"``, ``"plain"``, ``"pair"``, ``"messages"``, ``"sample"``,
@@ -120,16 +120,15 @@ class Renderer:
     def _chat(self, messages: list[dict[str, str]], *, cue: bool) -> str:
         if self._loaded is None:
             self._load()
-        text = str(
-            self._loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue)
-        )
+        text = render_chat(self._loaded, messages, cue=cue)
         return text.removeprefix(self._bos) if self._bos else text
 
     def _load(self) -> None:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer))
+            # Never its custom code, and never transformers' question whether to run it.
+            tokenizer = AutoTokenizer.from_pretrained(str(self.tokenizer), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the tokenizer {self.tokenizer}: {error}") from error
         if not tokenizer.chat_template:

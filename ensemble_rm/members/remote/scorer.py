@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
@@ -41,6 +41,7 @@ from ensemble_rm.members.remote.request_text import Rendered, Renderer, TextTemp
 from ensemble_rm.members.remote.server_scorer import ServerScorer
 from ensemble_rm.members.scorer import MemberScores, Truncation
 from ensemble_rm.progress import Progress, silent
+from ensemble_rm.saved_json import from_row
 
 T = TypeVar("T")
 Outage: TypeAlias = Literal["raise", "nan"]
@@ -74,9 +75,6 @@ class RemoteScorer(ServerScorer):
         Name of the model on a vLLM server (default: its only model).
     token : str or callable, optional
         Bearer token, or a function that returns the current one. Never saved, never shown.
-    token_variable : str, optional
-        The environment variable in which the command line finds the token; saved. The library
-        itself never reads it.
     batch_size : int, optional
         Samples per request (default: the protocol's; 1 with ``"messages"``).
     special_tokens : bool, optional
@@ -113,7 +111,6 @@ class RemoteScorer(ServerScorer):
         tokenizer: str | Path | None = None,
         model: str | None = None,
         token: Token | None = None,
-        token_variable: str | None = None,
         batch_size: int | None = None,
         special_tokens: bool | None = None,
         truncate: bool = False,
@@ -135,7 +132,6 @@ class RemoteScorer(ServerScorer):
         single = self._renderer.form == "messages"  # one conversation per request
         self.batch_size = 1 if single else batch_size or self._wire.batch
         self.raw_logit_check_mode, self.on_outage = raw_logit_check, on_outage
-        self._token_variable = token_variable
         self._transport = transport
         self._endpoint = endpoint(self.url, self._wire.path)
         self._connect(token)
@@ -187,11 +183,6 @@ class RemoteScorer(ServerScorer):
     def token(self) -> Token | None:
         """The bearer token, or a function that returns the current one."""
         return self._token
-
-    @property
-    def token_variable(self) -> str | None:
-        """Environment variable in which the command line finds the token."""
-        return self._token_variable
 
     # Scoring -----------------------------------------------------------------------------------
 
@@ -315,7 +306,6 @@ class RemoteScorer(ServerScorer):
             "template": template if isinstance(template, str) else repr(template),
             "tokenizer": None if tokenizer is None else str(tokenizer),
             "model": self._request_options.model,
-            "token_variable": self._token_variable,
             "batch_size": self.batch_size,
             "special_tokens": self._request_options.special_tokens,
             "truncate": self._request_options.truncate,
@@ -331,10 +321,29 @@ class RemoteScorer(ServerScorer):
 
     @classmethod
     def _of(cls, stored: Mapping[str, Any]) -> Self:
-        options = {name: value for name, value in stored.items() if name not in ("kind", "url")}
-        if "self_test" in options:  # the name before version 0.2
-            options["raw_logit_check"] = options.pop("self_test")
-        return cls(stored["url"], **options | {"client": ClientOptions(**stored["client"])})
+        # `self_test`: the name before version 0.2.
+        row = from_row(_RemoteRow, stored, former={"self_test": "raw_logit_check"})
+        options = {field.name: getattr(row, field.name) for field in fields(row)}
+        return cls(options.pop("url"), **{k: v for k, v in options.items() if k != "kind"})
+
+
+@dataclass(frozen=True, slots=True)
+class _RemoteRow:
+    """A member as JSON; what the values may be, `RemoteScorer` checks."""
+
+    kind: str
+    url: str
+    protocol: str
+    name: str
+    template: str
+    client: ClientOptions
+    raw_logit_check: RawLogitCheck
+    on_outage: Outage
+    tokenizer: str | None = None
+    model: str | None = None
+    batch_size: int | None = None
+    special_tokens: bool | None = None
+    truncate: bool = False
 
 
 class _Call:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from ensemble_rm.errors import RemoteAnswerError, RemoteFailureWarning, StorageError
+from ensemble_rm.file_digests import FileCheck
 from ensemble_rm.members.scorer import MemberScores, Scorer
+from ensemble_rm.saved_json import as_object, at, read_json, reading
 
 _FILE = "member.json"
+_VARIABLE = "token_variable"  # in files of version 0.1
 
 
 class ServerScorer(Scorer):
@@ -56,6 +59,8 @@ class ServerScorer(Scorer):
         backbone: str | Path | None = None,  # noqa: ARG003 - no model in this process
         device: str | None = None,  # noqa: ARG003
         cache_dir: Path | None = None,  # noqa: ARG003
+        check: FileCheck | None = None,  # noqa: ARG003
+        trust_remote_code: Sequence[str] = (),  # noqa: ARG003
     ) -> Self:
         """Read what `save` wrote; the member has no token, see `with_token`.
 
@@ -64,12 +69,12 @@ class ServerScorer(Scorer):
         StorageError
             If the folder is incomplete.
         """
+        path = folder / _FILE
         try:
-            return cls._of(json.loads((folder / _FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(
-                f"{folder} contains no saved {cls.kind} member: {error!r}"
-            ) from error
+            with reading(path), at():
+                return cls._of(_without_variable(as_object(read_json(path)), folder))
+        except StorageError as error:
+            raise StorageError(f"{folder} contains no saved {cls.kind} member: {error}") from error
 
     def _warn_of_failures(self, result: MemberScores, *, what: str, unreadable: str) -> None:
         """Warn of samples without a score: their number, and the kind of the first error.
@@ -94,6 +99,33 @@ class ServerScorer(Scorer):
             RemoteFailureWarning,
             stacklevel=5,  # the caller of `score`, or of the pending result
         )
+
+
+def _without_variable(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a saved member without the environment variable that older versions saved.
+
+    A stranger's file could name any variable, and so send it to the address in the same file.
+    """
+    parts = {
+        name: {k: v for k, v in part.items() if k != _VARIABLE}
+        if isinstance(part, Mapping)
+        else part
+        for name, part in stored.items()
+        if name != _VARIABLE
+    }
+    named = [stored.get(_VARIABLE), *(p.get(_VARIABLE) for p in stored.values() if _is_map(p))]
+    if any(variable is not None for variable in named):
+        warnings.warn(
+            f"{folder / _FILE} names an environment variable for its token, which is ignored; bind "
+            "the token to the server with --token HOST=ENV (tokens={HOST: token} in Python)",
+            UserWarning,
+            stacklevel=2,
+        )
+    return parts
+
+
+def _is_map(value: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
 
 
 def failure_kind(error: Exception, unreadable: str) -> str:

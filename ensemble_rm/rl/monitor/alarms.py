@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from ensemble_rm.arrays import finite_or_none
 from ensemble_rm.best_of_n.curves import CurveFit, fit_curve
-from ensemble_rm.errors import DataError, OptionError
+from ensemble_rm.errors import DataError, OptionError, SchemaError
+from ensemble_rm.saved_json import as_object, get
 
 AlarmKind: TypeAlias = Literal["gold", "disagreement", "length", "kl"]
 
@@ -78,17 +79,21 @@ class StepRecord:
             If it has other fields or values.
         """
 
-        def number(value: Any) -> float:
-            return math.nan if value is None else float(value)
+        def numbers(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+            read = {name: get(values, name, float | None) for name in names}
+            return {name: math.nan if x is None else x for name, x in read.items()}
 
         # Null in JSON is NaN here.
         try:
-            given = {"missing": 0.0} | dict(d)  # older records do not have it
-            values = {name: number(given[name]) for name in _NUMBERS}
-            slopes = {str(name): number(slope) for name, slope in d["length_slopes"].items()}
-            return cls(step=int(d["step"]), length_slopes=slopes, **values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"not a step of a run: {d!r:.200} ({error!r})") from error
+            row = {"missing": 0.0} | as_object(d)  # older records do not have it
+            slopes = get(row, "length_slopes", Mapping[str, Any])
+            return cls(
+                step=get(row, "step", int),
+                length_slopes=numbers(slopes, slopes),
+                **numbers(row, _NUMBERS),
+            )
+        except SchemaError as error:
+            raise DataError(f"not a step of a run: {error}") from error
 
 
 _NUMBERS = [f.name for f in fields(StepRecord) if f.name not in ("step", "length_slopes")]

@@ -21,7 +21,7 @@ from ensemble_rm.aggregation.rules.mean import mean
 from ensemble_rm.aggregation.rules.minimum import minimum
 from ensemble_rm.arrays import Floats
 from ensemble_rm.data.samples import Sample, prompt_json
-from ensemble_rm.errors import DataError, OptionError
+from ensemble_rm.errors import DataError, OptionError, SchemaError
 from ensemble_rm.rl.monitor.alarms import Alarm, AlarmRule, StepRecord, mean_of
 from ensemble_rm.rl.monitor.measures import (
     disagreement,
@@ -32,6 +32,7 @@ from ensemble_rm.rl.monitor.measures import (
     reference_range,
 )
 from ensemble_rm.rl.scoring import LoopRewards
+from ensemble_rm.saved_json import parse_json
 from ensemble_rm.uncertainty.disagreement import member_std
 
 if TYPE_CHECKING:
@@ -257,8 +258,8 @@ class OverOptimisationMonitor:
         records = []
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             try:
-                records.append(StepRecord.from_json(json.loads(line)))
-            except (DataError, json.JSONDecodeError) as error:
+                records.append(StepRecord.from_json(parse_json(line)))
+            except (DataError, SchemaError) as error:
                 raise DataError(f"{path}, line {number}: {error}") from error
         # Steps after the checkpoint are run again.
         self._records = [record for record in records if record.step <= until]

@@ -22,7 +22,7 @@ STEP = """\
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision, branch_labels, depends_on = "0002", "0001", None, None
+revision, down_revision, branch_labels, depends_on = "0003", "0002", None, None
 
 
 def upgrade() -> None:
@@ -36,11 +36,11 @@ def next_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make this the library that comes next, with a second migration; give the migration's file."""
     folder = tmp_path / "migrations"
     shutil.copytree(MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    file = folder / "versions" / "v0002_note.py"
+    file = folder / "versions" / "v0003_note.py"
     file.write_text(STEP.format(then="pass"))
     monkeypatch.setattr(database, "MIGRATIONS", folder)
-    monkeypatch.setattr(database, "REVISIONS", ("0001", "0002"))
-    monkeypatch.setattr(database, "HEAD", "0002")
+    monkeypatch.setattr(database, "REVISIONS", ("0001", "0002", "0003"))
+    monkeypatch.setattr(database, "HEAD", "0003")
     return file
 
 
@@ -59,7 +59,7 @@ def old_place(store_place: str) -> str:
 
 
 def test_an_older_store_is_brought_up_to_date(old_place: str, next_library: Path) -> None:
-    with pytest.raises(StorageError, match="the schema 0001, this library 0002"):
+    with pytest.raises(StorageError, match="the schema 0002, this library 0003"):
         JudgmentStore.open(old_place, read_only=True)
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(JudgmentStore.open, [old_place] * 4))

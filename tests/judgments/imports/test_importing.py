@@ -32,7 +32,7 @@ def test_what_is_exported_is_imported_whole(
     store: JudgmentStore, tmp_path: Path, *, zipped: bool
 ) -> None:
     rows = many(40)
-    late = rows[3].corrected("tie", judged_at=NEW_YEAR)  # before what it corrects, in time
+    late = rows[3].corrected("tie", judged_at=rows[3].judged_at)  # the same time, so by id
     store.add([*rows, late])
     everything = JudgmentFilter(with_corrected=True)
     path = write(tmp_path / "all.jsonl", list(export_judgments(store, everything)))
@@ -54,6 +54,8 @@ def test_rows_may_lack_what_the_options_say(store: JudgmentStore, tmp_path: Path
     assert list(store.read()) == many(3)
 
 
+TAKEN = judged(1, external_id="taken")
+RIVAL = judged(0).corrected("second", judged_at=judged(300).judged_at)
 BAD = [
     ('{"prompt": "p", "first": ', "not JSON"),
     ("[1, 2]", "a row must be an object, not list"),
@@ -64,7 +66,10 @@ BAD = [
     (judged(14, external_id="taken").to_json(), "'taken' of source 'test' is stored with other"),
     (judged(15, external_id="twice").to_json(), "'twice' of source 'test' is stored with other"),
     (judged(16, corrects="0" * 32).to_json(), "no such judgment is stored"),
-    (judged(17, corrects=judged(0).id).to_json(), "already has a correction"),
+    (RIVAL.to_json(), "already has a correction"),
+    (judged(19, corrects=TAKEN.id).to_json(), "the correction has another prompt"),
+    (judged(2, corrects=judged(102).id, external_id="x").to_json(), "by annotator 'annotator 2'"),
+    (judged(0, corrects=judged(103).id).to_json(), "by annotator 'annotator 0', the judgment by"),
 ]
 
 
@@ -73,7 +78,7 @@ def bad_file(tmp_path: Path) -> Path:
     """Good rows on even lines, each kind of bad one on the odd ones after the third."""
     good = [judged(i) for i in range(100, 100 + len(BAD))]
     good[0] = judged(100, external_id="twice")
-    good[1] = judged(0).corrected("tie", judged_at=NEW_YEAR)
+    good[1] = judged(0).corrected("tie", judged_at=judged(200).judged_at)
     lines = []
     for one, (bad, _) in zip(good, BAD, strict=True):
         lines += [json.dumps(one.to_json()), bad if isinstance(bad, str) else json.dumps(bad)]
@@ -90,20 +95,20 @@ def check_problems(problems: Any, path: Path) -> None:
 
 
 def test_a_file_with_bad_rows_is_refused_whole(store: JudgmentStore, bad_file: Path) -> None:
-    store.add([judged(0), judged(1, external_id="taken")])
+    store.add([judged(0), TAKEN])
     digest = store.digest()
-    with pytest.raises(BadRowsError, match=r"10 of 20 verdicts .* nothing was written") as caught:
+    with pytest.raises(BadRowsError, match=r"13 of 26 verdicts .* nothing was written") as caught:
         import_judgments(store, bad_file)
     check_problems(caught.value.problems, bad_file)
     assert store.digest() == digest
 
 
 def test_bad_rows_can_be_skipped_and_are_still_named(store: JudgmentStore, bad_file: Path) -> None:
-    store.add([judged(0), judged(1, external_id="taken")])
+    store.add([judged(0), TAKEN])
     found = import_judgments(store, bad_file, skip_bad=True)
     check_problems(found.problems, bad_file)
-    assert (found.verdicts, found.added, found.already) == (20, 10, 0)
-    assert store.count(JudgmentFilter(with_corrected=True)) == 12
+    assert (found.verdicts, found.added, found.already) == (26, 13, 0)
+    assert store.count(JudgmentFilter(with_corrected=True)) == 15
 
 
 @pytest.mark.parametrize("change", [{"batch": "b"}, {"inclusion": 0.5}, {"outcome": "tie"}])
@@ -123,22 +128,22 @@ def test_batches_change_nothing(
     store: JudgmentStore, bad_file: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     monkeypatch.setattr("ensemble_rm.judgments.imports.importing.BATCH", size)
-    store.add([judged(0), judged(1, external_id="taken")])
+    store.add([judged(0), TAKEN])
     with pytest.raises(BadRowsError) as caught:
         import_judgments(store, bad_file)
     check_problems(caught.value.problems, bad_file)
     found = import_judgments(store, bad_file, skip_bad=True)
     check_problems(found.problems, bad_file)
-    assert found.added == 10
+    assert found.added == 13
 
 
 def test_a_dry_run_counts_as_the_import_does(store: JudgmentStore, bad_file: Path) -> None:
-    store.add([judged(0), judged(1, external_id="taken")])
+    store.add([judged(0), TAKEN])
     digest = store.digest()
     dry = import_judgments(store, bad_file, skip_bad=True, dry_run=True)
     assert store.digest() == digest
     assert import_judgments(store, bad_file, skip_bad=True) == dry
-    assert import_judgments(store, bad_file, skip_bad=True).already == 10
+    assert import_judgments(store, bad_file, skip_bad=True).already == 13
 
 
 def test_what_cannot_be_read_at_all_is_named(store: JudgmentStore, tmp_path: Path) -> None:

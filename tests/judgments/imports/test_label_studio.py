@@ -233,6 +233,23 @@ def test_a_dry_run_sees_corrections_too(store: JudgmentStore, tmp_path: Path) ->
     assert [one.outcome for one in store.read()] == ["first"]
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_changed_text_is_no_changed_verdict(
+    store: JudgmentStore, tmp_path: Path, *, dry_run: bool
+) -> None:
+    """A task whose answer was edited is another pair: its verdict does not replace the old one."""
+    path = write(tmp_path / "one.json", revised("left", UPDATED), array=True)
+    import_judgments(store, path, format="label-studio", options=STUDIO)
+    edited = revised("right", "2026-05-01T00:00:00Z")
+    edited[0]["data"]["answer1"] = "an edited answer"
+    write(path, edited, array=True)
+    with pytest.raises(BadRowsError, match="the correction has another pair of completions"):
+        import_judgments(
+            store, path, format="label-studio", options=STUDIO, correct=True, dry_run=dry_run
+        )
+    assert [one.outcome for one in store.read()] == ["first"]
+
+
 def test_a_changed_probability_is_no_repeat(store: JudgmentStore, tmp_path: Path) -> None:
     """The same verdict with another weight would count otherwise: it is refused, or corrected."""
     path = tmp_path / "export.json"

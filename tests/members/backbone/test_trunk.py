@@ -360,3 +360,28 @@ def test_heads_with_a_cache_are_the_same_heads(
     np.testing.assert_allclose(reading[1].score(samples), wanted[1], atol=1e-6)
     assert reading[1].names == two.names and reading[1].digest == two.digest
     assert reading[0].with_cache(None).cache is None and one.cache is None
+
+
+def test_blocks_are_the_text_models_where_another_tower_is_as_deep() -> None:
+    from transformers import Gemma3Config, Gemma3Model
+
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text = size | {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 32}
+    vision = size | {"image_size": 28, "patch_size": 14}
+    model = Gemma3Model(Gemma3Config(text_config=text, vision_config=vision))
+    path, blocks = trunks.find_blocks(model)
+    assert path == ("language_model", "layers")
+    assert blocks is model.language_model.layers
+
+
+def test_a_block_that_does_not_run_is_an_error(minilm_folder: Path) -> None:
+    trunk = Trunk(locate(str(minilm_folder)), TrunkOptions(device="cpu"))
+    trunk.blocks = torch.nn.ModuleList([torch.nn.Identity() for _ in trunk.blocks])
+    batch = next(iter(trunk.passes(trunk.encoder.encode(texts(2)))))
+    with pytest.raises(ModelError, match="did not run"):
+        trunk.pool_batch(batch, [(1, "last")])

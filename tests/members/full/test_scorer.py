@@ -14,6 +14,7 @@ from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import fit_normaliser
 from ensemble_rm.errors import ModelError
 from ensemble_rm.members import FullScorer
+from tests.support.saved_files import record_digests, rewrite_json
 
 OPTIONS = TrunkOptions(max_length=96, device="cpu", token_budget=512)
 SAMPLES = [
@@ -67,9 +68,10 @@ def test_an_encoders_parity_and_round_trip(minilm_folder: Path, tmp_path: Path) 
     again = RewardEnsemble.from_pretrained(saved, device="cpu")
     assert again.names == ("mine",)
     np.testing.assert_array_equal(again.score(SAMPLES).raw, scores)
-    said = json.loads((saved / "members/0/member.json").read_text())
-    (saved / "members/0/member.json").write_text(json.dumps(said | {"digest": "0"}))
-    with pytest.raises(ModelError, match="not those of the saved"):
+    other = {"config.json": {"sha256": "0" * 64, "bytes": 1}}
+    rewrite_json(saved / "members/0/member.json", {"files": other})
+    record_digests(saved)
+    with pytest.raises(ModelError, match=r"the backbone in .* changed after it was saved"):
         RewardEnsemble.from_pretrained(saved)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ensemble_rm import Preferences, RewardEnsemble, Sample, TrunkOptions, train
 from ensemble_rm.errors import (
+    DigestMismatchError,
     MissingExtraError,
     ModelError,
     OptionError,
@@ -41,6 +42,7 @@ from ensemble_rm.members.lora.adapters import (
 )
 from ensemble_rm.members.lora.diversity import alikeness, cosines
 from ensemble_rm.training import TrainingRequest, plan
+from tests.support.saved_files import record_digests
 from tests.support.small_runs import OPTIONS, SAMPLES, Killed, check_untouched, few_pairs
 
 QUICK = LoraRecipe(epochs=3, patience=9, batch_size=8, learning_rate=5e-3, rank=2, alpha=4)
@@ -192,9 +194,12 @@ def test_save_and_load_are_identical(
     np.testing.assert_array_equal(copied.score(SAMPLES).reward, scores.reward)
     stored = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
     assert stored < (small_folder / "model.safetensors").stat().st_size  # adapters and heads only
-    with pytest.raises(ModelError, match="not those of the saved"):
+    with pytest.raises(ModelError, match=r"the backbone in .* changed after it was saved"):
         RewardEnsemble.from_pretrained(out, backbone=minilm_folder)
     (out / "members/0/adapters.safetensors").write_bytes(b"")
+    with pytest.raises(DigestMismatchError, match=r"adapters\.safetensors has 0 bytes"):
+        RewardEnsemble.from_pretrained(out)
+    record_digests(out)  # as if it had been saved like this
     with pytest.raises(StorageError, match="no saved lora member"):
         RewardEnsemble.from_pretrained(out)
 
