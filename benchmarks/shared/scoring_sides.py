@@ -33,27 +33,36 @@ def words(n: int, rng: np.random.Generator) -> str:
     )
 
 
-def groups(args: argparse.Namespace, tokenizer: Any) -> list[Sample]:
-    """Prompts of about 200 tokens with 16 completions of at most 64."""
+def groups(
+    args: argparse.Namespace,
+    tokenizer: Any,
+    *,
+    completions: int = 16,
+    completion_tokens: int = 64,
+    prompt_tokens: tuple[int, int] = (170, 200),
+) -> list[Sample]:
+    """Prompts with several completions each, of at most so many tokens."""
     rng = np.random.default_rng(0)
 
     def cut(text: str) -> str:
-        return str(tokenizer.decode(tokenizer(text)["input_ids"][:64]))
+        return str(tokenizer.decode(tokenizer(text)["input_ids"][:completion_tokens]))
 
     if not args.data.exists():
-        asked = [words(180, rng) for _ in range(args.prompts)]
-        return [Sample(p, words(rng.integers(20, 60), rng)) for p in asked for _ in range(16)]
+        asked = [words(prompt_tokens[1] - 20, rng) for _ in range(args.prompts)]
+        return [
+            Sample(p, words(rng.integers(20, 60), rng)) for p in asked for _ in range(completions)
+        ]
     pairs = load_preferences(args.data)
     answers = [cut(pair.chosen) for pair in pairs[:400] if len(pair.chosen) > 120]
     found = []
     for pair in pairs:
         turns = pair.prompt if isinstance(pair.prompt, tuple) else ()
         length = sum(len(tokenizer(turn.content)["input_ids"]) + 5 for turn in turns)
-        if 170 <= length <= 200:
+        if prompt_tokens[0] <= length <= prompt_tokens[1]:
             found.append(pair.prompt)
         if len(found) == args.prompts:
             break
-    return [Sample(p, str(rng.choice(answers))) for p in found for _ in range(16)]
+    return [Sample(p, str(rng.choice(answers))) for p in found for _ in range(completions)]
 
 
 def pairs_in_order(args: argparse.Namespace) -> list[Sample]:

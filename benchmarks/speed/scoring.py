@@ -72,8 +72,11 @@ def in_turn(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.n
 def compare_groups(
     args: argparse.Namespace, backbone: Backbone, folder: Path, figures: Figures
 ) -> None:
-    options = TrunkOptions(max_length=512, dtype="bfloat16", device="cpu")
-    samples = groups(args, load_tokenizer(backbone.folder))
+    options = TrunkOptions(max_length=args.max_length, dtype="bfloat16", device="cpu")
+    smaller: dict[str, Any] = {}
+    if args.quick:
+        smaller = {"completions": 4, "completion_tokens": 16, "prompt_tokens": (40, 70)}
+    samples = groups(args, load_tokenizer(backbone.folder), **smaller)
     scorers = {
         "branch5": branches(backbone, options, 2),
         "views5": heads(backbone, options),
@@ -99,7 +102,7 @@ def compare_groups(
 
 
 def compare_pairs(args: argparse.Namespace, folder: Path, figures: Figures) -> None:
-    options = TrunkOptions(max_length=512, dtype="bfloat16", device="cpu")
+    options = TrunkOptions(max_length=args.max_length, dtype="bfloat16", device="cpu")
     samples = pairs_in_order(args)
     scorer = FullScorer.from_name(folder, options)
     alone = scorer.with_options(replace(options, share_prefix=False))
@@ -107,7 +110,7 @@ def compare_pairs(args: argparse.Namespace, folder: Path, figures: Figures) -> N
     pipe = pipeline(folder, options)
     encoder, model = alone._open()
     tokens = sum(len(e.ids) for e in encoder.encode(samples))
-    ids = torch.randint(100, 40000, (32, 256))
+    ids = torch.randint(100, 40000, (32, args.max_length // 2))
 
     @torch.inference_mode()
     def limit() -> None:
@@ -146,7 +149,7 @@ def peak(side: str, args: argparse.Namespace, folder: Path) -> None:
     import transformers.pipelines  # noqa: F401
 
     began = resident("VmHWM")
-    options = TrunkOptions(max_length=512, dtype="bfloat16", device="cpu")
+    options = TrunkOptions(max_length=args.max_length, dtype="bfloat16", device="cpu")
     samples = pairs_in_order(args)
     if side == "ours":
         backbone = locate(package_folder("smollm2"), cache_dir=args.cache_dir)
@@ -162,6 +165,7 @@ def compare_peaks(args: argparse.Namespace, folder: Path, figures: Figures) -> N
         for side, values in found.items():
             command = [sys.executable, __file__, "--peak", side, "--classifier", str(folder)]
             command += ["--pairs", str(args.pairs), "--data", str(args.data)]
+            command += ["--quick"] if args.quick else []
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             values.append(float(done.stdout.split("peak ")[1]))
     ratios = [a / b for a, b in zip(found["ours"], found["pipeline"], strict=True)]
@@ -181,13 +185,14 @@ def main() -> None:
     parser.add_argument("--peak", choices=("ours", "pipeline"), help=argparse.SUPPRESS)
     parser.add_argument("--classifier", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.dense, args.peak_repeats = 2, 3
+    args.dense, args.peak_repeats, args.max_length = 2, 3, 512
     torch.set_num_threads(args.threads)
+    if args.quick:
+        args.prompts, args.pairs, args.repeats, args.dense, args.peak_repeats = 1, 4, 1, 1, 1
+        args.max_length = 128
     if args.peak:
         peak(args.peak, args, args.classifier)
         return
-    if args.quick:
-        args.prompts, args.pairs, args.repeats, args.dense, args.peak_repeats = 1, 8, 1, 1, 1
     figures = Figures(args)
     backbone = locate(package_folder("smollm2"), cache_dir=args.cache_dir)
     with tempfile.TemporaryDirectory() as name:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ class Compared(Protocol):
         ...
 
 
-@runtime_checkable
 class Comparator(Protocol):
     """Compares pairs of completions, as `RewardEnsemble` and `JudgeComparator` do.
 

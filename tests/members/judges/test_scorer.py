@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from ensemble_rm import FunctionScorer, Message, RewardEnsemble, Sample
+from ensemble_rm import Message, RewardEnsemble, Sample
 from ensemble_rm.aggregation import mean
 from ensemble_rm.calibration import Normaliser
 from ensemble_rm.errors import (
@@ -23,7 +23,7 @@ from ensemble_rm.errors import (
     RemoteUnavailableError,
     StorageError,
 )
-from ensemble_rm.members import Comparator, JudgeComparator, JudgeScorer, Price, Rubric, read_rubric
+from ensemble_rm.members import JudgeComparator, JudgeScorer, Price, Rubric, read_rubric
 from ensemble_rm.members.judges.replies import read_rating, read_verdict
 from ensemble_rm.members.judges.rubric import SHIPPED
 from tests.support.judge_doubles import completion, entry, judge, quality, read_texts, two_way
@@ -141,11 +141,6 @@ def test_the_request_is_what_was_asked_for() -> None:
     assert "max_tokens" not in body and body["max_completion_tokens"] == 16
     assert body["authorization"] == "Bearer t0k"
     assert [m["role"] for m in body["messages"]] == ["system", "user"]
-
-
-def test_an_ensemble_is_a_comparator_too() -> None:
-    one = RewardEnsemble((FunctionScorer("x", lambda s: 1.0),), Normaliser.identity(1), mean())
-    assert isinstance(one, Comparator) and isinstance(comparator(judge()), Comparator)
 
 
 # Rubrics -----------------------------------------------------------------------------------------
