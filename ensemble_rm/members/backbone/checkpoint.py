@@ -8,6 +8,7 @@ know samples or heads.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ensemble_rm.errors import DigestMismatchError, MissingExtraError, ModelError, OptionError
 from ensemble_rm.file_digests import FileCheck, FileDigests, Stamp, stamp
@@ -24,6 +26,9 @@ from ensemble_rm.file_modes import follow_umask
 from ensemble_rm.members.backbone.cache_folder import DEFAULT_CACHE
 from ensemble_rm.members.backbone.custom_code import allowed_code, named_custom_code
 from ensemble_rm.saved_json import as_object, get, read_json, reading
+
+_log = logging.getLogger(__name__)
+_SHOWN = 3  # weights that a message names
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -435,14 +440,77 @@ def load_trunk(folder: Path, *, dtype: str, code: str | None = None) -> torch.nn
     ------
     CustomCodeError
         If it needs custom code that is not allowed.
+    ModelError
+        If weights of the trunk are missing, or the checkpoint has blocks that the config lacks.
     """
     from transformers import AutoModel
 
     with named_custom_code(folder, code):
-        model: torch.nn.Module = AutoModel.from_pretrained(
-            str(folder), dtype=torch_dtype(dtype), trust_remote_code=code is not None
+        model, info = AutoModel.from_pretrained(
+            str(folder),
+            dtype=torch_dtype(dtype),
+            trust_remote_code=code is not None,
+            key_mapping=_former_names(folder),
+            output_loading_info=True,
         )
-    return model.eval().requires_grad_(requires_grad=False)
+    _require_whole(model, info, folder)
+    loaded: torch.nn.Module = model.eval().requires_grad_(requires_grad=False)
+    return loaded
+
+
+# What torch.compile, DataParallel and peft write before the names of a model's weights.
+_PREFIXES = ("_orig_mod.", "module.", "base_model.model.")
+
+
+def _former_names(folder: Path) -> dict[str, str] | None:
+    """Return what turns a checkpoint's names of weights into the model's own; None for most."""
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names += tensors.keys()
+        except SafetensorError as error:
+            raise ModelError(
+                f"{file} is no readable safetensors file: {error}. Download it again; a file of "
+                "about 130 bytes is a Git LFS pointer"
+            ) from error
+    found = ""
+    while prefix := next((p for p in _PREFIXES if _all_begin(names, found + p)), None):
+        found += prefix
+    if not found:
+        return None
+    _log.warning("%s: the weights' names begin with %r, which is left out", folder, found)
+    return {"^" + re.escape(found): ""}
+
+
+def _all_begin(names: Sequence[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)
+
+
+def _require_whole(model: Any, info: Mapping[str, Any], folder: Path) -> None:
+    """Check that a checkpoint has every weight of the trunk, and no further blocks.
+
+    transformers fills weights that are missing with random numbers and drops those that it does
+    not expect; its own lists of what may be absent are left out of both already.
+    """
+    # The hidden states are read before any pooler.
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    missing += sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of the model's weights, which would be random numbers: "
+            f"{', '.join(missing[:_SHOWN])}{' …' if len(missing) > _SHOWN else ''}. Save the model "
+            "again with save_pretrained, or correct its config.json"
+        )
+    lists = [name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
+    own = [f"{model.base_model_prefix}.{name}." for name in lists] + [f"{n}." for n in lists]
+    further = sorted(key for key in info["unexpected_keys"] if key.startswith(tuple(own)))
+    if further:
+        raise ModelError(
+            f"{folder} has weights in the model's blocks that its config.json does not expect: "
+            f"{', '.join(further[:_SHOWN])}{' …' if len(further) > _SHOWN else ''}. Correct "
+            "num_hidden_layers and the other sizes in config.json"
+        )
 
 
 def load_causal(folder: Path, *, dtype: str, code: str | None = None) -> Any:
@@ -463,7 +531,10 @@ def load_causal(folder: Path, *, dtype: str, code: str | None = None) -> Any:
     try:
         with named_custom_code(folder, code):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder), trust_remote_code=code is not None, **options
+                str(folder),
+                trust_remote_code=code is not None,
+                key_mapping=_former_names(folder),
+                **options,
             )
     except ValueError as error:
         raise OptionError(f"{folder} contains no causal language model: {error}") from error
@@ -504,8 +575,17 @@ def load_classifier(
         raise ModelError(f"{folder} has {outputs} outputs; a reward model has one (num_labels=1)")
     with named_custom_code(folder, code):
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            str(folder), trust_remote_code=code is not None, **options
+            str(folder),
+            trust_remote_code=code is not None,
+            key_mapping=_former_names(folder),
+            **options,
         )
+    if new_head:
+        # The head is new, and so is a pooler that belongs to it; the trunk must not be.
+        trunk = f"{model.base_model_prefix}."
+        inner = [key for key in info["missing_keys"] if key.startswith(trunk)]
+        inner_info = {**info, "missing_keys": inner, "mismatched_keys": []}
+        _require_whole(model.base_model, inner_info, folder)
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing and not new_head:
         raise ModelError(
