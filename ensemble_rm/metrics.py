@@ -127,14 +127,19 @@ def _ece_many(p: Floats, targets: Floats, bins: int) -> Floats:
     """ECE of one vector of probabilities under (m, n) targets."""
     if bins < 1:
         raise OptionError(f"bins must be at least 1, not {bins}")
-    both = np.concatenate([p, 1 - p])
-    bins_of = np.minimum((both * bins).astype(np.int64), bins - 1)
+    # The larger side's bin, and its mirror image for the other side: at the edge of two bins it
+    # must not matter which side is named first. 1e-9: 1 − p is rounded.
+    upper = np.minimum((np.maximum(p, 1 - p) * bins + 1e-9).astype(np.int64), bins - 1)
+    above = np.where(p >= 0.5, upper, bins - 1 - upper)
+    bins_of = np.concatenate([above, bins - 1 - above])
     sums = np.zeros((len(targets), bins))
-    residual = np.concatenate([targets - p, p - targets], axis=1)
+    # At ½ neither side is the larger one: half of each orientation, which add up to 0.
+    residual = np.where(np.abs(p - 0.5) > 1e-12, targets - p, 0.0)
+    residual = np.concatenate([residual, -residual], axis=1)
     order = np.argsort(bins_of, kind="stable")
     present, first = np.unique(bins_of[order], return_index=True)
     sums[:, present] = np.add.reduceat(residual[:, order], first, axis=1)
-    return np.asarray(np.abs(sums).sum(axis=1) / len(both), dtype=np.float64)
+    return np.asarray(np.abs(sums).sum(axis=1) / len(bins_of), dtype=np.float64)
 
 
 def ece_null(p: ArrayLike, *, bins: int = 20, draws: int = 1000, seed: int = 0) -> EceNull:

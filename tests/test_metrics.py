@@ -78,6 +78,27 @@ def test_null_band_holds_perfect_models_and_excludes_bad_ones() -> None:
     assert ece(sharpened, y) > ece_null(sharpened).upper95
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 100), st.sampled_from([0.0, 0.5, 1.0]), st.booleans()),
+        min_size=1,
+        max_size=30,
+    ),
+    st.integers(1, 25),
+)
+def test_ece_does_not_depend_on_which_side_is_named_first(
+    rows: list[tuple[int, float, bool]], bins: int
+) -> None:
+    """Probabilities in hundredths lie on many bins' edges."""
+    p = np.array([percent / 100 for percent, _, _ in rows])
+    y = np.array([target for _, target, _ in rows])
+    swap = np.array([swapped for _, _, swapped in rows])
+    swapped_p = np.array([(100 - n) / 100 if s else n / 100 for n, _, s in rows])
+    value = ece(p, y, bins=bins)
+    assert ece(swapped_p, np.where(swap, 1 - y, y), bins=bins) == pytest.approx(value, abs=1e-12)
+    assert ece(1 - p, 1 - y, bins=bins) == pytest.approx(value, abs=1e-12)
+
+
 def test_smooth_ece_of_a_planted_error() -> None:
     p, y = drawn(50000)
     assert smooth_ece(p, y) < 0.02

@@ -205,7 +205,25 @@ def keeps_a_cache(model: torch.nn.Module, device: torch.device) -> bool:
     )
     if not shared:
         _log.debug("%s keeps no cache of keys and values: no prefix is shared", type(model))
-    return shared
+    return shared and is_causal(model, device)
+
+
+@torch.inference_mode()
+def is_causal(model: torch.nn.Module, device: torch.device) -> bool:
+    """Return whether the first token's states are the same whatever follows it.
+
+    By trying: some decoders attend in both directions (``is_causal=False``, Gemma 3's
+    ``use_bidirectional_attention``), and fill a cache all the same.
+    """
+    config: Any = model.config
+    size = config.get_text_config().vocab_size
+    # Two texts of nine tokens, of which only the first is the same.
+    following = (torch.arange(16, device=device).view(2, 8) * 7919 + 101) % size
+    ids = torch.cat([torch.ones(2, 1, dtype=torch.int64, device=device), following], dim=1)
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    first, second = out.last_hidden_state[:, 0].float()
+    near = 1e-4 if out.last_hidden_state.dtype == torch.float32 else 1e-2
+    return bool((first - second).norm() <= near * first.norm())
 
 
 class Trunk:
