@@ -26,6 +26,7 @@ from ensemble_rm.members import (
     trained_kinds,
 )
 from ensemble_rm.members.backbone.checkpoint import locate
+from tests.support.saved_files import record_digests
 from tests.support.small_runs import OPTIONS, SAMPLES, few_pairs
 
 
@@ -146,6 +147,7 @@ def test_an_ensemble_that_says_classifier_is_loaded(minilm_folder: Path, tmp_pat
         text = (tmp_path / "run" / file).read_text()
         assert '"kind": "full"' in text
         (tmp_path / "run" / file).write_text(text.replace('"kind": "full"', '"kind": "classifier"'))
+    record_digests(tmp_path / "run")
     again = RewardEnsemble.from_pretrained(tmp_path / "run", device="cpu")
     np.testing.assert_array_equal(again.score(SAMPLES).raw, ensemble.score(SAMPLES).raw)
     assert isinstance(again.scorers[0], FullScorer)

@@ -47,7 +47,9 @@ def test_the_description_allows_exactly_what_is_read(value: Any) -> None:
 
 @given(st.data())
 def test_what_a_rule_takes_is_read(data: st.DataObject) -> None:
-    rule = data.draw(st.sampled_from(list(RULES.values())))
+    # By name: other tests may have registered rules of other domains.
+    names = ("mean", "minimum", "median", "uwo", "lcb", "entropic", "quantile", "cvar")
+    rule = RULES[data.draw(st.sampled_from(names))]
     inside = {c.name: data.draw(st.floats(0.125, 1)) for c in rule.coefficients}
     assert is_read({"name": rule.name} | inside) and is_described({"name": rule.name} | inside)
 
