@@ -214,6 +214,24 @@ def test_a_power_does_not_know_the_margins_unit(scale: float) -> None:
     np.testing.assert_allclose(one.probability(x), two.probability(scale * x), atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [100, 1000])
+def test_heavy_tails_hide_no_optimum(n: int) -> None:
+    """At large powers one margin outweighs all others; the optimum at small ones is found."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_t(3, n)
+        y = (rng.random(n) < expit(x)).astype(float)
+        w = np.ones(n)
+        found = fit_power(data(x, y, w))
+        best = margin_nll(found.a * np.sign(x) * np.abs(x) ** found.gamma, y, w, 1.0)
+        others = (
+            margin_nll(a * np.sign(x) * np.abs(x) ** gamma, y, w, 1.0)
+            for a in np.geomspace(0.05, 20, 25)
+            for gamma in np.geomspace(0.1, 4, 25)
+        )
+        assert best <= min(others) + 1e-9
+
+
 def test_a_power_that_runs_away_is_refused() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(0, 1, 1000)

@@ -15,6 +15,7 @@ from ensemble_rm.calibration.calibrator import CalibrationData, Calibrator, Curv
 from ensemble_rm.calibration.methods.temperature import fit_inverse, margin_nll
 from ensemble_rm.errors import NoPositiveTemperatureError, OptionError, SeparableError
 
+_LARGEST = 1e12  # a, for margins of RMS 1
 _GAMMAS = (0.05, 20.0)  # a γ at either end is refused
 
 
@@ -108,7 +109,19 @@ def _fit_a(powers: Floats, y: Floats, w: Floats) -> float:
     # No pull towards the first side: the best a would be negative.
     if float((w * (2 * y - 1) * powers).sum()) <= 0:
         return 0.0
-    return fit_inverse(powers / unit, y, w) / unit
+    scaled = powers / unit
+    try:
+        return fit_inverse(scaled, y, w) / unit
+    except SeparableError:
+        # At a large γ all but a few margins have powers near 0, so that the best a is huge. It is
+        # bounded here, for the other γ to be compared with.
+        found = minimize_scalar(
+            lambda log_a: margin_nll(scaled, y, w, math.exp(log_a)),
+            bounds=(0.0, math.log(_LARGEST)),
+            method="bounded",
+            options={"xatol": 1e-9},
+        )
+        return math.exp(float(found.x)) / unit
 
 
 CALIBRATOR = Calibrator("power", PowerCurve, fit_power, strict=True)
