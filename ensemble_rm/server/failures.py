@@ -89,7 +89,7 @@ def error_headers(error: Exception) -> dict[str, str]:
     if isinstance(error, RequestError):
         if error.retry_after is not None:
             headers["retry-after"] = str(error.retry_after)
-        if error.status in (408, 413):
+        if error.status in (403, 408, 413):
             headers["connection"] = "close"  # the rest of the body is not read
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"

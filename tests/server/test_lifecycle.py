@@ -198,7 +198,7 @@ def test_headers_that_come_byte_by_byte_time_out(impatient: Process) -> None:
         stop = threading.Event()
 
         def drip() -> None:
-            for byte in b"POST /v1/score HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * 10_000:
+            for byte in b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 10_000:
                 if stop.wait(0.05):
                     return
                 try:
@@ -221,7 +221,7 @@ def test_silence_times_out_before_and_between_requests(impatient: Process) -> No
 
     def served_first() -> bool:
         with raw(impatient) as second:
-            second.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /hea")
+            second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea")
             answer = read_all(second)
         head, _, rest = answer.partition(b"\r\n\r\n")
         # Or this machine was too busy to send even the first in time.
@@ -237,9 +237,8 @@ def test_a_body_that_does_not_come_times_out(impatient: Process) -> None:
         def late(headers: bytes = headers) -> bool:
             with raw(impatient) as slow:
                 slow.sendall(
-                    b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-                    + headers
-                    + b"\r\n"
+                    b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\n"
+                    b"Content-Type: application/json\r\n" + headers + b"\r\n"
                 )
                 answer = read_all(slow)
             # Or this machine was too busy to send even the headers in time.
@@ -254,7 +253,7 @@ def test_a_body_in_chunks_is_counted_as_it_comes(holding: tuple[Process, Path]) 
     running, _ = holding
     with raw(running) as large:
         large.sendall(
-            b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
         )
         chunk = b"100000\r\n" + b" " * 2**20 + b"\r\n"
@@ -284,10 +283,10 @@ def test_connections_over_the_limit_are_refused_and_counted(tmp_path: Path) -> N
         first.request("GET", "/health")
         assert first.getresponse().read()
         with raw(running) as second:
-            second.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert second.recv(4096).startswith(b"HTTP/1.1 200")
             with raw(running) as third:
-                third.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+                third.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 answer = read_all(third)
                 assert answer.startswith(b"HTTP/1.1 503") and b"NotReadyError" in answer
             first.request("GET", "/metrics")
@@ -305,7 +304,7 @@ def test_what_its_client_gave_up_on_is_not_scored(holding: tuple[Process, Path])
     gone = [raw(running) for _ in range(10)]
     for connection in gone:
         connection.sendall(
-            b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
     running.wait(lambda: running.metric("queue_samples") == 9)
